@@ -1,0 +1,1 @@
+"""Trainer callbacks: health verdicts, run records, checkpoints, probe."""

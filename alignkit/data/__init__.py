@@ -1,0 +1,1 @@
+"""Rows, checks and batch layouts."""

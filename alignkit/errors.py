@@ -1,0 +1,49 @@
+"""Errors meant to be read by the user.
+
+Every error a program can foresee derives from :class:`AlignkitError`. Its message says what was given, why it cannot
+work and what to write instead; the programs print it without a traceback and exit with status 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AlignkitError(Exception):
+    """Base of all errors whose message is complete without a traceback."""
+
+
+class ProblemListError(AlignkitError):
+    """Several problems found in one pass, reported together.
+
+    Args:
+        headline: One line naming what was checked.
+        problems: One entry a problem, each self-contained.
+    """
+
+    def __init__(self, headline: str, problems: Sequence[str]) -> None:
+        self.headline = headline
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
+        super().__init__(f"{headline}: {count}\n{lines}")
+
+
+class ConfigError(ProblemListError):
+    """The configuration cannot work; raised before torch is imported."""
+
+
+class DataError(ProblemListError):
+    """The data cannot be trained on; raised before a model is loaded."""
+
+
+class ModelError(AlignkitError):
+    """The model, adapter or tokenizer cannot be used as asked."""
+
+
+class RunDirectoryError(AlignkitError):
+    """The run directory cannot be created, reused or resumed."""
+
+
+class CheckpointError(AlignkitError):
+    """A saved file is empty, truncated or not finite."""

@@ -1,0 +1,1 @@
+"""Evaluation: preference accuracy, likelihood, generation."""

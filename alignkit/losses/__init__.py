@@ -1,0 +1,1 @@
+"""Objectives as pure functions of log-probs: torch alone, one file per objective."""

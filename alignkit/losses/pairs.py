@@ -1,0 +1,71 @@
+"""What every loss on (chosen, rejected) pairs shares: which pairs count, and what is logged about them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from alignkit.losses.types import CandidateBatch, Metric
+
+
+def pair_mask(batch: CandidateBatch) -> Bool[Tensor, " B"]:
+    """True where both candidates exist and have at least one token; any other row is padding and trains nothing."""
+    return batch.candidate_mask.all(-1) & batch.completion_mask.any(-1).all(-1)
+
+
+@torch.no_grad()
+def pair_metrics(
+    batch: CandidateBatch,
+    *,
+    chosen_rewards: Float[Tensor, " B"],
+    rejected_rewards: Float[Tensor, " B"],
+    beta_pos: float,
+    beta_neg: float,
+) -> dict[str, Metric]:
+    """Likelihoods, implicit rewards and the 3D diagnostics of a batch of pairs, detached.
+
+    The gradient ratio is that of the probability space, Corollary 1 of arXiv 2406.07327 with split betas::
+
+        log |(dl/dpi_l) / (dl/dpi_w)| = L_w - L_l + log(beta_neg / beta_pos)
+
+    It is a sensitivity analysis: the gradient in the parameters carries further factors of the softmax. The ratio is
+    left out when ``beta_neg`` is 0, where nothing pushes on the rejected response and its logarithm does not exist.
+
+    Args:
+        batch: Pairs [B, 2, T].
+        chosen_rewards: Implicit reward of the chosen response [B]; the loss is a function of the difference z.
+        rejected_rewards: The same of the rejected response.
+        beta_pos: Coefficient of the chosen log-ratio.
+        beta_neg: Coefficient of the rejected log-ratio.
+    """
+    mask, chosen, rejected = pair_mask(batch), batch.chosen, batch.rejected
+    margins = chosen_rewards - rejected_rewards
+    per_pair = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).to(margins.dtype),
+        "logps/chosen": chosen.policy_logps,
+        "logps/rejected": rejected.policy_logps,
+        "logratio/chosen": chosen.logratio,
+        "logratio/rejected": rejected.logratio,
+        "effective_weight": torch.sigmoid(-margins),
+    }
+    if beta_neg > 0:
+        constant = math.log(beta_neg / beta_pos)
+        # The 0 / 0 of a response without tokens is masked below, with the rest of its row.
+        chosen_mean_logps = chosen.policy_logps / chosen.num_tokens
+        rejected_mean_logps = rejected.policy_logps / rejected.num_tokens
+        per_pair["grad_ratio_log"] = chosen.policy_logps - rejected.policy_logps + constant
+        per_pair["grad_ratio_log_per_token"] = chosen_mean_logps - rejected_mean_logps + constant
+    metrics = {key: _metric(values, mask, mask.to(values.dtype)) for key, values in per_pair.items()}
+    for role, side in (("chosen", chosen), ("rejected", rejected)):
+        metrics[f"mean_logps/{role}"] = _metric(side.policy_logps, mask, side.num_tokens)
+    return metrics
+
+
+def _metric(values: Float[Tensor, " B"], mask: Bool[Tensor, " B"], counts: Float[Tensor, " B"]) -> Metric:
+    return Metric(values.masked_fill(~mask, 0.0), counts.masked_fill(~mask, 0.0))

@@ -1,0 +1,36 @@
+"""Negative log-likelihood of the chosen response, as an additive regulariser."""
+
+from __future__ import annotations
+
+from alignkit.losses.types import CandidateBatch, LossTerm, count_items
+
+SFT_ITEMS = {"token": "chosen_token", "sequence_sum": "group"}
+"""What each ``sft_normalization`` divides the negative log-likelihood by."""
+
+
+def sft_term(batch: CandidateBatch, *, eta: float, sft_normalization: str) -> LossTerm:
+    r"""The SFT term on the chosen responses, with a denominator of its own.
+
+    Equation::
+
+        L_sft = -(1/N) * sum over chosen response tokens of log pi(y_t | x, y_<t),   added as  eta * L_sft
+
+    with N the number of chosen tokens (``token``) or of pairs (``sequence_sum``) in the global batch.
+
+    Symbols: ``eta`` is ``eta``; N follows from ``sft_normalization``.
+
+    Fidelity: reconstruction. The text of arXiv 2406.07327 that fixes N was not available. ``token`` is TRL's ``sft``
+    loss type, so that ``eta`` compares with ``loss_weights: [1.0, eta]`` there.
+
+    Args:
+        batch: Candidates [B, K, T], the chosen one first.
+        eta: Weight of the term.
+        sft_normalization: ``token`` or ``sequence_sum``.
+
+    Returns:
+        The term ``sft``: one value a row [B], its summed negative log-likelihood in nats.
+    """
+    item = SFT_ITEMS[sft_normalization]
+    present = batch.candidate_mask[:, 0] & batch.completion_mask[:, 0].any(-1)
+    values = (-batch.chosen.policy_logps).masked_fill(~present, 0.0)
+    return LossTerm("sft", values, count_items(batch.completion_mask)[item], item=item, weight=eta)

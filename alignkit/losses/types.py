@@ -1,0 +1,160 @@
+"""Batch shapes and loss outputs shared by every objective.
+
+Axis letters: B groups in the batch, K candidates of a group, T completion positions. Tensors named ``*_token_logps``
+are per token and 0 where masked; ``*_logps`` are their sums over T in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+ITEM_KINDS = ("group", "chosen_token", "completion_token")
+"""What a loss term can be averaged over. ``group`` is one prompt with its candidates; a pair is a group with K = 2."""
+
+
+def sequence_logps(token_logps: Float[Tensor, "*N T"]) -> Float[Tensor, "*N"]:
+    """Sum token log-probs over T, accumulating in at least float32."""
+    if token_logps.dtype in (torch.float16, torch.bfloat16):
+        token_logps = token_logps.float()
+    return token_logps.sum(-1)
+
+
+@dataclass(frozen=True)
+class CandidateSide:
+    """One candidate of every group: the ``chosen`` or ``rejected`` view of a :class:`CandidateBatch`."""
+
+    policy_token_logps: Float[Tensor, "B T"]
+    completion_mask: Bool[Tensor, "B T"]
+    ref_token_logps: Float[Tensor, "B T"] | None = None
+    token_rewards: Float[Tensor, "B T"] | None = None
+
+    @property
+    def policy_logps(self) -> Float[Tensor, " B"]:
+        """Sequence log-prob under the policy, nats."""
+        return sequence_logps(self.policy_token_logps)
+
+    @property
+    def ref_logps(self) -> Float[Tensor, " B"]:
+        """Sequence log-prob under the reference, nats; raises ValueError when the batch carries no reference."""
+        if self.ref_token_logps is None:
+            raise ValueError("this batch carries no reference log-probs (ref_token_logps is None)")
+        return sequence_logps(self.ref_token_logps)
+
+    @property
+    def logratio(self) -> Float[Tensor, " B"]:
+        """``log pi - log pi_ref`` of the completion, nats."""
+        return self.policy_logps - self.ref_logps
+
+    @property
+    def num_tokens(self) -> Float[Tensor, " B"]:
+        """Completion tokens including EOS."""
+        return self.completion_mask.sum(-1).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class CandidateBatch:
+    """One prompt a row, K candidate completions. A preference pair is K = 2 in the order (chosen, rejected).
+
+    Attributes:
+        policy_token_logps: Log-prob of each completion token under the policy, 0 where masked, nats.
+        completion_mask: True on completion tokens including EOS.
+        candidate_mask: True where the candidate exists (ragged K).
+        scores: Rewards, ranks or labels; a pair carries (1, 0).
+        ref_token_logps: The same as ``policy_token_logps`` under the reference, without gradient.
+        token_rewards: Per-token rewards, 0 where masked.
+    """
+
+    policy_token_logps: Float[Tensor, "B K T"]
+    completion_mask: Bool[Tensor, "B K T"]
+    candidate_mask: Bool[Tensor, "B K"]
+    scores: Float[Tensor, "B K"]
+    ref_token_logps: Float[Tensor, "B K T"] | None = None
+    token_rewards: Float[Tensor, "B K T"] | None = None
+
+    @property
+    def policy_logps(self) -> Float[Tensor, "B K"]:
+        """Sequence log-prob of each candidate under the policy, nats."""
+        return sequence_logps(self.policy_token_logps)
+
+    @property
+    def chosen(self) -> CandidateSide:
+        """View of the preferred candidate; only for K = 2."""
+        return self._side(0)
+
+    @property
+    def rejected(self) -> CandidateSide:
+        """View of the dispreferred candidate; only for K = 2."""
+        return self._side(1)
+
+    def _side(self, index: int) -> CandidateSide:
+        candidates = self.policy_token_logps.shape[1]
+        if candidates != 2:
+            raise ValueError(f"chosen and rejected are defined for K = 2 candidates, this batch has K = {candidates}")
+        return CandidateSide(
+            policy_token_logps=self.policy_token_logps[:, index],
+            completion_mask=self.completion_mask[:, index],
+            ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[:, index],
+            token_rewards=None if self.token_rewards is None else self.token_rewards[:, index],
+        )
+
+
+def count_items(completion_mask: Bool[Tensor, "B K T"]) -> dict[str, Tensor]:
+    """Local number of items of every kind in ``ITEM_KINDS``, each an int64 scalar."""
+    return {
+        "group": torch.tensor(completion_mask.shape[0], device=completion_mask.device),
+        "chosen_token": completion_mask[:, 0].sum(),
+        "completion_token": completion_mask.sum(),
+    }
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One additive part of an objective.
+
+    The bridge computes ``weight * sum(values) / global number of items``, the count being taken over ranks and
+    accumulation steps, so that every term keeps its own denominator.
+
+    Attributes:
+        name: Term name, logged as ``loss/<name>``.
+        values: Unreduced contributions; they add up to the numerator.
+        num_items: Local number of items the term is averaged over.
+        item: What an item is, one of ``ITEM_KINDS``.
+        weight: Coefficient of the term in the loss.
+    """
+
+    name: str
+    values: Float[Tensor, " N"]
+    num_items: Tensor
+    item: str = "group"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Detached values with their counts; the bridge logs ``sum(values) / sum(counts)`` over ranks and steps.
+
+    ``counts`` is None when every value is one item.
+    """
+
+    values: Float[Tensor, " N"]
+    counts: Float[Tensor, " N"] | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective returns: terms to minimise and metrics to log."""
+
+    terms: tuple[LossTerm, ...]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+    def mean(self) -> Tensor:
+        """The loss of this batch alone: sum over terms of weight * sum(values) / num_items."""
+        total = torch.zeros((), dtype=self.terms[0].values.dtype, device=self.terms[0].values.device)
+        for term in self.terms:
+            total = total + term.weight * term.values.sum() / term.num_items.clamp(min=1)
+        return total

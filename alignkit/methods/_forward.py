@@ -1,0 +1,190 @@
+"""Bridge to TRL's fused LM head: per-token log-probs of every candidate, in either layout.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- ``trl.trainer.utils.add_fused_lm_head(model, ..., outputs=...)`` and its ``fused_lm_head`` / ``shift_labels`` inputs
+- ``FusedCausalLMOutput.log_probs / entropy / mean_logits / is_top1 / aux_loss``
+- 4-D attention masks and ``BlockMask`` pass through ``transformers.masking_utils`` untouched
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from tqdm.auto import tqdm
+from trl.trainer.utils import add_fused_lm_head
+
+from alignkit.data.prefix import CandidateCollator, Layout, branch_mask
+
+PADDED_INPUTS = ("input_ids", "attention_mask", "labels")
+PACKED_INPUTS = ("input_ids", "position_ids", "segment_ids", "completion_positions", "shift_labels")
+_PACKED_BACKBONES: WeakSet[nn.Module] = WeakSet()
+PACKED_ATTENTION = ("eager", "sdpa", "flex_attention")
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """Per-token results, each [B, K, T] and 0 where masked; None where the head does not compute it.
+
+    Attributes:
+        token_logps: Log-prob of each completion token, nats; carries the gradient.
+        entropy: Entropy of the next-token distribution, nats.
+        mean_logits: Mean of the logits over the vocabulary.
+        is_top1: Whether the token is the most likely one.
+        aux_loss: Load-balancing loss of a mixture of experts, scalar.
+    """
+
+    token_logps: Tensor
+    entropy: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+    aux_loss: Tensor | None
+
+
+@dataclass
+class _PackedRows:
+    """Backbone hooks of the ``shared_prefix`` layout.
+
+    Before the backbone they turn ``segment_ids`` into the attention mask; after it they keep only the positions that
+    predict a completion token, so that the LM head never projects the prompt.
+    """
+
+    attn_implementation: Callable[[], str]
+    positions: Tensor | None = field(default=None, init=False)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Forward pre-hook: consumes ``segment_ids`` and ``completion_positions``."""
+        self.positions = kwargs.pop("completion_positions", None)
+        segment_ids = kwargs.pop("segment_ids", None)
+        if segment_ids is not None:
+            dtype = next(module.parameters()).dtype
+            kwargs["attention_mask"] = _attention_mask(segment_ids, self.attn_implementation(), dtype)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: ``last_hidden_state`` [B, S, H] becomes [B, K * T, H]."""
+        if self.positions is not None:
+            hidden = output.last_hidden_state
+            index = self.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            output.last_hidden_state = hidden.gather(1, index)
+            self.positions = None
+        return output
+
+
+def _attention_mask(segment_ids: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask:
+    if implementation == "flex_attention":
+        batch, length = segment_ids.shape
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            query, key = segment_ids[b, q], segment_ids[b, k]
+            return (k <= q) & ((key == query) | ((key == 0) & (query >= 0)))
+
+        return create_block_mask(visible, batch, None, length, length, device=segment_ids.device)
+    mask = branch_mask(segment_ids)
+    if implementation == "eager":
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside ``model``, without its PEFT wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def add_completion_head(model: nn.Module) -> None:
+    """Give ``model`` (plain or PEFT) TRL's fused head, log-probs alone, and the packed layout.
+
+    The preference trainer does not need this: TRL adds the head there.
+    """
+    base = base_model(model)
+    add_fused_lm_head(base)
+    support_packed_rows(base)
+
+
+def support_packed_rows(base: nn.Module) -> None:
+    """Register the backbone hooks of the ``shared_prefix`` layout, once; ``padded`` rows pass them untouched."""
+    backbone = base.base_model
+    if backbone not in _PACKED_BACKBONES:
+        hooks = _PackedRows(attn_implementation=lambda: base.config.get_text_config()._attn_implementation)
+        backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        backbone.register_forward_hook(hooks.after)
+        _PACKED_BACKBONES.add(backbone)
+
+
+def completion_forward(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, router_logits: bool = False
+) -> CompletionOutput:
+    """One forward pass over a collated batch, with gradient if enabled.
+
+    Args:
+        model: Model with a completion head, possibly wrapped (DDP, DeepSpeed, PEFT).
+        inputs: What :class:`~alignkit.data.prefix.CandidateCollator` returned, on the model's device.
+        router_logits: Ask a mixture of experts for its load-balancing loss.
+    """
+    names = PACKED_INPUTS if "segment_ids" in inputs else PADDED_INPUTS
+    extra = {"output_router_logits": True} if router_logits else {}
+    output = model(**{name: inputs[name] for name in names}, use_cache=False, fused_lm_head=True, **extra)
+    fields = (output.log_probs, output.entropy, output.mean_logits, output.is_top1)
+    return CompletionOutput(*(x if x is None else _by_candidate(x, inputs) for x in fields), output.aux_loss)
+
+
+def _by_candidate(values: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Per-token output of either layout as [B, K, T]; slots without a candidate are 0."""
+    shape = inputs["completion_mask"].shape
+    if "segment_ids" in inputs:
+        return values.view(shape)
+    # Prompt-learning adapters prepend virtual tokens; the real positions are the last T.
+    rows = values[:, -shape[2] :]
+    return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, inputs["row_slots"], rows).view(shape)
+
+
+def completion_logps(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Log-probs [B, K, T] of every completion token, nats, 0 where masked."""
+    return completion_forward(model, inputs).token_logps
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    layout: Layout,
+    batch_size: int,
+    device: torch.device | str,
+    progress: str | None = None,
+) -> list[list[list[float]]]:
+    """Score candidate rows without gradient.
+
+    Args:
+        model: Model with a completion head; its train/eval mode is left alone.
+        rows: Candidate rows; a ``Dataset`` is a sequence too.
+        pad_token_id: See :class:`~alignkit.data.prefix.CandidateCollator`.
+        layout: ``padded`` or ``shared_prefix``.
+        batch_size: Rows a forward pass.
+        device: Where the model's inputs go.
+        progress: Title of a progress bar, or None for none.
+
+    Returns:
+        Per row, per candidate, the log-probs of the completion tokens, nats.
+    """
+    collator = CandidateCollator(pad_token_id, layout)
+    # Longest first: memory runs out in the first batch or not at all, and padding is least.
+    lengths = [len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in rows]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    results: list[list[list[float]]] = [[] for _ in order]
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=progress, disable=progress is None):
+        indices = order[start : start + batch_size]
+        inputs = collator([rows[i] for i in indices])
+        logps = completion_logps(model, {k: v.to(device) for k, v in inputs.items()}).float().cpu()
+        for b, i in enumerate(indices):
+            kept = [logps[b, k][inputs["completion_mask"][b, k]] for k in range(len(rows[i]["completion_ids"]))]
+            results[i] = [tokens.tolist() for tokens in kept]
+    return results

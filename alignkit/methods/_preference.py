@@ -1,0 +1,284 @@
+"""The preference bridge: TRL's DPOTrainer with the objective of a :class:`~alignkit.methods.method.Method`.
+
+Inherited from TRL: model preparation, reference model or adapter, PEFT, dropout, saving. Replaced: the objective (on a
+CandidateBatch), the batch layout, the normalisation (one division by the global item counts), the metrics (weighted sums,
+gathered once a log) and the cache of reference log-probs.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- trl ``DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)``
+- trl ``DPOTrainer._precompute_ref_logps(dataset, name, batch_size)`` and ``_precompute_engine``
+- trl ``DPOTrainer._metrics`` and the averaging in ``log``
+- trl ``DPOTrainer.aux_loss_enabled`` and ``router_aux_loss_coef``
+- trl / transformers ``_set_signature_columns_if_needed`` and ``_signature_columns``
+- transformers ``Trainer.get_batch_samples``, whose second value reaches ``compute_loss`` as ``num_items_in_batch``
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
+from trl.trainer.utils import use_adapter
+
+from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
+from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, Metric, count_items
+from alignkit.methods import _reference as reference
+from alignkit.methods._forward import (
+    CompletionOutput,
+    base_model,
+    completion_forward,
+    completion_logps,
+    score_rows,
+    support_packed_rows,
+)
+from alignkit.methods._layouts import LayoutChoice, choose_layout
+from alignkit.methods._metrics import MetricSums
+from alignkit.methods.method import Method
+
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """What the bridge needs beside TRL's arguments.
+
+    Attributes:
+        layout: ``auto``, ``padded`` or ``shared_prefix``.
+        reference_cache: Directory of precomputed reference log-probs (used when ``args.precompute_ref_log_probs``).
+        card: Text of the model card, or None to write none.
+    """
+
+    layout: Literal["auto", "padded", "shared_prefix"] = "auto"
+    reference_cache: Path | None = None
+    card: str | None = None
+
+
+class PreferenceTrainer(DPOTrainer):
+    """Trains on candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) with any preference method.
+
+    Args:
+        model: The policy, loaded; with ``peft_config`` it is wrapped by TRL.
+        args: TRL's arguments; its ``loss_type`` and ``beta`` are not used.
+        method: The method whose objective is minimised.
+        options: Instance of ``method.options``.
+        settings: Layout, cache and card.
+        train_dataset: Candidate rows.
+        **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``ref_model``, ``callbacks``,
+            ``optimizers`` as in TRL.
+    """
+
+    _tag_names = ["alignkit", "trl"]
+    _name = "alignkit"
+    # The loss is divided by the item counts of the whole accumulation window.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DPOConfig,
+        *,
+        method: Method,
+        options: Any,
+        train_dataset: Dataset | IterableDataset,
+        settings: BridgeSettings = BridgeSettings(),
+        **inherited: Any,
+    ) -> None:
+        self.method, self.method_options, self.settings = method, options, settings
+        text_config = base_model(model).config.get_text_config().to_dict()
+        coefficient = args.router_aux_loss_coef
+        aux_loss = bool(text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
+        support_packed_rows(base_model(model))
+        self.layout: LayoutChoice = choose_layout(
+            settings.layout,
+            model,
+            train_dataset,
+            batch_size=args.per_device_train_batch_size,
+            aux_loss=aux_loss and "output_router_logits" in text_config,
+            verify=not is_deepspeed_zero3_enabled(),
+        )
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._loss_weights: dict[str, float] = {}
+        tokenizer = inherited["processing_class"]
+        pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
+        super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
+
+    # --- objective -------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of one micro-batch, divided by the item counts of the whole step (all ranks and accumulation steps).
+
+        Args:
+            model: The wrapped policy.
+            inputs: A collated batch.
+            return_outputs: Must be False; logits are never built.
+            num_items_in_batch: Global counts in the order of ``ITEM_KINDS``; None when evaluating.
+        """
+        if return_outputs:
+            raise NotImplementedError("logits are never built; use scripts/evaluate.py for predictions")
+        output = completion_forward(model, inputs, router_logits=self.aux_loss_enabled)
+        batch = self._candidate_batch(inputs, output)
+        result = self.method.objective(batch, self.method_options)
+        if num_items_in_batch is None:
+            counts, ranks = count_items(inputs["completion_mask"]), 1
+        else:
+            counts, ranks = dict(zip(ITEM_KINDS, num_items_in_batch, strict=True)), self.accelerator.num_processes
+        # Gradients are averaged over ranks, while the counts are already global.
+        terms = [term.weight * (term.values.sum() / counts[term.item].clamp(min=1)) for term in result.terms]
+        loss = sum(terms[1:], terms[0]) * ranks
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
+        self._record(inputs, output, result)
+        return loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of one step and their item counts over all ranks, in the order of ``ITEM_KINDS``."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(len(ITEM_KINDS), dtype=torch.long, device=device)
+        for batch in batches:
+            local = count_items(batch["completion_mask"])
+            counts += torch.stack([local[kind] for kind in ITEM_KINDS]).to(device)
+        return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def _candidate_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput) -> CandidateBatch:
+        ref_token_logps = inputs.get("ref_token_logps")
+        if ref_token_logps is None and "reference" in self.method.needs:
+            ref_token_logps = self.reference_logps(inputs)
+        return CandidateBatch(
+            policy_token_logps=output.token_logps,
+            completion_mask=inputs["completion_mask"],
+            candidate_mask=inputs["candidate_mask"],
+            scores=inputs["scores"],
+            ref_token_logps=ref_token_logps,
+            token_rewards=inputs.get("token_rewards"),
+        )
+
+    # --- reference -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token log-probs [B, K, T] under the reference: its own model, the adapter ``ref``, or no adapter."""
+        with self._reference_mode():
+            return completion_logps(self._reference_model(), inputs)
+
+    def _reference_model(self) -> nn.Module:
+        model = self.ref_model or self.model
+        support_packed_rows(base_model(self.accelerator.unwrap_model(model)))
+        return model
+
+    @contextlib.contextmanager
+    def _reference_mode(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
+            if self.ref_model is None and isinstance(self.model, PeftModel):
+                stack.enter_context(use_adapter(self.model, adapter_name=self._reference_adapter()))
+            yield
+
+    def _reference_adapter(self) -> str | None:
+        has_copy = isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
+        return "ref" if has_copy else None
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Attach ``ref_token_logps``, read from the cache or computed with all ranks."""
+        weights = reference.weights_fingerprint(self.ref_model or self.model, self._reference_adapter())
+        precision = PRECISIONS.get(self.accelerator.mixed_precision, str(self.model.dtype).removeprefix("torch."))
+        cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
+        path = cache.path(weights, precision, reference.rows_fingerprint(dataset))
+        num_tokens = sum(len(ids) for row in dataset["completion_ids"] for ids in row)
+        values = cache.load(path, num_tokens)
+        if all(gather_object([values is not None])):
+            rows = reference.attach(dataset, values)
+            sample = rows.select(reference.check_sample(rows))
+            fresh = self._score_over_ranks(sample, batch_size, None)
+            reference.check_reused(path, sample[reference.COLUMN], fresh, precision)
+            return rows
+        scores = self._score_over_ranks(dataset, batch_size, f"Reference log-probs of the {name} rows")
+        values = torch.tensor([x for row in scores for candidate in row for x in candidate], dtype=torch.float32)
+        if self.is_world_process_zero():
+            cache.store(path, values)
+        self.accelerator.wait_for_everyone()
+        return reference.attach(dataset, values)
+
+    def _score_over_ranks(self, rows: Dataset, batch_size: int, progress: str | None) -> list[list[list[float]]]:
+        """Reference scores of all rows on every rank; each rank computes its share in as many batches as the others."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = [min(i * ranks + rank, len(rows) - 1) for i in range(-(-len(rows) // ranks))]
+        model = self._reference_model()
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+            model = self._precompute_engine
+        with self._reference_mode(), self.accelerator.autocast():
+            scores = score_rows(
+                model,
+                rows.select(share),
+                pad_token_id=self.data_collator.pad_token_id,
+                layout=self.layout.layout,
+                batch_size=batch_size,
+                device=self.accelerator.device,
+                progress=progress if self.is_local_process_zero() else None,
+            )
+        gathered = dict(gather_object(list(zip(share, scores, strict=True))))
+        return [gathered[i] for i in range(len(rows))]
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    def record(self, name: str, metric: Metric) -> None:
+        """Add a metric to the next log; every rank must record the same names."""
+        self._sums["train" if self.model.training else "eval"].add(name, metric)
+
+    def _record(self, inputs: Mapping[str, Tensor], output: CompletionOutput, result: LossOutput) -> None:
+        self._loss_weights = {f"loss/{term.name}": term.weight for term in result.terms}
+        for term in result.terms:
+            self.record(f"loss/{term.name}", Metric(term.values, term.num_items.reshape(1)))
+        for name, metric in result.metrics.items():
+            self.record(name, metric)
+        mask = inputs["completion_mask"]
+        self.record("entropy", Metric(output.entropy.sum().reshape(1), mask.sum().reshape(1)))
+        correct = output.is_top1[:, 0] & mask[:, 0]
+        self.record("mean_token_accuracy", Metric(correct.sum().reshape(1), mask[:, 0].sum().reshape(1)))
+        if self.aux_loss_enabled:
+            self._loss_weights["aux_loss"] = self.router_aux_loss_coef
+            self.record("aux_loss", Metric(output.aux_loss.reshape(1)))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the weighted means since the last log; the evaluation loss is recomputed from its terms."""
+        mode = "train" if self.model.training else "eval"
+        means = self._sums[mode].means(self.accelerator)
+        if "eval_loss" in logs:
+            logs["eval_loss"] = sum(weight * means[name] for name, weight in self._loss_weights.items())
+        self._metrics[mode].update({name: [value] for name, value in means.items()})
+        super().log(logs, start_time)
+
+    # --- data and card ---------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Dataset, *unused: Sequence[Any], **also_unused: Any) -> Dataset:
+        """Candidate rows are tokenised before a model is loaded; nothing is left to do."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS]
+
+    def create_model_card(self, *unused: Any, **also_unused: Any) -> None:
+        """Write the card the run prepared, in place of TRL's."""
+        if self.settings.card is not None and self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(self.settings.card)

@@ -1,0 +1,143 @@
+"""Token log-probs of the reference, computed once and kept on disk.
+
+The cache key is exactly what the values depend on: the reference's weights, the precision they are run in and the token
+ids of the rows (which already carry template, tokenisation, truncation and order). The learning rate, the method, the
+layout, the number of processes and the way the model is sharded do not enter it.
+
+Upstream names relied on: ``deepspeed.zero.GatheredParameters`` and the ``ds_id`` attribute of partitioned parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, concatenate_datasets
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignkit.errors import CheckpointError
+from alignkit.methods._forward import base_model
+
+COLUMN = "ref_token_logps"
+CHECKED_ROWS = 4
+CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.1}
+"""Largest admissible difference between a cached and a recomputed token log-prob, nats, by compute precision."""
+
+
+def default_cache_dir() -> Path:
+    """``$ALIGNKIT_CACHE/reference``, by default ``~/.cache/alignkit/reference``."""
+    return Path(os.environ.get("ALIGNKIT_CACHE", Path.home() / ".cache" / "alignkit")) / "reference"
+
+
+def weights_fingerprint(model: nn.Module, adapter: str | None) -> str:
+    """Hash of the reference's weights: the base model's and, if ``adapter`` names one, that adapter's.
+
+    The same weights give the same hash as a plain model, inside PEFT, and partitioned by ZeRO-3.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in _named_weights(model, adapter):
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(raw.tobytes())
+    return digest.hexdigest()
+
+
+def _named_weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in sorted(base_model(model).state_dict(keep_vars=True).items()):
+        is_adapter = ".lora_" in name or ".modules_to_save." in name
+        if is_adapter and (adapter is None or f".{adapter}." not in f"{name}."):
+            continue
+        plain_name = name.replace(".base_layer", "").replace(".original_module", "")
+        if "ds_id" in vars(tensor):
+            from deepspeed.zero import GatheredParameters
+
+            with GatheredParameters([tensor]):
+                yield plain_name, tensor
+        else:
+            yield plain_name, tensor
+
+
+def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Hash of the token ids of candidate rows, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        for ids in (row["prompt_ids"], *row["completion_ids"]):
+            digest.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """Flat float32 vectors of token log-probs, one file a (weights, precision, rows) triple."""
+
+    directory: Path
+
+    def path(self, weights: str, precision: str, rows: str) -> Path:
+        """File of the triple."""
+        key = hashlib.blake2b(f"{weights} {precision} {rows}".encode(), digest_size=16).hexdigest()
+        return self.directory / f"{key}.safetensors"
+
+    def load(self, path: Path, num_tokens: int) -> Tensor | None:
+        """The cached vector, or None when there is none.
+
+        Raises:
+            CheckpointError: The file cannot be read or has another length.
+        """
+        if not path.is_file():
+            return None
+        advice = f"Delete {path} and start again."
+        try:
+            values = load_file(path)["token_logps"]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise CheckpointError(f"the cached reference log-probs cannot be read ({error}). {advice}") from error
+        if values.numel() != num_tokens:
+            raise CheckpointError(f"the reference cache holds {values.numel()} tokens, the data {num_tokens}. {advice}")
+        return values
+
+    def store(self, path: Path, values: Tensor) -> None:
+        """Write atomically: a killed run leaves no half-written cache."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({"token_logps": values.contiguous()}, partial)
+        os.replace(partial, path)
+
+
+def attach(rows: Dataset, values: Tensor) -> Dataset:
+    """Add the column ``ref_token_logps`` (K lists a row) built from the flat vector ``values``."""
+    completions = rows["completion_ids"]
+    lengths = [len(ids) for row in completions for ids in row]
+    inner = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    outer = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in completions])]), pa.int32())
+    tokens = pa.ListArray.from_arrays(inner, pa.array(values.numpy()))
+    column = Dataset(pa.table({COLUMN: pa.ListArray.from_arrays(outer, tokens)}))
+    return concatenate_datasets([rows, column], axis=1)
+
+
+def check_sample(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Indices of the rows that are scored again when a cache is reused: evenly spaced, first and last included."""
+    return sorted({round(i * (len(rows) - 1) / max(CHECKED_ROWS - 1, 1)) for i in range(CHECKED_ROWS)})
+
+
+def check_reused(path: Path, cached: list[list[list[float]]], fresh: list[list[list[float]]], precision: str) -> None:
+    """Compare cached with recomputed rows.
+
+    Raises:
+        CheckpointError: They differ by more than the precision explains.
+    """
+    pairs = [(a, b) for x, y in zip(cached, fresh, strict=True) for u, v in zip(x, y, strict=True) for a, b in zip(u, v)]
+    worst = max(abs(a - b) for a, b in pairs)
+    if not worst <= CHECK_TOLERANCE[precision]:
+        raise CheckpointError(
+            f"the cached reference log-probs differ from the model's by up to {worst:.3g} nats a token "
+            f"(tolerance {CHECK_TOLERANCE[precision]}). Delete {path} and start again."
+        )

@@ -1,0 +1,72 @@
+"""Method ``flex_dpo``: DPO with a coefficient for each side and an optional SFT term."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from alignkit.methods._pair_metrics import PAIR_METRICS
+from alignkit.methods.method import Method, Paper
+from alignkit.options import option
+
+if TYPE_CHECKING:
+    from alignkit.losses.types import CandidateBatch, LossOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexDPOConfig:
+    """Options of ``flex_dpo``."""
+
+    beta_pos: float = option(
+        0.1,
+        gt=0,
+        help="Coefficient of the chosen log-ratio, per nat.",
+        source="3D-Properties (arXiv 2406.07327), fixed in its sweep, as reported by its reviews",
+    )
+    beta_neg: float = option(
+        0.08,
+        ge=0,
+        help="Coefficient of the rejected log-ratio, per nat; below beta_pos it slows the fall of the rejected side.",
+        source="3D-Properties (arXiv 2406.07327), best of its sweep (Figure 4), as reported by its reviews",
+    )
+    eta: float = option(0.0, ge=0, help="Weight of the SFT term on the chosen response; 0 is off, 0.1 a usual value.")
+    sft_normalization: str = option(
+        "token",
+        choices=("token", "sequence_sum"),
+        help="What the SFT term is divided by: chosen tokens (as TRL's sft loss), or pairs (a sum over each response).",
+    )
+    length_normalize: bool = option(
+        False, help="Divide each log-ratio by its number of tokens; removes the length bias of unequal betas."
+    )
+
+
+def objective(batch: CandidateBatch, options: FlexDPOConfig) -> LossOutput:
+    """The loss of one batch of pairs."""
+    from alignkit.losses.flex_dpo import flex_dpo_loss
+
+    return flex_dpo_loss(batch, **asdict(options))
+
+
+METHOD = Method(
+    name="flex_dpo",
+    summary="DPO with separate coefficients for chosen and rejected, and an SFT term, against likelihood collapse.",
+    options=FlexDPOConfig,
+    objective=objective,
+    metrics=PAIR_METRICS,
+    paper=Paper(
+        title="3D-Properties: Identifying Challenges in DPO and Charting a Path Forward",
+        arxiv_id="2406.07327",
+        citation="""\
+@inproceedings{yan2025threed,
+  title     = {3D-Properties: Identifying Challenges in {DPO} and Charting a Path Forward},
+  author    = {Yuzi Yan and Yibo Miao and Jialian Li and Yipin Zhang and Jian Xie and Zhijie Deng and Dong Yan},
+  booktitle = {The Thirteenth International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2406.07327}
+}""",
+    ),
+    fidelity=(
+        "reconstruction: the equation is inferred from the published reviews; the SFT normalisation, eta and "
+        "length_normalize are ours"
+    ),
+)

@@ -1,0 +1,77 @@
+"""What a method is: options with published defaults, needs, one objective and its paper.
+
+Torch is not imported here, so that configs can be checked and ``--help`` answered in a fraction of a second. A method
+module imports its loss inside the objective function for the same reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignkit.losses.types import LossOutput
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The publication a method implements.
+
+    Attributes:
+        title, arxiv_id, citation: Title, arXiv identifier and BibTeX entry.
+    """
+
+    title: str
+    arxiv_id: str
+    citation: str
+
+    @property
+    def url(self) -> str:
+        """Abstract page of the paper."""
+        return f"https://arxiv.org/abs/{self.arxiv_id}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One training method, discovered by the name of its file.
+
+    Attributes:
+        name: File stem; the value of the config key ``method``.
+        summary: One sentence.
+        options: Dataclass of the method's own options, declared with :func:`alignkit.options.option`.
+        objective: ``(batch, options) -> LossOutput``.
+        metrics: Key to meaning, for every metric the objective returns.
+        paper: The publication.
+        fidelity: Provenance grade: author's code, paper text, secondary source or reconstruction, and what is ours.
+        program: Launch program under ``trainers/``, which also fixes the batch shape.
+        needs: Any of ``reference``, ``token_rewards``.
+        num_candidates: Exact K the objective takes, or None for any K >= 2.
+    """
+
+    name: str
+    summary: str
+    options: type
+    objective: Callable[[Any, Any], LossOutput]
+    metrics: Mapping[str, str]
+    paper: Paper
+    fidelity: str
+    program: str = "preference"
+    needs: frozenset[str] = field(default_factory=lambda: frozenset({"reference"}))
+    num_candidates: int | None = 2
+
+
+def method_names() -> list[str]:
+    """Names of all methods, from the files in ``alignkit/methods`` (bridges and this file left out)."""
+    package = importlib.import_module("alignkit.methods")
+    names = [m.name for m in pkgutil.iter_modules(package.__path__)]
+    return sorted(n for n in names if not n.startswith("_") and n != "method")
+
+
+def load_method(name: str) -> Method:
+    """Import and return the method called ``name``; raises KeyError for an unknown one."""
+    if name not in method_names():
+        raise KeyError(name)
+    return importlib.import_module(f"alignkit.methods.{name}").METHOD

@@ -1,0 +1,1 @@
+"""Which numbers may move: full fine-tuning, LoRA, quantised bases."""
