@@ -17,11 +17,11 @@ ITEM_KINDS = ("group", "chosen_token", "completion_token")
 """What a loss term can be averaged over. ``group`` is one prompt with its candidates; a pair is a group with K = 2."""
 
 
-def sequence_logps(token_logps: Float[Tensor, "*N T"]) -> Float[Tensor, "*N"]:
-    """Sum token log-probs over T, accumulating in at least float32."""
+def sequence_logps(token_logps: Float[Tensor, "*N T"], mask: Bool[Tensor, "*N T"]) -> Float[Tensor, "*N"]:
+    """Sum token log-probs over the unmasked positions of T, accumulating in at least float32."""
     if token_logps.dtype in (torch.float16, torch.bfloat16):
         token_logps = token_logps.float()
-    return token_logps.sum(-1)
+    return token_logps.masked_fill(~mask, 0.0).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class CandidateSide:
     @property
     def policy_logps(self) -> Float[Tensor, " B"]:
         """Sequence log-prob under the policy, nats."""
-        return sequence_logps(self.policy_token_logps)
+        return sequence_logps(self.policy_token_logps, self.completion_mask)
 
     @property
     def ref_logps(self) -> Float[Tensor, " B"]:
         """Sequence log-prob under the reference, nats; raises ValueError when the batch carries no reference."""
         if self.ref_token_logps is None:
             raise ValueError("this batch carries no reference log-probs (ref_token_logps is None)")
-        return sequence_logps(self.ref_token_logps)
+        return sequence_logps(self.ref_token_logps, self.completion_mask)
 
     @property
     def logratio(self) -> Float[Tensor, " B"]:
@@ -79,7 +79,7 @@ class CandidateBatch:
     @property
     def policy_logps(self) -> Float[Tensor, "B K"]:
         """Sequence log-prob of each candidate under the policy, nats."""
-        return sequence_logps(self.policy_token_logps)
+        return sequence_logps(self.policy_token_logps, self.completion_mask)
 
     @property
     def chosen(self) -> CandidateSide:

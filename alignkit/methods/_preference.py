@@ -46,6 +46,12 @@ from alignkit.methods._layouts import LayoutChoice, choose_layout
 from alignkit.methods._metrics import MetricSums
 from alignkit.methods.method import Method
 
+METRICS: Mapping[str, str] = {
+    "entropy": "entropy of the next-token distribution over completion tokens, nats",
+    "mean_token_accuracy": "share of the first (chosen) candidate's tokens that are the most likely one",
+}
+"""What the bridge logs for every method, beside ``loss/<term>`` (and ``aux_loss`` for mixtures of experts)."""
+
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -199,30 +205,23 @@ class PreferenceTrainer(DPOTrainer):
         return "ref" if has_copy else None
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Attach ``ref_token_logps``, read from the cache or computed with all ranks."""
-        weights = reference.weights_fingerprint(self.ref_model or self.model, self._reference_adapter())
+        """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
+        weights = reference.weights_fingerprint(self._reference_model(), self._reference_adapter())
         precision = PRECISIONS.get(self.accelerator.mixed_precision, str(self.model.dtype).removeprefix("torch."))
         cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
-        path = cache.path(weights, precision, reference.rows_fingerprint(dataset))
-        num_tokens = sum(len(ids) for row in dataset["completion_ids"] for ids in row)
-        values = cache.load(path, num_tokens)
-        if all(gather_object([values is not None])):
-            rows = reference.attach(dataset, values)
-            sample = rows.select(reference.check_sample(rows))
-            fresh = self._score_over_ranks(sample, batch_size, None)
-            reference.check_reused(path, sample[reference.COLUMN], fresh, precision)
-            return rows
-        scores = self._score_over_ranks(dataset, batch_size, f"Reference log-probs of the {name} rows")
-        values = torch.tensor([x for row in scores for candidate in row for x in candidate], dtype=torch.float32)
-        if self.is_world_process_zero():
-            cache.store(path, values)
-        self.accelerator.wait_for_everyone()
-        return reference.attach(dataset, values)
+        return reference.with_reference(
+            dataset,
+            cache=cache,
+            path=cache.path(weights, precision, reference.rows_fingerprint(dataset)),
+            precision=precision,
+            score=lambda rows: self._score_over_ranks(
+                rows, batch_size, f"Reference log-probs of {len(rows)} {name} rows"
+            ),
+        )
 
-    def _score_over_ranks(self, rows: Dataset, batch_size: int, progress: str | None) -> list[list[list[float]]]:
+    def _score_over_ranks(self, rows: Dataset, batch_size: int, title: str) -> reference.Scores:
         """Reference scores of all rows on every rank; each rank computes its share in as many batches as the others."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        share = [min(i * ranks + rank, len(rows) - 1) for i in range(-(-len(rows) // ranks))]
+        share = self._share(len(rows))
         model = self._reference_model()
         if self.ref_model is None and self.is_deepspeed_enabled:
             self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
@@ -235,10 +234,38 @@ class PreferenceTrainer(DPOTrainer):
                 layout=self.layout.layout,
                 batch_size=batch_size,
                 device=self.accelerator.device,
-                progress=progress if self.is_local_process_zero() else None,
+                progress=title if self.is_local_process_zero() else None,
             )
         gathered = dict(gather_object(list(zip(share, scores, strict=True))))
         return [gathered[i] for i in range(len(rows))]
+
+    def _share(self, num_rows: int) -> list[int]:
+        """This rank's row indices; as many on every rank, the last row being repeated where they run out."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return [min(i * ranks + rank, num_rows - 1) for i in range(-(-num_rows // ranks))]
+
+    # --- probe -----------------------------------------------------------------------------------------------------
+
+    def probe_batches(self, rows: Dataset) -> list[dict[str, Tensor]]:
+        """This rank's share of held-out rows, collated, on the device; as many batches on every rank.
+
+        Rows beyond a multiple of the number of ranks are left out, so that each counts once.
+        """
+        ranks, size = self.accelerator.num_processes, self.args.per_device_eval_batch_size
+        share = range(self.accelerator.process_index, len(rows) // ranks * ranks, ranks)
+        batches = [[rows[i] for i in share[start : start + size]] for start in range(0, len(share), size)]
+        device = self.accelerator.device
+        return [{k: v.to(device) for k, v in self.data_collator(batch).items()} for batch in batches]
+
+    @torch.no_grad()
+    def probe_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Policy token log-probs [B, K, T] in evaluation mode."""
+        self.model.eval()
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            with self.compute_loss_context_manager():
+                logps = completion_logps(self.model, inputs)
+        self.model.train()
+        return logps
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 
@@ -249,13 +276,12 @@ class PreferenceTrainer(DPOTrainer):
     def _record(self, inputs: Mapping[str, Tensor], output: CompletionOutput, result: LossOutput) -> None:
         self._loss_weights = {f"loss/{term.name}": term.weight for term in result.terms}
         for term in result.terms:
-            self.record(f"loss/{term.name}", Metric(term.values, term.num_items.reshape(1)))
+            self.record(f"loss/{term.name}", _ratio(term.values, term.num_items))
         for name, metric in result.metrics.items():
             self.record(name, metric)
         mask = inputs["completion_mask"]
-        self.record("entropy", Metric(output.entropy.sum().reshape(1), mask.sum().reshape(1)))
-        correct = output.is_top1[:, 0] & mask[:, 0]
-        self.record("mean_token_accuracy", Metric(correct.sum().reshape(1), mask[:, 0].sum().reshape(1)))
+        self.record("entropy", _ratio(output.entropy, mask))
+        self.record("mean_token_accuracy", _ratio(output.is_top1[:, 0] & mask[:, 0], mask[:, 0]))
         if self.aux_loss_enabled:
             self._loss_weights["aux_loss"] = self.router_aux_loss_coef
             self.record("aux_loss", Metric(output.aux_loss.reshape(1)))
@@ -282,3 +308,7 @@ class PreferenceTrainer(DPOTrainer):
         """Write the card the run prepared, in place of TRL's."""
         if self.settings.card is not None and self.is_world_process_zero():
             Path(self.args.output_dir, "README.md").write_text(self.settings.card)
+
+
+def _ratio(numerators: Tensor, denominators: Tensor) -> Metric:
+    return Metric(numerators.detach().sum().float().reshape(1), denominators.sum().float().reshape(1))

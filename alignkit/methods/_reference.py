@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,6 +28,9 @@ from torch import Tensor, nn
 
 from alignkit.errors import CheckpointError
 from alignkit.methods._forward import base_model
+
+Scores = list[list[list[float]]]
+"""Per row, per candidate, per token."""
 
 COLUMN = "ref_token_logps"
 CHECKED_ROWS = 4
@@ -112,30 +117,56 @@ class ReferenceCache:
         os.replace(partial, path)
 
 
-def attach(rows: Dataset, values: Tensor) -> Dataset:
+def with_reference(
+    rows: Dataset, *, cache: ReferenceCache, path: Path, precision: str, score: Callable[[Dataset], Scores]
+) -> Dataset:
+    """Attach ``ref_token_logps``, from the cache when every rank has it, otherwise computed and stored.
+
+    A collective. A reused cache is compared with a few freshly scored rows.
+
+    Args:
+        rows: Candidate rows.
+        cache: The cache.
+        path: This run's file in it.
+        precision: Compute precision, which sets the tolerance of the comparison.
+        score: Scores rows under the reference with all ranks, returning all scores on every rank.
+    """
+    num_tokens = sum(len(ids) for row in rows["completion_ids"] for ids in row)
+    values = cache.load(path, num_tokens)
+    if all(gather_object([values is not None])):
+        attached = _attach(rows, values)
+        sample = attached.select(_check_sample(len(attached)))
+        _check_reused(path, sample[COLUMN], score(sample), precision)
+        return attached
+    scores = score(rows)
+    values = torch.tensor([x for row in scores for candidate in row for x in candidate], dtype=torch.float32)
+    if PartialState().is_main_process:
+        cache.store(path, values)
+    PartialState().wait_for_everyone()
+    return _attach(rows, values)
+
+
+def _attach(rows: Dataset, values: Tensor) -> Dataset:
     """Add the column ``ref_token_logps`` (K lists a row) built from the flat vector ``values``."""
     completions = rows["completion_ids"]
     lengths = [len(ids) for row in completions for ids in row]
-    inner = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    outer = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in completions])]), pa.int32())
-    tokens = pa.ListArray.from_arrays(inner, pa.array(values.numpy()))
-    column = Dataset(pa.table({COLUMN: pa.ListArray.from_arrays(outer, tokens)}))
+    inner = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
+    outer = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in completions])]), pa.int64())
+    tokens = pa.LargeListArray.from_arrays(inner, pa.array(values.numpy()))
+    column = Dataset(pa.table({COLUMN: pa.LargeListArray.from_arrays(outer, tokens)}))
     return concatenate_datasets([rows, column], axis=1)
 
 
-def check_sample(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Indices of the rows that are scored again when a cache is reused: evenly spaced, first and last included."""
-    return sorted({round(i * (len(rows) - 1) / max(CHECKED_ROWS - 1, 1)) for i in range(CHECKED_ROWS)})
+def _check_sample(num_rows: int) -> list[int]:
+    """Rows that are scored again when a cache is reused: evenly spaced, first and last included."""
+    return sorted({round(i * (num_rows - 1) / (CHECKED_ROWS - 1)) for i in range(CHECKED_ROWS)})
 
 
-def check_reused(path: Path, cached: list[list[list[float]]], fresh: list[list[list[float]]], precision: str) -> None:
-    """Compare cached with recomputed rows.
+def _check_reused(path: Path, cached: Scores, fresh: Scores, precision: str) -> None:
+    def flat(scores: Scores) -> Tensor:
+        return torch.tensor([x for row in scores for candidate in row for x in candidate])
 
-    Raises:
-        CheckpointError: They differ by more than the precision explains.
-    """
-    pairs = [(a, b) for x, y in zip(cached, fresh, strict=True) for u, v in zip(x, y, strict=True) for a, b in zip(u, v)]
-    worst = max(abs(a - b) for a, b in pairs)
+    worst = float((flat(cached) - flat(fresh)).abs().max())
     if not worst <= CHECK_TOLERANCE[precision]:
         raise CheckpointError(
             f"the cached reference log-probs differ from the model's by up to {worst:.3g} nats a token "

@@ -1,0 +1,81 @@
+# make help lists the targets. VENV and PYTHON may be set: make test VENV=/elsewhere PYTHON=python3.12
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export DS_BUILD_OPS := 0
+export PYTHONUNBUFFERED := 1
+# Byte code is written on first import, for what is used, and not by pip for everything: half a minute less.
+export PYTHONDONTWRITEBYTECODE :=
+
+LOG := $(VENV)/install.log
+# $(call pip_install,what is shown,arguments of pip): one dot a package; the log, and its end if the installation fails.
+define pip_install
+	printf '%s ' "$(1)"
+	$(PY) -m pip install --no-compile --progress-bar off $(2) 2>&1 | tee -a $(LOG) \
+	  | while read -r line; do case "$$line" in Collecting*|Building*|Installing*) printf .;; esac; done \
+	  || { printf ' failed; the end of $(LOG):\n'; tail -n 20 $(LOG); exit 1; }
+	printf ' done\n'
+endef
+
+.PHONY: help quickstart test check format bench claims docs clean
+
+help:  ## List the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# torch first and pinned: left to itself pip may replace a CPU build by gigabytes of CUDA.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  "alignkit needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(call pip_install,[1/2] installing torch,-c constraints.txt torch)
+	@touch $@
+
+# What training needs.
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	@$(call pip_install,[2/2] installing alignkit,-c constraints.txt -e .)
+	@touch $@
+
+# What training, the tests and the checks need. lm-eval (extra eval) is large and no test imports it.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@$(call pip_install,[2/2] installing alignkit with test tools,-c constraints.txt -e '.[deepspeed$(comma)quantization$(comma)dev]')
+	@touch $@ $(VENV)/.run
+
+comma := ,
+
+quickstart: $(VENV)/.run  ## Install, train a tiny model on synthetic preferences, show what happened to it
+	@$(PY) scripts/quickstart.py
+
+test: check  ## Static checks, then the whole test suite
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+check: $(VENV)/.dev  ## Lint, format, types, layers, budgets
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
+	@$(PY) -m pytest -q tests/contracts/test_budgets.py
+
+format: $(VENV)/.dev  ## Rewrite the sources in the project's format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(VENV)/.dev  ## Pairs per second against trl.DPOTrainer
+	@$(PY) scripts/benchmark.py
+
+claims: $(VENV)/.run  ## Repeat the experiments of docs/results
+	@for script in $$(grep -l __main__ scripts/claims/*.py); do $(PY) $$script; done
+
+docs: $(VENV)/.run  ## Regenerate the tables in README.md and docs/
+	@$(PY) scripts/docs.py
+
+clean:  ## Remove the environment, caches, builds and the quickstart's output
+	rm -rf $(VENV) build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find alignkit trainers scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""Strict command lines for the tool scripts: no abbreviations; an unknown option is answered with the nearest one."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from alignkit.errors import ConfigError
+
+
+class StrictParser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose complaints are :class:`~alignkit.errors.ConfigError`.
+
+    Args:
+        description: Shown by ``--help``.
+        epilog: Shown after the options, as written; usually example commands.
+    """
+
+    def __init__(self, description: str, epilog: str = "") -> None:
+        self._names: list[str] = []
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Declare an argument, as argparse does.
+
+        Args:
+            *names: Option names, or the name of a positional argument.
+            **options: As in argparse.
+        """
+        self._names += [name for name in names if name.startswith("-")]
+        return super().add_argument(*names, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """Parse the command line; every unknown option is reported, each with the nearest known one.
+
+        Args:
+            args: Words to parse; those of this process by default.
+            namespace: Object to fill; a new one by default.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        given = dict.fromkeys(word.split("=", 1)[0] for word in words if word.startswith("--"))
+        unknown = [name for name in given if name not in self._names]
+        if unknown:
+            raise ConfigError(self.prog, [self._advice(name) for name in unknown])
+        return super().parse_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise ConfigError(self.prog, [f"{message} (see --help)"])
+
+    def _advice(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self._names, n=1, cutoff=0.5)
+        return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def non_negative_float(text: str) -> float:
+    """An argparse type: a finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return value

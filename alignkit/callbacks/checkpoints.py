@@ -1,0 +1,222 @@
+"""Checkpoints that can be trusted: reopened and verified after each save, marked complete, then rotated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignkit.callbacks import durability
+from alignkit.errors import CheckpointError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+MODEL_INDEX = "model.safetensors.index.json"
+DEEPSPEED_TAG = "latest"
+SHARDED_MODELS = (DEEPSPEED_TAG, "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")
+"""What DeepSpeed and FSDP save beside, or in place of, consolidated weights."""
+FSDP_OPTIMIZERS = ("optimizer_0", "optimizer.bin")
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """What :func:`verify_weights` found: the files, their tensors and the number of parameters in them."""
+
+    files: tuple[Path, ...]
+    num_tensors: int
+    num_parameters: int
+
+
+def verify_weights(directory: Path) -> SavedWeights:
+    """Reopen the adapter or model saved in ``directory`` and look at every tensor.
+
+    Args:
+        directory: A checkpoint, or the directory of a finished run; checkpoints inside it are left alone.
+
+    Raises:
+        CheckpointError: There are no weights, a file cannot be read, or a tensor is empty or not finite.
+    """
+    files = _weight_files(directory)
+    if not files:
+        raise CheckpointError(
+            f"{directory} holds no weights: neither {ADAPTER_FILE} nor model.safetensors. Under ZeRO-3 set "
+            "zero3_save_16bit_model: true in the accelerate config."
+        )
+    _check_index(directory)
+    sizes = [_check_tensor(path, name, tensor) for path in files for name, tensor in _tensors(path)]
+    return SavedWeights(tuple(files), len(sizes), sum(sizes))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Model shards and adapters; PEFT keeps an adapter that is not called ``default`` in a folder of its name."""
+    named_adapters = (p for p in directory.glob(f"*/{ADAPTER_FILE}") if durability.checkpoint_step(p.parent) is None)
+    return sorted([*directory.glob("*.safetensors"), *named_adapters])
+
+
+def _check_index(directory: Path) -> None:
+    """Every tensor that the index of a sharded model promises must be in the shard it names."""
+    index = directory / MODEL_INDEX
+    if not index.is_file():
+        return
+    promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    for shard in sorted(set(promised.values())):
+        if not (directory / shard).is_file():
+            raise CheckpointError(f"{directory / shard} is missing; {MODEL_INDEX} names it")
+        present = {name for name, _ in _tensors(directory / shard)}
+        missing = [name for name, file in promised.items() if file == shard and name not in present]
+        if missing:
+            raise CheckpointError(f"{directory / shard}: tensor {missing[0]} is missing; {MODEL_INDEX} names it")
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and content of each tensor of a file, one at a time in memory."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if not names:
+                raise CheckpointError(f"{path} holds no tensor: nothing was gathered when it was saved")
+            for name in names:
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); the file is truncated or damaged") from error
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> int:
+    """Number of elements of a sound tensor."""
+    if tensor.numel() == 0:
+        raise CheckpointError(
+            f"{path}: tensor {name} is empty, shape {list(tensor.shape)}: the partitioned weight was saved without "
+            "gathering it. The checkpoint cannot be used."
+        )
+    # isfinite does not know the 8-bit floats.
+    values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{path}: tensor {name} holds {bad} values that are NaN or infinite, of {tensor.numel()}. Training has "
+            "diverged: lower learning_rate, and resume from an earlier checkpoint."
+        )
+    return tensor.numel()
+
+
+def verify_checkpoint(checkpoint: Path, world_size: int) -> None:
+    """Check that a checkpoint holds sound weights and all that resuming needs.
+
+    Args:
+        checkpoint: A directory ``checkpoint-<step>``, written by all ranks.
+        world_size: Number of ranks that wrote it.
+
+    Raises:
+        CheckpointError: Names the file, and the tensor, that is missing or unusable.
+    """
+    sharded = any((checkpoint / name).exists() for name in SHARDED_MODELS)
+    if _weight_files(checkpoint) or not sharded:
+        verify_weights(checkpoint)
+    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in range(world_size)]
+    needed = [f"rng_state{rank}.pth" for rank in ranks]
+    if (checkpoint / DEEPSPEED_TAG).is_file():
+        _verify_deepspeed(checkpoint, world_size)
+    elif any((checkpoint / name).exists() for name in FSDP_OPTIMIZERS):
+        needed += ["scheduler.pt"]
+    else:
+        needed += ["optimizer.pt", "scheduler.pt"]
+    for name in needed:
+        _check_present(checkpoint / name)
+    _check_state(checkpoint)
+
+
+def _verify_deepspeed(checkpoint: Path, world_size: int) -> None:
+    engine = checkpoint / (checkpoint / DEEPSPEED_TAG).read_text(encoding="utf-8").strip()
+    shards = list(engine.glob("*_optim_states.pt"))
+    if len(shards) < world_size:
+        raise CheckpointError(f"{engine} holds the optimizer states of {len(shards)} ranks out of {world_size}")
+    models = list(engine.glob("*model_states.pt"))
+    if not models:
+        raise CheckpointError(f"{engine} holds no *model_states.pt")
+    for path in [*shards, *models]:
+        _check_present(path)
+
+
+def _check_present(path: Path) -> None:
+    if not path.is_file() or path.stat().st_size == 0:
+        hint = " (save_only_model leaves it out)" if path.name == "optimizer.pt" else ""
+        raise CheckpointError(f"{path} is missing or empty{hint}; the run could not be resumed from this checkpoint")
+
+
+def _check_state(checkpoint: Path) -> None:
+    path = checkpoint / "trainer_state.json"
+    try:
+        step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); the checkpoint cannot be resumed") from error
+    if step != durability.checkpoint_step(checkpoint):
+        raise CheckpointError(f"{path} is of step {step}; it does not belong to {checkpoint.name}")
+
+
+class CheckpointGuard(TrainerCallback):
+    """Verifies, marks and rotates the checkpoints of a run.
+
+    After a save all ranks wait for each other; the first one verifies the checkpoint, writes ``complete.json`` as its
+    last file and deletes what is no longer wanted. A kill at any instant leaves the last complete checkpoint usable.
+    transformers' own rotation must be off (``save_total_limit=None`` in its arguments): it counts incomplete ones.
+
+    Args:
+        save_total_limit: Number of complete checkpoints kept, the newest; None keeps all.
+    """
+
+    def __init__(self, save_total_limit: int | None = None) -> None:
+        if save_total_limit is not None and save_total_limit < 1:
+            raise ValueError(f"save_total_limit must be at least 1 or None, not {save_total_limit}")
+        self.save_total_limit = save_total_limit
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Delete what a kill left half-written, lest a later save of the same step be mixed with it."""
+        processes = PartialState()
+        if processes.is_main_process:
+            _delete_incomplete(Path(args.output_dir))
+        processes.wait_for_everyone()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Finish the checkpoint of this step; if it is unusable, every rank raises :class:`CheckpointError`."""
+        processes = PartialState()
+        processes.wait_for_everyone()
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        problem = self._finish(checkpoint, args.world_size) if processes.is_main_process else None
+        # The others must not go on to a collective that the first rank will never join.
+        (problem,) = broadcast_object_list([problem])
+        if problem is not None:
+            raise CheckpointError(problem)
+
+    def _finish(self, checkpoint: Path, world_size: int) -> str | None:
+        """Verify, mark and rotate; returns what is wrong."""
+        try:
+            verify_checkpoint(checkpoint, world_size)
+            durability.mark_complete(checkpoint)
+            self._rotate(checkpoint.parent)
+        except CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"{checkpoint} could not be finished: {error}"
+        return None
+
+    def _rotate(self, run: Path) -> None:
+        _delete_incomplete(run)
+        if self.save_total_limit is not None:
+            for checkpoint in durability.complete_checkpoints(run)[: -self.save_total_limit]:
+                durability.delete_checkpoint(checkpoint)
+
+
+def _delete_incomplete(run: Path) -> None:
+    for checkpoint in durability.checkpoints(run):
+        if not durability.is_complete(checkpoint):
+            durability.delete_checkpoint(checkpoint)

@@ -1,0 +1,120 @@
+"""Says in words what the curves of a run mean, while there is still time to stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignkit.callbacks.trend import MIN_POINTS
+from alignkit.callbacks.verdicts import CHECKS, LoggedSeries, Verdict, nonfinite
+from alignkit.errors import AlignkitError
+
+OVERFLOWS_TOLERATED = 5
+"""Logs in a row with an infinite gradient norm that the loss scaling of fp16 may need to find its scale."""
+
+
+class HealthMonitor(TrainerCallback):
+    """Prints each verdict once, with its evidence and what to try, and stops a run that has diverged.
+
+    A resumed run replays the logs of its checkpoint, so it reaches the verdicts of the uninterrupted one.
+
+    Args:
+        settings: Config values the advice starts from (``learning_rate``, ``beta``, ``beta_neg``, ``eta``); None
+            leaves the advice general.
+
+    Attributes:
+        verdicts: Verdicts so far, in order.
+    """
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self.verdicts: list[Verdict] = []
+        self._settings = settings or {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.verdicts.clear()
+        self._series = LoggedSeries(self._settings)
+        self._num_logs = self._num_overflows = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start afresh, from the logs of the checkpoint when there is one."""
+        self._reset()
+        for logs in state.log_history:
+            self.observe(logs["step"], logs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Judge one log; every rank sees the same values and comes to the same end.
+
+        Raises:
+            AlignkitError: The loss or the gradient is no longer finite.
+        """
+        self._stop_if_diverged(args, state.global_step, logs)
+        for verdict in self.observe(state.global_step, logs):
+            if state.is_world_process_zero:
+                tqdm.write(str(verdict))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print the summary."""
+        if state.is_world_process_zero:
+            tqdm.write(f"[health] {self.summary()['state']}")
+
+    def observe(self, step: int, logs: Mapping[str, float]) -> list[Verdict]:
+        """Take in one log; returns the verdicts that are new.
+
+        Args:
+            step: Optimiser step.
+            logs: What the trainer logged; evaluations and the final summary are passed over.
+        """
+        if "loss" not in logs:
+            return []
+        self._num_logs += 1
+        self._series.add(step, logs)
+        known = {verdict.name for verdict in self.verdicts}
+        found = [verdict for check in CHECKS if (verdict := check(self._series)) is not None]
+        new = [verdict for verdict in found if verdict.name not in known]
+        self.verdicts += new
+        return new
+
+    def summary(self) -> dict[str, Any]:
+        """``state`` (one line) and ``verdicts`` as plain data, for ``run.json``."""
+        names = ", ".join(f"{verdict.name} at step {verdict.step}" for verdict in self.verdicts)
+        if names:
+            state = f"warnings: {names}"
+        elif self._num_logs < MIN_POINTS:
+            state = f"nothing wrong seen, but {self._num_logs} logs are too few for trends; lower logging_steps"
+        else:
+            state = f"healthy over {self._num_logs} logs"
+        return {"state": state, "verdicts": [asdict(verdict) for verdict in self.verdicts]}
+
+    def _stop_if_diverged(self, args: TrainingArguments, step: int, logs: Mapping[str, float]) -> None:
+        bad = nonfinite(logs)
+        if args.fp16 and bad == ["grad_norm"]:
+            self._num_overflows += 1
+            if self._num_overflows <= OVERFLOWS_TOLERATED:
+                return
+        elif not bad:
+            self._num_overflows = 0
+            return
+        rate = self._settings.get("learning_rate", args.learning_rate)
+        precision = " bf16: true in place of fp16: true," if args.fp16 else ""
+        raise AlignkitError(
+            f"training has diverged: {' and '.join(f'{key} is {logs[key]}' for key in bad)} at step {step}, so the "
+            f"weights are no longer usable. Write a lower learning_rate (now {rate:g}; try {rate / 3:.1g}),{precision} "
+            "max_grad_norm: 1.0 and some warmup_steps; then start again with `overwrite: true`. The checkpoints of "
+            "earlier steps are intact."
+        )

@@ -1,0 +1,73 @@
+"""Dispersion: what happens to responses that training never sees.
+
+The third property of arXiv 2406.07327 is that likelihood taken from the rejected responses flows to responses in
+neither list. Here it is watched as the mean log-prob per token of a fixed set of held-out responses, minus its value
+under the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignkit.losses.types import Metric
+
+METRICS: Mapping[str, str] = {
+    "dispersion": "mean log-prob per token of the held-out probe responses minus its value under the reference, nats",
+    "mean_logps/probe": "mean log-prob per token of the held-out probe responses, nats",
+}
+
+
+class ProbedTrainer(Protocol):
+    """The part of the preference trainer the probe uses."""
+
+    def probe_batches(self, rows: Any) -> list[dict[str, Tensor]]:
+        """This rank's share of the probe rows, collated; the same number of batches on every rank."""
+
+    def probe_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Policy token log-probs [B, K, T] in evaluation mode."""
+
+    def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Reference token log-probs [B, K, T]."""
+
+    def record(self, name: str, metric: Metric) -> None:
+        """Add a metric to the next log."""
+
+
+class DispersionProbe(TrainerCallback):
+    """Records ``dispersion`` and ``mean_logps/probe`` every ``steps`` optimiser steps.
+
+    Args:
+        trainer: The preference trainer.
+        rows: Candidate rows held out of training.
+        steps: Interval in optimiser steps.
+    """
+
+    def __init__(self, trainer: ProbedTrainer, rows: Any, steps: int) -> None:
+        self.trainer, self.rows, self.steps = trainer, rows, steps
+        self._batches: list[dict[str, Tensor]] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> None:
+        """Collate the probe and score it under the reference, once."""
+        self._batches = self.trainer.probe_batches(self.rows)
+        for inputs in self._batches:
+            if "ref_token_logps" not in inputs:
+                inputs["ref_token_logps"] = self.trainer.reference_logps(inputs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        """Score the probe under the policy when its turn has come."""
+        if state.global_step % self.steps == 0:
+            for inputs in self._batches:
+                mask = inputs["completion_mask"]
+                counts = mask.sum(-1).flatten().clamp(min=1)
+                weights = (mask.any(-1) & inputs["candidate_mask"]).flatten().to(torch.float32)
+                policy = self.trainer.probe_logps(inputs).sum(-1).flatten() / counts
+                reference = inputs["ref_token_logps"].sum(-1).flatten() / counts
+                self.trainer.record("mean_logps/probe", Metric(policy * weights, weights))
+                self.trainer.record("dispersion", Metric((policy - reference) * weights, weights))

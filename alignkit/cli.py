@@ -1,0 +1,156 @@
+"""The command ``alignkit``: start a training, and see what there is and what would be used.
+
+Everything but the standard library is imported by the subcommand that needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from alignkit import __version__
+from alignkit.programs import run_program
+from alignkit.shipped import configs_dir, program_path, recipe_names, recipe_path
+
+_EPILOG = """\
+examples:
+  alignkit recipes
+  alignkit train preference/flex_dpo --model Qwen/Qwen3-0.6B --data pairs.jsonl --output_dir runs/first
+  alignkit train run.yaml --beta_neg 0.05
+  alignkit config run.yaml --beta_neg 0.05
+  accelerate launch --config_file zero2.yaml -m alignkit.cli train run.yaml
+"""
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    run_program(lambda: run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int | None:
+    """Run one subcommand and return its exit status, None for success.
+
+    Args:
+        arguments: The words after ``alignkit``.
+    """
+    # train and config hand on `--key value` words, which are not argparse's to judge: the config knows all keys.
+    own, overrides = _split_off_overrides(list(arguments))
+    options = _parser().parse_args(own)
+    if options.command == "train":
+        return _train(options.recipe, overrides)
+    if options.command == "config":
+        return _config(options.recipe, overrides, schema=options.schema)
+    return {"methods": _methods, "recipes": _recipes, "env": _env}[options.command]()
+
+
+def _split_off_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The words of this command, and from the first unknown ``--key`` on those of the configuration."""
+    if arguments[:1] not in (["train"], ["config"]):
+        return arguments, []
+    known = {"-h", "--help", *(["--schema"] if arguments[0] == "config" else [])}
+    for index, word in enumerate(arguments):
+        after_recipe = arguments[0] == "train" and index >= 2
+        if word.startswith("-") and (after_recipe or word not in known):
+            return arguments[:index], arguments[index:]
+    return arguments, []
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="alignkit",
+        description="Preference tuning of language models on Hugging Face TRL.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"alignkit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train from a config file or a shipped recipe",
+        usage="alignkit train [RECIPE] [--key value ...]",
+        description="Train. Keys on the command line win over the file; `alignkit train RECIPE --help` lists them.",
+    )
+    config = commands.add_parser(
+        "config",
+        help="print the config in force and the source of every value",
+        usage="alignkit config [RECIPE] [--schema] [--key value ...]",
+        description="Print the config a training would use, with the source of every value. Nothing is started.",
+    )
+    config.add_argument("--schema", action="store_true", help="print the JSON schema of config files instead")
+    for command in (train, config):
+        command.add_argument(
+            "recipe", nargs="?", metavar="RECIPE", help="a YAML file, or a name `alignkit recipes` lists"
+        )
+    commands.add_parser("methods", help="list the methods with their papers")
+    commands.add_parser("recipes", help="list the shipped recipes")
+    commands.add_parser("env", help="show versions and accelerators, and say what does not fit together")
+    return parser
+
+
+def _train(recipe: str | None, overrides: list[str]) -> int | None:
+    program = program_path(_program_of(recipe, overrides))
+    sys.argv = [str(program), *(["--config", recipe] if recipe else []), *overrides]
+    runpy.run_path(str(program), run_name="__main__")
+    return None
+
+
+def _config(recipe: str | None, overrides: list[str], *, schema: bool) -> int | None:
+    from alignkit.config import json_schema, load_config
+
+    program = _program_of(recipe, overrides)
+    if schema:
+        import json
+
+        print(json.dumps(json_schema(program), indent=2))
+    else:
+        # Files are not looked at: a config written for another machine can be printed here.
+        print(load_config(program, recipe, overrides, check_files=False).render())
+    return None
+
+
+def _program_of(recipe: str | None, overrides: list[str]) -> str:
+    """The launch program of the method that the config names; with no known method any program will report that."""
+    from alignkit.config.overrides import split_overrides
+    from alignkit.config.recipes import find_recipe
+    from alignkit.config.yaml_file import read_entries
+    from alignkit.methods.method import load_method, method_names
+
+    named = [override.text for override in split_overrides(overrides) if override.name == "method"]
+    if not named and recipe is not None:
+        entries, _ = read_entries(find_recipe(recipe), recipe)
+        named = [entries["method"].value] if "method" in entries else []
+    return load_method(named[0]).program if named and named[0] in method_names() else "preference"
+
+
+def _methods() -> int | None:
+    from alignkit.methods.method import load_method, method_names
+
+    for method in map(load_method, method_names()):
+        print(f"{method.name}\n  {method.summary}")
+        print(f"  paper     {method.paper.title} ({method.paper.url})")
+        print(f"  fidelity  {method.fidelity}\n")
+    return None
+
+
+def _recipes() -> int | None:
+    width = max((len(name) for name in recipe_names()), default=0)
+    for name in recipe_names():
+        header = recipe_path(name).read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:<{width}}  {header.lstrip('# ')}")
+    print(f"\naccelerate files: {configs_dir() / 'accelerate'}")
+    return None
+
+
+def _env() -> int | None:
+    from alignkit.doctor import report
+
+    text, fits = report()
+    print(text)
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    main()

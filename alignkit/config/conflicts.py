@@ -1,0 +1,203 @@
+"""The table of values that cannot go together; :mod:`alignkit.config.rules` says how a row is read."""
+
+from __future__ import annotations
+
+import re
+
+from alignkit.config.rules import Rule, no_heldout_rows
+
+_OUTPUT_HEAD = "lm_head"
+
+
+def names_output_head(modules: str | list[str]) -> bool:
+    """Whether LoRA modules, given as names or as one regular expression over full names, include the output head."""
+    if isinstance(modules, list):
+        return any(name.split(".")[-1] == _OUTPUT_HEAD for name in modules)
+    return not _bad_pattern(modules) and re.fullmatch(modules, _OUTPUT_HEAD) is not None
+
+
+def _bad_pattern(modules: str | list[str]) -> bool:
+    try:
+        re.compile(modules if isinstance(modules, str) else "")
+    except re.error:
+        return True
+    return False
+
+
+_HEAD_WHY = "log-probs are computed from lm_head.weight directly, so what is trained there would never be used"
+
+CONFLICTS: tuple[Rule, ...] = (
+    # --- parametrization -------------------------------------------------------------------------------------------
+    Rule(
+        "quantization with full fine-tuning",
+        ("quantization", "parametrization"),
+        lambda c: c.quantization != "none" and c.parametrization == "full",
+        "quantized weights are integers and cannot be trained",
+        "Write parametrization: lora (QLoRA), or quantization: none",
+    ),
+    Rule(
+        "adapter with full fine-tuning",
+        ("adapter", "parametrization"),
+        lambda c: c.adapter is not None and c.parametrization == "full",
+        "full fine-tuning has no adapter to continue",
+        "Write parametrization: lora, or merge the adapter first (scripts/merge_adapter.py) and train the merged model",
+    ),
+    Rule(
+        "LoRA on the output head",
+        ("lora_target_modules",),
+        lambda c: names_output_head(c.lora_target_modules),
+        f"contains lm_head: {_HEAD_WHY}",
+        "Leave lm_head out; lora_target_modules: all-linear covers every other linear layer",
+    ),
+    Rule(
+        "output head saved beside the adapter",
+        ("lora_modules_to_save",),
+        lambda c: names_output_head(c.lora_modules_to_save),
+        f"contains lm_head: {_HEAD_WHY}",
+        "Leave lm_head out, or write parametrization: full to train every weight",
+    ),
+    Rule(
+        "LoRA targets that are no regular expression",
+        ("lora_target_modules",),
+        lambda c: _bad_pattern(c.lora_target_modules),
+        "is not a valid regular expression",
+        "Write all-linear, a list of module names such as [q_proj, v_proj], or a valid expression",
+    ),
+    Rule(
+        "no LoRA target",
+        ("lora_target_modules", "parametrization"),
+        lambda c: c.lora_target_modules == [] and c.parametrization == "lora",
+        "nothing would be trained",
+        "Write lora_target_modules: all-linear, or name at least one module",
+    ),
+    # --- precision and kernels -------------------------------------------------------------------------------------
+    Rule(
+        "bf16 with fp16",
+        ("bf16", "fp16"),
+        lambda c: c.bf16 and c.fp16,
+        "a run has one mixed precision",
+        "Keep one of the two; bf16 needs no loss scaling where the hardware has it",
+    ),
+    Rule(
+        "fp16 on the CPU",
+        ("fp16", "use_cpu"),
+        lambda c: c.fp16 and c.use_cpu,
+        "float16 mixed precision needs an accelerator",
+        "Write bf16: true, or remove both for float32",
+    ),
+    Rule(
+        "fp16 with float16 weights that train",
+        ("fp16", "dtype", "parametrization"),
+        lambda c: c.fp16 and c.dtype == "float16" and c.parametrization == "full",
+        "loss scaling cannot unscale float16 gradients",
+        "Write dtype: float32; fp16 then computes in float16 and updates in float32",
+    ),
+    Rule(
+        "flash attention in float32",
+        ("attn_implementation", "dtype", "bf16", "fp16"),
+        lambda c: c.attn_implementation == "flash_attention_2" and c.dtype == "float32" and not (c.bf16 or c.fp16),
+        "flash attention computes in bfloat16 or float16 only",
+        "Write bf16: true, or attn_implementation: sdpa",
+    ),
+    Rule(
+        "flash or flex attention on the CPU",
+        ("attn_implementation", "use_cpu"),
+        lambda c: c.attn_implementation in ("flash_attention_2", "flex_attention") and c.use_cpu,
+        "it has no backward pass on the CPU",
+        "Write attn_implementation: sdpa",
+    ),
+    Rule(
+        "shared_prefix with flash attention",
+        ("layout", "attn_implementation"),
+        lambda c: c.layout == "shared_prefix" and c.attn_implementation == "flash_attention_2",
+        "packed rows need an arbitrary attention mask, which flash attention does not take",
+        "Write attn_implementation: sdpa or flex_attention, or layout: padded",
+    ),
+    # --- reference -------------------------------------------------------------------------------------------------
+    Rule(
+        "adapter_disabled with full fine-tuning",
+        ("reference", "parametrization"),
+        lambda c: c.reference == "adapter_disabled" and c.parametrization == "full",
+        "there is no adapter to switch off, so the reference would move with the policy",
+        "Write reference: copy or reference: precomputed, or parametrization: lora",
+    ),
+    Rule(
+        "adapter_disabled with another reference model",
+        ("reference_model", "reference"),
+        lambda c: c.reference_model is not None and c.reference == "adapter_disabled",
+        "the reference is either the policy without its adapter or another model",
+        "Remove reference_model, or write reference: copy or reference: precomputed",
+    ),
+    Rule(
+        "reference model equal to the model",
+        ("reference_model", "model", "model_revision", "adapter"),
+        lambda c: c.reference_model == c.model and c.model_revision is None and c.adapter is None,
+        "the starting model is the reference anyway; naming it again only loads it twice",
+        "Remove reference_model; reference: copy forces a second copy in memory",
+    ),
+    Rule(
+        "precomputed reference with streaming",
+        ("reference", "streaming"),
+        lambda c: c.reference == "precomputed" and c.streaming,
+        "a stream cannot be passed over before training",
+        "Write streaming: false, or reference: auto",
+    ),
+    # --- data and evaluation ---------------------------------------------------------------------------------------
+    Rule(
+        "eval_fraction with streaming",
+        ("eval_fraction", "streaming"),
+        lambda c: c.eval_fraction > 0 and c.streaming,
+        "the length of a stream is unknown, so no share of it can be held out",
+        "Give the held-out rows as eval_data, or write streaming: false",
+    ),
+    Rule(
+        "streaming without max_steps",
+        ("streaming", "max_steps"),
+        lambda c: c.streaming and c.max_steps < 1,
+        "the length of a stream is unknown, so the schedule needs a number of steps",
+        "Write max_steps: 1000, or streaming: false",
+    ),
+    Rule(
+        "eval_fraction with eval_data",
+        ("eval_fraction", "eval_data"),
+        lambda c: c.eval_fraction > 0 and c.eval_data is not None,
+        "held-out rows come from one place",
+        "Remove one of the two",
+    ),
+    Rule(
+        "evaluation without held-out rows",
+        ("eval_strategy", "eval_data", "eval_fraction"),
+        lambda c: c.eval_strategy != "no" and no_heldout_rows(c),
+        "there are no held-out rows to evaluate on",
+        "Write eval_data: FILE, or eval_fraction: 0.05, or eval_strategy: no",
+    ),
+    # --- run -------------------------------------------------------------------------------------------------------
+    Rule(
+        "zero steps",
+        ("max_steps",),
+        lambda c: c.max_steps == 0,
+        "trains nothing",
+        "Write a positive number, or -1 to train for num_train_epochs",
+    ),
+    Rule(
+        "resume with overwrite",
+        ("resume", "overwrite"),
+        lambda c: c.resume and c.overwrite,
+        "one continues from what the other deletes",
+        "Keep one of the two",
+    ),
+    Rule(
+        "push_to_hub without a repository",
+        ("push_to_hub", "hub_model_id"),
+        lambda c: c.push_to_hub and c.hub_model_id is None,
+        "the upload has no destination",
+        "Write hub_model_id: your-name/your-model",
+    ),
+    Rule(
+        "hub_model_id that names no repository",
+        ("hub_model_id",),
+        lambda c: c.hub_model_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", c.hub_model_id, re.ASCII),
+        "is not the id of a repository",
+        "Write your-name/your-model: letters, digits, dot, dash, underscore and one slash",
+    ),
+)

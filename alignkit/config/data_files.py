@@ -1,0 +1,160 @@
+"""Check that the data a config names is there and has the columns of preference rows.
+
+Only what can be seen at once is checked: local files, their first rows, and the names of columns. Hub data sets and all
+further rows are checked when they are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, peek
+from alignkit.config.model_files import has_similar_entry, looks_like_path, nearest_entry
+from alignkit.config.settings import Settings
+from alignkit.data.schema import KNOWN_COLUMNS, detect_kind, nearest_names
+from alignkit.errors import DataError
+from alignkit.methods.method import load_method
+
+_FORMS = (
+    "Expected prompt, chosen, rejected; or chosen, rejected with a shared beginning; or prompt, completions, scores"
+)
+
+
+def check_data(settings: Settings) -> None:
+    """Report what is wrong with ``data``, ``eval_data`` and ``column_map``."""
+    column_map = _column_map(settings)
+    for key, split_key in (("data", "data_split"), ("eval_data", "eval_split")):
+        if settings.values.get(key) is None:
+            continue
+        sources = source_list(settings.values[key])
+        _check_mixture(settings, key, sources)
+        for source in sources:
+            split = source.get("split", settings.values.get(split_key, "train"))
+            try:
+                head = _open_head(source["path"], split)
+            except DataFault as fault:
+                settings.report(key, fault.why, fault.fix)
+                continue
+            if head is not None and column_map is not None:
+                _check_columns(settings, key, source["path"], head, column_map)
+
+
+def source_list(value: Any) -> list[dict[str, Any]]:
+    """``data`` or ``eval_data`` as a list of mappings, each with a ``path``."""
+    items = value if isinstance(value, list) else [value]
+    return [dict(item) if isinstance(item, Mapping) else {"path": item} for item in items]
+
+
+def _check_mixture(settings: Settings, key: str, sources: Sequence[Mapping[str, Any]]) -> None:
+    if not sources:
+        settings.report(key, "names no source", "Write at least one file, folder or Hub id")
+    weights = [source["weight"] for source in sources if "weight" in source]
+    if any(weight <= 0 for weight in weights):
+        settings.report(key, "has a weight that is not above 0", "Write a positive weight, or leave the source out")
+    elif len(sources) == 1 and weights:
+        settings.report(key, "weighs its only source, which would be ignored", "Remove weight, or add a source")
+    elif weights and len(weights) < len(sources):
+        advice = "Give every source a weight, or none (every row of every source then appears once)"
+        settings.report(key, "weighs some sources and not others", advice)
+
+
+def _open_head(name: str, split: str) -> Head | None:
+    """The beginning of a local source, None for a Hub id."""
+    if not name.strip():
+        raise DataFault("has an empty path", "Write a file, a folder or a Hub id")
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix not in DATA_SUFFIXES:
+            advice = f"Convert it to one of {', '.join(DATA_SUFFIXES)}, or give it its true ending"
+            raise DataFault(f"names {name}, whose ending is not one of {', '.join(DATA_SUFFIXES)}", advice)
+        return peek(path)
+    if path.is_dir():
+        return _saved_head(path, split) or _folder_head(path)
+    if looks_like_path(name) or path.suffix in DATA_SUFFIXES or has_similar_entry(path):
+        raise DataFault(f"names {name}, which does not exist", nearest_entry(path))
+    return None
+
+
+def _folder_head(folder: Path) -> Head:
+    files = sorted(file for file in folder.rglob("*") if file.suffix in DATA_SUFFIXES and file.is_file())
+    if not files:
+        raise DataFault(
+            f"names {folder}, a folder without data files", f"Its files must end in {', '.join(DATA_SUFFIXES)}"
+        )
+    formats = sorted({file.suffix.replace("jsonl", "json") for file in files})
+    if len(formats) > 1:
+        raise DataFault(f"names {folder}, a folder that mixes {' and '.join(formats)}", "Name the files one by one")
+    return peek(files[0])
+
+
+def _saved_head(folder: Path, split: str) -> Head | None:
+    """Columns of a folder written by ``save_to_disk``, None for any other folder."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _saved_info(folder / "dataset_dict.json", "splits")
+        if split not in splits:
+            raise DataFault(
+                f"names {folder}, which has no split {split}", f"Write one of its splits: {', '.join(splits)}"
+            )
+        folder = folder / split
+    elif not (folder / "state.json").is_file():
+        return None
+    return Head(list(_saved_info(folder / "dataset_info.json", "features")), ())
+
+
+def _saved_info(file: Path, key: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError):
+        raise DataFault(
+            f"names a saved data set whose {file} cannot be read", "Save it again with save_to_disk"
+        ) from None
+
+
+def _column_map(settings: Settings) -> Mapping[str, str] | None:
+    """The column map, None if it could fit no data at all."""
+    column_map: Mapping[str, str] = settings.values.get("column_map", {})
+    foreign = [ours for ours in column_map if ours not in KNOWN_COLUMNS]
+    for ours in foreign:
+        theirs = column_map[ours]
+        turned = (
+            f"; if {theirs} is to be read from {ours}, write {{{theirs}: {ours}}}" if theirs in KNOWN_COLUMNS else ""
+        )
+        advice = f"Ours are {', '.join(KNOWN_COLUMNS)}{turned}"
+        settings.report("column_map", f"names {ours}, which is not a column of ours", advice)
+    wanted = list(column_map.values())
+    repeated = sorted({theirs for theirs in wanted if wanted.count(theirs) > 1})
+    for theirs in repeated:
+        claimed = " and ".join(ours for ours in column_map if column_map[ours] == theirs)
+        settings.report("column_map", f"takes {claimed} from the same column {theirs}", "Give each its own column")
+    return None if foreign or repeated or "column_map" not in settings.values else column_map
+
+
+def _check_columns(settings: Settings, key: str, name: str, head: Head, column_map: Mapping[str, str]) -> None:
+    found = f"columns found: {', '.join(head.columns)}"
+    missing = [(ours, theirs) for ours, theirs in column_map.items() if theirs not in head.columns]
+    for ours, theirs in missing:
+        near = nearest_names(theirs, head.columns)
+        advice = f"Write {{{ours}: {near[0]}}}" if near else "Name a column that is there"
+        settings.report("column_map", f"takes {ours} from {theirs}, which {name} does not have ({found})", advice)
+    if missing:
+        return
+    try:
+        detect_kind(*_renamed(head, column_map), name=name, num_candidates=_num_candidates(settings))
+    except DataError as error:
+        for problem in error.problems:
+            settings.report(key, f"({name}): {problem.rstrip('.')}", _FORMS)
+
+
+def _renamed(head: Head, column_map: Mapping[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows under our names; a column that already has a name claimed by another one is dropped."""
+    ours = {theirs: name for name, theirs in column_map.items()}
+    names = {column: ours.get(column, column) for column in head.columns if column in ours or column not in column_map}
+    rows = [{name: row.get(column) for column, name in names.items()} for row in head.rows]
+    return list(names.values()), rows
+
+
+def _num_candidates(settings: Settings) -> int | None:
+    return load_method(settings.method).num_candidates if settings.method else None

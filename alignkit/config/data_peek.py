@@ -1,0 +1,142 @@
+"""Read the column names and the first rows of a local data file with the standard library (parquet: pyarrow)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+HEAD_ROWS = 16
+_CHUNK = 1 << 16
+
+
+class DataFault(Exception):
+    """A data file cannot be used; ``why`` names the file and line, ``fix`` says what to do."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        self.why, self.fix = why, fix
+        super().__init__(why)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The beginning of a data set.
+
+    Attributes:
+        columns: Column names in order.
+        rows: The first rows; none for parquet, whose columns are known without reading any.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+
+
+def peek(path: Path) -> Head:
+    """The columns and first rows of a data file.
+
+    Raises:
+        DataFault: The file is empty, malformed or of another format.
+    """
+    if path.stat().st_size == 0:
+        raise DataFault(f"{path} is empty", "Fill it or remove it")
+    try:
+        if path.suffix == ".parquet":
+            return _peek_parquet(path)
+        return _peek_csv(path) if path.suffix == ".csv" else _peek_json(path)
+    except UnicodeDecodeError as error:
+        raise DataFault(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise DataFault(f"{path} cannot be read: {error.strerror}", "Make it readable") from None
+
+
+def _peek_json(path: Path) -> Head:
+    with path.open(encoding="utf-8-sig") as stream:
+        first = stream.read(1)
+        while first.isspace():
+            first = stream.read(1)
+        stream.seek(0)
+        rows = list(islice(_array_rows(stream.read, path) if first == "[" else _lines(stream, path), HEAD_ROWS))
+    if not rows:
+        raise DataFault(f"{path} holds no row", "Write one JSON object a line")
+    return Head(list(dict.fromkeys(name for row in rows for name in row)), rows)
+
+
+def _lines(stream: Iterator[str], path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            try:
+                yield _as_row(json.loads(line), f"{path}:{number}")
+            except json.JSONDecodeError as error:
+                raise _malformed(f"{path}:{number}", error, line) from None
+
+
+def _array_rows(read: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of one JSON array, read in chunks so that a large file costs no more than its beginning."""
+    decoder, text, position, chunk = json.JSONDecoder(), "", 0, ""
+    text = read(_CHUNK)
+    position = text.index("[") + 1
+    while True:
+        while position < len(text) and (text[position].isspace() or text[position] == ","):
+            position += 1
+        if text[position : position + 1] == "]":
+            return
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            chunk = read(max(_CHUNK, len(text)))
+            if not chunk:
+                raise _malformed(f"{path}:{error.lineno}", error, text) from None
+            text += chunk
+            continue
+        yield _as_row(row, str(path))
+
+
+def _as_row(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        advice = 'Write one object a line, {"prompt": ..., "chosen": ..., "rejected": ...}'
+        raise DataFault(f"{place} holds {type(value).__name__}, not an object with named columns", advice)
+    return value
+
+
+def _malformed(place: str, error: json.JSONDecodeError, text: str) -> DataFault:
+    nearby = text[max(0, error.pos - 20) : error.pos + 20].strip()
+    why = f"{place} is malformed JSON: {error.msg} near {nearby!r}"
+    return DataFault(why, "Mend that line; jsonl holds one whole JSON object on each line")
+
+
+def _peek_csv(path: Path) -> Head:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        try:
+            rows = list(islice(reader, HEAD_ROWS))
+            columns = list(reader.fieldnames or ())
+        except csv.Error as error:
+            raise DataFault(f"{path}:{reader.line_num} is malformed CSV: {error}", "Mend that line") from None
+    repeated = sorted({name for name in columns if columns.count(name) > 1})
+    if repeated:
+        raise DataFault(f"{path} has several columns called {repeated[0]}", "Rename all but one")
+    if not rows:
+        raise DataFault(f"{path} holds no row", "Write a header line and at least one row")
+    return Head(columns, rows)
+
+
+def _peek_parquet(path: Path) -> Head:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataFault(
+            f"{path} is not a parquet file: {error}", "Write it again, or give it its true ending"
+        ) from None
+    if file.metadata.num_rows == 0:
+        raise DataFault(f"{path} holds no row", "Write at least one row")
+    return Head(file.schema_arrow.names, ())

@@ -1,0 +1,69 @@
+"""JSON Schema (draft 2020-12) of a program's config files, for editors."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+
+from alignkit.config.keys import Key, base_keys, method_keys, program_methods
+from alignkit.config.values import is_union
+from alignkit.methods.method import load_method
+
+_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null"}
+_BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
+
+
+def json_schema(program: str) -> dict[str, Any]:
+    """The schema of ``program``: its keys, and those of the method once ``method`` names one.
+
+    Args:
+        program: Launch program, such as ``preference``.
+    """
+    keys = base_keys(program)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"alignkit {program} config",
+        "type": "object",
+        "properties": {name: _property(key) for name, key in keys.items()},
+        "required": [name for name, key in keys.items() if key.required],
+        "allOf": [_method_schema(method) for method in program_methods(program)],
+        "unevaluatedProperties": False,
+    }
+
+
+def _method_schema(method: str) -> dict[str, Any]:
+    options = {name: _property(key) for name, key in method_keys(method).items()}
+    condition = {"properties": {"method": {"const": method}}, "required": ["method"]}
+    return {"if": condition, "then": {"description": load_method(method).summary, "properties": options}}
+
+
+def _property(key: Key) -> dict[str, Any]:
+    schema = _type(key.type)
+    info = key.info
+    limits = {name: value for bound, name in _BOUNDS.items() if (value := vars(info)[bound]) is not None}
+    if limits:
+        _numeric(schema).update(limits)
+    if info.choices is not None:
+        schema = {"enum": [*info.choices, *([None] if type(None) in get_args(key.type) else [])]}
+    default = {} if key.required else {"default": key.default}
+    return {**schema, **default, "description": f"{info.help} (Default from {info.source}.)" if default else info.help}
+
+
+def _numeric(schema: dict[str, Any]) -> dict[str, Any]:
+    """The part of a schema that bounds apply to."""
+    return next(part for part in schema.get("anyOf", [schema]) if part["type"] in ("integer", "number"))
+
+
+def _type(annotation: Any) -> dict[str, Any]:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if is_union(origin):
+        return {"anyOf": [_type(argument) for argument in arguments]}
+    if is_typeddict(annotation):
+        members = {name: _type(hint) for name, hint in get_type_hints(annotation).items()}
+        required = sorted(annotation.__required_keys__)
+        return {"type": "object", "properties": members, "required": required, "additionalProperties": False}
+    if origin is list:
+        return {"type": "array", "items": _type(arguments[0])}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _type(arguments[1])}
+    return {"type": _NAMES[annotation]}

@@ -1,0 +1,79 @@
+"""Which keys a program takes, read off its config dataclass and the option dataclasses of its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from functools import cache
+from typing import Any, get_type_hints
+
+from alignkit.config.preference import PreferenceConfig
+from alignkit.config.sections import MethodSection, Section
+from alignkit.methods.method import load_method, method_names
+from alignkit.options import OptionInfo
+
+PROGRAMS: Mapping[str, type[PreferenceConfig]] = {"preference": PreferenceConfig}
+"""Launch program to its config class."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a config.
+
+    Attributes:
+        name: As written in YAML, and after ``--`` on the command line.
+        type: Resolved annotation.
+        info: Help, bounds, choices, source of the default.
+        section: Title it is grouped under.
+        default_field: The dataclass field, which knows the default.
+    """
+
+    name: str
+    type: Any
+    info: OptionInfo
+    section: str
+    default_field: Field[Any]
+
+    @property
+    def required(self) -> bool:
+        """Whether the key has no default."""
+        return self.default_field.default is MISSING and self.default_field.default_factory is MISSING
+
+    @property
+    def default(self) -> Any:
+        """A fresh default; None for a required key."""
+        if self.default_field.default_factory is not MISSING:
+            return self.default_field.default_factory()
+        return None if self.required else self.default_field.default
+
+
+@cache
+def base_keys(program: str) -> Mapping[str, Key]:
+    """Keys of ``program`` that every method has, in the order of its sections."""
+    sections = [base for base in PROGRAMS[program].__bases__ if issubclass(base, Section)]
+    keys = {key.name: key for section in sections for key in _declared(section, section.title)}
+    names = program_methods(program)
+    keys["method"] = replace(keys["method"], info=replace(keys["method"].info, choices=tuple(names)))
+    return keys
+
+
+@cache
+def method_keys(method: str) -> Mapping[str, Key]:
+    """Keys of one method's own options."""
+    return {key.name: key for key in _declared(load_method(method).options, f"{MethodSection.title} {method}")}
+
+
+@cache
+def program_methods(program: str) -> tuple[str, ...]:
+    """Methods that ``program`` trains."""
+    return tuple(name for name in method_names() if load_method(name).program == program)
+
+
+def methods_with(program: str, key: str) -> list[str]:
+    """Methods of ``program`` that have an option called ``key``."""
+    return [name for name in program_methods(program) if key in method_keys(name)]
+
+
+def _declared(cls: type, section: str) -> list[Key]:
+    types = get_type_hints(cls)
+    return [Key(f.name, types[f.name], f.metadata["option"], section, f) for f in fields(cls)]

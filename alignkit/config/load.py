@@ -1,0 +1,119 @@
+"""From a YAML file and the command line to a checked config that knows where each value came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.config.check import build_config, flatten
+from alignkit.config.keys import Key, base_keys, method_keys, program_methods
+from alignkit.config.overrides import UNSET, read_overrides
+from alignkit.config.preference import PreferenceConfig
+from alignkit.config.recipes import find_recipe
+from alignkit.config.settings import COMMAND_LINE, DEFAULT, Entry, Origin, Settings
+from alignkit.config.values import show
+from alignkit.config.yaml_file import read_entries
+from alignkit.config.yaml_schema import dump_yaml
+
+PATH_KEYS = ("model", "reference_model", "adapter", "chat_template", "output_dir", "reference_cache")
+"""Keys in which a leading ``~`` stands for the home directory, as in a shell."""
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked config.
+
+    Attributes:
+        config: The values.
+        sources: Key to ``default``, ``c.yaml:12`` or ``command line``.
+    """
+
+    config: PreferenceConfig
+    sources: Mapping[str, str]
+
+    def effective(self) -> dict[str, dict[str, Any]]:
+        """Every key with its value and source, for ``run.json``."""
+        return {key: {"value": value, "source": self.sources[key]} for key, value in flatten(self.config).items()}
+
+    def to_yaml(self) -> str:
+        """A config file that sets what was set here, and so loads to the same values."""
+        chosen = {key: value for key, value in flatten(self.config).items() if self.sources[key] != DEFAULT}
+        return dump_yaml(chosen)
+
+    def render(self) -> str:
+        """A table of all keys, values and sources, by section."""
+        values = flatten(self.config)
+        keys = {**base_keys(self.config.program), **method_keys(self.config.method)}
+        ordered = [key for section in _sections(keys) for key in values if keys[key].section == section]
+        shown = {key: show(values[key]) for key in ordered}
+        key_width, value_width = max(map(len, ordered)), max(map(len, shown.values()))
+        lines: list[str] = []
+        for key in ordered:
+            if keys[key].section not in lines:
+                lines += ["", keys[key].section]
+            lines.append(f"  {key:<{key_width}}  {shown[key]:<{value_width}}  {self.sources[key]}")
+        return "\n".join(lines[1:])
+
+
+def load_config(
+    program: str, path: str | Path | None, overrides: Sequence[str] = (), *, check_files: bool = True
+) -> LoadedConfig:
+    """Read and check a configuration.
+
+    Args:
+        program: Launch program, such as ``preference``.
+        path: YAML file or name of a shipped recipe; None to take everything from ``overrides``.
+        overrides: Words of the command line: ``--key value``, ``--key=value``, ``--switch``.
+        check_files: Also look at the files, folders and Python packages that the config asks for.
+
+    Raises:
+        ConfigError: Lists every problem, each with its place and what to write instead.
+    """
+    settings = Settings(program, Origin(COMMAND_LINE), {})
+    headline = "the configuration cannot work"
+    if path is not None:
+        file = find_recipe(str(path))
+        label = _display(file)
+        settings.home, headline = Origin(label), f"the configuration {label} cannot work"
+        settings.entries, problems = read_entries(file, label)
+        settings.problems += problems
+    entries, problems = read_overrides(overrides, _all_keys(program))
+    settings.problems += problems
+    for key, entry in entries.items():
+        settings.entries.pop(key, None)
+        if entry.value is not UNSET:
+            settings.entries[key] = entry
+    _expand_home(settings.entries)
+    config = build_config(settings, headline, check_files=check_files)
+    return LoadedConfig(config, {key: settings.source(key) for key in flatten(config)})
+
+
+def _sections(keys: Mapping[str, Key]) -> list[str]:
+    """Section titles in order, the method's options right behind the method."""
+    titles = list(dict.fromkeys(key.section for key in keys.values()))
+    own = [title for title in titles if title.startswith("Method ")]
+    position = titles.index("Method") + 1
+    rest = [title for title in titles if title not in own]
+    return rest[:position] + own + rest[position:]
+
+
+def _all_keys(program: str) -> dict[str, Key]:
+    """Keys of the program and of any of its methods, to read the command line before the method is known."""
+    methods = {name: key for method in program_methods(program) for name, key in method_keys(method).items()}
+    return {**methods, **base_keys(program)}
+
+
+def _display(file: Path) -> str:
+    """``file`` as it is called in messages: relative to the working directory where it lies below."""
+    absolute = file.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(file)
+
+
+def _expand_home(entries: dict[str, Entry]) -> None:
+    for key in PATH_KEYS:
+        entry = entries.get(key)
+        if entry is not None and isinstance(entry.value, str):
+            entries[key] = Entry(os.path.expanduser(entry.value), entry.origin)

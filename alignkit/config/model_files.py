@@ -1,0 +1,153 @@
+"""Check the folders, files and Python packages a config asks for, without opening a weight."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from alignkit.config.conflicts import names_output_head
+from alignkit.config.settings import Settings
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether ``text`` can only have been meant as a path: a Hub id is ``name`` or ``owner/name``."""
+    return text.startswith((".", "/", "~")) or text.endswith("/") or HUB_ID.fullmatch(text) is None
+
+
+def nearest_entry(path: Path) -> str:
+    """Where to look for a path that does not exist: the entry beside it with the most similar name."""
+    if not path.parent.is_dir():
+        return f"The folder {path.parent} does not exist either."
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f"Did you mean {path.parent / near[0]}?" if near else f"The folder {path.parent} has no entry like it."
+
+
+def has_similar_entry(path: Path) -> bool:
+    """Whether ``owner/name`` is the entry of a local folder misspelt rather than a Hub id."""
+    if path.parent == Path() or not path.parent.is_dir():
+        return False
+    return bool(difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1))
+
+
+def check_model_files(settings: Settings) -> None:
+    """Report what is wrong with the model, adapter and template folders, and with the output folder."""
+    for key in ("model", "reference_model"):
+        if settings.values.get(key) is not None:
+            _check_model(settings, key)
+    if settings.values.get("adapter") is not None:
+        _check_adapter(settings, Path(settings.values["adapter"]))
+    template = settings.values.get("chat_template")
+    if template is not None and not Path(template).is_file():
+        settings.report("chat_template", "is not an existing file", nearest_entry(Path(template)))
+    for key in ("output_dir", "reference_cache"):
+        if settings.values.get(key) is not None:
+            _check_directory(settings, key)
+
+
+def _check_model(settings: Settings, key: str) -> None:
+    name = settings.values[key]
+    path = Path(name)
+    if path.is_dir():
+        for why, fix in _model_faults(path):
+            settings.report(key, why, fix)
+        if key == "model" and settings.is_set("model_revision") and "model_revision" in settings.values:
+            settings.report("model_revision", f"would be ignored: {name} is a local folder", "Remove it")
+    elif path.exists():
+        settings.report(key, "is a file", "Write the folder that holds config.json and the weights, or a Hub id")
+    elif looks_like_path(name) or (key == "reference_model" and has_similar_entry(path)):
+        settings.report(key, "is a path that does not exist", f"{nearest_entry(path)} A Hub id is owner/name")
+    elif key == "model" and "/" in name and path.parent.is_dir() and not settings.is_set("model_revision"):
+        advice = f"{nearest_entry(path)} If you mean the Hub model {name}, write model_revision: main"
+        settings.report(key, f"does not exist, while {path.parent} is a local folder", advice)
+
+
+def _model_faults(path: Path) -> Iterator[tuple[str, str]]:
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            base = _adapter_config(path).get("base_model_name_or_path") or "BASE"
+            yield "is a LoRA adapter, not a model", f"Write model: {base} and adapter: {path}"
+        else:
+            yield "has no config.json", "Write a folder made by save_pretrained, or a Hub id"
+        return
+    if not _any_file(path, _WEIGHTS):
+        yield "has no weights (*.safetensors)", "Write a folder made by save_pretrained, or a Hub id"
+    if not _any_file(path, _TOKENIZER):
+        yield "has no tokenizer", f"Save the tokenizer beside the model: tokenizer.save_pretrained('{path}')"
+
+
+def _any_file(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(file.is_file() for pattern in patterns for file in path.glob(pattern))
+
+
+def _adapter_config(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _check_adapter(settings: Settings, path: Path) -> None:
+    if not path.exists():
+        settings.report("adapter", "does not exist", nearest_entry(path))
+    elif not (path / "adapter_config.json").is_file():
+        settings.report("adapter", "has no adapter_config.json", "Write the folder of an adapter saved by PEFT")
+    elif not _any_file(path, ("adapter_model.safetensors", "adapter_model.bin")):
+        settings.report("adapter", "has no adapter_model.safetensors", "Write the folder of an adapter saved by PEFT")
+    else:
+        _check_adapter_config(settings, _adapter_config(path))
+
+
+def _check_adapter_config(settings: Settings, config: dict[str, object]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        settings.report("adapter", f"holds peft_type {kind}", "Only LoRA adapters can be continued; merge it first")
+    modules = [config.get("target_modules"), config.get("modules_to_save")]
+    if any(isinstance(value, (str, list)) and names_output_head(value) for value in modules):
+        why = "adapts lm_head, whose weight is read directly when log-probs are computed"
+        settings.report("adapter", why, "Merge it first (scripts/merge_adapter.py) and start a new adapter")
+
+
+def _check_directory(settings: Settings, key: str) -> None:
+    path = Path(settings.values[key])
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                where = "is an existing file" if place == path else f"lies below {place}, which is a file"
+                settings.report(key, where, "Write a folder that exists or can be made")
+            return
+
+
+def check_packages(settings: Settings) -> None:
+    """Report keys that need a Python package which is not installed."""
+    for key, packages, command in _needed_packages(settings):
+        if not any(_is_installed(package) for package in packages):
+            missing = " or ".join(packages)
+            settings.report(key, f"needs the Python package {missing}", f"Install it: {command}")
+
+
+def _is_installed(package: str) -> bool:
+    """Whether ``package`` can be imported; a mere folder of that name, such as wandb's own logs, is no package."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _needed_packages(settings: Settings) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    values = settings.values
+    bitsandbytes = ("bitsandbytes",), "pip install 'alignkit[quantization]'"
+    if values.get("quantization", "none") != "none":
+        yield "quantization", *bitsandbytes
+    if "8bit" in values.get("optim", "") or "paged" in values.get("optim", ""):
+        yield "optim", *bitsandbytes
+    if values.get("report_to", "none") != "none":
+        yield "report_to", (values["report_to"],), f"pip install {values['report_to']}"
+    if values.get("attn_implementation") == "flash_attention_2":
+        yield "attn_implementation", ("flash_attn", "kernels"), "pip install flash-attn"

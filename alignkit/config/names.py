@@ -1,0 +1,125 @@
+"""What to say about a key that this program does not take: whose it is, or which one is probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, NamedTuple
+
+from alignkit.config.keys import base_keys, method_keys, methods_with, program_methods
+
+_LAUNCHER_FILES = {
+    "zero_stage: 3": "zero3.yaml",
+    "zero3": "zero3.yaml",
+    "offload": "zero3.yaml",
+    "zero": "zero2.yaml",
+    "deepspeed": "zero2.yaml",
+    "fsdp": "fsdp2.yaml",
+    "multi_cpu": "cpu_ddp.yaml",
+    "": "ddp.yaml",
+}
+"""Words of a launcher setting, and the shipped accelerate config that has it; the first that occurs counts."""
+_LAUNCHER_PREFIXES = (
+    "deepspeed", "zero", "offload_", "fsdp", "dynamo_", "tpu_", "rdzv_", "parallelism_config", "fp8_", "mpirun_",
+)  # fmt: skip
+_LAUNCHER_KEYS = {
+    "commands", "command_file", "compute_environment", "debug", "distributed_type", "downcast_bf16",
+    "enable_cpu_affinity", "gpu_ids", "ipex_config", "local_rank", "machine_rank", "main_process_ip",
+    "main_process_port", "main_training_function", "max_restarts", "mixed_precision", "monitor_interval", "multi_gpu",
+    "nnodes", "node_rank", "nproc_per_node", "num_cpu_threads_per_process", "num_machines", "num_processes",
+    "same_network", "use_deepspeed", "use_fsdp", "world_size",
+}  # fmt: skip
+
+_ELSEWHERE = {
+    "accumulation_steps": "gradient_accumulation_steps",
+    "batch_size": "per_device_train_batch_size",
+    "config_file": "--config FILE; a config_file for the launcher goes before the script's name",
+    "dataset": "data",
+    "dataset_name": "data",
+    "dataset_train_split": "data_split",
+    "epochs": "num_train_epochs",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "eval_dataset": "eval_data",
+    "evaluation_strategy": "eval_strategy",
+    "force_use_ref_model": "reference: copy",
+    "gradient_clipping": "max_grad_norm",
+    "load_in_4bit": "quantization: nf4",
+    "load_in_8bit": "quantization: int8",
+    "loss_type": "method",
+    "lora_rank": "lora_r",
+    "lora_task_type": "nothing: it is always CAUSAL_LM",
+    "lr": "learning_rate",
+    "max_grad": "max_grad_norm",
+    "max_samples": "max_rows",
+    "max_seq_length": "max_length",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "num_workers": "dataloader_num_workers",
+    "overwrite_output_dir": "overwrite",
+    "precompute_ref_batch_size": "reference_batch_size",
+    "precompute_ref_log_probs": "reference: precomputed",
+    "ref_model": "reference_model",
+    "resume_from_checkpoint": "resume",
+    "torch_dtype": "dtype",
+    "train_batch_size": "per_device_train_batch_size",
+    "use_peft": "parametrization: lora",
+    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
+}
+"""Names in TRL, transformers and common scripts, and what to write here."""
+
+
+class Explanation(NamedTuple):
+    """Why a key cannot be taken and what to write."""
+
+    why: str
+    fix: str
+
+
+def is_launcher_key(name: str) -> bool:
+    """Whether ``name`` belongs to ``accelerate launch`` or its config file."""
+    return name in _LAUNCHER_KEYS or name.startswith(_LAUNCHER_PREFIXES)
+
+
+def explain_unknown(program: str, method: str | None, name: str, value: Any) -> Explanation:
+    """What is wrong with a key that is neither one of ``program`` nor of ``method``."""
+    name = name.strip()
+    owners = methods_with(program, name)
+    if owners and method is not None:
+        return _other_method(method, name, owners)
+    if is_launcher_key(name):
+        return _launcher(program, name, value)
+    if isinstance(value, dict) and any(key in base_keys(program) for key in value):
+        return Explanation("is not a key: the file is flat", f"Write the keys below {name} at the top level")
+    plain = name.lower().replace("-", "_")
+    if plain in _ELSEWHERE:
+        return Explanation("is not a key of alignkit", f"Write {_ELSEWHERE[plain]}")
+    negated = plain.removeprefix("no_")
+    if negated != plain and negated in base_keys(program):
+        return Explanation("is not a key", f"Write {negated}: false (--{negated} false)")
+    near = _nearest(program, method, plain)
+    if near:
+        return Explanation("is not a known key", f"Did you mean {near}?")
+    return Explanation("is not a known key", f"Remove it; `trainers/{program}.py --help` lists the keys")
+
+
+def _nearest(program: str, method: str | None, name: str) -> str | None:
+    own = method_keys(method) if method else {k: v for m in program_methods(program) for k, v in method_keys(m).items()}
+    candidates = [*own, *base_keys(program)]
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def _other_method(method: str, name: str, owners: list[str]) -> Explanation:
+    own = ", ".join(method_keys(method)) or "none"
+    verb = "have" if len(owners) > 1 else "has"
+    why = f"is not an option of method {method}; {', '.join(owners)} {verb} it"
+    return Explanation(why, f"Remove it or write method: {owners[0]} (options of {method}: {own})")
+
+
+def _launcher(program: str, name: str, value: Any) -> Explanation:
+    setting = f"{name}: {value}".lower()
+    file = "configs/accelerate/" + next(file for word, file in _LAUNCHER_FILES.items() if word in setting)
+    command = f"accelerate launch --config_file {file} trainers/{program}.py --config ..."
+    fix = f"Set it in an accelerate config such as {file} and start with `{command}`"
+    if name == "mixed_precision":
+        fix += "; in this file write bf16: true or fp16: true"
+    return Explanation("belongs to the launcher, which reads another file", fix)

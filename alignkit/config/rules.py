@@ -1,0 +1,77 @@
+"""Combinations of keys that are refused, as a table.
+
+To add one, add a row to ``conflicts.py`` or ``ignored.py``; ``tests/configs`` then asks for an example that breaks it.
+A rule sees only the keys it names, after their types were checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from alignkit.config.settings import Settings
+
+Condition = Callable[[Any], bool]
+
+
+def no_heldout_rows(c: Any) -> bool:
+    """Condition: nothing to evaluate on; needs ``eval_data`` and ``eval_fraction``."""
+    return c.eval_data is None and not c.eval_fraction > 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that cannot work.
+
+    Attributes:
+        title: Short name, for the documentation.
+        keys: Keys that clash.
+        when: True for values that clash; sees ``keys`` as attributes.
+        why: Why it cannot work, as the end of a sentence.
+        fix: What to write instead.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    when: Condition
+    why: str
+    fix: str
+
+    def check(self, settings: Settings) -> None:
+        """Report to ``settings`` if the rule is broken."""
+        if not self.applies(settings, self.keys):
+            return
+        set_by_user = [key for key in self.keys if key in settings.entries]
+        first = (set_by_user or list(self.keys))[0]
+        others = [f"{settings.quote(key)} ({settings.source(key)})" for key in self.keys if key != first]
+        company = f"with {' and '.join(others)}: " if others else ""
+        settings.report(first, f"{company}{self.why}", self.fix)
+
+    def applies(self, settings: Settings, keys: tuple[str, ...]) -> bool:
+        """Whether all keys have usable values and the condition holds."""
+        if not all(key in settings.values for key in keys):
+            return False
+        return self.when(SimpleNamespace(**{key: settings.values[key] for key in keys}))
+
+
+@dataclass(frozen=True)
+class IgnoredKeys(Rule):
+    """Keys that would have no effect. Only what the user set, and did not switch off, is refused.
+
+    Attributes:
+        under: Keys whose values take the effect away; ``when`` sees these alone.
+    """
+
+    under: tuple[str, ...] = ()
+
+    def check(self, settings: Settings) -> None:
+        """Report every such key that the user set."""
+        if not self.applies(settings, self.under):
+            return
+        causes = " and ".join(f"{settings.quote(key)} ({settings.source(key)})" for key in self.under)
+        for key in self.keys:
+            if key in settings.values and settings.is_set(key):
+                unset = "Remove it (on the command line `--" + key + " null` takes it back)"
+                settings.report(key, f"would be ignored under {causes}: {self.why}", f"{unset}, or {self.fix}")

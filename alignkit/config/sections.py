@@ -1,0 +1,183 @@
+"""The keys that say what is trained: model, parametrisation, data, method, reference and layout.
+
+Every key carries its help, bounds and the source of its default; nothing else knows them. Sections only group keys for
+the reader: in a config file all keys are flat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, TypedDict
+
+from alignkit.options import option
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+PEFT, TRL, TRANSFORMERS = "PEFT", "TRL 1.16", "transformers"
+
+
+class _Place(TypedDict):
+    path: str
+
+
+class DataSource(_Place, total=False):
+    """One source of ``data`` or ``eval_data``, where a path alone does not say enough."""
+
+    weight: float
+    split: str
+    config: str
+
+
+DataValue = str | DataSource | list[str | DataSource]
+"""A file, a folder, a Hub id, or a list of them."""
+
+
+class Section:
+    """A group of keys."""
+
+    title: ClassVar[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection(Section):
+    """Which model is loaded, and how."""
+
+    title: ClassVar[str] = "Model"
+
+    model: str = option(help="Directory of a saved model, or Hub id such as Qwen/Qwen3-0.6B.")
+    model_revision: str | None = option(None, help="Branch, tag or commit of the Hub model; null is main.")
+    dtype: str = option(
+        "float32",
+        choices=DTYPES,
+        help="Precision the weights are loaded in; auto takes the checkpoint's. Keep float32 when all weights train.",
+        source=TRL,
+    )
+    attn_implementation: str | None = option(
+        None, choices=ATTENTION, help="Attention kernel; null leaves the choice to transformers.", source=TRANSFORMERS
+    )
+    trust_remote_code: bool = option(
+        False, help="Run the Python code that the model repository ships. Only for authors you trust.", source=TRL
+    )
+    chat_template: str | None = option(
+        None, help="Path of a Jinja file to use in place of the tokenizer's chat template."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParametrizationSection(Section):
+    """Which numbers may move."""
+
+    title: ClassVar[str] = "Parametrization"
+
+    parametrization: str = option(
+        "lora", choices=("full", "lora"), help="Train every weight, or low-rank adapters on frozen weights."
+    )
+    quantization: str = option(
+        "none",
+        choices=("none", "nf4", "int8"),
+        help="Precision of the frozen weights under lora: nf4 (QLoRA) or int8, through bitsandbytes.",
+    )
+    lora_r: int = option(16, ge=1, help="Rank of the adapters.", source=TRL)
+    lora_alpha: int = option(32, ge=1, help="Scale of the adapters: the update is alpha / r * BA.", source=TRL)
+    lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.", source=PEFT)
+    lora_target_modules: str | list[str] = option(
+        "all-linear",
+        help="Modules that get an adapter: all-linear (all but the output head), a list of names, or one regular "
+        "expression over full names.",
+        source="QLoRA (arXiv 2305.14314), section 4",
+    )
+    lora_modules_to_save: list[str] = option(
+        default_factory=list, help="Modules trained in full and saved beside the adapter.", source=PEFT
+    )
+    use_rslora: bool = option(False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).", source=PEFT)
+    use_dora: bool = option(False, help="Weight-decomposed adapters (arXiv 2402.09353).", source=PEFT)
+    adapter: str | None = option(
+        None, help="Directory of a saved LoRA adapter to continue from; its own rank and targets apply."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection(Section):
+    """Which rows are trained on and held out."""
+
+    title: ClassVar[str] = "Data"
+
+    data: DataValue = option(
+        help="Training rows: a jsonl, json, csv or parquet file, a folder of them, a Hub id, or a list of these. A "
+        "source may be {path, weight, split, config}: weight is its share of the mixture, config a subset on the Hub."
+    )
+    data_split: str = option("train", help="Split of a Hub data set, where an entry names none.", source=TRL)
+    eval_data: DataValue | None = option(None, help="Held-out rows, written like data.")
+    eval_split: str = option("train", help="Split of eval_data, where an entry names none.")
+    eval_fraction: float = option(0.0, ge=0, lt=1, help="Share of data held out when there is no eval_data.")
+    column_map: dict[str, str] = option(
+        default_factory=dict, help="Rename columns, ours: theirs, such as {prompt: question}."
+    )
+    streaming: bool = option(
+        False, help="Read rows while training instead of preparing them all first; needs max_steps.", source=TRL
+    )
+    max_rows: int | None = option(None, ge=1, help="Use only that many training rows.")
+    max_eval_rows: int | None = option(None, ge=1, help="Use only that many held-out rows.")
+    data_seed: int | None = option(
+        None, ge=0, lt=2**32, help="Seed of mixing, splitting and shuffling; null takes seed.", source=TRANSFORMERS
+    )
+    max_length: int = option(
+        1024,
+        ge=2,
+        help="Longest prompt + completion, in tokens: completions are cut there, and a row whose prompt fills it is "
+        "dropped.",
+        source=TRL,
+    )
+    max_dropped_fraction: float = option(
+        0.1, ge=0, le=1, help="Refuse to train when a larger share of the rows cannot be used."
+    )
+    dataset_num_proc: int | None = option(None, ge=1, help="Processes that tokenise; null is one.", source=TRL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSection(Section):
+    """The objective. The options of the chosen method stand beside it, in the same file, at the same level."""
+
+    title: ClassVar[str] = "Method"
+
+    method: str = option(help="Objective to train with; its own options are keys beside this one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSection(Section):
+    """The frozen model that log-ratios are taken against."""
+
+    title: ClassVar[str] = "Reference"
+
+    reference: str = option(
+        "auto",
+        choices=("auto", "adapter_disabled", "copy", "precomputed"),
+        help="Where reference log-probs come from: the policy with its adapter switched off, a second model in memory, "
+        "or one pass before training, cached on disk. auto is adapter_disabled under lora, else copy.",
+    )
+    reference_model: str | None = option(
+        None, help="Directory or Hub id of another model as the reference; null takes the starting model."
+    )
+    reference_batch_size: int | None = option(
+        None, ge=1, help="Rows per device in the precomputing pass; null takes per_device_train_batch_size.", source=TRL
+    )
+    reference_cache: str | None = option(
+        None, help="Directory of precomputed log-probs; null is $ALIGNKIT_CACHE or ~/.cache/alignkit/reference."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutSection(Section):
+    """The shape of a batch in memory. It changes speed, not results."""
+
+    title: ClassVar[str] = "Layout"
+
+    layout: str = option(
+        "auto",
+        choices=("auto", "padded", "shared_prefix"),
+        help="One row per completion, or one row per prompt with its completions behind it; auto takes the cheaper one "
+        "that the architecture allows and says which.",
+    )
+    pad_to_multiple_of: int | None = option(
+        None, ge=1, help="Round row lengths up to a multiple of this.", source="alignkit (TRL 1.16: auto)"
+    )

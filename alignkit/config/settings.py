@@ -1,0 +1,101 @@
+"""What the user set, where, and everything found wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignkit.config.keys import Key, base_keys, method_keys, program_methods
+from alignkit.config.values import show
+
+DEFAULT = "default"
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where something was written.
+
+    Attributes:
+        label: ``c.yaml:12`` or ``command line``.
+        order: Sorts problems: the file by line, then the command line, then the rest.
+    """
+
+    label: str
+    order: tuple[int, int] = (2, 0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value as given, before its type is checked."""
+
+    value: Any
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that cannot work: where it is, what is wrong and what to write instead."""
+
+    origin: Origin
+    what: str
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        end = "" if self.fix.endswith((".", "?")) else "."
+        return f"{self.origin.label}: {self.what} {self.why}. {self.fix}{end}"
+
+
+@dataclass
+class Settings:
+    """A configuration while it is being checked.
+
+    Attributes:
+        program: Launch program.
+        home: Where a missing key would have to be added.
+        entries: What the user set, by key.
+        values: Values of known keys, typed, defaults filled in; keys with a problem of their own are absent.
+        problems: What was found wrong.
+    """
+
+    program: str
+    home: Origin
+    entries: dict[str, Entry]
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def method(self) -> str | None:
+        """The method, where it is a known one."""
+        entry = self.entries.get("method")
+        return entry.value if entry is not None and entry.value in program_methods(self.program) else None
+
+    @property
+    def keys(self) -> Mapping[str, Key]:
+        """Keys this configuration may set: the program's and, once the method is known, its own."""
+        own = method_keys(self.method) if self.method else {}
+        return {**base_keys(self.program), **own}
+
+    def is_set(self, key: str) -> bool:
+        """Whether the user asked for something with ``key``: null, false, zero and empty switch off and ask nothing."""
+        return key in self.entries and bool(self.entries[key].value)
+
+    def source(self, key: str) -> str:
+        """``default`` or the label of the place where ``key`` was set."""
+        return self.entries[key].origin.label if key in self.entries else DEFAULT
+
+    def quote(self, key: str) -> str:
+        """``key: value`` as given or defaulted, in YAML."""
+        value = self.entries[key].value if key in self.entries else self.values[key]
+        return f"`{key}: {show(value)}`"
+
+    def report(self, key: str, why: str, fix: str) -> None:
+        """Add a problem with the value of ``key``."""
+        origin = self.entries[key].origin if key in self.entries else self.home
+        self.problems.append(Problem(origin, self.quote(key), why, fix))
+
+    def report_missing(self, key: str, why: str, fix: str) -> None:
+        """Add a problem with ``key`` not being there."""
+        self.problems.append(Problem(self.home, f"`{key}`", why, fix))

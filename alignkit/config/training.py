@@ -1,0 +1,131 @@
+"""The keys that say how training proceeds: optimisation, precision, logging, saving, reports and the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from alignkit.config.sections import TRANSFORMERS, TRL, Section
+from alignkit.options import option
+
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_bnb_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "adafactor",
+    "sgd",
+)
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
+INTERVALS = ("no", "steps", "epoch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection(Section):
+    """The run directory and what identifies a run."""
+
+    title: ClassVar[str] = "Run"
+
+    output_dir: str = option(help="Run directory: weights, metrics, plot, model card.")
+    resume: bool = option(False, help="Continue from the last complete checkpoint in output_dir.")
+    overwrite: bool = option(False, help="Delete what an earlier run left in output_dir.")
+    seed: int = option(42, ge=0, lt=2**32, help="Seed of adapters, dropout and data order.", source=TRANSFORMERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSection(Section):
+    """Length of training, batch size and optimizer."""
+
+    title: ClassVar[str] = "Optimization"
+
+    num_train_epochs: float = option(1.0, gt=0, help="Passes over the training rows.", source="alignkit (TRL 1.16: 3)")
+    max_steps: int = option(
+        -1, ge=-1, help="Optimizer steps in place of num_train_epochs; -1 is off.", source=TRANSFORMERS
+    )
+    per_device_train_batch_size: int = option(
+        8, ge=1, help="Rows (prompts with all their completions) per device and micro-batch.", source=TRANSFORMERS
+    )
+    gradient_accumulation_steps: int = option(1, ge=1, help="Micro-batches per optimizer step.", source=TRANSFORMERS)
+    learning_rate: float = option(
+        1e-6, gt=0, help="Peak learning rate. LoRA usually wants 10 to 100 times the default.", source=TRL
+    )
+    lr_scheduler_type: str = option("linear", choices=SCHEDULERS, help="Learning-rate schedule.", source=TRANSFORMERS)
+    warmup_steps: float = option(
+        0.0, ge=0, help="Steps of linear warm-up; a value below 1 is a share of all steps.", source=TRANSFORMERS
+    )
+    optim: str = option("adamw_torch", choices=OPTIMIZERS, help="Optimizer.")
+    weight_decay: float = option(0.0, ge=0, help="Decoupled weight decay.", source=TRANSFORMERS)
+    adam_beta1: float = option(0.9, ge=0, lt=1, help="AdamW decay of the mean.", source=TRANSFORMERS)
+    adam_beta2: float = option(0.999, ge=0, lt=1, help="AdamW decay of the variance.", source=TRANSFORMERS)
+    adam_epsilon: float = option(1e-8, gt=0, help="AdamW epsilon.", source=TRANSFORMERS)
+    max_grad_norm: float = option(1.0, ge=0, help="Clip the gradient norm to this; 0 is off.", source=TRANSFORMERS)
+    disable_dropout: bool = option(True, help="Switch off all dropout, LoRA's included.", source=TRL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareSection(Section):
+    """Precision, memory and processes. Their number belongs to the launcher, not here."""
+
+    title: ClassVar[str] = "Hardware"
+
+    bf16: bool = option(False, help="Compute in bfloat16 (mixed precision).", source="alignkit (TRL 1.16: true)")
+    fp16: bool = option(False, help="Compute in float16 with loss scaling (mixed precision).", source=TRANSFORMERS)
+    gradient_checkpointing: bool = option(
+        False,
+        help="Recompute activations in the backward pass: less memory, slower.",
+        source="alignkit (TRL 1.16: true)",
+    )
+    torch_compile: bool = option(False, help="Compile the model with torch.compile.", source=TRANSFORMERS)
+    use_cpu: bool = option(False, help="Train on the CPU even where there is an accelerator.", source=TRANSFORMERS)
+    dataloader_num_workers: int = option(0, ge=0, help="Processes that load batches.", source=TRANSFORMERS)
+    ddp_timeout: int = option(
+        1800, ge=1, help="Seconds one process may wait for another before the launch is ended.", source=TRANSFORMERS
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSection(Section):
+    """How often the run reports, evaluates and saves."""
+
+    title: ClassVar[str] = "Logging, evaluation and saving"
+
+    logging_steps: int = option(10, ge=1, help="Steps between two lines of metrics.", source=TRL)
+    report_to: str = option("none", choices=TRACKERS, help="Tracker beside metrics.jsonl.", source=TRANSFORMERS)
+    eval_strategy: str = option("no", choices=INTERVALS, help="When to evaluate while training.", source=TRANSFORMERS)
+    eval_steps: int | None = option(
+        None, ge=1, help="Steps between evaluations; null takes logging_steps.", source=TRANSFORMERS
+    )
+    per_device_eval_batch_size: int = option(8, ge=1, help="Rows per device in an evaluation.", source=TRANSFORMERS)
+    save_strategy: str = option("steps", choices=INTERVALS, help="When to save a checkpoint.", source=TRANSFORMERS)
+    save_steps: int = option(500, ge=1, help="Steps between checkpoints.", source=TRANSFORMERS)
+    save_total_limit: int | None = option(None, ge=1, help="Checkpoints to keep; null is all.", source=TRANSFORMERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSection(Section):
+    """What is looked at besides the loss."""
+
+    title: ClassVar[str] = "Report"
+
+    probe_rows: int = option(
+        32,
+        ge=0,
+        help="Held-out rows whose responses are scored while training, to see where likelihood goes; 0 is off. Off as "
+        "well where no rows are held out (eval_data, eval_fraction).",
+    )
+    probe_steps: int = option(10, ge=0, help="Steps between two scorings of the probe rows; 0 is off.")
+    num_samples: int = option(4, ge=0, help="Prompts answered for the final report; 0 is off.")
+    sample_max_new_tokens: int = option(64, ge=1, help="Longest answer in the final report, in tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSection(Section):
+    """Publishing. The token is read from the environment, never from here."""
+
+    title: ClassVar[str] = "Hub"
+
+    push_to_hub: bool = option(False, help="Upload the result after training.", source=TRANSFORMERS)
+    hub_model_id: str | None = option(None, help="Repository to upload to, such as name/my-model.", source=TRANSFORMERS)
+    hub_private: bool = option(False, help="Create the repository as private.")

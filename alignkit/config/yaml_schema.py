@@ -1,0 +1,58 @@
+"""YAML text to values and back.
+
+Scalars follow the YAML 1.2 core schema, not PyYAML's 1.1: ``1e-6`` is a number; ``no`` is text, so that
+``eval_strategy: no`` means what it says; ``010`` and ``2024-01-01`` are text too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+_SCALARS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(?:0|[1-9][0-9]*)",
+    "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan",
+    "null": r"~|null|Null|NULL|",
+}
+
+
+class CoreLoader(yaml.SafeLoader):
+    """A safe loader with the scalars of the core schema."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+
+class _CoreDumper(yaml.SafeDumper):
+    """Quotes only text that the core schema would read as something else, and writes floats as Python does."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    if not math.isfinite(value):
+        return dumper.represent_float(value)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+
+
+for _tag, _pattern in _SCALARS.items():
+    for _class in (CoreLoader, _CoreDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+_CoreDumper.add_representer(float, _represent_float)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one YAML document; raises :class:`yaml.YAMLError` on bad syntax."""
+    return yaml.load(text, Loader=CoreLoader)
+
+
+def dump_yaml(value: Any, *, one_line: bool = False) -> str:
+    """``value`` as YAML that :func:`parse_yaml` reads back; raises :class:`yaml.YAMLError` for Python objects."""
+    style, width = (True, math.inf) if one_line else (False, 120)
+    text: str = yaml.dump(
+        value, Dumper=_CoreDumper, default_flow_style=style, width=width, sort_keys=False, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...") if one_line else text

@@ -1,0 +1,298 @@
+"""From what the config names to rows: files, folders, Hub ids, and mixtures of them.
+
+**Mixtures.** Without weights every row of every source appears once. With weights the sources appear in those shares,
+no row appears twice, and the mixture ends when one source is used up: with shares s_i and n_i rows it has
+min_i(n_i / s_i) rows, those of the longer sources drawn at random. Both are shuffled with the seed. Streamed sources
+are interleaved with those shares as probabilities and follow the same two rules.
+
+**CSV.** Cells are text, exactly as written. ``completions`` and ``scores`` are lists written as JSON, for instance
+``["yes", "no"]`` and ``[1, 0]``; messages need jsonl, json or parquet.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
+
+from alignkit.data.columns import KNOWN_COLUMNS, nearest_name
+from alignkit.data.readers import Source, open_source, parse_json_cells
+from alignkit.data.schema import RowKind, detect_kind, split_shared_prefix
+from alignkit.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+HEAD_ROWS = 64
+"""Rows looked at to recognise the form of a source, and checked up front when streaming."""
+
+_JSON_FEATURES = Features({"row": Value("string")})
+
+SourceSpec = str | Mapping[str, Any]
+
+
+def load_rows(
+    sources: SourceSpec | Sequence[SourceSpec],
+    *,
+    split: str = "train",
+    column_map: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    seed: int = 0,
+    max_rows: int | None = None,
+) -> Dataset | IterableDataset:
+    """Load the rows of one or several sources.
+
+    Args:
+        sources: A path or Hub id, or a mapping ``{path, weight, split, config}``, or a list of these. Paths lead to a
+            jsonl, json, parquet or csv file, a folder of one of these, or a folder written by ``save_to_disk``.
+        split: Split of the sources that do not name their own; a single file is one split under any name.
+        column_map: Our column name to the one in the data, for instance ``{"chosen": "preferred"}``.
+        streaming: Read lazily.
+        seed: Seed of the mixture.
+        max_rows: Keep at most so many rows: the first of a single source, a random sample of a mixture.
+
+    Returns:
+        Rows with the columns of one form of :mod:`alignkit.data.schema`; other columns are dropped and logged.
+
+    Raises:
+        DataError: A source cannot be read, lacks columns, holds no row, or does not fit the others.
+    """
+    parsed = parse_sources(sources, split)
+    loaded = _load_all(parsed, column_map or {}, streaming)
+    if len(parsed) == 1:
+        dataset = loaded[0][0]
+    else:
+        dataset = _mix(parsed, _aligned(parsed, loaded), seed)
+    if max_rows is None:
+        return dataset
+    return dataset.take(max_rows) if streaming else dataset.select(range(min(max_rows, len(dataset))))
+
+
+def parse_sources(sources: SourceSpec | Sequence[SourceSpec], split: str = "train") -> list[Source]:
+    """Read what the config says of the sources.
+
+    Args:
+        sources: As in :func:`load_rows`.
+        split: Split of the sources that do not name their own.
+
+    Raises:
+        DataError: A key or value makes no sense; all such problems together.
+    """
+    specs = [sources] if isinstance(sources, (str, Mapping)) else list(sources)
+    problems = [] if specs else ["no source is given"]
+    parsed = []
+    for spec in specs:
+        fields = dict(spec) if isinstance(spec, Mapping) else {"path": spec}
+        unknown = sorted(set(fields) - {"path", "weight", "split", "config"})
+        if unknown:
+            problems.append(f"{spec!r}: unknown key {unknown[0]!r}; a source has path, weight, split, config")
+        elif not isinstance(fields.get("path"), str):
+            problems.append(f"{spec!r}: path must be a file, a folder or a Hub id")
+        elif fields.get("weight") is not None and not fields["weight"] > 0:
+            problems.append(f"{spec!r}: weight must be above 0; leave the source out instead")
+        else:
+            parsed.append(Source(**{"split": split, **fields}))
+    weighted = [source.weight is not None for source in parsed]
+    if any(weighted) and not all(weighted):
+        problems.append("give every source a weight, or none (every row of every source then appears once)")
+    if problems:
+        raise DataError("data: sources", problems)
+    return parsed
+
+
+def split_held_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split off rows for evaluation; no prompt is in both parts.
+
+    Args:
+        dataset: Rows as loaded, or candidate rows.
+        fraction: Share of rows to hold out, between 0 and 1.
+        seed: Seed of the choice.
+
+    Returns:
+        (training rows, held-out rows), each in the original order.
+
+    Raises:
+        DataError: One part would be empty, or the dataset is streamed.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise DataError("rows to hold out", ["streamed rows cannot be split: give eval_data, or streaming: false"])
+    rows_of: dict[str, list[int]] = {}
+    for index, row in enumerate(dataset):
+        rows_of.setdefault(_prompt_key(row), []).append(index)
+    groups = list(rows_of.values())
+    held_out: list[int] = []
+    for group in np.random.default_rng(seed).permutation(len(groups)):
+        if len(held_out) + len(groups[group]) / 2 > fraction * len(dataset):
+            break
+        held_out += groups[group]
+    if not 0 < len(held_out) < len(dataset):
+        given = f"fraction {fraction} of {len(dataset)} rows with {len(groups)} different prompts"
+        raise DataError("rows to hold out", [f"{given} leaves one part empty: change the fraction, or give eval_data"])
+    chosen = set(held_out)
+    return dataset.select([i for i in range(len(dataset)) if i not in chosen]), dataset.select(sorted(held_out))
+
+
+def first_rows(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows looked at up front, each with every column, and the columns.
+
+    Args:
+        dataset: Rows.
+        name: What they are called in an error.
+
+    Raises:
+        DataError: There is no row.
+    """
+    head = list(islice(dataset, HEAD_ROWS))
+    if not head:
+        raise DataError(f"{name}: no rows", ["the dataset is empty"])
+    columns = dataset.column_names or list(dict.fromkeys(column for row in head for column in row))
+    return [{column: row.get(column) for column in columns} for row in head], columns
+
+
+def _load_all(
+    sources: Sequence[Source], column_map: Mapping[str, str], streaming: bool
+) -> list[tuple[Dataset | IterableDataset, RowKind]]:
+    """Every source with the form of its rows; what is wrong with any of them is reported together."""
+    loaded, problems = [], []
+    for source in sources:
+        try:
+            loaded.append(_load_source(source, column_map, streaming))
+        except DataError as error:
+            if len(sources) == 1:
+                raise
+            problems += [f"{error.headline}: {problem}" for problem in error.problems]
+    if problems:
+        raise DataError("the data cannot be loaded", problems)
+    return loaded
+
+
+def _load_source(
+    source: Source, column_map: Mapping[str, str], streaming: bool
+) -> tuple[Dataset | IterableDataset, RowKind]:
+    dataset = open_source(source, streaming=streaming)
+    _, columns = first_rows(dataset, source.path)
+    dataset, columns = _rename(dataset, columns, column_map, source.path)
+    if source.path.endswith(".csv"):
+        dataset = _parse_csv_lists(dataset, columns, source.path)
+    head, _ = first_rows(dataset, source.path)
+    kind = detect_kind(columns, head, name=source.path)
+    ignored = [name for name in columns if name not in KNOWN_COLUMNS]
+    if ignored:
+        logger.warning("%s: columns not used and dropped: %s", source.path, ", ".join(ignored))
+    return dataset.remove_columns(ignored), kind
+
+
+def _rename(
+    dataset: Dataset | IterableDataset, columns: list[str], column_map: Mapping[str, str], name: str
+) -> tuple[Dataset | IterableDataset, list[str]]:
+    """Give the columns our names; a column that already has a name claimed by another one is dropped."""
+    problems = []
+    for ours, theirs in column_map.items():
+        if ours not in KNOWN_COLUMNS:
+            problems.append(f"column_map: {ours!r} is not a column of ours; ours are {', '.join(KNOWN_COLUMNS)}")
+        elif theirs not in columns:
+            near = nearest_name(theirs, columns)
+            advice = f"Did you mean {near!r}? " if near else ""
+            present = ", ".join(map(repr, columns))
+            problems.append(f"column_map: {ours} is mapped to {theirs!r}. {advice}Columns present: {present}")
+    if problems:
+        raise DataError(f"{name}: column_map does not fit", problems)
+    new_name = {theirs: ours for ours, theirs in column_map.items() if ours != theirs}
+    kept = [column for column in columns if column in new_name or column not in new_name.values()]
+    dataset = dataset.remove_columns([column for column in columns if column not in kept])
+    # Through unused names, so that two columns can be swapped.
+    dataset = dataset.rename_columns({theirs: f"renamed:{theirs}" for theirs in new_name})
+    dataset = dataset.rename_columns({f"renamed:{theirs}": ours for theirs, ours in new_name.items()})
+    return dataset, [new_name.get(column, column) for column in kept]
+
+
+def _parse_csv_lists(dataset: Dataset | IterableDataset, columns: Sequence[str], name: str) -> Any:
+    lists = [column for column in ("completions", "scores") if column in columns]
+    if not lists:
+        return dataset
+    # The parsed cells replace columns of text: removing those lets datasets infer the new types.
+    arguments = {"columns": lists, "name": name}
+    return dataset.map(parse_json_cells, batched=True, with_indices=True, fn_kwargs=arguments, remove_columns=lists)
+
+
+def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, RowKind]]) -> list[Any]:
+    """The datasets with the same column types; an error when their rows are of different forms."""
+    datasets = [dataset for dataset, _ in loaded]
+    if len({kind for _, kind in loaded}) > 1:
+        forms = [f"{source.path}: {kind}" for source, (_, kind) in zip(sources, loaded, strict=True)]
+        advice = "bring them into one form; messages with an explicit prompt are the most general"
+        raise DataError(f"the sources hold rows of different forms ({advice})", forms)
+    if isinstance(datasets[0], IterableDataset):
+        # Streams have no types to align: rows travel through the mixture as JSON, so any two may follow each other.
+        return [d.map(_to_json, remove_columns=list(KNOWN_COLUMNS), features=_JSON_FEATURES) for d in datasets]
+    types: dict[str, Any] = {}
+    for source, dataset in zip(sources, datasets, strict=True):
+        for column, feature in dataset.features.items():
+            try:
+                types[column] = _common_type(types[column], feature) if column in types else feature
+            except TypeError as error:
+                headline = f"{source.path}: does not fit the other sources"
+                raise DataError(headline, [f"column {column!r}: {error}"]) from error
+    return [dataset.cast(Features({name: types[name] for name in dataset.column_names})) for dataset in datasets]
+
+
+def _common_type(first: Any, second: Any) -> Any:
+    """A feature type that holds the values of both."""
+    if first == second:
+        return first
+    if isinstance(first, List) and isinstance(second, List):
+        return List(_common_type(first.feature, second.feature))
+    if isinstance(first, dict) and isinstance(second, dict):
+        shared = {key: _common_type(first[key], second[key]) for key in first.keys() & second.keys()}
+        return {**first, **second, **shared}
+    if isinstance(first, Value) and isinstance(second, Value):
+        if {first.dtype, second.dtype} <= {"string", "large_string"}:
+            return Value("string")
+        if all(value.dtype.startswith(("int", "uint", "float")) for value in (first, second)):
+            return Value("float64")
+    raise TypeError(f"{second} here, {first} in an earlier source")
+
+
+def _mix(sources: Sequence[Source], datasets: list[Any], seed: int) -> Dataset | IterableDataset:
+    weights = np.array([source.weight or 0.0 for source in sources])
+    shares = weights / weights.sum() if weights.any() else None
+    if isinstance(datasets[0], IterableDataset):
+        uniform = np.full(len(datasets), 1 / len(datasets))
+        rule = "all_exhausted_without_replacement" if shares is None else "first_exhausted"
+        probabilities = list(uniform if shares is None else shares)
+        mixed = interleave_datasets(datasets, probabilities=probabilities, seed=seed, stopping_strategy=rule)
+        return mixed.map(_from_json, remove_columns=list(_JSON_FEATURES))
+    if shares is not None:
+        total = min(len(dataset) / share for dataset, share in zip(datasets, shares, strict=True))
+        # The small addition keeps 100 rows at share 1/3 from becoming 99 by rounding.
+        counts = [int(total * share + 1e-9) for share in shares]
+        if 0 in counts:
+            empty = [source.path for source, count in zip(sources, counts, strict=True) if count == 0]
+            raise DataError("the mixture is lopsided", [f"{path}: its weight leaves it no row" for path in empty])
+        datasets = [
+            dataset.select(np.sort(np.random.default_rng([seed, i]).permutation(len(dataset))[:count]))
+            for i, (dataset, count) in enumerate(zip(datasets, counts, strict=True))
+        ]
+    for source, dataset in zip(sources, datasets, strict=True):
+        logger.info("mixture: %d rows of %s", len(dataset), source.path)
+    return concatenate_datasets(datasets).shuffle(seed=seed)
+
+
+def _to_json(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"row": json.dumps(row)}
+
+
+def _from_json(row: Mapping[str, str]) -> dict[str, Any]:
+    return json.loads(row["row"])
+
+
+def _prompt_key(row: Mapping[str, Any]) -> str:
+    """A text that is equal for rows with the same prompt."""
+    if "prompt_ids" in row:
+        return str(row["prompt_ids"])
+    prompt = row["prompt"] if "prompt" in row else split_shared_prefix(row["chosen"], row["rejected"])[0]
+    return json.dumps(prompt, sort_keys=True)

@@ -1,0 +1,250 @@
+"""What is said about the data before training: counts, lengths, one row with its trained tokens, and the checks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, TextIO
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.templates import Check, check_conversion
+from alignkit.errors import DataError
+
+QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
+
+IDENTICAL = "candidates are identical"
+EQUAL_SCORES = "all scores are equal"
+NO_ROOM = "prompt alone fills max_length"
+EQUAL_AFTER_CUT = "candidates are equal after truncation"
+LOST_PROMPT = "tokenised text does not begin with the prompt"
+NO_TOKENS = "a completion has no tokens"
+
+ROWS_CHECKED = 4
+TEXT_SHOWN = 800
+MARKS = ("[[", "]]")
+_COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m", "trained": "\033[36m"}
+_PLAIN = "\033[0m"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What happened to the rows of one split on the way to candidate rows.
+
+    Attributes:
+        name: The split.
+        kind: Form of the rows.
+        max_length: Limit on prompt + completion, tokens, or None.
+        num_rows_in, num_rows: Rows before and after.
+        dropped: Rows dropped, by cause.
+        num_truncated_rows: Rows kept of which at least one completion is cut.
+        num_truncated_completions: Completions cut, in rows kept.
+        lengths: Quantiles of ``prompt``, ``completion`` and their sum before truncation, over all rows, tokens.
+        candidates_per_row: Rows kept for each number of candidates.
+        mean_score_gap: Mean over the rows kept of highest minus lowest score (1 for chosen/rejected pairs).
+        recommended_max_length: Holds 95 % of the rows whole and drops no more than the fraction allowed.
+        ignored_columns: Columns that are not read.
+        num_cut_prompts: Rows whose tokenised prompt is not a prefix of prompt + completion.
+        cut_prompt_end: What such a prompt lost; an example.
+        num_whole_completions: Untruncated completions of rows kept.
+        num_stopped_completions: Those of them that end in a stop token.
+        text_after_stop: Template text after a stop token; an example.
+        unstopped_end: The end of a completion without a stop token; an example.
+        num_doubled_tokens: Rows that begin with two BOS or end in two EOS.
+        is_sample: True for streamed rows, where all of this describes the first rows only.
+    """
+
+    name: str
+    kind: str
+    max_length: int | None
+    num_rows_in: int
+    num_rows: int
+    dropped: dict[str, int]
+    num_truncated_rows: int
+    num_truncated_completions: int
+    lengths: dict[str, dict[str, int]]
+    candidates_per_row: dict[int, int]
+    mean_score_gap: float
+    recommended_max_length: int
+    ignored_columns: tuple[str, ...]
+    num_cut_prompts: int
+    cut_prompt_end: str
+    num_whole_completions: int
+    num_stopped_completions: int
+    text_after_stop: str
+    unstopped_end: str
+    num_doubled_tokens: int
+    is_sample: bool = False
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows dropped for any cause."""
+        return sum(self.dropped.values())
+
+    @property
+    def num_without_preference(self) -> int:
+        """Rows dropped because their candidates are the same text or have the same score."""
+        return self.dropped.get(IDENTICAL, 0) + self.dropped.get(EQUAL_SCORES, 0)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the model sees it: the prompt, and the candidates with their labels."""
+
+    prompt: str
+    completions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The report on all splits.
+
+    Attributes:
+        splits: One conversion report a split.
+        checks: The checks of each split.
+        example: The first row of the first split.
+    """
+
+    splits: tuple[ConversionReport, ...]
+    checks: dict[str, list[Check]]
+    example: Example
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for ``run.json``."""
+        return asdict(self)
+
+    def raise_for_failures(self) -> None:
+        """Raise DataError listing every failed check of every split; return when there is none."""
+        problems = [
+            f"{split}: {check.name}: {check.message}"
+            for split, checks in self.checks.items()
+            for check in checks
+            if check.status == "fail"
+        ]
+        if problems:
+            raise DataError("checks before training", problems)
+
+    def render(self, *, colour: bool = False) -> str:
+        """The report as text.
+
+        Args:
+            colour: Colour statuses and trained tokens; the marks ``[[ ]]`` are there in any case.
+        """
+        blocks = [_counts(self.splits), _lengths(self.splits), _example(self.example, colour)]
+        return "\n\n".join(blocks + [_checks(split, checks, colour) for split, checks in self.checks.items()])
+
+    def print_to(self, stream: TextIO) -> None:
+        """Print to a stream, in colour when it is a terminal and ``NO_COLOR`` is not set.
+
+        Args:
+            stream: Usually ``sys.stdout``.
+        """
+        print(self.render(colour=stream.isatty() and "NO_COLOR" not in os.environ), file=stream)
+
+
+def data_report(
+    splits: Mapping[str, tuple[Dataset | IterableDataset, ConversionReport]], tokenizer: PreTrainedTokenizerBase
+) -> DataReport:
+    """Check and describe converted splits.
+
+    Args:
+        splits: Name to what :func:`alignkit.data.convert.to_candidate_rows` returned; the first one gives the example.
+        tokenizer: The tokenizer it used.
+    """
+    rows = {name: list(islice(dataset, ROWS_CHECKED)) for name, (dataset, _) in splits.items()}
+    checks = {name: check_conversion(report, tokenizer, rows[name]) for name, (_, report) in splits.items()}
+    first = rows[next(iter(splits))][0]
+    return DataReport(tuple(report for _, report in splits.values()), checks, example_of(first, tokenizer))
+
+
+def example_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Decode one candidate row, special tokens included.
+
+    Args:
+        row: A candidate row.
+        tokenizer: The tokenizer it was made with.
+    """
+    labels = ["chosen", "rejected"] if row["scores"] == [1.0, 0.0] else [f"score {score:g}" for score in row["scores"]]
+    texts = [tokenizer.decode(completion) for completion in row["completion_ids"]]
+    return Example(tokenizer.decode(row["prompt_ids"]), tuple(zip(labels, texts, strict=True)))
+
+
+def length_line(lengths: Mapping[str, int]) -> str:
+    """Quantiles on one line, for an error message.
+
+    Args:
+        lengths: One entry of ``ConversionReport.lengths``.
+    """
+    return ", ".join(f"{name} {value}" for name, value in lengths.items())
+
+
+def _counts(splits: Sequence[ConversionReport]) -> str:
+    causes = dict.fromkeys(cause for split in splits for cause in split.dropped)
+    sizes = sorted({size for split in splits for size in split.candidates_per_row})
+    rows = [
+        ["rows", *(split.name + (" (first rows)" if split.is_sample else "") for split in splits)],
+        ["read", *(f"{split.num_rows_in}" for split in splits)],
+        *([f"dropped: {cause}", *(f"{split.dropped.get(cause, 0)}" for split in splits)] for cause in causes),
+        ["trained on", *(f"{split.num_rows}" for split in splits)],
+        *([f"  with {k} candidates", *(f"{split.candidates_per_row.get(k, 0)}" for split in splits)] for k in sizes),
+        ["cut at max_length", *(f"{split.num_truncated_rows}" for split in splits)],
+        ["completions cut", *(f"{split.num_truncated_completions}" for split in splits)],
+        ["mean score gap", *(f"{split.mean_score_gap:.3g}" for split in splits)],
+    ]
+    ignored = [f"{split.name}: columns not used: {', '.join(split.ignored_columns)}" for split in splits]
+    notes = [note for note, split in zip(ignored, splits, strict=True) if split.ignored_columns]
+    return "\n".join([f"{splits[0].kind}", _table(rows), *notes])
+
+
+def _lengths(splits: Sequence[ConversionReport]) -> str:
+    rows = [["tokens before truncation", *QUANTILES]]
+    for split in splits:
+        rows += [
+            [f"{split.name}: {what}", *(f"{value}" for value in quantiles.values())]
+            for what, quantiles in split.lengths.items()
+        ]
+    return _table(rows)
+
+
+def _example(example: Example, colour: bool) -> str:
+    start, end = (_COLOURS["trained"], _PLAIN) if colour else ("", "")
+    marked = [(label, MARKS[0] + start + _visible(text) + end + MARKS[1]) for label, text in example.completions]
+    width = max(len(label) for label, _ in [("prompt", ""), *marked]) + 2
+    lines = [f"first row, trained tokens in {MARKS[0]} {MARKS[1]}"]
+    for label, text in [("prompt", _visible(example.prompt)), *marked]:
+        first, *rest = text.splitlines() or [""]
+        lines += [f"  {label:<{width}}{first}", *(" " * (width + 2) + line for line in rest)]
+    return "\n".join(lines)
+
+
+def _visible(text: str) -> str:
+    """The text with line ends shown as ``\\n`` and its middle left out when it is long."""
+    if len(text) > TEXT_SHOWN:
+        half = TEXT_SHOWN // 2
+        text = f"{text[:half]} ... ({len(text) - 2 * half} characters) ... {text[-half:]}"
+    shown = text.replace("\n", "\\n\n")
+    return shown.removesuffix("\n")
+
+
+def _checks(split: str, checks: Sequence[Check], colour: bool) -> str:
+    lines = [f"checks of {split}"]
+    for check in checks:
+        status = f"{check.status:<4}"
+        lines.append(
+            f"  {_COLOURS[check.status] + status + _PLAIN if colour else status}  {check.name}: {check.message}"
+        )
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

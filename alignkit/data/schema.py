@@ -1,0 +1,257 @@
+"""The rows a user may bring, and everything that can be wrong with one.
+
+Five forms, recognised from the columns and the first rows:
+
+======================  ===========================================  =============================================
+form                    columns                                      values
+======================  ===========================================  =============================================
+pair, explicit prompt   ``prompt``, ``chosen``, ``rejected``         text, or lists of ``{role, content}`` messages
+pair, implicit prompt   ``chosen``, ``rejected``                     the same; the shared beginning is the prompt
+candidate list          ``prompt``, ``completions``, ``scores``      K >= 2 completions and K numbers, K free by row
+======================  ===========================================  =============================================
+
+With a prompt of messages the completions may be plain text; each is then one assistant message. ``tools`` and
+``chat_template_kwargs`` are passed on to the chat template. Any other column is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from alignkit.data.columns import LIST_COLUMNS, PAIR_COLUMNS, missing_columns, misnamed_prompt
+from alignkit.errors import DataError
+
+EXAMPLES_SHOWN = 3
+
+
+class Problem(NamedTuple):
+    """One thing wrong with one row.
+
+    Attributes:
+        kind: What is wrong and what to do; equal for all rows with the same trouble.
+        shown: The offending value, shortened.
+        fatal: False when the row is well formed but prefers nothing; such rows can be dropped.
+    """
+
+    kind: str
+    shown: str
+    fatal: bool = True
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """The form of a dataset's rows.
+
+    Attributes:
+        lists: Candidate lists rather than chosen/rejected pairs.
+        conversational: Messages rather than plain text.
+        prompt: ``explicit`` (own column), ``implicit`` (shared beginning of the completions), or ``repeated`` (a text
+            column beside completions that already hold the whole conversation; the column is not needed).
+        text_completions: Plain-text completions to a prompt of messages.
+    """
+
+    lists: bool
+    conversational: bool
+    prompt: Literal["explicit", "implicit", "repeated"] = "explicit"
+    text_completions: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns these rows are read from."""
+        columns = LIST_COLUMNS if self.lists else PAIR_COLUMNS
+        return columns if self.prompt == "explicit" else columns[1:]
+
+    @property
+    def message_completions(self) -> bool:
+        """Whether each completion is a list of messages."""
+        return self.conversational and not self.text_completions
+
+    def __str__(self) -> str:
+        form = "conversational" if self.conversational else "standard"
+        return f"{form} {'candidate lists' if self.lists else 'pairs'}, {self.prompt} prompt"
+
+
+def detect_kind(
+    columns: Sequence[str], head: Sequence[Mapping[str, Any]], *, name: str, num_candidates: int | None = None
+) -> RowKind:
+    """Recognise the form of the rows.
+
+    Args:
+        columns: Column names.
+        head: The first rows; the first value that is not null decides between text and messages.
+        name: What the rows are called in an error.
+        num_candidates: What the method takes. It decides when the columns of pairs and of lists are both there: pairs
+            for 2, lists for None.
+
+    Raises:
+        DataError: Columns are missing, or the prompt and the completions do not fit together.
+    """
+    has_pairs, has_lists = {"chosen", "rejected"} <= set(columns), set(LIST_COLUMNS) <= set(columns)
+    if not has_pairs and not has_lists:
+        raise DataError(f"{name}: columns do not form preference rows", missing_columns(columns))
+    lists = has_lists and (num_candidates is None or not has_pairs)
+    completion = _first_value(head, "completions" if lists else "chosen")
+    if lists and isinstance(completion, list) and completion:
+        completion = completion[0]
+    messages = isinstance(completion, list)
+    if "prompt" not in columns:
+        if (not messages or _opens_with_answer(completion)) and (problem := misnamed_prompt(columns)):
+            raise DataError(f"{name}: unclear where the prompt is", [problem])
+        return RowKind(lists=False, conversational=messages, prompt="implicit")
+    prompt_messages = isinstance(_first_value(head, "prompt"), list)
+    if messages and not prompt_messages:
+        if lists or _opens_with_answer(completion):
+            advice = 'write the prompt as messages too: [{"role": "user", "content": "..."}]'
+            raise DataError(f"{name}: rows mix two forms", [f"the prompt is text, completions are messages: {advice}"])
+        return RowKind(lists=False, conversational=True, prompt="repeated")
+    return RowKind(lists, conversational=prompt_messages, text_completions=prompt_messages and not messages)
+
+
+def row_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | None = None) -> list[Problem]:
+    """Everything wrong with one row; empty when it can be trained on.
+
+    Args:
+        row: The row, with the columns of ``kind``.
+        kind: The form of the dataset.
+        num_candidates: Exact number of completions the method takes, or None for any number from 2.
+    """
+    problems: list[Problem] = []
+    if kind.prompt == "explicit":
+        problems += _value_problems("prompt", row["prompt"], kind.conversational)
+    if kind.lists:
+        return problems + _list_problems(row, kind, num_candidates)
+    for column in ("chosen", "rejected"):
+        problems += _value_problems(column, row[column], kind.message_completions)
+    if problems:
+        return problems
+    if row["chosen"] == row["rejected"]:
+        return [Problem("chosen and rejected are identical: there is no preference", shorten(row["chosen"]), False)]
+    if kind.prompt != "explicit" and is_blank(split_shared_prefix(row["chosen"], row["rejected"])[0]):
+        advice = "add a prompt column, or begin both with the prompt"
+        return [Problem(f"chosen and rejected share no beginning: {advice}", shorten(row["chosen"]))]
+    return []
+
+
+def split_shared_prefix(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Split an implicit-prompt pair into (prompt, chosen, rejected), exactly as TRL's ``extract_prompt`` does.
+
+    The prompt is the longest common beginning, in characters or in messages; a space just before the difference goes
+    to the completions. When one side is the beginning of the other, its last element stays a completion.
+    """
+    shared = 0
+    for shared in range(min(len(chosen), len(rejected))):
+        if chosen[shared] != rejected[shared]:
+            if shared > 0 and chosen[shared - 1] == " ":
+                shared -= 1
+            break
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def is_blank(value: str | list[Any]) -> bool:
+    """Whether a prompt or completion holds nothing: no messages, or only white space."""
+    return not (value.strip() if isinstance(value, str) else value)
+
+
+def describe_problems(found: Iterable[tuple[int, Problem]]) -> list[str]:
+    """One line for every kind of problem: how many rows, and the first few with their values.
+
+    Args:
+        found: Pairs of row number and problem, in row order.
+    """
+    by_kind: dict[str, dict[int, str]] = {}
+    for number, problem in found:
+        by_kind.setdefault(problem.kind, {}).setdefault(number, problem.shown)
+    lines = []
+    for kind, rows in by_kind.items():
+        shown = "; ".join(f"row {number}: {value}" for number, value in list(rows.items())[:EXAMPLES_SHOWN])
+        more = "; ..." if len(rows) > EXAMPLES_SHOWN else ""
+        lines.append(f"{kind}\n     {len(rows)} row{'s' if len(rows) > 1 else ''}: {shown}{more}")
+    return lines
+
+
+def shorten(value: Any, length: int = 60) -> str:
+    """``repr(value)`` cut in the middle to at most ``length`` characters."""
+    text, half = repr(value), (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+def _first_value(head: Sequence[Mapping[str, Any]], column: str) -> Any:
+    return next((row[column] for row in head if row[column] is not None), None)
+
+
+def _opens_with_answer(messages: Sequence[Any]) -> bool:
+    """Whether the conversation begins with the assistant, so that the question must be elsewhere."""
+    first = messages[0] if messages else None
+    return isinstance(first, Mapping) and first.get("role") == "assistant"
+
+
+def _value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
+    if value is None:
+        return [Problem(f"{column} is null: every row needs one", "null")]
+    if messages:
+        return _message_problems(column, value)
+    if not isinstance(value, str):
+        return [Problem(f"{column} is {type(value).__name__}, expected text", shorten(value))]
+    return [Problem(f"{column} is empty: it needs at least one character", shorten(value))] if is_blank(value) else []
+
+
+def _message_problems(column: str, value: Any) -> list[Problem]:
+    expected = 'expected a list of messages {"role": ..., "content": ...}'
+    if not isinstance(value, list):
+        return [Problem(f"{column} is {type(value).__name__}, {expected}", shorten(value))]
+    if not value:
+        return [Problem(f"{column} is empty: it needs at least one message", "[]")]
+    for message in value:
+        if not isinstance(message, Mapping):
+            return [Problem(f"{column} holds {type(message).__name__}, {expected}", shorten(message))]
+        if not isinstance(message.get("role"), str):
+            return [Problem(f"{column} has a message without role, {expected}", shorten(message))]
+        # An assistant turn may carry tool calls in place of content.
+        if message.get("content") is None and not message.get("tool_calls"):
+            return [Problem(f"{column} has a message without content, {expected}", shorten(message))]
+    last = value[-1]
+    if column != "prompt" and is_blank(last.get("content") or "") and not last.get("tool_calls"):
+        return [Problem(f"{column} ends in an empty message: there is nothing to learn", shorten(last))]
+    return []
+
+
+def _list_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | None) -> list[Problem]:
+    completions, scores = row["completions"], row["scores"]
+    problems = []
+    for column, value in (("completions", completions), ("scores", scores)):
+        if not isinstance(value, list):
+            problems.append(Problem(f"{column} is {type(value).__name__}, expected a list", shorten(value)))
+    if problems:
+        return problems
+    problems += _count_problems(len(completions), num_candidates)
+    if len(completions) != len(scores):
+        shown = f"{len(completions)} completions, {len(scores)} scores"
+        problems.append(Problem("completions and scores differ in number: give each completion one score", shown))
+    for completion in completions:
+        problems += _value_problems("a completion", completion, kind.message_completions)
+    for score in scores:
+        if not isinstance(score, (int, float)):
+            problems.append(Problem("a score is not a number", shorten(score)))
+        elif not math.isfinite(score):
+            problems.append(Problem("a score is NaN or infinite: every score must be finite", repr(score)))
+    if problems:
+        return problems
+    if len(set(scores)) == 1:
+        problems.append(Problem("all scores are equal: there is no preference", shorten(scores), False))
+    if all(completion == completions[0] for completion in completions):
+        kind_of_row = "all completions are identical: there is no preference"
+        problems.append(Problem(kind_of_row, shorten(completions[0]), False))
+    return problems
+
+
+def _count_problems(count: int, num_candidates: int | None) -> list[Problem]:
+    if count < 2:
+        return [Problem("fewer than 2 completions: a preference needs at least two", f"{count} completions")]
+    if num_candidates is not None and count != num_candidates:
+        advice = f"keep {num_candidates} a row (say the best and the worst), or choose a method that takes lists"
+        kind = f"the method takes exactly {num_candidates} completions a row: {advice}"
+        return [Problem(kind, f"{count} completions")]
+    return []

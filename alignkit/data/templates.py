@@ -1,0 +1,173 @@
+"""Checks made on tokenised rows before training: what the chat template and the tokenizer did to them.
+
+The expensive way to learn that a model never stops, or was trained on a context it will not see, is to train it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.prefix import CandidateCollator, Layout
+from alignkit.errors import DataError
+
+if TYPE_CHECKING:
+    from alignkit.data.report import ConversionReport
+
+TRUNCATION_WARNING = 0.05
+"""Share of rows cut by max_length above which a warning is given."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check.
+
+    Attributes:
+        name: What should hold.
+        status: ``ok``, ``warn`` (training goes on) or ``fail`` (it would not do what was asked).
+        message: What was found and, unless ok, what to do.
+    """
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    message: str
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, name: str) -> None:
+    """Raise DataError when the tokenizer cannot render the rows.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        conversational: Whether the rows are messages.
+        name: What the rows are called in an error.
+    """
+    if conversational and tokenizer.chat_template is None:
+        advice = (
+            "the rows are messages but the tokenizer has no chat template. Set chat_template to a jinja file, take an "
+            "instruct model, or write prompt and completions as plain text"
+        )
+        raise DataError(f"{name}: cannot be rendered", [advice])
+    if not conversational and tokenizer.eos_token is None:
+        advice = "the tokenizer has no EOS token to end a completion with. Set tokenizer.eos_token, or use messages"
+        raise DataError(f"{name}: cannot be tokenised", [advice])
+
+
+def tokens_after_stop(
+    completion_ids: Sequence[int], stop_token_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """Number of white-space tokens after the stop token that ends a completion, or None when none ends it.
+
+    Args:
+        completion_ids: An untruncated completion.
+        stop_token_ids: Ids at which generation stops.
+        tokenizer: Decodes the tokens after the stop token.
+    """
+    for count, token in enumerate(reversed(completion_ids)):
+        if token in stop_token_ids:
+            return count
+        if tokenizer.decode([token]).strip():
+            return None
+    return None
+
+
+def has_doubled_token(
+    prompt_ids: Sequence[int], completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Whether a sequence begins with two BOS or ends in two EOS tokens.
+
+    Args:
+        prompt_ids: The prompt.
+        completion_ids: An untruncated completion.
+        tokenizer: Names the two tokens.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    doubled_bos = bos is not None and list(prompt_ids[:2]) == [bos, bos]
+    return doubled_bos or (eos is not None and list(completion_ids[-2:]) == [eos, eos])
+
+
+def check_conversion(
+    report: ConversionReport, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]
+) -> list[Check]:
+    """All checks of one split.
+
+    Args:
+        report: What the conversion counted.
+        tokenizer: The tokenizer it used.
+        rows: A few candidate rows, collated to see that padding hides no token.
+    """
+    return [
+        _check_stop_token(report),
+        _check_padding(tokenizer, rows),
+        _check_prompt_prefix(report),
+        _check_preference(report),
+        _check_special_tokens(report),
+        _check_truncation(report),
+    ]
+
+
+def _check_stop_token(report: ConversionReport) -> Check:
+    name = "the stop token is trained"
+    whole, stopped = report.num_whole_completions, report.num_stopped_completions
+    if whole == 0:
+        advice = f"raise max_length to {report.recommended_max_length}"
+        return Check(name, "warn", f"no completion is whole, so none ends in a stop token: {advice}")
+    if stopped == whole:
+        after = f", then template text {report.text_after_stop!r}, kept as TRL does" if report.text_after_stop else ""
+        return Check(name, "ok", f"all {whole} whole completions end in one{after}")
+    found = f"{whole - stopped} of {whole} whole completions do not end in a stop token but in {report.unstopped_end!r}"
+    advice = "the model would not learn to stop: end the template's assistant turn with eos_token, or add that token to"
+    return Check(name, "warn" if stopped else "fail", f"{found}; {advice} eos_token_id of the generation config")
+
+
+def _check_padding(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> Check:
+    name = "padding hides no completion token"
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    pad = eos if pad is None else pad
+    expected = sum(len(completion) for row in rows for completion in row["completion_ids"])
+    for layout in get_args(Layout):
+        trained = int(CandidateCollator(pad_token_id=pad or 0, layout=layout)(rows)["completion_mask"].sum())
+        if trained != expected:
+            return Check(name, "fail", f"layout {layout} trains {trained} of {expected} completion tokens")
+    same = " (pad and EOS are the same token here, which is harmless)" if pad == eos else ""
+    return Check(name, "ok", f"masks come from lengths, not from token ids{same}")
+
+
+def _check_prompt_prefix(report: ConversionReport) -> Check:
+    name = "the prompt is a prefix of prompt + completion"
+    if report.num_cut_prompts == 0:
+        return Check(name, "ok", "in every row")
+    found = f"not in {report.num_cut_prompts} of {report.num_rows_in} rows, whose prompt lost an end like "
+    advice = "the model trains on a context it will not see: end prompts on a token boundary (a newline, no trailing"
+    return Check(name, "warn", f"{found}{report.cut_prompt_end!r}; {advice} space), or mend the template")
+
+
+def _check_preference(report: ConversionReport) -> Check:
+    name = "the candidates of a row differ"
+    if not report.num_without_preference:
+        return Check(name, "ok", "in every row")
+    message = f"{report.num_without_preference} of {report.num_rows_in} rows prefer nothing and were dropped"
+    return Check(name, "warn", message)
+
+
+def _check_special_tokens(report: ConversionReport) -> Check:
+    name = "no special token is doubled"
+    if report.num_doubled_tokens == 0:
+        return Check(name, "ok", "in every row")
+    advice = "take BOS and EOS out of the texts (the tokenizer adds them), or out of the template"
+    return Check(name, "warn", f"{report.num_doubled_tokens} rows begin with two BOS or end in two EOS; {advice}")
+
+
+def _check_truncation(report: ConversionReport) -> Check:
+    name = "rows fit max_length"
+    if report.max_length is None or report.num_truncated_rows + report.num_dropped == 0:
+        return Check(name, "ok", "all of them")
+    share = report.num_truncated_rows / report.num_rows_in
+    found = (
+        f"{report.num_truncated_rows} of {report.num_rows_in} rows ({share:.1%}) are cut at {report.max_length} tokens"
+    )
+    if share <= TRUNCATION_WARNING:
+        return Check(name, "ok", found)
+    return Check(name, "warn", f"{found}; max_length {report.recommended_max_length} holds 95 % of the rows whole")

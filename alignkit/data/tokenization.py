@@ -1,0 +1,227 @@
+"""One batch of rows of text to candidate rows of token ids, with what is counted on the way.
+
+Pairs become, token for token, what ``trl.DPOTrainer`` 1.16 trains on (its ``_prepare_dataset`` followed by
+``DataCollatorForPreference`` with ``truncation_mode="keep_start"``):
+
+- plain text gets EOS unless it ends in it; messages get what the chat template writes;
+- prompt and prompt + completion are tokenised separately, and the completions start where the first of them leaves the
+  tokenised prompt, so that a token merged across the boundary is trained;
+- a completion is cut where prompt + completion reaches ``max_length``; a row whose prompt fills it is dropped.
+
+Beyond TRL, rows without a preference (identical candidates, equal scores) are dropped too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.report import EQUAL_AFTER_CUT, EQUAL_SCORES, IDENTICAL, LOST_PROMPT, NO_ROOM, NO_TOKENS
+from alignkit.data.schema import RowKind, split_shared_prefix
+from alignkit.data.templates import has_doubled_token, tokens_after_stop
+
+CANDIDATE_FEATURES = Features(
+    {
+        "prompt_ids": List(Value("int32")),
+        "completion_ids": List(List(Value("int32"))),
+        "scores": List(Value("float64")),
+    }
+)
+COUNT_FEATURES = Features(
+    {
+        "cause": Value("string"),
+        "prompt_length": Value("int32"),
+        "completion_lengths": List(Value("int32")),
+        "needed_length": Value("int32"),
+        "num_truncated": Value("int32"),
+        "num_stopped": Value("int32"),
+        "text_after_stop": Value("string"),
+        "unstopped_end": Value("string"),
+        "cut_prompt_end": Value("string"),
+        "doubled": Value("bool"),
+        "score_gap": Value("float64"),
+    }
+)
+"""Columns beside the candidate columns, counted and then removed. ``cause`` is empty for a row that is kept;
+``needed_length`` is the smallest max_length that keeps it, 0 when none does."""
+
+END_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What candidate rows depend on besides the rows and the tokenizer.
+
+    Attributes:
+        kind: Form of the rows.
+        max_length: Limit on prompt + completion in tokens, or None.
+        num_candidates: Exact number of candidates the method takes, or None.
+        stop_token_ids: Ids at which generation stops.
+    """
+
+    kind: RowKind
+    max_length: int | None
+    num_candidates: int | None
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One row in its general form: a prompt with K scored completions, text or messages.
+
+    Attributes:
+        prompt, completions, scores: As in a candidate list; a pair is (chosen, rejected) with scores (1, 0).
+        score_gap: Highest minus lowest score given.
+        template: Keyword arguments of the chat template.
+    """
+
+    prompt: Any
+    completions: list[Any]
+    scores: list[float]
+    score_gap: float
+    template: dict[str, Any]
+
+
+def convert_batch(
+    batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, list[Any]]:
+    """Tokenise a batch of valid rows.
+
+    Args:
+        batch: Columns of the batch.
+        tokenizer: The tokenizer of the model.
+        settings: What else the result depends on.
+
+    Returns:
+        Columns of ``CANDIDATE_FEATURES`` and ``COUNT_FEATURES``; dropped rows have empty candidate columns.
+    """
+    rows = [_text_row(row, settings) for row in rows_of(batch)]
+    texts = [text for row in rows for text in _texts(row, tokenizer, settings.kind.conversational)]
+    # A chat template writes its own special tokens. One call for the whole batch is what makes this fast.
+    encoded = tokenizer(texts, add_special_tokens=not settings.kind.conversational, verbose=False)["input_ids"]
+    columns: dict[str, list[Any]] = {name: [] for name in [*CANDIDATE_FEATURES, *COUNT_FEATURES]}
+    start = 0
+    for row in rows:
+        prompt_ids, *sequences = encoded[start : start + 1 + len(row.completions)]
+        start += 1 + len(row.completions)
+        for name, value in _convert_row(row, prompt_ids, sequences, tokenizer, settings).items():
+            columns[name].append(value)
+    return columns
+
+
+def rows_of(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of columns.
+
+    Args:
+        batch: Columns of equal length.
+    """
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
+
+
+def _text_row(row: Mapping[str, Any], settings: Settings) -> TextRow:
+    kind = settings.kind
+    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
+    template = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(kwargs or {})}
+    if kind.lists:
+        prompt, completions, scores = row["prompt"], row["completions"], [float(score) for score in row["scores"]]
+    else:
+        prompt, completions, scores = row.get("prompt"), [row["chosen"], row["rejected"]], [1.0, 0.0]
+        if kind.prompt != "explicit":
+            prompt, *completions = split_shared_prefix(*completions)
+    gap = max(scores) - min(scores)
+    if kind.text_completions:
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    if kind.lists and settings.num_candidates == 2 and gap > 0:
+        completions = completions if scores[0] > scores[1] else completions[::-1]
+        scores = [1.0, 0.0]
+    return TextRow(prompt, completions, scores, gap, template)
+
+
+def _texts(row: TextRow, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> list[str]:
+    """The prompt, and the prompt with each completion."""
+    if not conversational:
+        eos = tokenizer.eos_token
+        ended = [text if text.endswith(eos) else text + eos for text in row.completions]
+        return [row.prompt, *(row.prompt + text for text in ended)]
+    prompt = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True, **row.template)
+    return [
+        prompt,
+        *(tokenizer.apply_chat_template(row.prompt + c, tokenize=False, **row.template) for c in row.completions),
+    ]
+
+
+def _convert_row(
+    row: TextRow,
+    prompt_ids: list[int],
+    sequences: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+) -> dict[str, Any]:
+    start = min(_common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+    whole = [sequence[start:] for sequence in sequences]
+    limit = settings.max_length if settings.max_length is not None else start + max(map(len, whole))
+    needed = _needed_length(start, whole)
+    cause = _drop_cause(row, start, whole, needed, limit)
+    completions = [completion[: limit - start] for completion in whole]
+    candidates = ([], [], []) if cause else (prompt_ids[:start], completions, row.scores)
+    counts = {
+        "cause": cause,
+        "prompt_length": start,
+        "completion_lengths": [len(completion) for completion in whole],
+        "needed_length": needed,
+        "num_truncated": sum(len(completion) > limit - start for completion in whole),
+        "cut_prompt_end": tokenizer.decode(prompt_ids[start:]) if start < len(prompt_ids) else "",
+        "doubled": any(has_doubled_token(prompt_ids[:start], completion, tokenizer) for completion in whole),
+        "score_gap": row.score_gap,
+    }
+    untruncated = [completion for completion in whole if 0 < len(completion) <= limit - start]
+    return dict(zip(CANDIDATE_FEATURES, candidates, strict=True)) | counts | _endings(untruncated, tokenizer, settings)
+
+
+def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    if second[: len(first)] == first:
+        return len(first)
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _needed_length(start: int, completions: list[list[int]]) -> int:
+    """Smallest max_length at which the candidates are not all the same; 0 when they are at any length."""
+    if all(completion == completions[0] for completion in completions):
+        return 0
+    return start + 1 + min(_common_prefix_length(completions[0], completion) for completion in completions[1:])
+
+
+def _drop_cause(row: TextRow, start: int, completions: list[list[int]], needed: int, limit: int) -> str:
+    if row.score_gap == 0:
+        return EQUAL_SCORES
+    if needed == 0:
+        return IDENTICAL
+    if start == 0:
+        return LOST_PROMPT
+    if not all(completions):
+        return NO_TOKENS
+    if start >= limit:
+        return NO_ROOM
+    return EQUAL_AFTER_CUT if needed > limit else ""
+
+
+def _endings(
+    completions: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, int | str]:
+    """How untruncated completions end: how many in a stop token, and the text of one example of either sort."""
+    after = [tokens_after_stop(completion, settings.stop_token_ids, tokenizer) for completion in completions]
+    trailing = next((c[-count:] for c, count in zip(completions, after, strict=True) if count), [])
+    unstopped = next((c[-END_TOKENS:] for c, count in zip(completions, after, strict=True) if count is None), [])
+    return {
+        "num_stopped": sum(count is not None for count in after),
+        "text_after_stop": tokenizer.decode(trailing),
+        "unstopped_end": tokenizer.decode(unstopped),
+    }

@@ -1,0 +1,65 @@
+"""What a run was made with, for ``run.json``: versions, platform and the state of the source."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import alignkit
+
+RECORDED = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "deepspeed",
+    "bitsandbytes",
+)
+"""Distributions whose version can change a result."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform and git state; a distribution that is not installed is None."""
+    return {
+        "alignkit": alignkit.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: installed_version(name) for name in RECORDED},
+        "git": git_state(Path(alignkit.__file__).resolve().parents[1]),
+    }
+
+
+def installed_version(name: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(checkout: Path) -> dict[str, Any] | None:
+    """Commit of a checkout and the files that differ from it; None where there is no checkout, as after pip install."""
+    if not (checkout / ".git").exists():
+        return None
+    commit = _git(checkout, "rev-parse", "HEAD")
+    changed = _git(checkout, "status", "--porcelain")
+    return {"commit": commit, "changed": None if changed is None else changed.splitlines()}
+
+
+def _git(checkout: Path, *arguments: str) -> str | None:
+    """Output of a git command; None when git is missing or refuses (no commit yet, another owner)."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return None
+    return done.stdout.rstrip("\n")

@@ -1,0 +1,219 @@
+"""The steps of an evaluation, in the order ``scripts/evaluate.py`` takes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.data.convert import to_candidate_rows
+from alignkit.data.load import load_rows
+from alignkit.data.prefix import Layout
+from alignkit.data.report import ConversionReport
+from alignkit.environment import environment
+from alignkit.evals.generation import Sample, Sampling, generate_samples, generation_sums
+from alignkit.evals.preference import likelihood_sums, preference_sums
+from alignkit.evals.results import Evaluation
+from alignkit.evals.sharding import score_over_ranks
+from alignkit.methods._forward import add_completion_head
+from alignkit.methods._reference import rows_fingerprint
+from alignkit.parametrizations.files import AdapterFiles, sha256
+from alignkit.parametrizations.loading import ModelSource, load_adapter, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What a model is evaluated on.
+
+    Attributes:
+        rows: Held-out candidate rows.
+        probe: Candidate rows of which every response is a probe, or None.
+        prompts: Token ids of the prompts to answer.
+        reports: What happened to the rows on the way, by name.
+    """
+
+    rows: Dataset
+    probe: Dataset | None
+    prompts: list[list[int]]
+    reports: dict[str, ConversionReport]
+
+
+def start_processes(*, use_cpu: bool) -> PartialState:
+    """Join the other processes of the launch; only the first one shows progress.
+
+    Args:
+        use_cpu: Stay on the CPU even where there is an accelerator.
+    """
+    state = PartialState(cpu=True) if use_cpu else PartialState()
+    if not state.is_main_process:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return state
+
+
+def tokenizer_for(
+    source: ModelSource, adapter: AdapterFiles | None, chat_template: Path | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the adapter, which knows the template it was trained with; otherwise the model's.
+
+    Args:
+        source: The model.
+        adapter: The adapter, or None.
+        chat_template: Jinja file that replaces the chat template, or None.
+    """
+    if adapter is not None and adapter.has_tokenizer:
+        return load_tokenizer(str(adapter.directory), chat_template=chat_template)
+    return load_tokenizer(
+        source.model,
+        revision=source.revision,
+        chat_template=chat_template,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def prepare_data(
+    sources: Mapping[str, Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    column_map: Mapping[str, str],
+    max_rows: int | None,
+    max_length: int,
+    num_samples: int,
+    state: PartialState,
+) -> EvaluationData:
+    """Load, check and tokenise the rows; the first process first, so that the others read its cache.
+
+    Args:
+        sources: Files or Hub ids under ``held-out`` and, if there are probe rows, ``probe``.
+        tokenizer: The tokenizer of the model.
+        column_map: Our column names to those of the data.
+        max_rows: Keep at most so many rows of each, or None.
+        max_length: Limit on prompt + completion, tokens.
+        num_samples: Distinct prompts to answer, the first ones of the held-out rows.
+        state: This process among the others.
+
+    Raises:
+        DataError: The rows cannot be used; every kind of problem.
+    """
+    rows, reports = {}, {}
+    with state.main_process_first():
+        for name, paths in sources.items():
+            loaded = load_rows(list(paths), column_map=column_map, max_rows=max_rows)
+            rows[name], reports[name] = to_candidate_rows(
+                loaded, tokenizer, max_length=max_length, num_candidates=None, name=name
+            )
+    distinct = {tuple(row["prompt_ids"]): None for row in rows["held-out"]}
+    prompts = [list(ids) for ids in distinct][:num_samples]
+    return EvaluationData(rows["held-out"], rows.get("probe"), prompts, reports)
+
+
+def load_evaluated(
+    source: ModelSource, adapter: AdapterFiles | None, device: torch.device
+) -> PreTrainedModel | PeftModel:
+    """Load a model for :func:`evaluate_model`.
+
+    Args:
+        source: The model.
+        adapter: Put on it, or None.
+        device: Where to.
+    """
+    model = load_model(source, device)
+    # The head goes on before PEFT wraps the model.
+    add_completion_head(model)
+    return model if adapter is None else load_adapter(model, adapter)
+
+
+def evaluate_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: EvaluationData,
+    *,
+    layout: Layout,
+    batch_size: int,
+    sampling: Sampling,
+    state: PartialState,
+    name: str,
+) -> Evaluation:
+    """Evaluate a model on all processes; every one of them gets the results.
+
+    Args:
+        model: What :func:`load_evaluated` returned.
+        tokenizer: Decodes the sample answers.
+        data: What on.
+        layout: ``padded`` or ``shared_prefix``.
+        batch_size: Rows a forward pass.
+        sampling: How answers are generated.
+        state: This process among the others.
+        name: What the model is called in progress bars.
+    """
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    scoring: dict[str, Any] = {"layout": layout, "batch_size": batch_size, "state": state}
+    scoring["pad_token_id"] = pad_token_id or 0
+    scores = score_over_ranks(model, data.rows, progress=f"{name}: held-out rows", **scoring)
+    sums = preference_sums(data.rows, scores)
+    if data.probe is not None:
+        probe_scores = score_over_ranks(model, data.probe, progress=f"{name}: probe rows", **scoring)
+        sums |= likelihood_sums(probe_scores, "probe")
+    samples: list[Sample] = []
+    if data.prompts:
+        samples = generate_samples(model, tokenizer, data.prompts, sampling, state=state, progress=f"{name}: samples")
+        sums |= generation_sums(samples)
+    return Evaluation(sums, samples)
+
+
+def provenance(
+    source: ModelSource,
+    adapter: AdapterFiles | None,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: EvaluationData,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Everything besides the options that the figures depend on, for the record.
+
+    Args:
+        source: The model.
+        adapter: The adapter, or None.
+        model: The model as loaded.
+        tokenizer: Its tokenizer.
+        data: The rows.
+        state: The processes.
+    """
+    template = tokenizer.chat_template
+    weights = {} if adapter is None else {"directory": str(adapter.directory), "sha256": sha256(adapter.weights)}
+    first = data.rows[0]["prompt_ids"]
+    return {
+        "environment": environment(),
+        "processes": {"world_size": state.num_processes, "device": state.device.type},
+        "model": {
+            **asdict(source),
+            "loaded_dtype": str(model.dtype).removeprefix("torch."),
+            "commit": model.config.to_dict().get("_commit_hash"),
+            "adapter": None if adapter is None else {**weights, "base": adapter.base, "kind": adapter.kind},
+        },
+        "tokenizer": {
+            "source": tokenizer.name_or_path,
+            "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+            "begins_with_bos": tokenizer.bos_token_id is not None and first[:1] == [tokenizer.bos_token_id],
+            "first_prompt": tokenizer.decode(first),
+        },
+        "data": {
+            name: {
+                "rows": report.num_rows,
+                "dropped": report.dropped,
+                "cut_at_max_length": report.num_truncated_rows,
+                "token_ids_blake2b": rows_fingerprint(data.rows if name == "held-out" else data.probe),
+            }
+            for name, report in data.reports.items()
+        },
+    }

@@ -1,0 +1,1 @@
+"""Publishing adapters and models on the Hugging Face Hub."""

@@ -1,0 +1,132 @@
+"""The card of what is published: does its metadata hold on another machine, and what must change so that it does?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
+
+from alignkit.parametrizations.files import ADAPTER_CONFIG, is_local
+
+CARD = "README.md"
+LIBRARIES = {"adapter": "peft", "model": "transformers"}
+Kind = Literal["adapter", "model"]
+
+
+@dataclass(frozen=True)
+class CardCopy:
+    """The card as it is sent.
+
+    Attributes:
+        metadata: Its metadata.
+        replacements: Files sent with another content than they have here, by name.
+        notes: What was changed, for the user.
+        problems: Why it cannot be sent, each with the way out; empty when it can.
+    """
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    replacements: dict[str, bytes] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def prepare_card(root: Path, kind: Kind, base_model: str | None) -> CardCopy:
+    """Check the card of a directory and name its base as the Hub knows it.
+
+    Args:
+        root: The directory.
+        kind: ``adapter`` or ``model``.
+        base_model: Hub id of the base, or None to take the one that card or adapter config names.
+    """
+    if not (root / CARD).is_file():
+        return CardCopy(problems=[f"there is no {CARD}: add a model card (trainings and merges write one)"])
+    try:
+        card = ModelCard((root / CARD).read_text(encoding="utf-8"))
+    except (YAMLError, ValueError) as error:
+        return CardCopy(problems=[f"the metadata of {CARD} is not valid: {' '.join(str(error).split())}"])
+    copy = CardCopy()
+    config = json.loads((root / ADAPTER_CONFIG).read_text(encoding="utf-8")) if kind == "adapter" else {}
+    trained_on = config.get("base_model_name_or_path")
+    base = _hub_base(base_model, card.data.base_model, trained_on)
+    if base is None and kind == "adapter":
+        copy.problems.append(_no_base(card.data.base_model or trained_on))
+    if base is not None:
+        _name_base(card, base, trained_on, copy)
+    if kind == "adapter" and base is not None and trained_on != base:
+        copy.replacements[ADAPTER_CONFIG] = json.dumps({**config, "base_model_name_or_path": base}, indent=2).encode()
+        copy.notes.append(f"{ADAPTER_CONFIG}: the copy sent names the base {base} instead of {trained_on!r}")
+    copy.metadata.update(card.data.to_dict())
+    copy.problems.extend(_metadata_problems(copy.metadata, kind))
+    return copy
+
+
+def id_fault(name: str) -> str | None:
+    """Why a name cannot be a Hub id, or None.
+
+    Args:
+        name: Such as ``owner/name``.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return f"{name!r} is no Hub id ({error})"
+    return None
+
+
+def _hub_base(given: str | None, in_card: str | list[str] | None, trained_on: str | None) -> str | None:
+    """The first of the names that is a Hub id."""
+    named = [in_card] if isinstance(in_card, str) else in_card or []
+    ids = (name for name in (given, *named, trained_on) if name and not is_local(name) and id_fault(name) is None)
+    return next(ids, None)
+
+
+def _name_base(card: ModelCard, base: str, trained_on: str | None, copy: CardCopy) -> None:
+    """Let the card name ``base`` wherever it names a base on this machine, in its metadata and its examples."""
+    before = str(card)
+    named = card.data.base_model
+    local = {name for name in (named, trained_on) if isinstance(name, str) and is_local(name)}
+    if not isinstance(named, list):
+        card.data.base_model = base
+    # The Hub derives these from base_model; PEFT writes them with local paths.
+    card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")] or None
+    for name in local:
+        for quote in ('"', "'", "`"):
+            card.text = card.text.replace(f"{quote}{name}{quote}", f"{quote}{base}{quote}")
+    if str(card) != before:
+        copy.replacements[CARD] = str(card).encode()
+        copy.notes.append(f"{CARD}: the copy sent names the base {base}")
+
+
+def _metadata_problems(metadata: dict[str, Any], kind: Kind) -> Iterator[str]:
+    """What the Hub would refuse or misread."""
+    library, given = LIBRARIES[kind], metadata.get("library_name")
+    if given != library:
+        yield f"{CARD} says library_name: {given}; write library_name: {library}, by which the Hub shows how to load it"
+    for key in ("base_model", "datasets"):
+        # An adapter without a base on the Hub has been reported, with a way out of its own.
+        if key == "base_model" and kind == "adapter":
+            continue
+        value = metadata.get(key) or []
+        for name in [value] if isinstance(value, str) else value:
+            if is_local(name):
+                yield f"{CARD} says {key}: {name}, a place on this machine; write a Hub id, or remove the key"
+            elif fault := id_fault(name):
+                yield f"{CARD} says {key}: {fault}"
+    for key, kinds in (("license", str), ("pipeline_tag", str), ("tags", list)):
+        if key in metadata and not isinstance(metadata[key], kinds):
+            yield f"{CARD} says {key}: {metadata[key]!r}; expected {'text' if kinds is str else 'a list'}"
+
+
+def _no_base(given: str | list[str] | None) -> str:
+    what = f"{given!r} as base model, which is not on the Hub" if given else "no base model"
+    return (
+        f"the adapter names {what}: nobody else could load it. Give the Hub id of the base with --base_model. Where "
+        "the base is not on the Hub, publish it first, or merge the adapter (scripts/merge_adapter.py) and publish that"
+    )

@@ -1,0 +1,191 @@
+"""What a folder of weights holds, read without torch: model or adapter, the adapter's base, empty tensors, hashes."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from alignkit.errors import CheckpointError, ModelError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A saved PEFT adapter.
+
+    Attributes:
+        directory: Where it lies.
+        base: Model it was trained on, as written in its config: a Hub id or a path; None when not written.
+        base_revision: Branch, tag or commit of the base, or None.
+        kind: PEFT's name of the method, such as ``LORA``.
+    """
+
+    directory: Path
+    base: str | None
+    base_revision: str | None
+    kind: str
+
+    @property
+    def weights(self) -> Path:
+        """The file of its tensors."""
+        return self.directory / ADAPTER_WEIGHTS
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer was saved with it."""
+        return (self.directory / TOKENIZER_CONFIG).is_file()
+
+
+def read_adapter(directory: str | Path) -> AdapterFiles:
+    """Read the config of a saved adapter and check that its weights are there.
+
+    Args:
+        directory: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        ModelError: It is no such folder.
+        CheckpointError: Its weights are empty or truncated.
+    """
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        advice = "download a Hub adapter first: hf download NAME --local-dir DIR"
+        raise ModelError(f"the adapter {str(directory)!r} is not a folder. {_near(path)}{advice}")
+    if not (path / ADAPTER_CONFIG).is_file():
+        kind = "it holds a full model: give it as --model" if (path / MODEL_CONFIG).is_file() else _checkpoints(path)
+        raise ModelError(f"{str(directory)!r} has no {ADAPTER_CONFIG}, so it is not a saved adapter; {kind}")
+    config = _read_json(path / ADAPTER_CONFIG)
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{str(directory)!r} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}: save the adapter again")
+    check_tensors(path / ADAPTER_WEIGHTS)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise ModelError(f"{path / ADAPTER_CONFIG} has no peft_type: PEFT did not write it")
+    return AdapterFiles(path, config.get("base_model_name_or_path"), config.get("revision"), kind)
+
+
+def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None, AdapterFiles | None]:
+    """What the options ``--model`` and ``--adapter`` name together.
+
+    Args:
+        model: A model, or an adapter in its place; None to take the base that the adapter's config names.
+        adapter: An adapter, or None.
+
+    Returns:
+        (the model, its revision if the adapter's config names one, the adapter or None).
+
+    Raises:
+        ModelError: Neither is given, or one of them is not what it is given as.
+        CheckpointError: The adapter's weights are empty or truncated.
+    """
+    if adapter is None and model is not None and (Path(model).expanduser() / ADAPTER_CONFIG).is_file():
+        model, adapter = None, model
+    files = None if adapter is None else read_adapter(adapter)
+    if model is not None:
+        if problem := model_problem(model):
+            raise ModelError(problem)
+        return model, None, files
+    if files is None:
+        raise ModelError("no model is given: write --model with a folder or a Hub id, or --adapter with a folder")
+    if files.base is None or (is_local(files.base) and model_problem(files.base)):
+        given = f"the base {files.base!r}, which is not here" if files.base else "no base"
+        raise ModelError(f"the adapter {str(adapter)!r} names {given}. Give the model it was trained on with --model")
+    return files.base, files.base_revision, files
+
+
+def model_problem(model: str) -> str | None:
+    """What is wrong with the name of a model, without loading it, or None; Hub ids are believed.
+
+    Args:
+        model: A folder or a Hub id.
+    """
+    path = Path(model).expanduser()
+    if (path / MODEL_CONFIG).is_file():
+        return None
+    if (path / ADAPTER_CONFIG).is_file():
+        return f"{model!r} is an adapter, not a model: give it as --adapter"
+    if path.is_dir():
+        return f"{model!r} has no {MODEL_CONFIG}, so it is not a saved model; {_checkpoints(path)}"
+    if path.is_file():
+        return f"{model!r} is a file; give the folder of a saved model, or a Hub id"
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return f"the model {model!r} does not exist. {_near(path)}Give the folder of a saved model, or a Hub id"
+    return None
+
+
+def is_local(model: str) -> bool:
+    """Whether the name of a model leads to a place on this machine rather than to the Hub.
+
+    Args:
+        model: A path or a Hub id; ``name/model`` is a path when such a folder exists.
+    """
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
+
+
+def check_tensors(file: Path) -> list[str]:
+    """Names of the tensors of a safetensors file, after checking that it is whole and none is empty.
+
+    Args:
+        file: The file.
+
+    Raises:
+        CheckpointError: It is truncated, or holds no tensor or an empty one (a ZeRO-3 shard that was never gathered).
+    """
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): it is truncated or not a safetensors file") from error
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty or not shapes:
+        found = f"{len(empty)} of {len(shapes)} tensors are empty, such as {empty[0]}" if empty else "it has no tensor"
+        raise CheckpointError(f"{file} was saved without its numbers: {found}. Gather the parameters before saving.")
+    return list(shapes)
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's bytes.
+
+    Args:
+        file: The file.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _near(path: Path) -> str:
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"Did you mean {str(path.parent / near[0])!r}? " if near else ""
+
+
+def _checkpoints(path: Path) -> str:
+    """Advice for a folder that holds no weights itself."""
+    saved = sorted(_saved_inside(path))
+    return f"did you mean {saved[-1]!r}?" if saved else "the folder holds no saved weights"
+
+
+def _saved_inside(path: Path) -> Iterator[str]:
+    for entry in path.iterdir():
+        if (entry / ADAPTER_CONFIG).is_file() or (entry / MODEL_CONFIG).is_file():
+            yield str(entry)

@@ -1,0 +1,25 @@
+"""Quantised bases through bitsandbytes (QLoRA)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from transformers import BitsAndBytesConfig
+
+
+def quantization_config(kind: Literal["nf4", "int8"], compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The bitsandbytes configuration of a frozen base.
+
+    Args:
+        kind: ``nf4`` (4-bit NormalFloat with double quantisation, arXiv 2305.14314) or ``int8`` (LLM.int8).
+        compute_dtype: Type the dequantised weights are multiplied in (nf4 only).
+    """
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )

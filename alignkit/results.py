@@ -1,0 +1,146 @@
+"""What a run leaves behind: verified weights, results, samples, plot, model card, and an upload if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+
+from alignkit.callbacks.card import CardContent, render_card
+from alignkit.callbacks.checkpoints import verify_weights
+from alignkit.callbacks.durability import write_whole
+from alignkit.callbacks.health import HealthMonitor
+from alignkit.callbacks.plot import plot_run
+from alignkit.config import LoadedConfig
+from alignkit.environment import environment
+from alignkit.evals.generation import Sample, Sampling, generate_samples
+from alignkit.hub.upload import plan_upload, push
+from alignkit.methods._preference import PreferenceTrainer
+from alignkit.methods.method import load_method
+from alignkit.run_directory import RunDirectory
+
+TIMINGS = ("_runtime", "_per_second")
+
+
+def finish(loaded: LoadedConfig, trainer: PreferenceTrainer, directory: RunDirectory) -> None:
+    """Evaluate, save, look at what was saved, and report; a collective.
+
+    Raises:
+        CheckpointError: The saved weights are empty or not finite.
+    """
+    config = loaded.config
+    results = _evaluate(trainer)
+    samples = _sample_answers(loaded, trainer)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        saved = verify_weights(directory.path)
+        verdicts = _verdicts(trainer)
+        directory.record(
+            results=results,
+            samples=samples,
+            health=[asdict(verdict) for verdict in verdicts],
+            saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
+        )
+        plot_run(directory.metrics_path, directory.plot_path, title=f"{config.method} on {config.model}")
+        card = _card(loaded, trainer, directory, results, [f"{v.title}: {v.evidence}" for v in verdicts])
+        write_whole(directory.card_path, card)
+        directory.record(status="finished")
+        print(_summary(directory, results, samples))
+        if config.push_to_hub:
+            url = push(plan_upload(directory.path, config.hub_model_id), private=config.hub_private)
+            directory.record(hub={"url": url})
+            print(f"uploaded to {url}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _evaluate(trainer: PreferenceTrainer) -> dict[str, float]:
+    if trainer.eval_dataset is None:
+        return {}
+    metrics = trainer.evaluate()
+    kept = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(TIMINGS)}
+    return {key: value for key, value in kept.items() if key != "epoch"}
+
+
+def _sample_answers(loaded: LoadedConfig, trainer: PreferenceTrainer) -> list[dict[str, Any]]:
+    """Answers to the first held-out prompts; sharded models cannot generate here and say so."""
+    config, rows = loaded.config, trainer.eval_dataset
+    if config.num_samples == 0 or not isinstance(rows, Dataset):
+        return []
+    if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3):
+        if trainer.is_world_process_zero():
+            print("no sample answers: the model is sharded; run scripts/evaluate.py on the result")
+        return []
+    prompts = list(dict.fromkeys(tuple(ids) for ids in rows["prompt_ids"]))[: config.num_samples]
+    tokenizer = trainer.processing_class
+    samples = generate_samples(
+        trainer.model,
+        tokenizer,
+        prompts,
+        Sampling(max_new_tokens=config.sample_max_new_tokens, seed=config.seed),
+        state=PartialState(),
+    )
+    return [_sample(tokenizer.decode(ids), sample) for ids, sample in zip(prompts, samples, strict=True)]
+
+
+def _sample(prompt: str, sample: Sample) -> dict[str, Any]:
+    return {"prompt": prompt, **asdict(sample)}
+
+
+def _verdicts(trainer: PreferenceTrainer) -> list[Any]:
+    monitors = [c for c in trainer.callback_handler.callbacks if isinstance(c, HealthMonitor)]
+    return [verdict for monitor in monitors for verdict in monitor.verdicts]
+
+
+def _card(
+    loaded: LoadedConfig,
+    trainer: PreferenceTrainer,
+    directory: RunDirectory,
+    results: Mapping[str, float],
+    warnings: list[str],
+) -> str:
+    config = loaded.config
+    sources = [config.data] if isinstance(config.data, (str, Mapping)) else list(config.data)
+    rows: dict[str, Any] = {"layout": trainer.layout.layout}
+    for name, split in (("training rows", trainer.train_dataset), ("held-out rows", trainer.eval_dataset)):
+        if isinstance(split, Dataset):
+            rows[name] = len(split)
+    return render_card(
+        CardContent(
+            name=config.hub_model_id or directory.path.name,
+            method=load_method(config.method),
+            base_model=config.model,
+            location=config.hub_model_id or str(directory.path),
+            is_adapter=isinstance(trainer.model, PeftModel),
+            config=loaded.effective(),
+            datasets=[source if isinstance(source, str) else source["path"] for source in sources],
+            data=rows,
+            results={"after": results} if results else {},
+            warnings=warnings,
+            versions=environment()["versions"],
+        )
+    )
+
+
+def _summary(directory: RunDirectory, results: Mapping[str, float], samples: list[dict[str, Any]]) -> str:
+    lines = []
+    if results:
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen", "logratio/rejected")
+        lines.append("held-out rows: " + ", ".join(f"{key} {results[key]:.4g}" for key in shown if key in results))
+    for sample in samples:
+        lines.append(f"sample: {sample['prompt']!r}\n     -> {sample['text']!r}{_remarks(sample)}")
+    lines.append(f"run directory: {directory.path}")
+    lines.append(
+        f"  plot {directory.plot_path.name}, card {directory.card_path.name}, metrics {directory.metrics_path.name}"
+    )
+    return "\n".join(lines)
+
+
+def _remarks(sample: Mapping[str, Any]) -> str:
+    remarks = [] if sample["finished"] else ["did not stop"]
+    if sample["repetition"] > 0.3:
+        remarks.append(f"repeats itself ({sample['repetition']:.0%} of its 4-grams)")
+    return f"  [{', '.join(remarks)}]" if remarks else ""

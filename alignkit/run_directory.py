@@ -1,0 +1,284 @@
+"""The directory of one run: made, refused or resumed before anything is loaded, and ``run.json`` in it.
+
+::
+
+    run.json        config with the source of every value, versions, git state, process layout, results, status
+    metrics.jsonl   one line a log                plot.png, README.md   figure and model card
+    checkpoint-N/   complete when it holds complete.json               the adapter or model, and its tokenizer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alignkit.callbacks.durability import checkpoint_step, complete_checkpoints, delete_checkpoint, write_whole
+from alignkit.errors import RunDirectoryError
+
+RUN_FILE = "run.json"
+_FORMAT_KEY = "alignkit_run"
+_FORMAT = 1
+
+WRITTEN_BY_A_RUN = (
+    "metrics.jsonl", "plot.png", "README.md", ".*.partial", "runs", "logs", "training_args.bin",
+    "adapter_config.json", "adapter_model.safetensors", "*/adapter_model.safetensors", "*/adapter_config.json",
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates",
+)  # fmt: skip
+"""What ``overwrite`` deletes beside checkpoints and, last of all, ``run.json``; whatever else is there is kept."""
+
+FREE_ON_RESUME = frozenset(
+    "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
+    "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
+    "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction ddp_timeout "
+    "push_to_hub hub_model_id hub_private".split()
+)
+"""Keys that may differ between a run and its resumption: what is written, watched or waited for, not what is learnt."""
+
+
+class RunDirectory:
+    """An accepted run directory; made by :meth:`create`.
+
+    Attributes:
+        path: The directory.
+        is_main: Whether this process writes; on the other ranks every writing method does nothing.
+    """
+
+    def __init__(self, path: Path, *, is_main: bool) -> None:
+        self.path, self.is_main = path, is_main
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, resume: bool = False, overwrite: bool = False, is_main: bool | None = None
+    ) -> RunDirectory:
+        """Make or reopen the directory of a run.
+
+        Args:
+            path: Where; created with its parents.
+            resume: Continue the run that is there; it must have a complete checkpoint.
+            overwrite: Delete what an earlier run wrote there, and nothing else.
+            is_main: Whether this is the first rank; the others only learn the path. None reads ``RANK``, which
+                launchers set before any process group exists.
+
+        Raises:
+            RunDirectoryError: The directory cannot be used that way; the message says what to write instead.
+        """
+        run = cls(Path(path), is_main=os.environ.get("RANK", "0") == "0" if is_main is None else is_main)
+        if not run.is_main:
+            return run
+        if resume and overwrite:
+            raise RunDirectoryError("resume continues a run and overwrite deletes it. Keep one of the two.")
+        if not run.path.is_dir():
+            if resume:
+                raise RunDirectoryError(f"there is no run to resume: {run.path} {_what_is(run.path)}. {_NEW_RUN}")
+            _make_directory(run.path)
+        elif any(run.path.iterdir()) or resume:
+            run._reopen(resume=resume, overwrite=overwrite)
+        _check_writable(run.path)
+        run._open_session(resume)
+        return run
+
+    @property
+    def metrics_path(self) -> Path:
+        """Log of the run."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def plot_path(self) -> Path:
+        """Figure drawn at the end."""
+        return self.path / "plot.png"
+
+    @property
+    def card_path(self) -> Path:
+        """Model card."""
+        return self.path / "README.md"
+
+    def sections(self) -> dict[str, Any]:
+        """Content of ``run.json``.
+
+        Raises:
+            RunDirectoryError: There is none, or alignkit did not write it.
+        """
+        path = self.path / RUN_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunDirectoryError(f"{self.path} does not hold a run of alignkit: it has no {RUN_FILE}") from None
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(f"{path} cannot be read ({error}). Write another output_dir.") from error
+        if not isinstance(content, dict) or content.get(_FORMAT_KEY) != _FORMAT:
+            raise RunDirectoryError(f"{path} was not written by this version of alignkit. Write another output_dir.")
+        return content
+
+    def record(self, **sections: Any) -> None:
+        """Merge sections into ``run.json``, atomically.
+
+        Args:
+            **sections: A mapping is merged key by key into the section of its name; anything else replaces it.
+                Paths become text, dataclasses mappings, and NaN and infinity the texts ``nan`` and ``inf``.
+        """
+        if not self.is_main:
+            return
+        content = self.sections()
+        for name, value in sections.items():
+            old, new = content.get(name), plain(value)
+            content[name] = {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
+        self._write(content)
+
+    def last_complete_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from; None when there is none."""
+        complete = complete_checkpoints(self.path)
+        return complete[-1] if complete else None
+
+    def check_resumable(self, config: Mapping[str, Mapping[str, Any]], *, world_size: int | None = None) -> None:
+        """Refuse to resume under a configuration that would have led elsewhere; call it before ``record(config=...)``.
+
+        Args:
+            config: Effective config, ``{key: {"value": ..., "source": ...}}``, as recorded under ``config``.
+            world_size: Number of processes now; compared with the recorded ``process_layout`` when given.
+
+        Raises:
+            RunDirectoryError: Lists every key that differs, with both values.
+        """
+        if not self.is_main:
+            return
+        recorded = self.sections()
+        differences = list(_differences(recorded.get("config", {}), plain(config)))
+        old_size = recorded.get("process_layout", {}).get("world_size", world_size)
+        if world_size is not None and old_size != world_size:
+            differences.append(f"number of processes: {old_size} recorded, {world_size} now")
+        if differences:
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise RunDirectoryError(
+                f"{self.path} cannot be resumed with other settings; the result would be neither run:\n{lines}\n"
+                "Write the recorded values back; or start a new run from these weights in another output_dir, with "
+                f"`adapter: {self.path}` under lora or `model: {self.path}` under full."
+            )
+
+    def _reopen(self, *, resume: bool, overwrite: bool) -> None:
+        """Accept a directory that exists and is not empty, or say why not."""
+        if not (self.path / RUN_FILE).is_file():
+            names = sorted(entry.name for entry in self.path.iterdir())
+            held = f"holds {_shortened(names)} and no {RUN_FILE}" if names else "is empty"
+            if resume:
+                raise RunDirectoryError(f"there is no run to resume: {self.path} {held}. {_NEW_RUN}")
+            raise RunDirectoryError(
+                f"{self.path} {held}, so no run of alignkit wrote it and nothing there is touched. Write an "
+                "output_dir that does not exist yet."
+            )
+        status, checkpoint = self.sections().get("status"), self.last_complete_checkpoint()
+        if overwrite:
+            self._delete_run()
+        elif not resume:
+            way_out = f"`resume: true` to continue from {checkpoint.name}, " if checkpoint else ""
+            raise RunDirectoryError(
+                f"{self.path} already holds a run (status: {status}). Write {way_out}`overwrite: true` to delete it "
+                "and start again, or another output_dir."
+            )
+        elif checkpoint is None:
+            raise RunDirectoryError(
+                f"{self.path} holds a run (status: {status}) but no complete checkpoint, so there is nothing to resume "
+                "from. Write `overwrite: true` in place of `resume: true` to start it again; a smaller save_steps "
+                "saves earlier."
+            )
+
+    def _delete_run(self) -> None:
+        """Delete an earlier run; ``run.json`` goes last, so that a kill leaves a directory still known as a run."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink() and checkpoint_step(path) is not None:
+                delete_checkpoint(path)
+        for path in [path for pattern in WRITTEN_BY_A_RUN for path in self.path.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        (self.path / RUN_FILE).unlink()
+
+    def _open_session(self, resume: bool) -> None:
+        """Note that training starts, or goes on, now."""
+        checkpoint = self.last_complete_checkpoint()
+        session = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "resumed_from": checkpoint.name if checkpoint else None,
+        }
+        content = self.sections() if resume else {_FORMAT_KEY: _FORMAT}
+        self._write({**content, "status": "running", "sessions": [*content.get("sessions", []), session]})
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        write_whole(self.path / RUN_FILE, f"{text}\n")
+
+
+_NEW_RUN = "Remove `resume: true` to start a new run, or write the output_dir of the run to continue."
+
+
+def plain(value: Any) -> Any:
+    """``value`` in terms that JSON has."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(plain, value))
+    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)
+    return value
+
+
+def _differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each key that matters and differs; a key only one side knows counts unless it is at its default."""
+    for key in dict.fromkeys([*recorded, *given]):
+        old, new = recorded.get(key), given.get(key)
+        if key in FREE_ON_RESUME or (old and new and old["value"] == new["value"]):
+            continue
+        if (old is None and new["source"] == "default") or (new is None and old["source"] == "default"):
+            continue
+        yield f"{key}: {_shown(old)} recorded, {_shown(new)} now"
+
+
+def _shown(entry: Mapping[str, Any] | None) -> str:
+    return "absent" if entry is None else f"{json.dumps(entry['value'], ensure_ascii=False)} ({entry['source']})"
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _what_is(path: Path) -> str:
+    return "is a file" if path.exists() else "does not exist"
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError):
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        raise RunDirectoryError(
+            f"output_dir {path} cannot be a directory: {existing} is a file. Write another output_dir."
+        ) from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"output_dir {path} cannot be created: {error.strerror}. Write an output_dir where you may write."
+        ) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Try it: permissions do not tell about full disks, quotas and read-only mounts."""
+    trial = path / f".writable.{os.getpid()}.partial"
+    try:
+        trial.write_bytes(b"\0")
+        trial.unlink()
+    except OSError as error:
+        raise RunDirectoryError(
+            f"output_dir {path} cannot be written to: {error.strerror}. Write an output_dir where you may write."
+        ) from error

@@ -1,0 +1,152 @@
+"""Merge an adapter into its base model, and refuse a merge that changes what the model says.
+
+    python scripts/merge_adapter.py --adapter runs/first --output runs/first-merged
+    python scripts/merge_adapter.py --adapter runs/qlora --output runs/qlora-merged --quantization nf4 --data heldout.jsonl
+
+Base + adapter and the merged model, as written and loaded back, are compared on a few texts (--data, or built in). Above
+the tolerance nothing is written and the exit status is 2. An adapter trained on a quantised base is merged into the
+dequantised weights, those it was trained on, and compared with the quantised base + adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignkit.arguments import StrictParser, non_negative_float, positive_int
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.parametrizations.files import AdapterFiles, find_model
+from alignkit.programs import run_program
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from alignkit.parametrizations.export import MergeReport
+
+MAX_TOKENS = 128
+TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "To make tea, boil water, pour it over the leaves, wait four minutes and then remove them.",
+    "If a train travels 60 miles in 45 minutes, its speed is 60 / 0.75 = 80 miles per hour.",
+    "def factorial(n):\n    return 1 if n < 2 else n * factorial(n - 1)\n",
+    "Sehr geehrte Damen und Herren, hiermit bestätige ich den Eingang Ihrer Nachricht vom 3. Mai.",
+    'Answer with JSON: {"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"]}',
+    "I am sorry, but I cannot help with that. Is there something else you would like to know?",
+    "Once upon a time, in a village at the edge of a dark forest, there lived a miller and his three daughters.",
+)
+
+
+def main() -> None:
+    """One merge."""
+    arguments = parse_arguments()
+    base, revision, adapter = check_inputs(arguments)
+    quantization = arguments.quantization or quantization_in_training(adapter)
+
+    # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
+    from accelerate import PartialState
+
+    from alignkit.parametrizations.export import check_output, merge_adapter
+    from alignkit.parametrizations.loading import ModelSource, load_tokenizer
+
+    check_output(arguments.output)
+    source = ModelSource(
+        base,
+        arguments.revision or revision,
+        dtype=arguments.dtype,
+        quantization=quantization,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    tokenizer = (
+        load_tokenizer(str(adapter.directory))
+        if adapter.has_tokenizer
+        else load_tokenizer(base, revision=source.revision, trust_remote_code=arguments.trust_remote_code)
+    )
+    report = merge_adapter(
+        adapter,
+        source,
+        arguments.output,
+        tokenizer=tokenizer,
+        prompts=token_ids(arguments, tokenizer),
+        tolerance=arguments.tolerance,
+        device=PartialState().device,
+    )
+    print(describe(report))
+    print(f"\nwritten to {arguments.output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = StrictParser(*map(str.strip, __doc__.split("\n", 1)))
+    parser.add_argument("--adapter", required=True, help="folder of the adapter: a finished run, or a checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, not there yet or empty")
+    parser.add_argument("--model", help="the base, where the adapter's config does not name one that is here")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub base")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the merged weights; auto (default) takes that of the base. Merging itself is done in float32",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=("none", "nf4", "int8"),
+        help="how training saw the base; by default what run.json beside the adapter says, otherwise none",
+    )
+    parser.add_argument("--tolerance", type=non_negative_float, help="largest difference of a logit; default by type")
+    parser.add_argument("--data", nargs="+", help="rows whose texts are compared, in place of the built-in ones")
+    parser.add_argument("--num_prompts", type=positive_int, default=len(TEXTS), help="texts compared")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    return parser.parse_args()
+
+
+def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, AdapterFiles]:
+    """The base, its revision and the adapter, checked without loading anything."""
+    try:
+        base, revision, adapter = find_model(arguments.model, arguments.adapter)
+    except AlignkitError as error:
+        raise ConfigError(Path(sys.argv[0]).name, [str(error)]) from error
+    assert adapter is not None
+    return base, revision, adapter
+
+
+def quantization_in_training(adapter: AdapterFiles) -> str:
+    """How the run that wrote an adapter quantised its base, from its ``run.json``; ``none`` where there is none."""
+    for folder in (adapter.directory, adapter.directory.parent):
+        if (folder / "run.json").is_file():
+            config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+            return config["quantization"]["value"]
+    return "none"
+
+
+def token_ids(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the texts to compare."""
+    if arguments.data is None:
+        return [ids[:MAX_TOKENS] for ids in tokenizer(list(TEXTS[: arguments.num_prompts]))["input_ids"]]
+    from alignkit.data.convert import to_candidate_rows
+    from alignkit.data.load import load_rows
+
+    loaded = load_rows(arguments.data, max_rows=arguments.num_prompts)
+    rows, _ = to_candidate_rows(loaded, tokenizer, max_length=None, num_candidates=None, name="compared")
+    return [(row["prompt_ids"] + row["completion_ids"][0])[:MAX_TOKENS] for row in rows]
+
+
+def describe(report: MergeReport) -> str:
+    """The comparison as a table."""
+    from alignkit.evals.table import render_table
+
+    differences = {"the adapter's effect on the base": report.effect, "error of the merge": report.error}
+    rows = [[name, f"{found.max_abs:.3g}", f"{found.kl:.3g}"] for name, found in differences.items()]
+    quantised = "" if report.quantization == "none" else f", base quantised to {report.quantization}"
+    return "\n".join(
+        [
+            render_table(["on the same tokens", "max |d logit|", "KL, nats"], rows),
+            f"{report.error.positions} tokens, weights {report.dtype}{quantised}, tolerance {report.tolerance:g}: ok",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,240 @@
+"""Verdicts on synthetic logs, both ways: what is wrong is said, and nothing is said of a run that is well."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import TrainerControl, TrainerState
+
+from alignkit.callbacks.health import HealthMonitor
+from alignkit.callbacks.trend import trend
+from alignkit.errors import AlignkitError
+from tests.callbacks.logs import training_logs
+from tests.callbacks.saved import arguments
+
+Logs = Iterator[tuple[int, dict[str, float]]]
+FLEX = {"method": "flex_dpo", "learning_rate": 3e-6, "beta_pos": 0.1, "beta_neg": 0.08, "eta": 0.0}
+DPO = {"method": "dpo", "learning_rate": 3e-6, "beta": 0.2}
+
+
+def judge(logs: Logs, settings: dict[str, object] = FLEX) -> HealthMonitor:
+    monitor = HealthMonitor(settings)
+    for step, log in logs:
+        monitor.observe(step, log)
+    return monitor
+
+
+def names(logs: Logs) -> list[str]:
+    return [verdict.name for verdict in judge(logs).verdicts]
+
+
+def sliding(*, chosen: float, rejected: float = -30.0, **options: object) -> Logs:
+    return training_logs(chosen=lambda t: chosen * t, rejected=lambda t: rejected * t, **options)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("noise", [0.1, 1.0, 4.0])
+def test_a_healthy_run_is_healthy(seed: int, noise: float) -> None:
+    """Chosen rises or stays, rejected falls, the probe hardly moves; no noise, much noise."""
+    for slope in (3.0, 0.0):
+        logs = training_logs(
+            chosen=lambda t, slope=slope: slope * t, rejected=lambda t: -9 * t, probe=lambda t: 0.01 * t, noise=noise,
+            seed=seed,
+        )  # fmt: skip
+        monitor = judge(logs)
+        assert monitor.verdicts == []
+        assert monitor.summary()["state"] == "healthy over 60 logs"
+
+
+def test_noise_without_a_trend_is_no_verdict_however_long_the_run() -> None:
+    logs = training_logs(
+        chosen=lambda t: 0.0, rejected=lambda t: 0.0, probe=lambda t: 0.0, noise=5.0, num_logs=600, seed=7
+    )
+    assert names(logs) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_falling_chosen_likelihood_is_degradation(seed: int) -> None:
+    (verdict,) = judge(sliding(chosen=-8.0, seed=seed)).verdicts
+    assert verdict.name == "degradation"
+    assert "logratio/chosen fell from" in verdict.evidence and "rewards/margins rose from" in verdict.evidence
+    assert "margin" in verdict.meaning
+
+
+def test_degradation_is_seen_without_log_ratios_too() -> None:
+    logs = list(sliding(chosen=-90.0, rejected=-200.0))
+    bare = [(step, {k: v for k, v in log.items() if not k.startswith("logratio")}) for step, log in logs]
+    verdict = judge(iter(bare)).verdicts[0]
+    assert verdict.name == "degradation" and "logps/chosen fell" in verdict.evidence
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        sliding(chosen=-0.6, noise=0.05),  # a clear trend of no consequence
+        sliding(chosen=-12.0, rejected=0.0),  # falls, but so does the margin: another trouble
+        sliding(chosen=-8.0, num_logs=9),  # too few logs to tell
+    ],
+)
+def test_what_is_not_degradation(logs: Logs) -> None:
+    assert names(logs) == []
+
+
+def test_a_late_fall_is_found_and_one_outlier_is_not_a_fall() -> None:
+    late = training_logs(chosen=lambda t: min(4 * t, 4 - 30 * (t - 0.7)), rejected=lambda t: -60 * t, num_logs=200)
+    (verdict,) = judge(late).verdicts
+    assert verdict.name == "degradation" and verdict.step > 0.6 * 2000
+    spiked = list(sliding(chosen=2.0))
+    spiked[-1][1]["logratio/chosen"] = -500.0
+    assert names(iter(spiked)) == []
+
+
+@pytest.mark.parametrize(("direction", "words"), [(0.3, "in neither list"), (-0.3, "in no list")])
+def test_both_falling_with_a_moving_probe_is_dispersion(direction: float, words: str) -> None:
+    monitor = judge(sliding(chosen=-8.0, probe=lambda t: direction * t))
+    assert [verdict.name for verdict in monitor.verdicts] == ["degradation", "dispersion"]
+    assert words in monitor.verdicts[1].meaning
+
+
+def test_a_moving_probe_alone_is_not_dispersion() -> None:
+    assert names(sliding(chosen=5.0, probe=lambda t: 0.3 * t)) == []
+
+
+def constant(num_logs: int = 12, every: int = 10, **values: float) -> Logs:
+    """Healthy logs with some values held."""
+    for step, log in training_logs(chosen=lambda t: 3 * t, rejected=lambda t: -9 * t, num_logs=num_logs, every=every):
+        yield step, {**log, **values}
+
+
+def test_rewards_pinned_at_zero() -> None:
+    held = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "loss/preference": math.log(2)}
+    (verdict,) = judge(constant(**held)).verdicts
+    assert verdict.name == "pinned" and verdict.step == 50 and "loss/preference is 0.6931" in verdict.evidence
+    assert names(constant(num_logs=30, every=1, **held)) == [], "a slow warm-up looks the same at first"
+    assert names(constant(**{**held, "rewards/rejected": -0.01})) == []
+
+
+def test_zero_gradient() -> None:
+    (verdict,) = judge(constant(grad_norm=0.0)).verdicts
+    assert (verdict.name, verdict.step) == ("no_gradient", 50)
+    assert names(constant(grad_norm=1e-12)) == []
+
+
+def test_solved_pairs() -> None:
+    (verdict,) = judge(constant(**{"rewards/accuracies": 1.0, "effective_weight": 0.001})).verdicts
+    assert verdict.name == "solved" and verdict.fixes[0].startswith("max_steps: 50")
+    assert names(constant(**{"rewards/accuracies": 1.0, "effective_weight": 0.2})) == []
+    assert names(constant(**{"rewards/accuracies": 0.98, "effective_weight": 0.001})) == []
+
+
+def test_dominating_rejected_gradient() -> None:
+    (verdict,) = judge(constant(grad_ratio_log_per_token=math.log(150))).verdicts
+    assert verdict.name == "rejected_dominates" and "150 times" in verdict.evidence
+    assert names(constant(grad_ratio_log_per_token=2.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (FLEX, {"eta": 0.1, "beta_neg": 0.04, "learning_rate": 1e-6}),
+        ({**FLEX, "eta": 0.1}, {"eta": 0.2, "beta_neg": 0.04, "learning_rate": 1e-6}),
+        (DPO, {"method": "flex_dpo", "beta_pos": 0.2, "beta_neg": 0.1, "eta": 0.1, "learning_rate": 1e-6}),
+    ],
+)
+def test_fixes_are_yaml_written_from_the_settings(settings: dict[str, object], expected: dict[str, object]) -> None:
+    (verdict,) = judge(sliding(chosen=-8.0), settings).verdicts
+    lines = [line.replace("1e-06", "1.0e-6") for line in verdict.fixes]
+    assert yaml.safe_load("\n".join(lines)) == expected
+
+
+def test_advice_without_settings_is_general() -> None:
+    monitor = HealthMonitor()
+    for step, log in sliding(chosen=-8.0):
+        monitor.observe(step, log)
+    assert any(line.startswith("learning_rate: ...") for line in monitor.verdicts[0].fixes)
+
+
+# --- as a callback ---
+
+
+def feed(monitor: HealthMonitor, logs: Logs, tmp_path: Path, **options: object) -> None:
+    args = arguments(tmp_path, **{"learning_rate": 3e-6, **options})
+    for step, log in logs:
+        monitor.on_log(args, TrainerState(global_step=step), TrainerControl(), logs=log)
+
+
+def test_each_verdict_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = HealthMonitor(FLEX)
+    feed(monitor, sliding(chosen=-8.0), tmp_path)
+    monitor.on_train_end(arguments(tmp_path), TrainerState(), TrainerControl())
+    shown = capsys.readouterr().out
+    step = monitor.verdicts[0].step
+    assert shown.count("becoming less likely") == 1 and f"[health] step {step}:" in shown and "beta_neg: 0.04" in shown
+    assert f"[health] warnings: degradation at step {step}" in shown
+
+
+def test_only_the_first_rank_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = HealthMonitor(FLEX)
+    args = arguments(tmp_path)
+    for step, log in sliding(chosen=-8.0):
+        monitor.on_log(args, TrainerState(global_step=step, is_world_process_zero=False), TrainerControl(), logs=log)
+    assert monitor.verdicts and capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_reaches_the_verdicts_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    logs = list(sliding(chosen=-8.0, probe=lambda t: 0.3 * t))
+    whole = judge(iter(logs))
+    history = [{**log, "step": step} for step, log in logs[:30]]
+    resumed = HealthMonitor(FLEX)
+    resumed.on_train_begin(arguments(tmp_path), TrainerState(global_step=300, log_history=history), TrainerControl())
+    feed(resumed, iter(logs[30:]), tmp_path)
+    assert resumed.summary() == whole.summary() and len(whole.verdicts) == 2
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "loss/preference"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_run_is_stopped_with_advice(key: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(AlignkitError, match=f"{key} is {value} at step 40.*now 3e-06; try 1e-06"):
+        feed(HealthMonitor(), iter([(40, {"loss": 0.5, "grad_norm": 1.0, key: value})]), tmp_path)
+
+
+def test_fp16_may_overflow_a_few_times_while_it_finds_its_scale(tmp_path: Path) -> None:
+    overflow, fine = {"loss": 0.5, "grad_norm": math.inf}, {"loss": 0.5, "grad_norm": 1.0}
+    monitor = HealthMonitor()
+    args = arguments(tmp_path)
+    args.fp16 = True
+    state = TrainerState(global_step=1)
+    for log in [*[overflow] * 5, fine, *[overflow] * 5]:
+        monitor.on_log(args, state, TrainerControl(), logs=log)
+    with pytest.raises(AlignkitError, match="bf16: true"):
+        monitor.on_log(args, state, TrainerControl(), logs=overflow)
+
+
+def test_evaluations_and_summaries_are_passed_over(tmp_path: Path) -> None:
+    monitor = HealthMonitor()
+    feed(monitor, iter([(10, {"eval_loss": math.nan}), (10, {"train_loss": 0.5, "train_runtime": 1.0})]), tmp_path)
+    assert monitor.summary()["state"].startswith("nothing wrong seen, but 0 logs")
+
+
+# --- trend ---
+
+
+def test_trend_of_a_line_and_of_noise() -> None:
+    line = trend([3.0 - 0.5 * i for i in range(20)])
+    assert line.change == pytest.approx(-9.5) and line.falls and not line.rises
+    assert trend([2.0] * 20).z == 0
+    assert trend(list(range(9))).z == 0, "nine points are too few"
+    assert trend(list(range(10))).rises
+    noises = random.Random(0)
+    false_alarms = sum(abs(trend([noises.gauss(0, 1) for _ in range(30)]).z) >= 4 for _ in range(1000))
+    assert false_alarms == 0
+
+
+def test_trend_is_not_decided_by_an_outlier() -> None:
+    found = trend([*range(19), -1000.0])
+    assert found.rises and found.change == pytest.approx(19, abs=0.5)

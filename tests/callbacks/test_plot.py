@@ -1,0 +1,67 @@
+"""The figure is a PNG with ink where there is data, for any log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from alignkit.callbacks.plot import PANELS, plot_run
+from alignkit.methods._pair_metrics import PAIR_METRICS
+from tests.callbacks.logs import training_logs, write_metrics
+
+
+def colours(path: Path) -> set[tuple[int, int, int]]:
+    """The colours of a PNG, as bytes."""
+    pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    return set(map(tuple, np.unique(pixels, axis=0).tolist()))
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+CURVE_COLOURS = {rgb(curve.colour) for panel in PANELS for curve in panel.curves}
+
+
+def test_a_run_fills_every_panel(tmp_path: Path) -> None:
+    logs = training_logs(chosen=lambda t: -5 * t, rejected=lambda t: -20 * t, probe=lambda t: -0.2 * t, num_logs=80)
+    metrics = write_metrics(tmp_path / "metrics.jsonl", logs)
+    plot_run(metrics, tmp_path / "plot.png", title="flex_dpo on a tiny model", marks={"degradation": 300})
+    assert imread(tmp_path / "plot.png").shape[:2] > (700, 1200)
+    assert colours(tmp_path / "plot.png") >= CURVE_COLOURS
+    plot_run(metrics, tmp_path / "unmarked.png", title="flex_dpo on a tiny model")
+    assert (tmp_path / "plot.png").read_bytes() != (tmp_path / "unmarked.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"step": 5, "loss": 0.5, "grad_norm": 0.0}],
+        [{"step": 1, "loss": None, "grad_norm": None, "nonfinite": ["loss", "grad_norm"]}],
+        [{"step": 0, "eval_loss": 0.7}, {"step": 0, "eval_rewards/chosen": 0.0}],
+        [{"step": i, "loss": 0.6931471824645996} for i in range(200)],
+    ],
+)
+def test_sparse_logs(tmp_path: Path, lines: list[dict[str, object]]) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "plot.png")
+    assert imread(tmp_path / "plot.png").ndim == 3
+
+
+def test_one_logged_point_is_visible(tmp_path: Path) -> None:
+    logs = training_logs(chosen=lambda t: -5 * t, rejected=lambda t: -20 * t, num_logs=1)
+    plot_run(write_metrics(tmp_path / "metrics.jsonl", logs), tmp_path / "plot.png")
+    green = rgb("#009E73")  # the probe, which was not logged
+    assert colours(tmp_path / "plot.png") >= CURVE_COLOURS - {green}
+    assert green not in colours(tmp_path / "plot.png")
+
+
+def test_every_curve_is_of_a_metric_that_methods_return() -> None:
+    keys = {curve.key for panel in PANELS for curve in panel.curves}
+    beside = {"loss", "dispersion", "mean_logps/probe", "log-ratio a token/chosen", "log-ratio a token/rejected"}
+    assert keys - beside <= set(PAIR_METRICS)

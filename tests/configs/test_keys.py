@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from alignkit.config.keys import PROGRAMS, Key, base_keys, method_keys, methods_with, program_methods
+from alignkit.config.names import _ELSEWHERE, is_launcher_key
+from alignkit.config.training import OPTIMIZERS, SCHEDULERS
+from alignkit.config.values import check_value
+from alignkit.methods.method import load_method, method_names
+
+METHODS = [(program, method) for program in PROGRAMS for method in program_methods(program)]
+KEYS = [(program, key) for program in PROGRAMS for key in base_keys(program).values()] + [
+    (program, key) for program, method in METHODS for key in method_keys(method).values()
+]
+
+
+@pytest.mark.parametrize(("program", "key"), KEYS, ids=[f"{program}-{key.name}" for program, key in KEYS])
+def test_key_is_complete(program: str, key: Key) -> None:
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", key.name)
+    assert key.info.help.endswith(".") and key.info.source
+    if not key.required:
+        assert check_value(key, key.default) == key.default
+        assert type(check_value(key, key.default)) is type(key.default), "the default has the type of the key"
+
+
+@pytest.mark.parametrize(("program", "method"), METHODS)
+def test_options_of_a_method_do_not_collide_with_other_words(program: str, method: str) -> None:
+    taken = {*base_keys(program), "config", "help", "print_config", "method_options"}
+    assert not taken & set(method_keys(method))
+    assert not [name for name in method_keys(method) if is_launcher_key(name) or name in _ELSEWHERE]
+
+
+def test_program_keys_do_not_collide_with_other_words() -> None:
+    for program in PROGRAMS:
+        assert not {"config", "help", "print_config"} & set(base_keys(program))
+        assert not [name for name in base_keys(program) if is_launcher_key(name) or name in _ELSEWHERE]
+
+
+def test_every_method_belongs_to_a_program_that_exists_here() -> None:
+    configured = {method for method in method_names() if load_method(method).program in PROGRAMS}
+    assert configured == {method for _, method in METHODS}
+    assert {"dpo", "flex_dpo"} <= set(program_methods("preference"))
+    assert methods_with("preference", "beta") == ["dpo"]
+
+
+def test_advice_for_names_from_elsewhere_names_keys_that_exist() -> None:
+    keys = base_keys("preference")
+    exempt = {"config_file", "lora_task_type"}
+    for name, advice in _ELSEWHERE.items():
+        if name not in exempt:
+            assert re.split(r"[: (]", advice)[0] in keys, name
+
+
+def test_choices_are_names_that_transformers_knows() -> None:
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    assert set(SCHEDULERS) <= {name.value for name in SchedulerType}
+    intervals = set(base_keys("preference")["eval_strategy"].info.choices or ())
+    assert intervals <= {name.value for name in IntervalStrategy} & {name.value for name in SaveStrategy}
+
+
+def test_defaults_said_to_be_upstream_are_upstream() -> None:
+    from trl import DPOConfig
+    from trl.trainer.model_config import ModelConfig
+
+    upstream = {field.name: field.default for field in (*fields(ModelConfig), *fields(DPOConfig))}
+    names = {"reference_batch_size": "precompute_ref_batch_size"}
+    compared = 0
+    for key in base_keys("preference").values():
+        if key.info.source in ("TRL 1.16", "transformers") and (theirs := names.get(key.name, key.name)) in upstream:
+            value = upstream[theirs]
+            assert key.default == getattr(value, "value", value), key.name
+            compared += 1
+    assert compared > 25

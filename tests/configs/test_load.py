@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignkit.config import PreferenceConfig, load_config
+from alignkit.config.check import flatten
+from alignkit.config.keys import base_keys, method_keys
+from alignkit.errors import ConfigError
+from alignkit.methods.dpo import DPOConfig
+from alignkit.methods.flex_dpo import FlexDPOConfig
+from tests.configs.cases import GOOD, load, load_text
+
+GOOD_TEXT = """\
+# a comment
+model: base
+data: rows.jsonl
+
+method: flex_dpo
+beta_neg: 0.05
+output_dir: runs/x
+learning_rate: 1e-5
+eval_strategy: no
+"""
+
+
+@pytest.mark.usefixtures("workspace")
+def test_values_have_the_types_of_their_keys() -> None:
+    config = load_text(GOOD_TEXT + "eta: 1\nlora_target_modules: [q_proj, v_proj]\nbf16: true\nmax_rows: null\n").config
+    assert config.learning_rate == 1e-5 and isinstance(config.learning_rate, float)
+    assert config.method_options == FlexDPOConfig(beta_neg=0.05, eta=1.0)
+    assert isinstance(config.method_options.eta, float)
+    assert config.eval_strategy == "no"
+    assert config.bf16 is True
+    assert config.max_rows is None
+    assert config.lora_target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.usefixtures("workspace")
+def test_every_value_has_its_source() -> None:
+    loaded = load_text(GOOD_TEXT, ["--seed", "7", "--beta_neg=0.04"])
+    assert loaded.sources["model"] == "c.yaml:2"
+    assert loaded.sources["method"] == "c.yaml:5"
+    assert loaded.sources["learning_rate"] == "c.yaml:8"
+    assert loaded.sources["seed"] == loaded.sources["beta_neg"] == "command line"
+    assert loaded.sources["beta_pos"] == loaded.sources["bf16"] == "default"
+    assert set(loaded.sources) == {*base_keys("preference"), *method_keys("flex_dpo")}
+    assert loaded.config.method_options.beta_neg == 0.04
+
+
+@pytest.mark.usefixtures("workspace")
+def test_effective_config_is_complete_and_serialisable() -> None:
+    effective = load_text(GOOD_TEXT).effective()
+    assert json.loads(json.dumps(effective)) == effective
+    assert effective["beta_neg"] == {"value": 0.05, "source": "c.yaml:6"}
+    assert effective["max_length"] == {"value": 1024, "source": "default"}
+
+
+@pytest.mark.usefixtures("workspace")
+def test_table_shows_every_key_once_with_its_source() -> None:
+    loaded = load_text(GOOD_TEXT, ["--eta", "0.1"])
+    rows = [line.split() for line in loaded.render().splitlines() if line.startswith("  ")]
+    assert [row[0] for row in rows] == sorted((row[0] for row in rows), key=[row[0] for row in rows].index)
+    assert {row[0] for row in rows} == set(loaded.sources)
+    assert ["beta_neg", "0.05", "c.yaml:6"] in rows
+    assert ["eta", "0.1", "command", "line"] in rows
+    assert ["bf16", "false", "default"] in rows
+
+
+@pytest.mark.usefixtures("workspace")
+def test_written_yaml_loads_to_the_same_config() -> None:
+    mixture = [{"path": "rows.jsonl", "weight": 2.0}, {"path": "org/rows", "weight": 1.0, "split": "train[:10%]"}]
+    changes = {
+        "data": mixture,
+        "model": "org/name",
+        "model_revision": "12e5",
+        "eval_fraction": 0.1,
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "learning_rate": 3e-7,
+        "lora_modules_to_save": ["embed_tokens"],
+        "column_map": {"prompt": "prompt"},
+    }
+    loaded = load(changes)
+    again = load_text(loaded.to_yaml())
+    assert again.config == loaded.config
+    assert again.config.model_revision == "12e5"
+    assert set(yaml.safe_load(loaded.to_yaml())) == {*GOOD, *changes}
+
+
+@pytest.mark.usefixtures("workspace")
+def test_null_on_the_command_line_takes_back_what_the_file_says() -> None:
+    text = GOOD_TEXT + "lora_r: 4\nnum_train_epochs: 3\nmax_rows: 5\n"
+    overrides = ["--lora_r", "null", "--parametrization", "full", "--num_train_epochs=null", "--max_steps", "5"]
+    loaded = load_text(text, [*overrides, "--max_rows", "null"])
+    assert (loaded.config.lora_r, loaded.sources["lora_r"]) == (16, "default")
+    assert (loaded.config.max_rows, loaded.sources["max_rows"]) == (None, "default")
+    assert loaded.config.max_steps == 5
+
+
+@pytest.mark.usefixtures("workspace")
+def test_null_cannot_take_back_a_required_key() -> None:
+    with pytest.raises(ConfigError, match="`model` is required"):
+        load_text(GOOD_TEXT, ["--model", "null"])
+
+
+@pytest.mark.usefixtures("workspace")
+def test_method_on_the_command_line_changes_the_options() -> None:
+    loaded = load_text(GOOD_TEXT, ["--method", "dpo", "--beta", "0.3", "--beta_neg", "null"])
+    assert loaded.config.method_options == DPOConfig(beta=0.3)
+
+
+@pytest.mark.usefixtures("workspace")
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, workspace: Path) -> None:
+    monkeypatch.setenv("HOME", str(workspace))
+    config = load({"model": "~/base", "output_dir": "~/runs"}).config
+    assert (config.model, config.output_dir) == (str(workspace / "base"), str(workspace / "runs"))
+
+
+@pytest.mark.usefixtures("workspace")
+def test_files_are_not_looked_at_when_told_so() -> None:
+    overrides = [f"--{key}={value}" for key, value in (GOOD | {"data": "gone.jsonl", "model": "./gone"}).items()]
+    assert load_config("preference", None, overrides, check_files=False).config.data == "gone.jsonl"
+    with pytest.raises(ConfigError) as caught:
+        load_config("preference", None, overrides)
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.usefixtures("workspace")
+def test_config_made_in_python() -> None:
+    config = PreferenceConfig(**GOOD, method_options=FlexDPOConfig(beta_neg=0.05), eval_fraction=0.5)
+    config.validate()
+    assert flatten(config)["beta_neg"] == 0.05
+    assert PreferenceConfig(**GOOD).method_options == FlexDPOConfig()
+    assert asdict(PreferenceConfig(**GOOD))["method_options"]["beta_pos"] == 0.1
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("workspace")
+def test_validate_reports_everything_wrong_with_a_python_config() -> None:
+    config = PreferenceConfig(
+        model="./gone",
+        data="gone.jsonl",
+        output_dir="rows.jsonl",
+        method="flex_dpo",
+        method_options=FlexDPOConfig(beta_neg=-1, sft_normalization="tokens"),
+        parametrization="full",
+        lora_r=4,
+        bf16=True,
+        fp16=True,
+        learning_rate="1e-5",  # type: ignore[arg-type]
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.validate()
+    found = caught.value.problems
+    assert all(problem.startswith("PreferenceConfig: `") for problem in found)
+    named = {problem.split("`")[1].split(":")[0] for problem in found}
+    expected = {"model", "data", "output_dir", "beta_neg", "sft_normalization", "lora_r", "bf16", "learning_rate"}
+    assert named == expected and len(found) == len(expected)
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("options", [DPOConfig(), {"beta_neg": 0.1}])
+def test_validate_refuses_options_of_another_class(options: object) -> None:
+    config = PreferenceConfig(**GOOD, method_options=options)
+    with pytest.raises(ConfigError, match="takes FlexDPOConfig, not"):
+        config.validate()
+
+
+@pytest.mark.usefixtures("workspace")
+def test_validate_names_an_unknown_method() -> None:
+    with pytest.raises(ConfigError, match="`method: flexdpo` is not one of dpo, flex_dpo. Did you mean flex_dpo?"):
+        PreferenceConfig(**GOOD | {"method": "flexdpo"}).validate()

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alignkit.config import find_recipe, load_config
+from alignkit.config.names import _ELSEWHERE, is_launcher_key
+from alignkit.config.yaml_schema import parse_yaml
+from alignkit.errors import ConfigError
+from alignkit.methods.method import load_method
+from alignkit.shipped import configs_dir, recipe_names, recipe_path
+
+LAUNCHER_FILES = sorted((configs_dir() / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipe_loads(name: str) -> None:
+    """Files are left out: models and data on the Hub cannot be seen from here, and smoke data is made by its tests."""
+    method = parse_yaml(recipe_path(name).read_text())["method"]
+    loaded = load_config(load_method(method).program, name, check_files=False)
+    assert find_recipe(name) == recipe_path(name)
+    assert f"{name}.yaml:" in loaded.sources["method"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_opens_with_its_launch_command(name: str) -> None:
+    assert recipe_path(name).read_text().startswith("#")
+    header = [line for line in recipe_path(name).read_text().splitlines() if line.startswith("#")]
+    assert any(name in line and ("accelerate launch" in line or "alignkit train" in line) for line in header)
+
+
+def keys_of(value: Any) -> set[str]:
+    if not isinstance(value, dict):
+        return set()
+    return set(value) | {key for item in value.values() for key in keys_of(item)}
+
+
+@pytest.mark.parametrize("path", LAUNCHER_FILES, ids=lambda path: path.stem)
+def test_every_key_of_a_launcher_file_is_refused_as_such(path: Path) -> None:
+    for key in keys_of(yaml.safe_load(path.read_text())):
+        assert is_launcher_key(key) or key in {*_ELSEWHERE, "gradient_accumulation_steps", "use_cpu"}, key
+
+
+def test_launcher_files_named_in_messages_are_shipped(workspace: Path) -> None:
+    keys = (
+        "zero_stage: 2",
+        "offload_param_device: cpu",
+        "fsdp_version: 2",
+        "num_processes: 2",
+        "distributed_type: MULTI_CPU",
+    )
+    Path("c.yaml").write_text("\n".join(keys))
+    with pytest.raises(ConfigError) as caught:
+        load_config("preference", "c.yaml")
+    named = {word for problem in caught.value.problems for word in problem.split() if word.startswith("configs/acc")}
+    assert named == {f"configs/accelerate/{name}.yaml" for name in ("zero2", "zero3", "fsdp2", "ddp", "cpu_ddp")}
+    assert all((configs_dir().parent / name).is_file() for name in named)
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of recipes in place of the shipped ones."""
+    root = tmp_path / "configs"
+    for name in ("preference/flex_dpo", "smoke/dpo", "accelerate/ddp"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{name}.yaml").write_text("method: dpo\n")
+    monkeypatch.setattr("alignkit.shipped.configs_dir", lambda: root)
+    monkeypatch.setattr("alignkit.config.recipes.configs_dir", lambda: root)
+    return root
+
+
+@pytest.mark.parametrize(
+    "name", ["preference/flex_dpo", "preference/flex_dpo.yaml", "configs/preference/flex_dpo.yaml"]
+)
+def test_recipe_is_found_by_name(name: str, workspace: Path, shipped: Path) -> None:
+    assert find_recipe(name) == shipped / "preference" / "flex_dpo.yaml"
+
+
+def test_a_file_comes_before_a_recipe_of_the_same_name(workspace: Path, shipped: Path) -> None:
+    (workspace / "smoke").mkdir()
+    (workspace / "smoke" / "dpo.yaml").write_text("method: dpo\n")
+    assert find_recipe("smoke/dpo.yaml") == Path("smoke/dpo.yaml")
+    assert find_recipe("smoke/dpo") == shipped / "smoke" / "dpo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("preference/flexdpo", "no shipped recipe. Did you mean preference/flex_dpo?"),
+        ("mine.yml", "no shipped recipe. Did you mean mine.yaml?"),
+        ("zzz", "Give the path of a YAML file. Shipped recipes: preference/flex_dpo, smoke/dpo."),
+        ("accelerate/ddp", "configures the launcher, not the training"),
+        (".", "is a folder, not a YAML file. Did you mean mine.yaml?"),
+    ],
+)
+def test_recipe_that_does_not_exist(name: str, expected: str, workspace: Path, shipped: Path) -> None:
+    (workspace / "mine.yaml").write_text("method: dpo\n")
+    with pytest.raises(ConfigError) as caught:
+        find_recipe(name)
+    assert expected in caught.value.problems[0]

@@ -1,0 +1,191 @@
+"""Every rule has an example that breaks it, and its way out works. A new rule without an example fails here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignkit.config import RULES, IgnoredKeys
+from alignkit.config.keys import PROGRAMS, base_keys, method_keys, program_methods
+from tests.configs.cases import load, load_text, problems_of
+
+FULL = {"parametrization": "full"}
+FLASH = {"attn_implementation": "flash_attention_2"}
+HELD_OUT = {"eval_fraction": 0.5}
+STREAM = {"streaming": True, "max_steps": 10}
+
+# title: (what breaks the rule, what is changed to mend it)
+CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "quantization with full fine-tuning": (FULL | {"quantization": "nf4"}, {"parametrization": "lora"}),
+    "adapter with full fine-tuning": (FULL | {"adapter": "lora"}, {"adapter": None}),
+    "LoRA on the output head": (
+        {"lora_target_modules": ["q_proj", "model.lm_head"]},
+        {"lora_target_modules": ["q_proj", "not_lm_head"]},
+    ),
+    "output head saved beside the adapter": (
+        {"lora_modules_to_save": ["lm_head"]},
+        {"lora_modules_to_save": ["embed_tokens"]},
+    ),
+    "LoRA targets that are no regular expression": (
+        {"lora_target_modules": r".*\.(q_proj"},
+        {"lora_target_modules": r".*\.(q_proj)"},
+    ),
+    "no LoRA target": ({"lora_target_modules": []}, {"lora_target_modules": "all-linear"}),
+    "bf16 with fp16": ({"bf16": True, "fp16": True}, {"fp16": False}),
+    "fp16 on the CPU": ({"fp16": True, "use_cpu": True}, {"fp16": False, "bf16": True}),
+    "fp16 with float16 weights that train": (FULL | {"fp16": True, "dtype": "float16"}, {"dtype": "float32"}),
+    "flash attention in float32": (FLASH, {"bf16": True}),
+    "flash or flex attention on the CPU": (
+        {"attn_implementation": "flex_attention", "use_cpu": True},
+        {"attn_implementation": "sdpa"},
+    ),
+    "shared_prefix with flash attention": (
+        FLASH | {"layout": "shared_prefix", "bf16": True},
+        {"attn_implementation": "flex_attention"},
+    ),
+    "adapter_disabled with full fine-tuning": (FULL | {"reference": "adapter_disabled"}, {"reference": "copy"}),
+    "adapter_disabled with another reference model": (
+        {"reference": "adapter_disabled", "reference_model": "org/other"},
+        {"reference": "precomputed"},
+    ),
+    "reference model equal to the model": ({"reference_model": "base"}, {"reference_model": "org/other"}),
+    "precomputed reference with streaming": (STREAM | {"reference": "precomputed"}, {"reference": "auto"}),
+    "eval_fraction with streaming": (STREAM | HELD_OUT, {"eval_fraction": 0.0}),
+    "streaming without max_steps": ({"streaming": True}, {"max_steps": 10}),
+    "eval_fraction with eval_data": (HELD_OUT | {"eval_data": "rows.jsonl"}, {"eval_fraction": 0.0}),
+    "evaluation without held-out rows": ({"eval_strategy": "epoch"}, HELD_OUT),
+    "zero steps": ({"max_steps": 0}, {"max_steps": -1}),
+    "resume with overwrite": ({"resume": True, "overwrite": True}, {"overwrite": False}),
+    "push_to_hub without a repository": ({"push_to_hub": True}, {"hub_model_id": "me/model"}),
+    "hub_model_id that names no repository": (
+        {"push_to_hub": True, "hub_model_id": "https://hub/me/model"},
+        {"hub_model_id": "me/model"},
+    ),
+}
+IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "LoRA options with full fine-tuning": (
+        FULL
+        | {"lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
+        | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
+        {"parametrization": "lora", "disable_dropout": False},
+    ),
+    "LoRA options with a saved adapter": (
+        {"adapter": "lora", "lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
+        | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
+        {"adapter": None, "disable_dropout": False},
+    ),
+    "LoRA dropout with dropout off": ({"lora_dropout": 0.1}, {"disable_dropout": False}),
+    "cache options without a precomputed reference": (
+        {"reference_batch_size": 4, "reference_cache": "cache"},
+        {"reference": "precomputed"},
+    ),
+    "eval_split without eval_data": ({"eval_split": "train"}, {"eval_data": "rows.jsonl"}),
+    "evaluation options without held-out rows": (
+        {"max_eval_rows": 4, "per_device_eval_batch_size": 8, "probe_rows": 32},
+        HELD_OUT,
+    ),
+    "probe_steps without a probe": (HELD_OUT | {"probe_rows": 0, "probe_steps": 5}, {"probe_rows": 3}),
+    "eval_steps without evaluation by steps": ({"eval_steps": 5}, HELD_OUT | {"eval_strategy": "steps"}),
+    "save_steps without saving by steps": ({"save_steps": 5, "save_strategy": "epoch"}, {"save_strategy": "steps"}),
+    "save_total_limit without checkpoints": (
+        {"save_total_limit": 2, "save_strategy": "no"},
+        {"save_strategy": "epoch"},
+    ),
+    "dataset_num_proc with streaming": (STREAM | {"dataset_num_proc": 2}, {"streaming": False}),
+    "num_train_epochs with max_steps": ({"num_train_epochs": 1.0, "max_steps": 5}, {"max_steps": -1}),
+    "warm-up with a constant schedule": (
+        {"warmup_steps": 5, "lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "constant_with_warmup"},
+    ),
+    "Adam options with another optimizer": (
+        {"optim": "sgd", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
+        {"optim": "adamw_torch_fused"},
+    ),
+    "sample length without samples": ({"num_samples": 0, "sample_max_new_tokens": 8}, {"num_samples": 1}),
+    "Hub options without push_to_hub": ({"hub_model_id": "me/model", "hub_private": True}, {"push_to_hub": True}),
+}
+BY_TITLE = {rule.title: rule for rule in RULES}
+
+
+@pytest.fixture(autouse=True)
+def _every_package_and_an_adapter(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.config.model_files._is_installed", lambda package: True)
+    (workspace / "lora").mkdir()
+    (workspace / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    (workspace / "lora" / "adapter_model.safetensors").write_text("weights")
+
+
+def test_every_rule_has_an_example() -> None:
+    assert len(BY_TITLE) == len(RULES), "titles must differ"
+    assert set(CONFLICTS) == {rule.title for rule in RULES if not isinstance(rule, IgnoredKeys)}
+    assert set(IGNORED) == {rule.title for rule in RULES if isinstance(rule, IgnoredKeys)}
+
+
+@pytest.mark.parametrize("title", CONFLICTS)
+def test_conflict_is_refused_and_its_way_out_works(title: str) -> None:
+    broken, mended = CONFLICTS[title]
+    rule = BY_TITLE[title]
+    found = problems_of(broken)
+    assert len(found) == 1
+    first = next(key for key in broken if key in rule.keys)
+    assert found[0].startswith("command line: `") and rule.why in found[0] and rule.fix in found[0]
+    assert all(f"`{key}: " in found[0] for key in (first, *rule.keys))
+    assert problems_of(broken | mended) == []
+
+
+@pytest.mark.parametrize("title", IGNORED)
+def test_ignored_keys_are_refused_and_the_way_out_works(title: str) -> None:
+    broken, mended = IGNORED[title]
+    rule = BY_TITLE[title]
+    found = problems_of(broken)
+    assert [problem.split("`")[1].partition(":")[0] for problem in found] == list(rule.keys), "one problem for each key"
+    assert all("would be ignored under " in problem and rule.why in problem for problem in found)
+    assert problems_of(broken | mended) == []
+    assert problems_of(broken | dict.fromkeys(rule.keys)) == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.title)
+def test_rule_reads_only_keys_that_exist(rule: Any) -> None:
+    keys = {key for program in PROGRAMS for key in base_keys(program)}
+    assert set(rule.keys) <= keys
+    assert set(rule.under if isinstance(rule, IgnoredKeys) else ()) <= keys
+    assert rule.why[0].islower() and not rule.why.endswith(".")
+    assert not rule.fix.endswith(".")
+
+
+@pytest.mark.parametrize("method", [method for program in PROGRAMS for method in program_methods(program)])
+def test_defaults_break_no_rule(method: str) -> None:
+    assert set(method_keys(method)) < set(load({"method": method}).sources)
+
+
+def test_switched_off_keys_ask_for_nothing() -> None:
+    off = {"use_dora": False, "lora_dropout": 0.0, "lora_modules_to_save": [], "adapter": None}
+    assert problems_of(FULL | off | {"probe_rows": 0, "hub_private": False, "eval_fraction": 0}) == []
+
+
+def test_a_key_set_to_its_default_in_a_file_is_still_refused_when_ignored() -> None:
+    text = "model: base\ndata: rows.jsonl\nmethod: dpo\noutput_dir: x\nparametrization: full\n"
+    load_text(text)
+    with pytest.raises(Exception, match=r"c.yaml:6: `lora_r: 16` would be ignored under `parametrization: full` \(c.y"):
+        load_text(text + "lora_r: 16\n")
+
+
+def test_a_rule_is_not_judged_on_values_that_are_wrong_themselves() -> None:
+    assert len(problems_of({"parametrization": "ful", "quantization": "nf4", "reference": "adapter_disabled"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("modules", "refused"),
+    [
+        (["lm_head"], True),
+        (["q_proj"], False),
+        ("lm_head", True),
+        (".*", True),
+        (r".*\.(q_proj|lm_head)", False),
+        (r"(.*\.)?(q_proj|lm_head)", True),
+        ("all-linear", False),
+    ],
+)
+def test_output_head_is_found_in_lists_and_expressions(modules: str | list[str], refused: bool) -> None:
+    assert bool(problems_of({"lora_target_modules": modules})) is refused

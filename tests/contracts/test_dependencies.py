@@ -1,0 +1,49 @@
+"""The versions the suite runs on are inside the ranges users may install."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+def declared(repository: Path) -> list[Requirement]:
+    """Requirements of pyproject.toml, extras included, without references to alignkit's own extras."""
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return [requirement for requirement in map(Requirement, lines) if requirement.name != "alignkit"]
+
+
+def pinned(repository: Path) -> dict[str, str]:
+    """Version of every line of constraints.txt."""
+    lines = (repository / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def test_every_requirement_is_pinned_inside_its_range(repository: Path) -> None:
+    pins = pinned(repository)
+    missing = [r.name for r in declared(repository) if canonicalize_name(r.name) not in pins]
+    assert not missing, f"constraints.txt does not pin {missing}"
+    outside = [str(r) for r in declared(repository) if not r.specifier.contains(pins[canonicalize_name(r.name)])]
+    assert not outside, f"constraints.txt is outside {outside}"
+
+
+def test_every_requirement_of_the_library_has_an_upper_bound(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    requirements = [Requirement(line) for line in project["dependencies"]]
+    open_ended = [
+        r.name for r in requirements if not any(s.operator == "<" for s in r.specifier) and r.name != "packaging"
+    ]
+    assert not open_ended
+
+
+@pytest.mark.parametrize("name", ["trl", "peft"])
+def test_what_the_bridges_lean_on_is_held_to_one_minor(name: str, repository: Path) -> None:
+    requirement = next(r for r in declared(repository) if r.name == name)
+    major, minor, *_ = pinned(repository)[name].split(".")
+    assert not requirement.specifier.contains(f"{major}.{int(minor) + 1}.0")
+    assert not requirement.specifier.contains(f"{major}.{int(minor) - 1}.9")

@@ -1,0 +1,84 @@
+"""``import alignkit`` is light, ``alignkit --help`` is quick, and the public names are what they say."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import alignkit
+
+HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "matplotlib")
+BEST_OF = 3
+
+
+def run_python(code: str, repository: Path) -> str:
+    """Standard output of a fresh interpreter at the root of the repository."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imported_by(statement: str, repository: Path) -> list[str]:
+    """Heavy packages in ``sys.modules`` after a statement."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    return json.loads(run_python(code, repository).splitlines()[-1])
+
+
+def best_seconds(arguments: list[str], repository: Path) -> float:
+    """Shortest wall time of the command over a few runs: the others measure what else the machine was doing."""
+    seconds = []
+    for _ in range(BEST_OF):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], cwd=repository, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import alignkit",
+        "from alignkit import ConfigError, Method, load_method, method_names\n[load_method(n) for n in method_names()]",
+        "from alignkit import PreferenceConfig, load_config",
+        "import alignkit.cli",
+    ],
+)
+def test_light_names_import_nothing_heavy(statement: str, repository: Path) -> None:
+    assert imported_by(statement, repository) == []
+
+
+def test_a_loss_imports_torch_alone(repository: Path) -> None:
+    assert set(imported_by("from alignkit import dpo_loss", repository)) <= {"torch", "numpy"}
+
+
+def test_import_takes_less_than_300_ms(repository: Path) -> None:
+    assert best_seconds(["-c", "import alignkit"], repository) < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["methods"], ["recipes"]])
+def test_the_command_line_answers_in_half_a_second(arguments: list[str], repository: Path) -> None:
+    assert best_seconds(["-m", "alignkit.cli", *arguments], repository) < 0.5
+
+
+@pytest.mark.parametrize("name", [n for n in alignkit.__all__ if n != "__version__"])
+def test_every_public_name_exists(name: str) -> None:
+    value = getattr(alignkit, name)
+    assert value.__name__ == name
+
+
+def test_the_names_for_type_checkers_are_the_public_names(repository: Path) -> None:
+    tree = ast.parse((repository / "alignkit" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    declared = {(alias.name, node.module) for node in block.body for alias in node.names}
+    assert declared == set(alignkit._MODULE_OF.items())
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'grpo_los'"):
+        _ = alignkit.grpo_los

@@ -1,0 +1,78 @@
+"""How programs end: messages instead of tracebacks, and exit statuses a script can rely on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEADER = "from alignkit.programs import run_program\nfrom alignkit.errors import *\n"
+
+
+def run_main(body: str, repository: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program whose main has the given body."""
+    code = f"{HEADER}\ndef main():\n    {body}\n\nrun_program(main)\n"
+    variables = {**os.environ, "PYTHONPATH": str(repository), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables, cwd=repository, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(("body", "status"), [("pass", 0), ("return 3", 3), ("raise KeyboardInterrupt", 130)])
+def test_exit_status(body: str, status: int, repository: Path) -> None:
+    done = run_main(body, repository)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+
+
+def test_a_foreseen_error_is_a_message(repository: Path) -> None:
+    done = run_main("raise ConfigError('c.yaml', ['unknown key betta', 'lora_r must be > 0'])", repository)
+    assert done.returncode == 2
+    assert done.stderr == "error: c.yaml: 2 problems\n  1. unknown key betta\n  2. lora_r must be > 0\n"
+
+
+def test_a_bug_keeps_its_traceback(repository: Path) -> None:
+    done = run_main("return {}['chosen']", repository)
+    assert done.returncode == 1
+    assert "KeyError: 'chosen'" in done.stderr
+    assert "Traceback" in done.stderr
+
+
+def test_a_config_error_is_printed_by_the_first_process_alone(repository: Path) -> None:
+    raised = "raise ConfigError('c.yaml', ['unknown key betta'])"
+    assert "betta" in run_main(raised, repository, RANK="0").stderr
+    other = run_main(raised, repository, RANK="1")
+    assert other.returncode == 2
+    assert other.stderr == ""
+
+
+def test_any_other_error_names_the_process(repository: Path) -> None:
+    done = run_main("raise CheckpointError('adapter is empty')", repository, RANK="1")
+    assert done.stderr == "[rank 1] error: adapter is empty\n"
+
+
+def test_a_closed_pipe_is_not_an_error_message(repository: Path) -> None:
+    code = f"{HEADER}\ndef main():\n    [print('x' * 1000) for _ in range(10000)]\n\nrun_program(main)\n"
+    variables = {**os.environ, "PYTHONPATH": str(repository)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
+
+
+def test_telemetry_is_off_unless_asked_for(repository: Path) -> None:
+    printing = "import os; print(os.environ['HF_HUB_DISABLE_TELEMETRY'])"
+    variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+    code = f"{HEADER}\ndef main():\n    {printing}\n\nrun_program(main)\n"
+    for wish, expected in ((None, "1"), ("0", "0")):
+        environment = {**variables, "PYTHONPATH": str(repository)}
+        if wish is not None:
+            environment["HF_HUB_DISABLE_TELEMETRY"] = wish
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

@@ -1,0 +1,56 @@
+"""Tokenizers and files for the data tests; caches stay in the test's own folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from alignkit.data.synthetic import make_corpus, train_tokenizer
+
+SHARED_MODEL = Path(__file__).resolve().parents[3] / "shared" / "models" / "gsm-tiny"
+
+
+@pytest.fixture(autouse=True)
+def _caches_in_the_test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_progress_bars() -> Iterator[None]:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a chat template, trained on the synthetic corpus."""
+    return train_tokenizer(make_corpus(300, seed=0), vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def shared_tokenizer() -> Any:
+    """The tokenizer of the small trained checkpoint; its template writes a newline after EOS."""
+    if not SHARED_MODEL.is_dir():
+        pytest.skip("the folder ../shared with the small trained checkpoint is absent")
+    return AutoTokenizer.from_pretrained(SHARED_MODEL)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[[str, Sequence[Any]], str]:
+    """Write rows, or lines of text as they are, to a file in the test's folder and return its path."""
+
+    def write(name: str, rows: Sequence[Any]) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return str(path)
+
+    return write

@@ -1,0 +1,55 @@
+"""The oracle checks are strong enough: every small edit of a loss, or of what it is built from, turns them red."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+
+import pytest
+
+from tests.losses.batches import PREFERENCE_METHODS
+from tests.losses.mutants import Mutant, loaded, mutants_of, source_tree
+
+CAUGHT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def building_blocks(module: str) -> list[str]:
+    """The loss module and the modules of the layer it takes functions from; ``types`` only declares shapes."""
+    names = {n.module for n in ast.walk(source_tree(module)) if isinstance(n, ast.ImportFrom) and n.module}
+    return [module, *sorted(n for n in names if n.startswith("alignkit.losses.") and not n.endswith(".types"))]
+
+
+def survives(mutant: Mutant, name: str) -> bool:
+    """Whether the oracle checks of ``tests/losses/test_<name>.py`` accept the mutant."""
+    check_loss = importlib.import_module(f"tests.losses.test_{name}").check_loss
+    with loaded(mutant, f"alignkit.losses.{name}") as module:
+        try:
+            check_loss(vars(module)[f"{name}_loss"])
+        except CAUGHT:
+            return False
+    return True
+
+
+def users_of_modules() -> dict[str, list[str]]:
+    """Module of the layer to the methods whose loss is built from it."""
+    users: dict[str, list[str]] = {}
+    for name in PREFERENCE_METHODS:
+        importlib.import_module(f"alignkit.losses.{name}")
+        for module in building_blocks(f"alignkit.losses.{name}"):
+            users.setdefault(module, []).append(name)
+    return users
+
+
+@pytest.mark.parametrize(("module", "names"), users_of_modules().items())
+def test_every_mutant_is_caught(module: str, names: list[str]) -> None:
+    """Of a shared module, by the checks of at least one method that uses it."""
+    mutants = list(mutants_of(module))
+    assert len(mutants) > 5
+    alive = [m.description for m in mutants if all(survives(m, name) for name in names)]
+    assert not alive, "\n".join(["no check notices these edits:", *alive])
+
+
+def test_the_unbroken_loss_passes_the_same_route() -> None:
+    """A mutant that changes nothing survives, so that the reds above are due to the edits."""
+    untouched = Mutant("alignkit.losses.pairs", "none", source_tree("alignkit.losses.pairs"))
+    assert all(survives(untouched, name) for name in ("dpo", "flex_dpo"))
