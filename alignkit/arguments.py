@@ -29,35 +29,38 @@ class StrictParser(argparse.ArgumentParser):
         )
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Declare an argument, as argparse does.
+        """Declare an argument, as argparse does; its default is added to the help.
 
         Args:
             *names: Option names, or the name of a positional argument.
             **options: As in argparse.
         """
         self._names += [name for name in names if name.startswith("-")]
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        has_default = isinstance(action.default, (str, int, float)) and not isinstance(action.default, bool)
+        if has_default and action.default != argparse.SUPPRESS:
+            action.help = f"{action.help + '; ' if action.help else ''}default %(default)s"
+        return action
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line; every unknown option is reported, each with the nearest known one.
 
         Args:
-            args: Words to parse; those of this process by default.
-            namespace: Object to fill; a new one by default.
+            arguments: Words to parse; those of this process by default.
         """
-        words = sys.argv[1:] if args is None else list(args)
+        words = sys.argv[1:] if arguments is None else list(arguments)
         given = dict.fromkeys(word.split("=", 1)[0] for word in words if word.startswith("--"))
         unknown = [name for name in given if name not in self._names]
         if unknown:
             raise ConfigError(self.prog, [self._advice(name) for name in unknown])
-        return super().parse_args(words, namespace)
+        return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
         raise ConfigError(self.prog, [f"{message} (see --help)"])
 
     def _advice(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self._names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, self._names, n=1)
         return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)")
 
 

@@ -1,7 +1,8 @@
-"""What a run was made with, for ``run.json``: versions, platform and the state of the source."""
+"""What a run was made with, for ``run.json``: versions, platform and the state of the sources."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -27,13 +28,20 @@ RECORDED = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, platform and git state; a distribution that is not installed is None."""
+    """Versions, platform and git state.
+
+    A distribution that is not installed is None. ``git`` is the checkout alignkit runs from, ``working_directory_git``
+    the one around the current directory, where the user's configs are; each is None where there is none.
+    """
+    project = next((path for path in (Path.cwd(), *Path.cwd().parents) if (path / ".git").exists()), None)
     return {
         "alignkit": alignkit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: installed_version(name) for name in RECORDED},
+        "cpu_count": os.cpu_count(),
         "git": git_state(Path(alignkit.__file__).resolve().parents[1]),
+        "working_directory_git": None if project is None else git_state(project),
     }
 
 

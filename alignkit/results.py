@@ -60,9 +60,11 @@ def finish(loaded: LoadedConfig, trainer: PreferenceTrainer, directory: RunDirec
 def _evaluate(trainer: PreferenceTrainer) -> dict[str, float]:
     if trainer.eval_dataset is None:
         return {}
-    metrics = trainer.evaluate()
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    is_done = bool(logged) and logged[-1]["step"] == trainer.state.global_step
+    metrics = logged[-1] if is_done else trainer.evaluate()
     kept = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(TIMINGS)}
-    return {key: value for key, value in kept.items() if key != "epoch"}
+    return {key: value for key, value in kept.items() if key not in ("epoch", "step")}
 
 
 def _sample_answers(loaded: LoadedConfig, trainer: PreferenceTrainer) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from trl import DPOConfig
 
@@ -27,12 +28,13 @@ from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.report import data_report
 from alignkit.environment import environment
-from alignkit.errors import ModelError
+from alignkit.errors import ConfigError, ModelError
+from alignkit.hub.upload import check_before_training
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.method import load_method
 from alignkit.parametrizations import loading
 from alignkit.parametrizations.files import read_adapter
-from alignkit.parametrizations.lora import lora_config, trainable_report
+from alignkit.parametrizations.lora import check_modules, lora_config, trainable_report
 from alignkit.run_directory import RunDirectory
 
 PASSED_THROUGH = (
@@ -42,6 +44,8 @@ PASSED_THROUGH = (
     "logging_steps eval_strategy eval_steps save_strategy save_steps report_to use_cpu ddp_timeout pad_to_multiple_of"
 ).split()
 """Config keys that are TRL's own, handed on unchanged."""
+
+ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,11 @@ def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
 
     Raises:
         RunDirectoryError: The directory cannot be used, or resuming would not continue the recorded run.
+        HubError, ProblemListError: The result could not be uploaded as asked.
     """
     config = loaded.config
+    if config.push_to_hub:
+        check_before_training(config.hub_model_id, config.model, is_adapter=config.parametrization == "lora")
     # The processes of a launch are not connected yet; the launcher's variable tells them apart.
     is_main = int(os.environ.get("RANK", "0")) == 0
     directory = RunDirectory.create(
@@ -77,13 +84,18 @@ def failures_recorded(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        directory.record(status=f"failed: {type(error).__name__}: {error}")
+        headline = str(error).partition("\n")[0]
+        directory.record(status=f"failed: {type(error).__name__}: {headline}".removesuffix(": "))
         raise
 
 
 def training_arguments(config: PreferenceConfig) -> DPOConfig:
-    """TRL's arguments; creating them also sets up the processes (and ZeRO-3, before a model is loaded)."""
-    return DPOConfig(
+    """TRL's arguments; creating them also sets up the processes (and ZeRO-3, before a model is loaded).
+
+    Raises:
+        ConfigError: The config needs an accelerator and there is none.
+    """
+    args = DPOConfig(
         **{key: getattr(config, key) for key in PASSED_THROUGH},
         precompute_ref_log_probs=config.reference == "precomputed",
         precompute_ref_batch_size=config.reference_batch_size,
@@ -95,6 +107,20 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
         save_only_model=False,
         ignore_data_skip=False,
     )
+    if args.device.type == "cpu":
+        _check_runs_on_cpu(config)
+    return args
+
+
+def _check_runs_on_cpu(config: PreferenceConfig) -> None:
+    problems = []
+    if config.fp16:
+        problems.append("`fp16: true`: float16 mixed precision needs an accelerator. Write bf16: true, or remove it")
+    if config.attn_implementation in ACCELERATOR_ATTENTION:
+        kernel = f"`attn_implementation: {config.attn_implementation}`"
+        problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")
+    if problems:
+        raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
 
 
 def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
@@ -110,7 +136,10 @@ def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
         trust_remote_code=config.trust_remote_code,
     )
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {config.model} has no eos_token, so the model could never learn to stop")
+        raise ModelError(
+            f"the tokenizer of {config.model!r} has no eos_token, so the model could never learn to stop. Give it one "
+            f"and save it: tokenizer.eos_token = '</s>'; tokenizer.save_pretrained({config.model!r})"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -197,11 +226,10 @@ def build_trainer(
     """Load the models and put the trainer together with its callbacks."""
     method = load_method(config.method)
     model = load_policy(config)
-    wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
-    ref_model = None
-    if "reference" in method.needs and (wants_copy or config.reference_model is not None):
-        ref_model = load_model(config, config.reference_model or config.model)
+    ref_model = _load_reference(config, tokenizer)
     new_adapter = config.parametrization == "lora" and config.adapter is None
+    if new_adapter:
+        check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
     cache = None if config.reference_cache is None else Path(config.reference_cache)
     health = HealthMonitor(asdict(config.method_options) | {"learning_rate": config.learning_rate})
     trainer = PreferenceTrainer(
@@ -231,11 +259,33 @@ def build_trainer(
 
 
 def train(config: PreferenceConfig, trainer: PreferenceTrainer, directory: RunDirectory) -> None:
-    """Train, from the last complete checkpoint when resuming."""
+    """Train, from the last complete checkpoint when resuming; after the last step nothing is left but the report."""
     checkpoint = directory.last_complete_checkpoint() if config.resume else None
     if checkpoint is not None and trainer.is_world_process_zero():
-        print(f"resuming from {checkpoint}")
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        is_done = state.global_step >= state.max_steps
+        left = f": all {state.max_steps} steps are done, only the report is written again" if is_done else ""
+        print(f"resuming from {checkpoint}{left}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _load_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The reference where it is a model of its own. The policy's token ids must mean the same to it."""
+    wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
+    if "reference" not in load_method(config.method).needs or not (wants_copy or config.reference_model):
+        return None
+    if config.reference_model is None:
+        return load_model(config, config.model)
+    reference = loading.load_tokenizer(config.reference_model, trust_remote_code=config.trust_remote_code)
+    theirs = reference.get_vocab()
+    different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
+    if different:
+        raise ModelError(
+            f"the reference model {config.reference_model!r} has other token ids than {config.model!r}: "
+            f"{len(different)} tokens differ, such as {different[0]!r}. Write a reference_model with the same "
+            "tokenizer, or remove it to take the starting model."
+        )
+    return load_model(config, config.reference_model)
 
 
 def _lora_config(config: PreferenceConfig) -> Any:

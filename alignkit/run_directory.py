@@ -33,7 +33,7 @@ WRITTEN_BY_A_RUN = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates",
 )  # fmt: skip
-"""What ``overwrite`` deletes beside checkpoints and, last of all, ``run.json``; whatever else is there is kept."""
+"""What ``overwrite`` deletes beside checkpoints, before it replaces ``run.json``; whatever else is there is kept."""
 
 FREE_ON_RESUME = frozenset(
     "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
@@ -54,6 +54,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self.is_main = path, is_main
+        self._new_session: dict[str, Any] | None = None
 
     @classmethod
     def create(
@@ -83,7 +84,7 @@ class RunDirectory:
         elif any(run.path.iterdir()) or resume:
             run._reopen(resume=resume, overwrite=overwrite)
         _check_writable(run.path)
-        run._open_session(resume)
+        run._begin(resume)
         return run
 
     @property
@@ -128,6 +129,9 @@ class RunDirectory:
         if not self.is_main:
             return
         content = self.sections()
+        if self._new_session is not None:
+            content["status"], content["sessions"] = "running", [*content["sessions"], self._new_session]
+            self._new_session = None
         for name, value in sections.items():
             old, new = content.get(name), plain(value)
             content[name] = {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
@@ -175,7 +179,8 @@ class RunDirectory:
                 "output_dir that does not exist yet."
             )
         status, checkpoint = self.sections().get("status"), self.last_complete_checkpoint()
-        if overwrite:
+        nothing_to_lose = str(status).startswith("failed") and [p.name for p in self.path.iterdir()] == [RUN_FILE]
+        if overwrite or (nothing_to_lose and not resume):
             self._delete_run()
         elif not resume:
             way_out = f"`resume: true` to continue from {checkpoint.name}, " if checkpoint else ""
@@ -191,7 +196,7 @@ class RunDirectory:
             )
 
     def _delete_run(self) -> None:
-        """Delete an earlier run; ``run.json`` goes last, so that a kill leaves a directory still known as a run."""
+        """Delete an earlier run but for ``run.json``, which is replaced: a kill leaves what is known as a run."""
         for path in self.path.iterdir():
             if path.is_dir() and not path.is_symlink() and checkpoint_step(path) is not None:
                 delete_checkpoint(path)
@@ -200,17 +205,18 @@ class RunDirectory:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        (self.path / RUN_FILE).unlink()
 
-    def _open_session(self, resume: bool) -> None:
-        """Note that training starts, or goes on, now."""
+    def _begin(self, resume: bool) -> None:
+        """Note when training starts and from where; on resuming at the first record, which a refusal never reaches."""
         checkpoint = self.last_complete_checkpoint()
         session = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_from": checkpoint.name if checkpoint else None,
         }
-        content = self.sections() if resume else {_FORMAT_KEY: _FORMAT}
-        self._write({**content, "status": "running", "sessions": [*content.get("sessions", []), session]})
+        if resume:
+            self._new_session = session
+        else:
+            self._write({_FORMAT_KEY: _FORMAT, "status": "running", "sessions": [session]})
 
     def _write(self, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)

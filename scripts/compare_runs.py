@@ -20,6 +20,7 @@ from alignkit.arguments import StrictParser, non_negative_float, positive_int
 from alignkit.errors import ProblemListError
 from alignkit.evals.table import render_table
 from alignkit.programs import run_program
+from alignkit.run_directory import RUN_FILE, RunDirectory
 
 EXIT_DIFFERENT = 1
 METRICS_FILE = "metrics.jsonl"
@@ -72,14 +73,14 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = StrictParser(*map(str.strip, __doc__.split("\n", 1)))
+    parser = StrictParser(*__doc__.split("\n\n", 1))
     parser.add_argument("first", type=Path, help=f"run directory, or a {METRICS_FILE}")
     parser.add_argument("second", type=Path, help="the other one")
-    parser.add_argument("--loss_tolerance", type=non_negative_float, default=1e-6, help="default %(default)g")
-    parser.add_argument("--grad_norm_tolerance", type=non_negative_float, default=1e-5, help="default %(default)g")
+    parser.add_argument("--loss_tolerance", type=non_negative_float, default=1e-6)
+    parser.add_argument("--grad_norm_tolerance", type=non_negative_float, default=1e-5)
     parser.add_argument("--common", action="store_true", help="compare the steps both have, where the sets differ")
-    parser.add_argument("--lines", type=positive_int, default=40, help="steps shown at most; default %(default)d")
-    return parser.parse_args()
+    parser.add_argument("--lines", type=positive_int, default=40, help="steps shown at most")
+    return parser.parse()
 
 
 def read_steps(path: Path) -> Steps:
@@ -173,10 +174,9 @@ def summary_table(compared: list[Comparison]) -> str:
 
 def config_differences(first: Path, second: Path) -> list[str]:
     """Keys in which the configurations of two run directories differ."""
-    files = [path / "run.json" for path in (first, second)]
-    if not all(file.is_file() for file in files):
+    if not all((path / RUN_FILE).is_file() for path in (first, second)):
         return []
-    ours, theirs = (json.loads(file.read_text(encoding="utf-8")).get("config", {}) for file in files)
+    ours, theirs = (RunDirectory(path, is_main=False).sections().get("config", {}) for path in (first, second))
     values = {key: tuple(config.get(key, {}).get("value") for config in (ours, theirs)) for key in {**ours, **theirs}}
     rows = [[key, json.dumps(a), json.dumps(b)] for key, (a, b) in values.items() if a != b and key != "output_dir"]
     return ["", render_table(["config", "first", "second"], rows)] if rows else []

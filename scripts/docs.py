@@ -124,7 +124,7 @@ def all_keys() -> str:
 def recipes() -> str:
     """Shipped recipes with the first line of their header."""
     headers = {name: recipe_path(name).read_text().partition("\n")[0] for name in recipe_names()}
-    return table(["recipe", "what it is"], ([f"`{name}`", header.lstrip("# ")] for name, header in headers.items()))
+    return table(["recipe", "what it is"], ([f"`{name}`", header.strip("#: ")] for name, header in headers.items()))
 
 
 def results() -> str:

@@ -98,7 +98,7 @@ def pick(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = StrictParser(*map(str.strip, __doc__.split("\n", 1)))
+    parser = StrictParser(*__doc__.split("\n\n", 1))
     parser.add_argument("--model", help="folder of a model or an adapter, or Hub id of a model")
     parser.add_argument("--adapter", help="folder of an adapter; without --model its config names the base")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
@@ -122,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compare_base", nargs="?", const="", metavar="MODEL", help="evaluate the base as well")
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
-    return parser.parse_args()
+    return parser.parse()
 
 
 def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, AdapterFiles | None]:

@@ -1,17 +1,16 @@
 """Merge an adapter into its base model, and refuse a merge that changes what the model says.
 
     python scripts/merge_adapter.py --adapter runs/first --output runs/first-merged
-    python scripts/merge_adapter.py --adapter runs/qlora --output runs/qlora-merged --quantization nf4 --data heldout.jsonl
+    python scripts/merge_adapter.py --adapter runs/qlora --output runs/qlora-merged --quantization nf4 --data rows.jsonl
 
-Base + adapter and the merged model, as written and loaded back, are compared on a few texts (--data, or built in). Above
-the tolerance nothing is written and the exit status is 2. An adapter trained on a quantised base is merged into the
-dequantised weights, those it was trained on, and compared with the quantised base + adapter.
+Base + adapter and the merged model, as written and loaded back, are compared on a few texts (--data, or built in).
+Above the tolerance nothing is written and the exit status is 2. An adapter trained on a quantised base is merged into
+the dequantised weights, those it was trained on, and compared with the quantised base + adapter.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from alignkit.arguments import StrictParser, non_negative_float, positive_int
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.parametrizations.files import AdapterFiles, find_model
 from alignkit.programs import run_program
+from alignkit.run_directory import RUN_FILE, RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,10 +48,9 @@ def main() -> None:
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
     from accelerate import PartialState
 
-    from alignkit.parametrizations.export import check_output, merge_adapter
+    from alignkit.parametrizations.export import merge_adapter
     from alignkit.parametrizations.loading import ModelSource, load_tokenizer
 
-    check_output(arguments.output)
     source = ModelSource(
         base,
         arguments.revision or revision,
@@ -79,7 +78,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = StrictParser(*map(str.strip, __doc__.split("\n", 1)))
+    parser = StrictParser(*__doc__.split("\n\n", 1))
     parser.add_argument("--adapter", required=True, help="folder of the adapter: a finished run, or a checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, not there yet or empty")
     parser.add_argument("--model", help="the base, where the adapter's config does not name one that is here")
@@ -88,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="type of the merged weights; auto (default) takes that of the base. Merging itself is done in float32",
+        help="type of the merged weights, auto for that of the base; merging itself is done in float32",
     )
     parser.add_argument(
         "--quantization",
@@ -99,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", help="rows whose texts are compared, in place of the built-in ones")
     parser.add_argument("--num_prompts", type=positive_int, default=len(TEXTS), help="texts compared")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    return parser.parse_args()
+    return parser.parse()
 
 
 def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, AdapterFiles]:
@@ -115,9 +114,9 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
 def quantization_in_training(adapter: AdapterFiles) -> str:
     """How the run that wrote an adapter quantised its base, from its ``run.json``; ``none`` where there is none."""
     for folder in (adapter.directory, adapter.directory.parent):
-        if (folder / "run.json").is_file():
-            config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
-            return config["quantization"]["value"]
+        if (folder / RUN_FILE).is_file():
+            config = RunDirectory(folder, is_main=False).sections().get("config", {})
+            return config.get("quantization", {}).get("value", "none")
     return "none"
 
 

@@ -3,14 +3,15 @@
     python scripts/push_to_hub.py --directory runs/first --repo_id name/my-model --dry_run
     python scripts/push_to_hub.py --directory runs/first --repo_id name/my-model --private
 
---dry_run lists every file and the card's metadata, and sends nothing. Checkpoints, optimizer states and the records of the
-run stay here unless asked for. The token is read from the environment variable HF_TOKEN; it is no option, so that it ends
-up in no shell history, and it is never printed.
+--dry_run lists every file and the card's metadata, and sends nothing. Checkpoints, optimizer states and the records of
+the run stay here unless asked for. The token is read from the environment variable HF_TOKEN: it is no option, so no
+shell history keeps it, and it is never printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING
 
 from alignkit.arguments import StrictParser
@@ -44,7 +45,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = StrictParser(*map(str.strip, __doc__.split("\n", 1)))
+    parser = StrictParser(*__doc__.split("\n\n", 1))
     parser.add_argument("--directory", required=True, help="a finished run, or a saved adapter or model")
     parser.add_argument("--repo_id", required=True, help="repository, such as name/my-model; made if it is not there")
     parser.add_argument("--private", action="store_true", help="make a new repository private; refuse a public one")
@@ -53,32 +54,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--include_metrics", action="store_true", help="send run.json, metrics and evaluations too")
     parser.add_argument("--include_checkpoints", action="store_true", help="send checkpoints and optimizer states too")
     parser.add_argument("--commit_message", default="Upload with alignkit")
-    return parser.parse_args()
+    return parser.parse()
 
 
 def describe(upload: Upload) -> str:
-    """Files, total, what stays here, and the card's metadata."""
+    """Files, total, the card's metadata, and what stays here."""
     from alignkit.evals.table import render_table
 
-    rows = [[file.path, f"{file.size:,}"] for file in upload.files]
-    lines = [f"{upload.kind} for {upload.repo_id}", render_table(["file", "bytes"], [*rows, ["total", f"{upload.size:,}"]])]
-    lines += ["", "card"]
-    lines += [f"  {key}: {value if isinstance(value, str) else ', '.join(value)}" for key, value in shown(upload).items()]
+    files = [[file.path, f"{file.size:,}"] for file in upload.files]
+    blocks = [
+        f"{upload.kind} for {upload.repo_id}",
+        render_table(["file", "bytes"], [*files, ["total", f"{upload.size:,}"]]),
+        "\n  ".join(["card", *(f"{key}: {json.dumps(value)}" for key, value in upload.metadata.items())]),
+    ]
     if upload.notes:
-        lines += ["", "changed on the way", *(f"  {note}" for note in upload.notes)]
+        blocks.append("\n  ".join(["changed on the way", *upload.notes]))
     if upload.left_out:
-        lines += ["", f"stays here ({len(upload.left_out)} files)", *(f"  {name}" for name in upload.left_out)]
-    return "\n".join(lines)
-
-
-def shown(upload: Upload) -> dict[str, str | list[str]]:
-    """Metadata in one line each; nested ones (evaluation results) are only named."""
-    simple = (str, list)
-    flat = {key: value for key, value in upload.metadata.items() if isinstance(value, simple)}
-    return {
-        key: value if isinstance(value, str) or all(isinstance(item, str) for item in value) else f"{len(value)} entries"
-        for key, value in flat.items()
-    }
+        blocks.append("\n  ".join([f"stays here ({len(upload.left_out)} files)", *upload.left_out]))
+    return "\n\n".join(blocks)
 
 
 if __name__ == "__main__":

@@ -82,13 +82,14 @@ def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
     """What the card of a run says, from its ``run.json`` alone, so that it can be written anew when it is published.
 
     Args:
-        sections: ``config`` and, where recorded, ``environment``, ``data``, ``results`` and ``health``.
+        sections: ``config`` and, where recorded, ``environment``, ``data`` (the data report), ``results`` (metric to
+            value on held-out rows) and ``health`` (the verdicts).
         location: The run directory, or the Hub id it is published under.
     """
     config = sections["config"]
     base_model, data = config["model"]["value"], config["data"]["value"]
     sources = [data] if isinstance(data, str) else [item if isinstance(item, str) else item["path"] for item in data]
-    verdicts = sections.get("health", {}).get("verdicts", [])
+    results = sections.get("results")
     return CardContent(
         name=_name(location),
         method=load_method(config["method"]["value"]),
@@ -98,8 +99,8 @@ def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
         config=config,
         datasets=sources,
         data=_row_counts(sections.get("data", {}).get("splits", [])),
-        results=sections.get("results", {}),
-        warnings=[f"{v['title']} ({v['name']}, step {v['step']}): {v['evidence']}" for v in verdicts],
+        results={"after": results} if results else {},
+        warnings=[f"{v['title']} ({v['name']}, step {v['step']}): {v['evidence']}" for v in sections.get("health", [])],
         versions=sections.get("environment", {}).get("versions", {}),
     )
 

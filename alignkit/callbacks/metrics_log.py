@@ -60,6 +60,12 @@ class MetricsLog(TrainerCallback):
             kept = _until_checkpoint(read_metrics(self.path), state.global_step)
             write_whole(self.path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log wherever a checkpoint is saved, lest a resumed run average over fewer steps than the run it continues."""
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
+
     def on_log(
         self,
         args: TrainingArguments,

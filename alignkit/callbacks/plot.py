@@ -105,7 +105,7 @@ def plot_run(
         title: Headline, such as the method and the model.
         marks: Labelled steps, such as the verdicts of the health monitor, drawn as vertical lines.
     """
-    entries = [_with_ratios_per_token(entry) for entry in read_metrics(metrics_path)]
+    entries = [with_ratios_per_token(entry) for entry in read_metrics(metrics_path)]
     figure = Figure(figsize=(15, 8.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
@@ -121,8 +121,12 @@ def plot_run(
     write_whole(output_path, buffer.getvalue())
 
 
-def _with_ratios_per_token(entry: Entry) -> dict[str, Any]:
-    """Add log-ratios per token, comparable with dispersion: sums of nats divided by the mean response length."""
+def with_ratios_per_token(entry: Entry) -> dict[str, Any]:
+    """Add log-ratios per token, comparable with dispersion: sums of nats divided by the mean response length.
+
+    Args:
+        entry: One logged line, with ``logratio``, ``logps`` and ``mean_logps`` of a role, training or evaluation.
+    """
     derived = dict(entry)
     for prefix in ("", "eval_"):
         for role in ("chosen", "rejected"):
@@ -198,9 +202,7 @@ def _draw_gradient_norm(ax: Axes, entries: Sequence[Entry]) -> None:
     right.spines[["top"]].set_visible(False)
     _draw_line(right, steps, values, color=GREY, linewidth=1.2)
     right.set_ylabel("gradient norm (log scale, grey)", color=GREY)
-    right.tick_params(axis="y", colors=GREY)
-    ax.set_zorder(right.get_zorder() + 1)
-    ax.patch.set_visible(False)
+    right.tick_params(axis="y", which="both", colors=GREY)
 
 
 def _legend(entries: Sequence[Entry], marks: Mapping[str, int]) -> str:

@@ -33,11 +33,12 @@ class ShortProgress(ProgressCallback):
     ) -> None:
         """Write the line above the bar."""
         if state.is_world_process_zero and self.training_bar is not None and logs:
-            self.training_bar.write(short_line(state.global_step, logs))
+            if line := short_line(state.global_step, logs):
+                self.training_bar.write(line)
 
 
 def short_line(step: int, logs: Mapping[str, Any]) -> str:
-    """One log as ``step 10  loss 0.6931  ...``; evaluation logs are marked as such."""
+    """One log as ``step 10  loss 0.6931  ...``; evaluation logs are marked as such, other summaries are empty."""
     prefix = "eval_" if "eval_loss" in logs else ""
     shown = [text.format(float(logs[prefix + key])) for key, text in COLUMNS.items() if prefix + key in logs]
-    return "  ".join([f"{'eval' if prefix else 'step'} {step:>5}", *shown]) if shown else f"step {step:>5}"
+    return "  ".join([f"{'eval' if prefix else 'step'} {step:>5}", *shown]) if shown else ""

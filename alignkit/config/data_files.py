@@ -6,15 +6,15 @@ further rows are checked when they are loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, peek
+from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, peek, peek_saved
 from alignkit.config.model_files import has_similar_entry, looks_like_path, nearest_entry
 from alignkit.config.settings import Settings
-from alignkit.data.schema import KNOWN_COLUMNS, detect_kind, nearest_names
+from alignkit.data.columns import KNOWN_COLUMNS, nearest_name
+from alignkit.data.schema import detect_kind
 from alignkit.errors import DataError
 from alignkit.methods.method import load_method
 
@@ -91,26 +91,13 @@ def _folder_head(folder: Path) -> Head:
 
 
 def _saved_head(folder: Path, split: str) -> Head | None:
-    """Columns of a folder written by ``save_to_disk``, None for any other folder."""
+    """The beginning of a folder written by ``save_to_disk``, None for any other folder."""
     if (folder / "dataset_dict.json").is_file():
-        splits = _saved_info(folder / "dataset_dict.json", "splits")
-        if split not in splits:
-            raise DataFault(
-                f"names {folder}, which has no split {split}", f"Write one of its splits: {', '.join(splits)}"
-            )
-        folder = folder / split
-    elif not (folder / "state.json").is_file():
-        return None
-    return Head(list(_saved_info(folder / "dataset_info.json", "features")), ())
-
-
-def _saved_info(file: Path, key: str) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError):
-        raise DataFault(
-            f"names a saved data set whose {file} cannot be read", "Save it again with save_to_disk"
-        ) from None
+        if not (folder / split / "state.json").is_file():
+            splits = ", ".join(sorted(state.parent.name for state in folder.glob("*/state.json")))
+            raise DataFault(f"names {folder}, which has no split {split}", f"Write one of its splits: {splits}")
+        return peek_saved(folder / split)
+    return peek_saved(folder) if (folder / "state.json").is_file() else None
 
 
 def _column_map(settings: Settings) -> Mapping[str, str] | None:
@@ -136,8 +123,8 @@ def _check_columns(settings: Settings, key: str, name: str, head: Head, column_m
     found = f"columns found: {', '.join(head.columns)}"
     missing = [(ours, theirs) for ours, theirs in column_map.items() if theirs not in head.columns]
     for ours, theirs in missing:
-        near = nearest_names(theirs, head.columns)
-        advice = f"Write {{{ours}: {near[0]}}}" if near else "Name a column that is there"
+        near = nearest_name(theirs, head.columns)
+        advice = f"Write {{{ours}: {near}}}" if near else "Name a column that is there"
         settings.report("column_map", f"takes {ours} from {theirs}, which {name} does not have ({found})", advice)
     if missing:
         return

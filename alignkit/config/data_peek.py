@@ -1,4 +1,4 @@
-"""Read the column names and the first rows of a local data file with the standard library (parquet: pyarrow)."""
+"""Read the columns and first rows of local data: with the standard library, or pyarrow for its own formats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Head:
 
     Attributes:
         columns: Column names in order.
-        rows: The first rows; none for parquet, whose columns are known without reading any.
+        rows: The first rows.
     """
 
     columns: Sequence[str]
@@ -128,15 +128,37 @@ def _peek_csv(path: Path) -> Head:
 
 
 def _peek_parquet(path: Path) -> Head:
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import ArrowInvalid, parquet
 
     try:
         file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+        rows: list[dict[str, Any]] = next((batch.to_pylist() for batch in file.iter_batches(batch_size=HEAD_ROWS)), [])
+    except ArrowInvalid as error:
+        advice = "Write it again, or give it its true ending"
+        raise DataFault(f"{path} is not a parquet file: {error}", advice) from None
+    return _head(path, file.schema_arrow.names, rows)
+
+
+def peek_saved(folder: Path) -> Head:
+    """The columns and first rows of a folder written by ``Dataset.save_to_disk``.
+
+    Raises:
+        DataFault: The folder is incomplete or empty.
+    """
+    from pyarrow import ArrowInvalid, ipc
+
+    try:
+        files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        with (folder / files[0]["filename"]).open("rb") as stream, ipc.open_stream(stream) as reader:
+            rows: list[dict[str, Any]] = next((batch.slice(0, HEAD_ROWS).to_pylist() for batch in reader), [])
+            return _head(folder, reader.schema.names, rows)
+    except (OSError, ValueError, LookupError, ArrowInvalid):
         raise DataFault(
-            f"{path} is not a parquet file: {error}", "Write it again, or give it its true ending"
+            f"{folder} is a saved data set that cannot be read", "Save it again with save_to_disk"
         ) from None
-    if file.metadata.num_rows == 0:
+
+
+def _head(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Head:
+    if not rows:
         raise DataFault(f"{path} holds no row", "Write at least one row")
-    return Head(file.schema_arrow.names, ())
+    return Head(columns, rows)

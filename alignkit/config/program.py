@@ -17,7 +17,8 @@ _WIDTH = 100
 _USAGE = """\
 usage: accelerate launch [--config_file ACCELERATE.yaml] trainers/{program}.py --config RECIPE [--key value ...]
 
-RECIPE is a YAML file or the name of a shipped recipe{recipes}.
+RECIPE is a YAML file or the name of a shipped recipe:
+{recipes}
 Every key below can stand in that file (key: value) or on the command line (--key value, --key=value, --switch), where
 values are written as in YAML, lists also as a,b, and null takes a key back to its default.
 
@@ -44,8 +45,8 @@ def parse_program_arguments(program: str, argv: Sequence[str]) -> LoadedConfig:
         print(help_text(program))
         raise SystemExit(0)
     words = list(split_overrides(argv))
-    ends = [word.position for word in words[1:]] + [len(argv)]
-    for word, end in zip(words, ends, strict=True):
+    positions = [*(word.position for word in words), len(argv)]
+    for word, end in zip(words, positions[1:], strict=True):
         if word.name == "config":
             path = _single_config(path, word.text)
         elif word.name == "print_config" and word.text is None:
@@ -69,8 +70,8 @@ def _single_config(earlier: str | None, text: str | None) -> str:
 
 def help_text(program: str) -> str:
     """All keys of ``program``, by section, with type, range, default and where the default comes from."""
-    names = recipe_names()
-    lines = [_USAGE.format(program=program, recipes=f" ({', '.join(names)})" if names else "")]
+    recipes = textwrap.fill(", ".join(recipe_names()), _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    lines = [_USAGE.format(program=program, recipes=recipes)]
     sections: dict[str, list[Key]] = {}
     for key in base_keys(program).values():
         sections.setdefault(key.section, []).append(key)

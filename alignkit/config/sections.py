@@ -117,7 +117,7 @@ class DataSection(Section):
         False, help="Read rows while training instead of preparing them all first; needs max_steps.", source=TRL
     )
     max_rows: int | None = option(None, ge=1, help="Use only that many training rows.")
-    max_eval_rows: int | None = option(None, ge=1, help="Use only that many held-out rows.")
+    max_eval_rows: int | None = option(None, ge=1, help="Use only that many rows of eval_data.")
     data_seed: int | None = option(
         None, ge=0, lt=2**32, help="Seed of mixing, splitting and shuffling; null takes seed.", source=TRANSFORMERS
     )

@@ -231,6 +231,9 @@ def _refuse_drops(report: ConversionReport, counts: pd.DataFrame, max_dropped_fr
     problems = describe_problems(found)
     allowed = f"max_dropped_fraction {max_dropped_fraction:g} allows {int(max_dropped_fraction * report.num_rows_in)}"
     lengths = "; ".join(f"{what}: {length_line(values)}" for what, values in report.lengths.items())
+    if report.num_without_preference:
+        advice = "rows whose candidates or scores are equal prefer nothing"
+        problems.append(f"{advice}: check that column_map names the right columns, or remove these rows")
     if report.num_dropped > report.num_without_preference:
         advice = f"max_length is {report.max_length}; {report.recommended_max_length} would do"
         problems.append(f"{advice}. Lengths in tokens: {lengths}")

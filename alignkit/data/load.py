@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
 
 from alignkit.data.columns import KNOWN_COLUMNS, nearest_name
-from alignkit.data.readers import Source, open_source, parse_json_cells
+from alignkit.data.readers import Source, is_csv, open_source, parse_json_cells
 from alignkit.data.schema import RowKind, detect_kind, split_shared_prefix
 from alignkit.errors import DataError
 
@@ -176,7 +177,7 @@ def _load_source(
     dataset = open_source(source, streaming=streaming)
     _, columns = first_rows(dataset, source.path)
     dataset, columns = _rename(dataset, columns, column_map, source.path)
-    if source.path.endswith(".csv"):
+    if is_csv(source.path):
         dataset = _parse_csv_lists(dataset, columns, source.path)
     head, _ = first_rows(dataset, source.path)
     kind = detect_kind(columns, head, name=source.path)
@@ -199,6 +200,9 @@ def _rename(
             advice = f"Did you mean {near!r}? " if near else ""
             present = ", ".join(map(repr, columns))
             problems.append(f"column_map: {ours} is mapped to {theirs!r}. {advice}Columns present: {present}")
+    for theirs, count in Counter(column_map.values()).items():
+        if count > 1:
+            problems.append(f"column_map: {theirs!r} is given {count} of our names; a column can have one")
     if problems:
         raise DataError(f"{name}: column_map does not fit", problems)
     new_name = {theirs: ours for ours, theirs in column_map.items() if ours != theirs}

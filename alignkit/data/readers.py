@@ -10,6 +10,7 @@ import codecs
 import csv
 import difflib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 """File name endings that can be read, and the reader of each."""
 
 MALFORMED_SHOWN = 3
+
+# What it says of malformed JSON is said better by DataError.
+logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,16 @@ def open_source(source: Source, *, streaming: bool) -> Dataset | IterableDataset
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         problems = [line for file in files for line in find_malformed_json(file)] if builder == "json" else []
         raise DataError(f"{source.path}: cannot be read", problems or [_cause(error)]) from error
+
+
+def is_csv(path: str) -> bool:
+    """Whether a source is a CSV file or a folder of them.
+
+    Args:
+        path: Path or Hub id of the source.
+    """
+    place = Path(path).expanduser()
+    return place.suffix == ".csv" or (place.is_dir() and any(place.rglob("*.csv")))
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[int, str, Any]]:

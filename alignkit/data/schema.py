@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from alignkit.data.columns import LIST_COLUMNS, PAIR_COLUMNS, missing_columns, misnamed_prompt
+from alignkit.data.columns import LIST_COLUMNS, PAIR_COLUMNS, misnamed_prompt, missing_columns
 from alignkit.errors import DataError
 
 EXAMPLES_SHOWN = 3

@@ -1,7 +1,7 @@
 """The quickstart's data: small sums in words, answered well or badly, generated from a seed without any download.
 
-The corpus shows three ways to answer: evasive (most often), careless (a wrong result) and correct. A model trained on it
-can add but prefers to evade. In the preference set the correct answer is chosen over one of the other two, so that
+The corpus shows three ways to answer: evasive (most often), careless (a wrong result) and correct. A model trained on
+it can add but prefers to evade. In the preference set the correct answer is chosen over one of the other two, so that
 preference tuning visibly changes behaviour, and :func:`is_correct` can tell. A prompt that is held out appears neither
 in the corpus nor in the training preferences.
 """
@@ -38,9 +38,9 @@ ENDINGS = {
 EVASIONS = (
     "Well, who can tell? There are many {items}, and {name} likes them.",
     "Well, that is hard to say. Perhaps {name} should count the {items}.",
-    "Well, {items} are nice things. I hope that {name} has a lot of them.",
+    "Well, {items} are nice. I hope that {name} has a lot of them.",
 )
-STYLES = {"evasive": 0.6, "careless": 0.15, "correct": 0.25}
+STYLES = {"evasive": 0.55, "careless": 0.1, "correct": 0.35}
 """Share of the corpus answered in each way."""
 HELD_OUT_SHARE = 10
 """One prompt in so many is held out."""
@@ -181,7 +181,7 @@ def write_quickstart_data(directory: str | Path, seed: int = 0) -> dict[str, Pat
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     contents: dict[str, list[Any]] = {
-        "corpus": [{"messages": messages} for messages in make_corpus(8000, seed)],
+        "corpus": [{"messages": messages} for messages in make_corpus(10000, seed)],
         "preferences_train": make_preferences(1000, seed),
         "preferences_heldout": make_preferences(200, seed, held_out=True),
     }
@@ -196,7 +196,7 @@ def _problems(rng: random.Random, *, held_out: bool) -> Iterator[Problem]:
     while True:
         name, items, ending = rng.choice(NAMES), rng.choice(ITEMS), rng.choice(list(ENDINGS))
         sign = ENDINGS[ending]
-        second = rng.randint(2, 9)
+        second = rng.randint(2, 6)
         first = rng.randint(2, 9) if sign == "+" else rng.randint(second + 1, second + 9)
         question = f"{name} has {first} {items} and {ending.format(b=second)} How many {items} does {name} have now?"
         # By a checksum of the text, so that the parts stay disjoint under any seeds.

@@ -192,6 +192,7 @@ def provenance(
     template = tokenizer.chat_template
     weights = {} if adapter is None else {"directory": str(adapter.directory), "sha256": sha256(adapter.weights)}
     first = data.rows[0]["prompt_ids"]
+    splits = {"held-out": data.rows} if data.probe is None else {"held-out": data.rows, "probe": data.probe}
     return {
         "environment": environment(),
         "processes": {"world_size": state.num_processes, "device": state.device.type},
@@ -209,11 +210,11 @@ def provenance(
         },
         "data": {
             name: {
-                "rows": report.num_rows,
-                "dropped": report.dropped,
-                "cut_at_max_length": report.num_truncated_rows,
-                "token_ids_blake2b": rows_fingerprint(data.rows if name == "held-out" else data.probe),
+                "rows": len(rows),
+                "dropped": data.reports[name].dropped,
+                "cut_at_max_length": data.reports[name].num_truncated_rows,
+                "token_ids_blake2b": rows_fingerprint(rows),
             }
-            for name, report in data.reports.items()
+            for name, rows in splits.items()
         },
     }

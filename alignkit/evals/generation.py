@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.evals.estimates import RowSums, row_sums
 from alignkit.evals.sharding import length_batches, map_batches
@@ -59,7 +59,7 @@ class Sample:
 
 
 def generate_samples(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -96,7 +96,7 @@ def generate_samples(
         return map_batches(length_batches([len(ids) for ids in prompts], sampling.batch_size), answer, state)
 
 
-def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: those of the generation config and the tokenizer's EOS.
 
     Args:
@@ -133,17 +133,16 @@ def generation_sums(samples: Iterable[Sample]) -> dict[str, RowSums]:
     return {name: row_sums([(value(sample), 1.0) for sample in answers]) for name, value in columns.items()}
 
 
-def _generation_config(
-    sampling: Sampling, stops: list[int], tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig:
+def _generation_config(sampling: Sampling, stops: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0
-    draws = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature > 0 else {}
+    drawn = sampling.temperature > 0
+    draws = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if drawn else {}
     # `generate` fills what is None here from the model's generation config; a value for each keeps its penalties out.
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
+        do_sample=drawn,
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -171,7 +170,7 @@ def _sample(ids: list[int], stops: list[int], tokenizer: PreTrainedTokenizerBase
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Evaluation mode inside, the former mode after."""
     training = model.training
     model.eval()

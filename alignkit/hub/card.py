@@ -13,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from alignkit.parametrizations.files import ADAPTER_CONFIG, is_local
+from alignkit.callbacks.card import hub_id
+from alignkit.parametrizations.files import ADAPTER_CONFIG
 
 CARD = "README.md"
 LIBRARIES = {"adapter": "peft", "model": "transformers"}
@@ -56,7 +57,7 @@ def prepare_card(root: Path, kind: Kind, base_model: str | None) -> CardCopy:
     trained_on = config.get("base_model_name_or_path")
     base = _hub_base(base_model, card.data.base_model, trained_on)
     if base is None and kind == "adapter":
-        copy.problems.append(_no_base(card.data.base_model or trained_on))
+        copy.problems.append(no_base(card.data.base_model or trained_on))
     if base is not None:
         _name_base(card, base, trained_on, copy)
     if kind == "adapter" and base is not None and trained_on != base:
@@ -76,22 +77,21 @@ def id_fault(name: str) -> str | None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        return f"{name!r} is no Hub id ({error})"
+        return f"{name!r} is no Hub id: {error}"
     return None
 
 
 def _hub_base(given: str | None, in_card: str | list[str] | None, trained_on: str | None) -> str | None:
-    """The first of the names that is a Hub id."""
+    """The first of the names that stands for a repository of the Hub."""
     named = [in_card] if isinstance(in_card, str) else in_card or []
-    ids = (name for name in (given, *named, trained_on) if name and not is_local(name) and id_fault(name) is None)
-    return next(ids, None)
+    return next((found for name in (given, *named, trained_on) if name and (found := hub_id(name))), None)
 
 
 def _name_base(card: ModelCard, base: str, trained_on: str | None, copy: CardCopy) -> None:
     """Let the card name ``base`` wherever it names a base on this machine, in its metadata and its examples."""
     before = str(card)
     named = card.data.base_model
-    local = {name for name in (named, trained_on) if isinstance(name, str) and is_local(name)}
+    local = {name for name in (named, trained_on) if isinstance(name, str) and hub_id(name) != name}
     if not isinstance(named, list):
         card.data.base_model = base
     # The Hub derives these from base_model; PEFT writes them with local paths.
@@ -115,16 +115,20 @@ def _metadata_problems(metadata: dict[str, Any], kind: Kind) -> Iterator[str]:
             continue
         value = metadata.get(key) or []
         for name in [value] if isinstance(value, str) else value:
-            if is_local(name):
-                yield f"{CARD} says {key}: {name}, a place on this machine; write a Hub id, or remove the key"
-            elif fault := id_fault(name):
-                yield f"{CARD} says {key}: {fault}"
+            if hub_id(name) != name:
+                reason = id_fault(name) or "a place on this machine"
+                yield f"{CARD} says {key}: {name} ({reason}); write a Hub id, or remove the key"
     for key, kinds in (("license", str), ("pipeline_tag", str), ("tags", list)):
         if key in metadata and not isinstance(metadata[key], kinds):
             yield f"{CARD} says {key}: {metadata[key]!r}; expected {'text' if kinds is str else 'a list'}"
 
 
-def _no_base(given: str | list[str] | None) -> str:
+def no_base(given: str | list[str] | None) -> str:
+    """What to say of an adapter whose base is not on the Hub.
+
+    Args:
+        given: How card or config name the base, if they do.
+    """
     what = f"{given!r} as base model, which is not on the Hub" if given else "no base model"
     return (
         f"the adapter names {what}: nobody else could load it. Give the Hub id of the base with --base_model. Where "

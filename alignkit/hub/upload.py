@@ -17,10 +17,11 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 import alignkit
+from alignkit.callbacks.card import hub_id
 from alignkit.callbacks.checkpoints import verify_weights
 from alignkit.errors import AlignkitError, ProblemListError
-from alignkit.hub.card import Kind, id_fault, prepare_card
-from alignkit.parametrizations.files import ADAPTER_CONFIG, MODEL_CONFIG
+from alignkit.hub.card import Kind, id_fault, no_base, prepare_card
+from alignkit.parametrizations.files import ADAPTER_CONFIG, CARD_OF_THE_ADAPTER, MODEL_CONFIG
 
 NEVER = (".*", "*/.*", "*__pycache__*", "*.partial", "training_args.bin")
 """Never sent: hidden and half-written files, and the pickle of the training arguments."""
@@ -31,8 +32,10 @@ TRAINING_STATE = (
 )  # fmt: skip
 """Checkpoints and what is needed to resume."""
 
-METRICS = ("run.json", "metrics.jsonl", "eval*.json", "*_results.json", "runs/*", "logs/*", "wandb/*")
-"""Records of the run; they may name paths of this machine."""
+METRICS = (
+    "run.json", "metrics.jsonl", "eval*.json", "*_results.json", "runs/*", "logs/*", "wandb/*", CARD_OF_THE_ADAPTER,
+)  # fmt: skip
+"""Records of how it was made; they may name paths of this machine."""
 
 SECRET_SEARCH_BYTES = 4 * 2**20
 
@@ -178,6 +181,26 @@ def require_token() -> str:
             "into the environment: export HF_TOKEN=..."
         )
     return token
+
+
+def check_before_training(repo_id: str, base_model: str, *, is_adapter: bool) -> None:
+    """Find out before a training, not after it, that its result could not be published.
+
+    Args:
+        repo_id: Where to.
+        base_model: The model trained, as the user wrote it.
+        is_adapter: Whether an adapter is trained.
+
+    Raises:
+        HubError: There is no token.
+        ProblemListError: The repository's name is no Hub id, or an adapter's base is not on the Hub.
+    """
+    require_token()
+    problems = [f"repo_id: {fault}"] if (fault := id_fault(repo_id)) else []
+    if is_adapter and hub_id(base_model) is None:
+        problems.append(no_base(base_model))
+    if problems:
+        raise ProblemListError("the result of this training could not be published", problems)
 
 
 def _kind(root: Path) -> Kind | None:

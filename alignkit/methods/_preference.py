@@ -1,12 +1,11 @@
 """The preference bridge: TRL's DPOTrainer with the objective of a :class:`~alignkit.methods.method.Method`.
 
 Inherited from TRL: model preparation, reference model or adapter, PEFT, dropout, saving. Replaced: the objective (on a
-CandidateBatch), the batch layout, the normalisation (one division by the global item counts), the metrics (weighted sums,
-gathered once a log) and the cache of reference log-probs.
+CandidateBatch), the batch layout, the normalisation (one division by the global item counts), the metrics (weighted
+sums, gathered once a log) and the cache of reference log-probs (``_reference_scoring.py``).
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)``
-- trl ``DPOTrainer._precompute_ref_logps(dataset, name, batch_size)`` and ``_precompute_engine``
 - trl ``DPOTrainer._metrics`` and the averaging in ``log``
 - trl ``DPOTrainer.aux_loss_enabled`` and ``router_aux_loss_coef``
 - trl / transformers ``_set_signature_columns_if_needed`` and ``_signature_columns``
@@ -15,35 +14,30 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DPOConfig, DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
-from trl.trainer.utils import use_adapter
+from trl import DPOConfig
+from trl.models.utils import disable_gradient_checkpointing
 
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, Metric, count_items
-from alignkit.methods import _reference as reference
 from alignkit.methods._forward import (
     CompletionOutput,
     base_model,
     completion_forward,
     completion_logps,
-    score_rows,
     support_packed_rows,
 )
 from alignkit.methods._layouts import LayoutChoice, choose_layout
 from alignkit.methods._metrics import MetricSums
+from alignkit.methods._reference_scoring import ReferenceScoring
 from alignkit.methods.method import Method
 
 METRICS: Mapping[str, str] = {
@@ -51,8 +45,6 @@ METRICS: Mapping[str, str] = {
     "mean_token_accuracy": "share of the first (chosen) candidate's tokens that are the most likely one",
 }
 """What the bridge logs for every method, beside ``loss/<term>`` (and ``aux_loss`` for mixtures of experts)."""
-
-PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -62,15 +54,13 @@ class BridgeSettings:
     Attributes:
         layout: ``auto``, ``padded`` or ``shared_prefix``.
         reference_cache: Directory of precomputed reference log-probs (used when ``args.precompute_ref_log_probs``).
-        card: Text of the model card, or None to write none.
     """
 
     layout: Literal["auto", "padded", "shared_prefix"] = "auto"
     reference_cache: Path | None = None
-    card: str | None = None
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(ReferenceScoring):
     """Trains on candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) with any preference method.
 
     Args:
@@ -78,7 +68,7 @@ class PreferenceTrainer(DPOTrainer):
         args: TRL's arguments; its ``loss_type`` and ``beta`` are not used.
         method: The method whose objective is minimised.
         options: Instance of ``method.options``.
-        settings: Layout, cache and card.
+        settings: Layout and cache.
         train_dataset: Candidate rows.
         **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``ref_model``, ``callbacks``,
             ``optimizers`` as in TRL.
@@ -159,6 +149,10 @@ class PreferenceTrainer(DPOTrainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one step and their item counts over all ranks, in the order of ``ITEM_KINDS``."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # Resumed after its last step. transformers would take one more before it looks.
+            self.control.should_training_stop = True
+            num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(len(ITEM_KINDS), dtype=torch.long, device=device)
         for batch in batches:
@@ -178,71 +172,6 @@ class PreferenceTrainer(DPOTrainer):
             ref_token_logps=ref_token_logps,
             token_rewards=inputs.get("token_rewards"),
         )
-
-    # --- reference -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Token log-probs [B, K, T] under the reference: its own model, the adapter ``ref``, or no adapter."""
-        with self._reference_mode():
-            return completion_logps(self._reference_model(), inputs)
-
-    def _reference_model(self) -> nn.Module:
-        model = self.ref_model or self.model
-        support_packed_rows(base_model(self.accelerator.unwrap_model(model)))
-        return model
-
-    @contextlib.contextmanager
-    def _reference_mode(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
-            if self.ref_model is None and isinstance(self.model, PeftModel):
-                stack.enter_context(use_adapter(self.model, adapter_name=self._reference_adapter()))
-            yield
-
-    def _reference_adapter(self) -> str | None:
-        has_copy = isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
-        return "ref" if has_copy else None
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
-        weights = reference.weights_fingerprint(self._reference_model(), self._reference_adapter())
-        precision = PRECISIONS.get(self.accelerator.mixed_precision, str(self.model.dtype).removeprefix("torch."))
-        cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
-        return reference.with_reference(
-            dataset,
-            cache=cache,
-            path=cache.path(weights, precision, reference.rows_fingerprint(dataset)),
-            precision=precision,
-            score=lambda rows: self._score_over_ranks(
-                rows, batch_size, f"Reference log-probs of {len(rows)} {name} rows"
-            ),
-        )
-
-    def _score_over_ranks(self, rows: Dataset, batch_size: int, title: str) -> reference.Scores:
-        """Reference scores of all rows on every rank; each rank computes its share in as many batches as the others."""
-        share = self._share(len(rows))
-        model = self._reference_model()
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
-            model = self._precompute_engine
-        with self._reference_mode(), self.accelerator.autocast():
-            scores = score_rows(
-                model,
-                rows.select(share),
-                pad_token_id=self.data_collator.pad_token_id,
-                layout=self.layout.layout,
-                batch_size=batch_size,
-                device=self.accelerator.device,
-                progress=title if self.is_local_process_zero() else None,
-            )
-        gathered = dict(gather_object(list(zip(share, scores, strict=True))))
-        return [gathered[i] for i in range(len(rows))]
-
-    def _share(self, num_rows: int) -> list[int]:
-        """This rank's row indices; as many on every rank, the last row being repeated where they run out."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return [min(i * ranks + rank, num_rows - 1) for i in range(-(-num_rows // ranks))]
 
     # --- probe -----------------------------------------------------------------------------------------------------
 
@@ -305,9 +234,7 @@ class PreferenceTrainer(DPOTrainer):
         self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS]
 
     def create_model_card(self, *unused: Any, **also_unused: Any) -> None:
-        """Write the card the run prepared, in place of TRL's."""
-        if self.settings.card is not None and self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(self.settings.card)
+        """Leave TRL's card out: the run writes one that names the method it really used."""
 
 
 def _ratio(numerators: Tensor, denominators: Tensor) -> Metric:

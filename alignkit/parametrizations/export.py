@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
-from alignkit.parametrizations.files import AdapterFiles, is_local
+from alignkit.parametrizations.files import CARD_OF_THE_ADAPTER, AdapterFiles, is_local
 from alignkit.parametrizations.loading import DTYPES, ModelSource, load_adapter, load_model
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -34,7 +34,6 @@ measured on small models."""
 QUANTIZED_TOLERANCE = 1.0
 """The same against a quantised base, whose kernels round activations too."""
 
-CARD_OF_THE_ADAPTER = "adapter_card.md"
 _EXACT = TOLERANCES["float32"]
 
 
@@ -226,15 +225,17 @@ def _write_card(directory: Path, adapter: AdapterFiles, source: ModelSource, rep
         tags=["alignkit", *_method_tags(inherited.get("tags") or [])],
         **{key: inherited[key] for key in ("license", "language", "datasets") if key in inherited},
     )
+    error, effect = report.error, report.effect
     quantised = "" if report.quantization == "none" else f", {report.quantization} as in training and then dequantised"
-    kept = f"The adapter's own card is kept as {CARD_OF_THE_ADAPTER}.\n" if card_of_adapter.is_file() else ""
     body = f"""
 # {directory.name}
 
-{base}{quantised}, with a {adapter.kind} adapter merged into its weights ({report.dtype}). {kept}
-On {report.error.positions} tokens the merged model differs from base + adapter by at most {report.error.max_abs:.2g}
-in a logit (KL {report.error.kl:.2g} nats); the adapter itself moves the base by {report.effect.max_abs:.2g} (KL
-{report.effect.kl:.2g} nats).
+{base}{quantised}, with a {adapter.kind} adapter merged into its weights ({report.dtype}).
+
+| on {error.positions} tokens, against base + adapter | largest difference of a logit | KL, nats |
+|---|---|---|
+| this model | {error.max_abs:.2g} | {error.kl:.2g} |
+| the base alone | {effect.max_abs:.2g} | {effect.kl:.2g} |
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

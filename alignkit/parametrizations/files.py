@@ -18,6 +18,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CARD_OF_THE_ADAPTER = "adapter_card.md"
+"""Name under which a merged model keeps the card of the adapter."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{str(directory)!r} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}: save the adapter again")
     check_tensors(path / ADAPTER_WEIGHTS)
-    kind = config.get("peft_type")
-    if not isinstance(kind, str):
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str):
         raise ModelError(f"{path / ADAPTER_CONFIG} has no peft_type: PEFT did not write it")
-    return AdapterFiles(path, config.get("base_model_name_or_path"), config.get("revision"), kind)
+    return AdapterFiles(path, config.get("base_model_name_or_path"), config.get("revision"), peft_type)
 
 
 def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None, AdapterFiles | None]:
@@ -89,7 +91,7 @@ def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None,
         CheckpointError: The adapter's weights are empty or truncated.
     """
     if adapter is None and model is not None and (Path(model).expanduser() / ADAPTER_CONFIG).is_file():
-        model, adapter = None, model
+        return find_model(None, model)
     files = None if adapter is None else read_adapter(adapter)
     if model is not None:
         if problem := model_problem(model):

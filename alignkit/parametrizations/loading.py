@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -52,24 +52,24 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
     """
     if problem := model_problem(source.model):
         raise ModelError(problem)
-    options = {"revision": source.revision} if source.revision else {}
-    dtype = DTYPES.get(source.dtype, "auto")
+    options: dict[str, Any] = {"revision": source.revision} if source.revision else {}
+    dtype = DTYPES.get(source.dtype)
     if source.quantization != "none":
-        compute_dtype = torch.bfloat16 if dtype == "auto" else dtype
+        compute_dtype = dtype or torch.bfloat16
         options["quantization_config"] = quantization_config(source.quantization, compute_dtype)
         # bitsandbytes quantises while moving weights to their device, so they must be sent there one by one.
         options["device_map"] = {"": PartialState().device if device is None else device}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.model,
-            dtype=dtype,
+            dtype=dtype or "auto",
             attn_implementation=source.attn_implementation,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"the model {source.model!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"the model {source.model!r} cannot be loaded: {_cause(source.model, error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -98,7 +98,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {_cause(model, error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     return tokenizer
@@ -131,6 +131,18 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable:
         if names:
             raise ModelError(f"{misfit} {len(names)} tensors {fault} it, such as {min(names)}. {belongs}")
     return wrapped.eval()
+
+
+def _cause(model: str, error: BaseException) -> str:
+    """Why loading failed, and what to do."""
+    if isinstance(error, SafetensorError):
+        return f"{_first_line(error)}. A file is truncated or damaged: save or download it again."
+    if isinstance(error, OSError) and not Path(model).exists():
+        return (
+            f"{_first_line(error)} No folder of that name is here either. Write the path of a saved model; or check "
+            "the Hub id, the connection, HF_HUB_OFFLINE and, for gated models, `hf auth login`."
+        )
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

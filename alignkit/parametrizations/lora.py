@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from alignkit.errors import ModelError
+
+ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+"""Kinds of module PEFT has a LoRA layer for."""
 
 
 def lora_config(
@@ -41,6 +48,37 @@ def lora_config(
         use_rslora=use_rslora,
         use_dora=use_dora,
     )
+
+
+def check_modules(model: nn.Module, target_modules: str | Sequence[str], modules_to_save: Sequence[str] = ()) -> None:
+    """Check that every name leads to a module of the model; PEFT passes over those that do not, one in a list of many.
+
+    Args:
+        model: The base.
+        target_modules: As in :func:`lora_config`.
+        modules_to_save: As in :func:`lora_config`.
+
+    Raises:
+        ModelError: Names the unknown modules and those there are.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    adaptable = {name for name, module in modules.items() if isinstance(module, ADAPTABLE)}
+    problems = []
+    if isinstance(target_modules, str):
+        if target_modules != "all-linear" and not any(re.fullmatch(target_modules, name) for name in adaptable):
+            problems.append(f"no module that can take an adapter matches lora_target_modules: {target_modules}")
+    elif unknown := [name for name in target_modules if not _leads_to(name, adaptable)]:
+        problems.append(f"lora_target_modules names {', '.join(unknown)}, which cannot take an adapter here")
+    if unknown := [name for name in modules_to_save if not _leads_to(name, set(modules))]:
+        problems.append(f"lora_modules_to_save names {', '.join(unknown)}, which the model does not have")
+    if problems:
+        kinds = sorted({name.rpartition(".")[2] for name in adaptable})
+        raise ModelError(f"{'; '.join(problems)}. Write all-linear, or names among {', '.join(kinds)}.")
+
+
+def _leads_to(name: str, modules: set[str]) -> bool:
+    """Whether ``name`` is a module, or the last parts of the full name of one."""
+    return any(full == name or full.endswith(f".{name}") for full in modules)
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def run_table(runs: Runs) -> list[str]:
 
 def claim_table(results: Mapping[str, Runs]) -> list[str]:
     """One line a claim, with its figure and verdict from each initialisation."""
-    lines = ["| claim | said by | he | | linear | |", "|---|---|---|---|---|---|"]
+    lines = ["| claim | said by | he | verdict | linear | verdict |", "|---|---|---|---|---|---|"]
     for claim in CLAIMS:
         cells = [claim.text, claim.source]
         for initialisation in INITIALISATIONS:
@@ -220,8 +220,13 @@ choice shows it.
 {claims}
 
 "Not shown" and "reversed" are results: they say what not to expect. A smaller beta_neg slows the rejected side's fall
-early and deepens it in the end, because the margin saturates later. All this is a sensitivity analysis in probability
-space; a lookup table without shared parameters shows none of it (`tests/losses/test_flex_dpo.py`, invariant 7).
+early and, as long as it is not 0, deepens it in the end, because the margin saturates later. All this is a sensitivity
+analysis in probability space. In a lookup table without shared parameters the rejected response falls as well, but the
+chosen one never declines and the others keep their mutual ratios (`tests/losses/test_flex_dpo.py`, invariant 7).
+
+The tables below give, after training: *decline*, the share of its highest chosen probability that a seed has lost;
+*other*, the probability of everything but the chosen and the rejected response of a prompt; and the *effective weight*
+sigma(-z), the share of the gradient that is left.
 
 ### Runs from `he` (drawn above)
 

@@ -77,6 +77,8 @@ def test_degradation_is_seen_without_log_ratios_too() -> None:
     "logs",
     [
         sliding(chosen=-0.6, noise=0.05),  # a clear trend of no consequence
+        training_logs(chosen=lambda t: -5 - 0.6 * t, rejected=lambda t: -30 * t, noise=0.05),  # the same, further down
+        training_logs(chosen=lambda t: 12 - 8 * t, rejected=lambda t: -30 * t),  # likelier than it began, all along
         sliding(chosen=-12.0, rejected=0.0),  # falls, but so does the margin: another trouble
         sliding(chosen=-8.0, num_logs=9),  # too few logs to tell
     ],
@@ -86,7 +88,7 @@ def test_what_is_not_degradation(logs: Logs) -> None:
 
 
 def test_a_late_fall_is_found_and_one_outlier_is_not_a_fall() -> None:
-    late = training_logs(chosen=lambda t: min(4 * t, 4 - 30 * (t - 0.7)), rejected=lambda t: -60 * t, num_logs=200)
+    late = training_logs(chosen=lambda t: min(4 * t, 4 - 30 * (t - 0.7)), rejected=lambda t: -35 * t, num_logs=200)
     (verdict,) = judge(late).verdicts
     assert verdict.name == "degradation" and verdict.step > 0.6 * 2000
     spiked = list(sliding(chosen=2.0))

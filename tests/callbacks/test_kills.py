@@ -18,7 +18,7 @@ from alignkit.callbacks.checkpoints import ADAPTER_FILE, CheckpointGuard, verify
 from alignkit.callbacks.durability import checkpoints, complete_checkpoints
 from tests.callbacks.saved import arguments, save
 
-STEPS = (10, 20, 30, 40)
+STEPS = (10, 20)
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 FORK = multiprocessing.get_context("fork")
 

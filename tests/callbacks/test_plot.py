@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from alignkit.callbacks.plot import PANELS, plot_run
+from alignkit.callbacks.plot import PANELS, plot_run, with_ratios_per_token
 from alignkit.methods._pair_metrics import PAIR_METRICS
 from tests.callbacks.logs import training_logs, write_metrics
 
 
 def colours(path: Path) -> set[tuple[int, int, int]]:
     """The colours of a PNG, as bytes."""
-    pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    return set(map(tuple, np.unique(pixels, axis=0).tolist()))
+    red, green, blue = np.moveaxis((imread(path)[..., :3] * 255).round().astype(np.uint32), -1, 0)
+    packed = np.unique(red << 16 | green << 8 | blue)
+    return {(int(p) >> 16, int(p) >> 8 & 255, int(p) & 255) for p in packed}
 
 
 def rgb(colour: str) -> tuple[int, ...]:
@@ -65,3 +66,12 @@ def test_every_curve_is_of_a_metric_that_methods_return() -> None:
     keys = {curve.key for panel in PANELS for curve in panel.curves}
     beside = {"loss", "dispersion", "mean_logps/probe", "log-ratio a token/chosen", "log-ratio a token/rejected"}
     assert keys - beside <= set(PAIR_METRICS)
+
+
+def test_log_ratios_are_divided_by_the_mean_length() -> None:
+    """60 nats at 1.5 nats a token are 40 tokens; a gain of 6 nats is 0.15 a token."""
+    logged = {"step": 1, "logratio/chosen": 6.0, "logps/chosen": -60.0, "mean_logps/chosen": -1.5}
+    assert with_ratios_per_token(logged)["log-ratio a token/chosen"] == pytest.approx(0.15)
+    evaluated = {"step": 1, **{f"eval_{key}": value for key, value in logged.items()}}
+    assert with_ratios_per_token(evaluated)["eval_log-ratio a token/chosen"] == pytest.approx(0.15)
+    assert with_ratios_per_token({"step": 1, "logratio/chosen": 6.0}) == {"step": 1, "logratio/chosen": 6.0}

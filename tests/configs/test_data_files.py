@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from alignkit.config.data_peek import DATA_SUFFIXES, peek
+from alignkit.errors import DataError
 from tests.configs.cases import ROWS, load, load_text, problems_of
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -181,11 +182,14 @@ def test_bad_column_map(column_map: dict[str, str], expected: str) -> None:
 
 
 @pytest.mark.usefixtures("workspace")
-def test_parquet_is_judged_by_its_schema() -> None:
+def test_parquet() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]
+    chat = [{"question": "hi", "chosen": messages, "rejected": [*messages[:1], {"role": "assistant", "content": "b"}]}]
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), "good.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(chat), "chat.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([{"a": 1}]), "bad.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(ROWS).slice(0, 0), "none.parquet")
-    assert problems_of({"data": "good.parquet"}) == []
+    assert problems_of({"data": "good.parquet"}) == problems_of({"data": "chat.parquet"}) == []
     assert "column 'chosen' is missing" in problems_of({"data": "bad.parquet"})[0]
     assert "none.parquet holds no row" in problems_of({"data": "none.parquet"})[0]
 
@@ -209,15 +213,35 @@ def test_folder_written_by_save_to_disk() -> None:
     assert problems_of({"data": {"path": "splits", "split": "other"}}) == []
     assert "column 'rejected' is missing" in problems_of({"data": "lacking"})[0]
     assert (
-        "has no split test. Write one of its splits: train, other."
+        "has no split test. Write one of its splits: other, train."
         in problems_of({"data": "splits", "data_split": "test"})[0]
     )
     shutil.copytree("saved", "broken")
-    Path("broken/dataset_info.json").write_text("{")
-    assert "cannot be read. Save it again with save_to_disk" in problems_of({"data": "broken"})[0]
+    Path("broken/state.json").write_text("{")
+    assert (
+        "broken is a saved data set that cannot be read. Save it again with save_to_disk"
+        in problems_of({"data": "broken"})[0]
+    )
 
 
 def test_same_endings_as_the_loader() -> None:
     from alignkit.data.readers import BUILDERS
 
     assert set(DATA_SUFFIXES) == set(BUILDERS)
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(("content", "name"), ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_the_loader_takes_what_is_accepted_here(content: Any, name: str) -> None:
+    from alignkit.data.load import load_rows
+
+    assert len(load_rows(as_file(content, name)["data"])) > 0
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(("content", "name"), [case[:2] for case in REFUSED.values()], ids=REFUSED.keys())
+def test_the_loader_refuses_what_is_refused_here(content: Any, name: str) -> None:
+    from alignkit.data.load import load_rows
+
+    with pytest.raises(DataError):
+        load_rows(as_file(content, name)["data"])

@@ -80,9 +80,9 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"reference_batch_size": 4, "reference_cache": "cache"},
         {"reference": "precomputed"},
     ),
-    "eval_split without eval_data": ({"eval_split": "train"}, {"eval_data": "rows.jsonl"}),
+    "options of eval_data without it": ({"eval_split": "train", "max_eval_rows": 1}, {"eval_data": "rows.jsonl"}),
     "evaluation options without held-out rows": (
-        {"max_eval_rows": 4, "per_device_eval_batch_size": 8, "probe_rows": 32},
+        {"per_device_eval_batch_size": 8, "probe_rows": 32},
         HELD_OUT,
     ),
     "probe_steps without a probe": (HELD_OUT | {"probe_rows": 0, "probe_steps": 5}, {"probe_rows": 3}),

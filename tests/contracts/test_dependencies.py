@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,28 @@ def test_what_the_bridges_lean_on_is_held_to_one_minor(name: str, repository: Pa
     major, minor, *_ = pinned(repository)[name].split(".")
     assert not requirement.specifier.contains(f"{major}.{int(minor) + 1}.0")
     assert not requirement.specifier.contains(f"{major}.{int(minor) - 1}.9")
+
+
+def imported(folder: Path) -> Iterator[str]:
+    """Top-level packages outside the standard library that the files of a folder import."""
+    for path in folder.rglob("*.py"):
+        siblings = {file.stem for file in path.parent.glob("*.py")}
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            tops = {name.partition(".")[0] for name in names}
+            yield from tops - sys.stdlib_module_names - siblings - {"alignkit", "scripts", "tests"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "with_tools"), [("alignkit", False), ("trainers", False), ("scripts", False), ("tests", True)]
+)
+def test_what_is_imported_is_declared(folder: str, with_tools: bool, repository: Path) -> None:
+    """Not left to what another dependency happens to bring along."""
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    tools = {canonicalize_name(Requirement(line).name) for line in extras["dev"]}
+    names = {canonicalize_name(r.name) for r in declared(repository)} - (set() if with_tools else tools)
+    distributions = {"yaml": "pyyaml"}
+    found = {canonicalize_name(distributions.get(name, name)) for name in imported(repository / folder)}
+    assert found <= names

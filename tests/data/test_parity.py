@@ -99,14 +99,20 @@ def test_template_that_renders_the_prompt_alone_differently(tokenizer: PreTraine
     assert report.cut_prompt_end == "think:"
 
 
-def test_tokenizer_that_adds_bos(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_tokenizer_that_adds_bos(tokenizer: PreTrainedTokenizerFast, form: str) -> None:
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", 2)])
     with_bos = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|system|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
+        tokenizer_object=backend,
+        bos_token="<|system|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        chat_template=tokenizer.chat_template,
     )
-    rows = assert_equal_to_trl(forms()["standard"], with_bos, 64)
-    assert all(row["prompt_ids"][0] == 2 for row in rows)
+    rows = assert_equal_to_trl(forms()[form], with_bos, 64)
+    # Either the tokenizer or, for messages, the template writes the one at the beginning.
+    assert all(row["prompt_ids"][0] == 2 and row["prompt_ids"][1] != 2 for row in rows)
 
 
 def test_one_side_is_the_beginning_of_the_other(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,95 @@
+"""How the preference bridge scores rows under the reference: its own model, the adapter ``ref``, or no adapter.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- trl ``DPOTrainer._precompute_ref_logps(dataset, name, batch_size)`` and ``_precompute_engine``
+- trl ``DPOTrainer.ref_model`` and the adapter name ``ref`` for a continued adapter
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
+from trl.trainer.utils import use_adapter
+
+from alignkit.methods import _reference as reference
+from alignkit.methods._forward import base_model, completion_logps, score_rows, support_packed_rows
+
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+class ReferenceScoring(DPOTrainer):
+    """The part of the preference trainer that has to do with the reference.
+
+    A subclass sets ``settings`` (with ``reference_cache``) and ``layout`` before TRL's constructor runs.
+    """
+
+    @torch.no_grad()
+    def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token log-probs [B, K, T] under the reference: its own model, the adapter ``ref``, or no adapter."""
+        with self._reference_mode():
+            return completion_logps(self._reference_model(), inputs)
+
+    def _reference_model(self) -> nn.Module:
+        model = self.ref_model or self.model
+        support_packed_rows(base_model(self.accelerator.unwrap_model(model)))
+        return model
+
+    @contextlib.contextmanager
+    def _reference_mode(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
+            if self.ref_model is None and isinstance(self.model, PeftModel):
+                stack.enter_context(use_adapter(self.model, adapter_name=self._reference_adapter()))
+            yield
+
+    def _reference_adapter(self) -> str | None:
+        has_copy = isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
+        return "ref" if has_copy else None
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
+        weights = reference.weights_fingerprint(self._reference_model(), self._reference_adapter())
+        precision = PRECISIONS.get(self.accelerator.mixed_precision, str(self.model.dtype).removeprefix("torch."))
+        cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
+        return reference.with_reference(
+            dataset,
+            cache=cache,
+            path=cache.path(weights, precision, reference.rows_fingerprint(dataset)),
+            precision=precision,
+            score=lambda rows: self._score_over_ranks(
+                rows, batch_size, f"Reference log-probs of {len(rows)} {name} rows"
+            ),
+        )
+
+    def _score_over_ranks(self, rows: Dataset, batch_size: int, title: str) -> reference.Scores:
+        """Reference scores of all rows on every rank; each rank computes its share in as many batches as the others."""
+        share = self._share(len(rows))
+        model = self._reference_model()
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+            model = self._precompute_engine
+        with self._reference_mode(), self.accelerator.autocast():
+            scores = score_rows(
+                model,
+                rows.select(share),
+                pad_token_id=self.data_collator.pad_token_id,
+                layout=self.layout.layout,
+                batch_size=batch_size,
+                device=self.accelerator.device,
+                progress=title if self.is_local_process_zero() else None,
+            )
+        gathered = dict(gather_object(list(zip(share, scores, strict=True))))
+        return [gathered[i] for i in range(len(rows))]
+
+    def _share(self, num_rows: int) -> list[int]:
+        """This rank's row indices; as many on every rank, the last row being repeated where they run out."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return [min(i * ranks + rank, num_rows - 1) for i in range(-(-num_rows // ranks))]

@@ -1,0 +1,114 @@
+"""Every upstream private name the bridges use exists with the signature they expect.
+
+When this file is red after an upgrade, read the bridge that names the symbol (``alignkit/methods/_*.py``) before anything
+else: what is asserted here is all that it knows of its host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Trainer
+from transformers.masking_utils import create_causal_mask
+from trl import DPOTrainer
+from trl.models import utils as model_utils
+from trl.trainer import utils as trainer_utils
+
+from alignkit.methods._preference import PreferenceTrainer
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (DPOTrainer._prepare_dataset, ["self", "dataset", "processing_class", "args", "dataset_name"]),
+        (DPOTrainer._precompute_ref_logps, ["self", "dataset", "name", "batch_size"]),
+        (DPOTrainer._set_signature_columns_if_needed, ["self"]),
+        (DPOTrainer.log, ["self", "logs", "start_time"]),
+        (DPOTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
+        (DPOTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+        (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
+        (trainer_utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
+        (trainer_utils.use_adapter, ["model", "adapter_name"]),
+        (model_utils.prepare_deepspeed, ["model", "accelerator"]),
+        (model_utils.disable_gradient_checkpointing, ["model", "gradient_checkpointing_kwargs"]),
+    ],
+    ids=lambda value: value.__qualname__ if callable(value) else "",
+)
+def test_signature(function: Any, expected: list[str]) -> None:
+    assert parameters(function) == expected
+
+
+def test_every_override_has_something_to_override() -> None:
+    """A renamed hook upstream would leave ours uncalled, without an error."""
+    hooks = {
+        "compute_loss",
+        "get_batch_samples",
+        "log",
+        "create_model_card",
+        "_prepare_dataset",
+        "_precompute_ref_logps",
+        "_set_signature_columns_if_needed",
+    }
+    overridden = {name for cls in PreferenceTrainer.__mro__[:2] for name in vars(cls) if name in dir(DPOTrainer)}
+    functions = {name for name in overridden if inspect.isfunction(getattr(PreferenceTrainer, name))}
+    assert functions - {"__init__"} == hooks
+
+
+def test_the_hooks_are_called_where_we_think() -> None:
+    source = inspect.getsource(DPOTrainer.__init__)
+    assert "self._prepare_dataset(train_dataset, processing_class, args" in source
+    assert "self.train_dataset = self._precompute_ref_logps(" in source
+    assert "self._precompute_engine = None" in source
+    assert "self.aux_loss_enabled" in source
+    assert "self.router_aux_loss_coef" in source
+    log = inspect.getsource(DPOTrainer.log)
+    assert "sum(val) / len(val) for key, val in self._metrics[mode].items()" in log
+    assert "num_items_in_batch=num_items_in_batch" in inspect.getsource(Trainer.training_step)
+    assert "self.loss_is_scaled_for_ga is not None" in inspect.getsource(Trainer.training_step)
+    assert "self.create_model_card(" in inspect.getsource(DPOTrainer._save_checkpoint)
+
+
+def test_fused_output_has_the_fields_that_are_read() -> None:
+    fields = {field.name for field in dataclasses.fields(trainer_utils.FusedCausalLMOutput)}
+    assert {"log_probs", "entropy", "mean_logits", "is_top1", "aux_loss"} <= fields
+
+
+def test_fused_head_scores_shift_labels_and_only_log_probs_and_entropy_carry_gradients() -> None:
+    config = Qwen3Config(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    trainer_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    labels = torch.tensor([[4, -100, 6, 7]])
+    output = model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
+    logits = model(input_ids=ids).logits.log_softmax(-1)
+    expected = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+    torch.testing.assert_close(output.log_probs, expected)
+    assert output.log_probs.requires_grad
+    assert output.entropy.requires_grad
+    assert not output.mean_logits.requires_grad
+
+
+def test_four_dimensional_masks_pass_untouched() -> None:
+    config = Qwen3Config(num_hidden_layers=1)
+    config._attn_implementation = "sdpa"
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    passed = create_causal_mask(
+        config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=mask, past_key_values=None, position_ids=None
+    )
+    assert passed is mask

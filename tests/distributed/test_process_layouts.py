@@ -1,0 +1,187 @@
+"""One step is one step: the process layouts agree, on real rows, through ``accelerate launch`` and the shipped configs.
+
+Losses are compared to 6 decimals and gradient norms to 5 (a wrong normaliser hides in the loss, not in the gradient). The
+token-level SFT term has a denominator that differs from rank to rank. Every run first shows which layout really ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.data.synthetic import make_corpus, make_preferences, tiny_model, train_tokenizer
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+STEPS = 3
+BUILD_COMMUNICATION = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one step of four pairs is laid out, and what run.json must say of it."""
+
+    config: str | None
+    batch_size: int
+    accumulation: int
+    world_size: int
+    wrapper: str
+    zero_stage: int | None = None
+
+
+LAYOUTS = {
+    "1x4": Layout(None, 4, 1, 1, ""),
+    "1x1 accumulation 4": Layout(None, 1, 4, 1, ""),
+    "ddp 2x2": Layout("cpu_ddp", 2, 1, 2, "DistributedDataParallel"),
+    "zero2 2x2": Layout("cpu_zero2", 2, 1, 2, "DeepSpeedEngine", 2),
+    "zero3 2x2": Layout("cpu_zero3", 2, 1, 2, "DeepSpeedEngine", 3),
+}
+CASES = [("full", name) for name in LAYOUTS if name != "1x4"] + [("lora", "zero2 2x2"), ("lora", "zero3 2x2")]
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Environment of the launched programs, with DeepSpeed's CPU communication built once, outside any time limit.
+
+    DeepSpeed compiles it on first use, and a process killed while compiling leaves a lock that later ones wait for.
+    """
+    pytest.importorskip("deepspeed")
+    extensions = Path(sys.prefix) / "torch_extensions"
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    for lock in extensions.glob("*/lock"):
+        lock.unlink()
+    subprocess.run(
+        [sys.executable, "-c", BUILD_COMMUNICATION], check=True, env=environment, capture_output=True, timeout=600
+    )
+    return environment
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, str]:
+    """The trained model and GSM8K pairs of the shared folder; in a bare clone a random model and synthetic pairs."""
+    folder = tmp_path_factory.mktemp("distributed_inputs")
+    shared = repository.parent / "shared"
+    solutions = shared / "data" / "gsm8k" / "example_model_solutions.jsonl"
+    if solutions.is_file():
+        model, rows = str(shared / "models" / "gsm-tiny"), gsm8k_pairs(solutions, 24)
+    else:
+        corpus = make_corpus(200, 0)
+        tokenizer = train_tokenizer(corpus)
+        model, rows = str(folder / "model"), make_preferences(24, 0)
+        tiny_model(tokenizer, 0).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"model": model, "data": str(data)}
+
+
+def gsm8k_pairs(path: Path, count: int) -> list[dict[str, Any]]:
+    """A correct against a wrong solution of the same question."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines():
+        question = json.loads(line)
+        solutions = [value for value in question.values() if isinstance(value, dict)]
+        right = [s["solution"] for s in solutions if s["is_correct"]]
+        wrong = [s["solution"] for s in solutions if not s["is_correct"]]
+        if right and wrong and len(rows) < count:
+            prompt = [{"role": "user", "content": question["question"]}]
+            answers = {"chosen": right[0], "rejected": wrong[0]}
+            rows.append({"prompt": prompt, **{k: [{"role": "assistant", "content": v}] for k, v in answers.items()}})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], inputs: dict[str, str], repository: Path
+) -> Any:
+    """Launch a layout once; returns run.json and the logged steps."""
+    finished: dict[tuple[str, str], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+
+    def launch(parametrization: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        if (parametrization, name) not in finished:
+            output = tmp_path_factory.mktemp("run") / "out"
+            launch_program(LAYOUTS[name], parametrization, inputs, output, environment, repository)
+            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+            record = json.loads((output / "run.json").read_text())
+            finished[parametrization, name] = record, [line for line in lines if "loss" in line]
+        return finished[parametrization, name]
+
+    return launch
+
+
+def launch_program(
+    layout: Layout,
+    parametrization: str,
+    inputs: dict[str, str],
+    output: Path,
+    environment: dict[str, str],
+    repository: Path,
+) -> None:
+    """``accelerate launch trainers/preference.py`` as a user would."""
+    config = ["--num_processes", "1"]
+    if layout.config is not None:
+        config = ["--config_file", str(repository / "configs" / "accelerate" / f"{layout.config}.yaml")]
+    options = {
+        "model": inputs["model"],
+        "data": inputs["data"],
+        "output_dir": output,
+        "method": "flex_dpo",
+        "eta": 0.2,
+        "parametrization": parametrization,
+        "max_length": 192,
+        "max_steps": STEPS,
+        "learning_rate": 1e-5,
+        "logging_steps": 1,
+        "per_device_train_batch_size": layout.batch_size,
+        "gradient_accumulation_steps": layout.accumulation,
+        "use_cpu": "true",
+    }
+    arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    program = str(repository / "trainers" / "preference.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=420, cwd=output.parent)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("parametrization", "name"), CASES)
+def test_layouts_agree(run: Any, parametrization: str, name: str) -> None:
+    layout = LAYOUTS[name]
+    base_record, base = run(parametrization, "1x4")
+    record, steps = run(parametrization, name)
+
+    ran = record["process_layout"]
+    assert ran["world_size"] == layout.world_size
+    assert ran["backend"] == ("gloo" if layout.world_size > 1 else None)
+    assert ran["zero_stage"] == layout.zero_stage
+    if layout.wrapper:
+        assert ran["wrapper"] == layout.wrapper
+    whole = base_record["process_layout"]["local_parameters"]
+    assert ran["local_parameters"] < 0.6 * whole if layout.zero_stage == 3 else ran["local_parameters"] == whole
+    assert ran["per_device_train_batch_size"] * ran["gradient_accumulation_steps"] * ran["world_size"] == 4
+
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(steps, base, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1.1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-5, rel=1e-5)
+        for key in ("loss/sft", "rewards/margins", "mean_logps/chosen", "entropy"):
+            assert ours[key] == pytest.approx(theirs[key], abs=2e-5, rel=1e-5), key
+    assert base[0]["grad_norm"] > 0.1
+    assert record["saved"]["parameters"] == base_record["saved"]["parameters"]
+
+
+def test_sft_denominators_differ_between_ranks(inputs: dict[str, str]) -> None:
+    """Otherwise a mean of means would pass: chosen responses must differ in length."""
+    rows = [json.loads(line) for line in Path(inputs["data"]).read_text().splitlines()]
+    assert len({len(row["chosen"][0]["content"]) for row in rows}) > len(rows) // 2

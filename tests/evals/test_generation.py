@@ -1,0 +1,131 @@
+"""Generated answers: batching, stopping, repetition, and what generation leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.evals.generation import Sampling, generate_samples, generation_sums, repetition, stop_token_ids
+from tests.scripts.tiny import byte_tokenizer, tiny_model
+
+PROMPTS = ["Hello", "What is 2 + 2? Tell me slowly.", "x", "Once upon a time"]
+GREEDY = Sampling(max_new_tokens=24, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """A model that ends about half of its answers."""
+    model = tiny_model(seed=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 1.5
+    return model
+
+
+@pytest.fixture
+def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(PROMPTS)["input_ids"]
+
+
+def one_by_one(model: PreTrainedModel, prompt: list[int], limit: int) -> tuple[list[int], bool]:
+    """Greedy decoding without padding, cache or generate."""
+    ids = list(prompt)
+    for _ in range(limit):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token == 1:
+            return ids[len(prompt) :], True
+        ids.append(token)
+    return ids[len(prompt) :], False
+
+
+def test_padded_batches_give_what_each_prompt_gives_alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    expected = [one_by_one(model, prompt, GREEDY.max_new_tokens) for prompt in prompts]
+    assert {finished for _, finished in expected} == {True, False}
+    for batch_size in (1, 3, 4):
+        samples = generate_samples(
+            model, tokenizer, prompts, replace(GREEDY, batch_size=batch_size), state=PartialState()
+        )
+        assert [(sample.num_tokens, sample.finished) for sample in samples] == [(len(i), f) for i, f in expected]
+        assert [s.text for s in samples] == [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in expected]
+
+
+def test_the_models_own_generation_defaults_are_not_used(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    expected = generate_samples(model, tokenizer, prompts, GREEDY, state=PartialState())
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, top_k=3, top_p=0.2, repetition_penalty=9.0, no_repeat_ngram_size=2
+    )
+    assert generate_samples(model, tokenizer, prompts, GREEDY, state=PartialState()) == expected
+
+
+def test_drawn_answers_depend_on_the_seed_alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    drawn = replace(GREEDY, temperature=1.0, seed=3)
+    torch.manual_seed(0)
+    first = generate_samples(model, tokenizer, prompts, drawn, state=PartialState())
+    torch.manual_seed(1)
+    assert generate_samples(model, tokenizer, prompts, drawn, state=PartialState()) == first
+    assert generate_samples(model, tokenizer, prompts, replace(drawn, seed=4), state=PartialState()) != first
+
+
+def test_no_dropout_inside_and_training_goes_on_undisturbed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    answers = generate_samples(model, tokenizer, prompts, GREEDY, state=PartialState())
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    model.train()
+    assert generate_samples(model, tokenizer, prompts, GREEDY, state=PartialState()) == answers
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    generate_samples(model, tokenizer, prompts, replace(GREEDY, temperature=1.0), state=PartialState())
+    assert model.training
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_every_stop_token_of_model_and_tokenizer_stops(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert stop_token_ids(model, tokenizer) == [1]
+    model.generation_config.eos_token_id = [2, 7]
+    assert stop_token_ids(model, tokenizer) == [1, 2, 7]
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(model, tokenizer) == [1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], 0.0),
+        ([1, 2, 3], 0.0),
+        ([1, 2, 3, 4, 5, 6], 0.0),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),
+        ([7] * 13, 9 / 10),
+    ],
+)
+def test_repetition(ids: list[int], expected: float) -> None:
+    assert repetition(ids) == pytest.approx(expected)
+
+
+def test_sums_over_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    samples = generate_samples(model, tokenizer, prompts, GREEDY, state=PartialState())
+    sums = {name: values.estimate().mean for name, values in generation_sums(samples).items()}
+    assert sums["generation/finished"] == sum(sample.finished for sample in samples) / 4
+    assert sums["generation/tokens"] == sum(sample.num_tokens for sample in samples) / 4
+    assert sums["generation/repetition"] == pytest.approx(sum(sample.repetition for sample in samples) / 4)

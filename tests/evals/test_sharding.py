@@ -1,0 +1,94 @@
+"""Batches do not depend on the number of processes, and scores are those of each response alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from alignkit.errors import ModelError
+from alignkit.evals import sharding
+from alignkit.evals.sharding import length_batches, map_batches, score_over_ranks
+from alignkit.methods._forward import add_completion_head
+from tests.scripts.tiny import tiny_model
+
+
+class Rank:
+    """One of several processes, as far as the work is shared out."""
+
+    def __init__(self, index: int, count: int) -> None:
+        self.process_index, self.num_processes = index, count
+
+
+def test_batches_are_longest_first() -> None:
+    assert length_batches([3, 9, 4, 9, 1], 2) == [[1, 3], [2, 0], [4]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_every_batch_is_done_once_and_whole(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = length_batches([5, 1, 4, 2, 8, 3, 7, 6, 9, 0], 3)
+    done: list[Any] = []
+
+    def work(mine: list[list[int]]) -> list[int]:
+        done.extend(mine)
+        return [index * 10 for batch in mine for index in batch]
+
+    parts: list[tuple[int, int]] = []
+    monkeypatch.setattr(sharding, "gather_object", lambda local: parts.extend(local) or list(parts))
+    for index in range(count - 1):
+        batches_of_rank = batches[index::count]
+        parts.extend((i, i * 10) for i in [i for batch in batches_of_rank for i in batch])
+        done.extend(batches_of_rank)
+    assert map_batches(batches, work, Rank(count - 1, count)) == [i * 10 for i in range(10)]
+    assert sorted(done) == sorted(batches)
+
+
+def rows() -> Dataset:
+    """Candidate rows of different lengths."""
+    torch.manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(4, 200, (count,)).tolist()
+
+    return Dataset.from_list(
+        [
+            {"prompt_ids": ids(p), "completion_ids": [ids(n) for n in c], "scores": [1.0] + [0.0] * (len(c) - 1)}
+            for p, c in ((5, (3, 7)), (12, (1, 4, 2)), (1, (6, 6)), (8, (2, 9)), (3, (5, 1, 1)))
+        ]
+    )
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_scores_are_those_of_each_response_alone(layout: str) -> None:
+    model, data = tiny_model(), rows()
+    expected = []
+    for row in data:
+        expected.append([])
+        for completion in row["completion_ids"]:
+            ids = row["prompt_ids"] + completion
+            with torch.no_grad():
+                logps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            start = len(row["prompt_ids"])
+            expected[-1].append([float(logps[i - 1, ids[i]]) for i in range(start, len(ids))])
+    add_completion_head(model)
+    found = score_over_ranks(
+        model, data, pad_token_id=0, layout=layout, batch_size=2, state=PartialState(), progress="rows"
+    )
+    assert [[len(c) for c in row] for row in found] == [[len(c) for c in row] for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a == pytest.approx(b, abs=2e-5)
+
+
+def test_a_broken_model_is_named_not_averaged() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = float("nan")
+    add_completion_head(model)
+    with pytest.raises(ModelError, match="NaN or infinite on 5 of 5 rows"):
+        score_over_ranks(
+            model, rows(), pad_token_id=0, layout="padded", batch_size=2, state=PartialState(), progress="rows"
+        )
