@@ -53,7 +53,7 @@ def headline(number: int, text: str) -> None:
 def make_folder(folder: Path) -> None:
     """An empty folder; one that an earlier quickstart left is deleted, anything else is refused."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "corpus.jsonl").is_file():
-        raise RunDirectoryError(f"{folder} exists and is not from an earlier quickstart. Give another one with --output.")
+        raise RunDirectoryError(f"{folder} exists and is not from an earlier quickstart. Give another --output.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

@@ -1,9 +1,4 @@
-"""From what the config names to rows: files, folders, Hub ids, and mixtures of them.
-
-**Mixtures.** Without weights every row of every source appears once. With weights the sources appear in those shares,
-no row appears twice, and the mixture ends when one source is used up: with shares s_i and n_i rows it has
-min_i(n_i / s_i) rows, those of the longer sources drawn at random. Both are shuffled with the seed. Streamed sources
-are interleaved with those shares as probabilities and follow the same two rules.
+"""From what the config names to rows: files, folders, Hub ids, and mixtures of them (:mod:`alignkit.data.mixture`).
 
 **CSV.** Cells are text, exactly as written. ``completions`` and ``scores`` are lists written as JSON, for instance
 ``["yes", "no"]`` and ``[1, 0]``; messages need jsonl, json or parquet.
@@ -19,9 +14,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, IterableDataset
 
 from alignkit.data.columns import KNOWN_COLUMNS, nearest_name
+from alignkit.data.mixture import mix
 from alignkit.data.readers import Source, is_csv, open_source, parse_json_cells
 from alignkit.data.schema import RowKind, detect_kind, split_shared_prefix
 from alignkit.errors import DataError
@@ -30,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 HEAD_ROWS = 64
 """Rows looked at to recognise the form of a source, and checked up front when streaming."""
-
-_JSON_FEATURES = Features({"row": Value("string")})
 
 SourceSpec = str | Mapping[str, Any]
 
@@ -67,7 +61,7 @@ def load_rows(
     if len(parsed) == 1:
         dataset = loaded[0][0]
     else:
-        dataset = _mix(parsed, _aligned(parsed, loaded), seed)
+        dataset = mix(parsed, loaded, seed)
     if max_rows is None:
         return dataset
     return dataset.take(max_rows) if streaming else dataset.select(range(min(max_rows, len(dataset))))
@@ -221,77 +215,6 @@ def _parse_csv_lists(dataset: Dataset | IterableDataset, columns: Sequence[str],
     # The parsed cells replace columns of text: removing those lets datasets infer the new types.
     arguments = {"columns": lists, "name": name}
     return dataset.map(parse_json_cells, batched=True, with_indices=True, fn_kwargs=arguments, remove_columns=lists)
-
-
-def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, RowKind]]) -> list[Any]:
-    """The datasets with the same column types; an error when their rows are of different forms."""
-    datasets = [dataset for dataset, _ in loaded]
-    if len({kind for _, kind in loaded}) > 1:
-        forms = [f"{source.path}: {kind}" for source, (_, kind) in zip(sources, loaded, strict=True)]
-        advice = "bring them into one form; messages with an explicit prompt are the most general"
-        raise DataError(f"the sources hold rows of different forms ({advice})", forms)
-    if isinstance(datasets[0], IterableDataset):
-        # Streams have no types to align: rows travel through the mixture as JSON, so any two may follow each other.
-        return [d.map(_to_json, remove_columns=list(KNOWN_COLUMNS), features=_JSON_FEATURES) for d in datasets]
-    types: dict[str, Any] = {}
-    for source, dataset in zip(sources, datasets, strict=True):
-        for column, feature in dataset.features.items():
-            try:
-                types[column] = _common_type(types[column], feature) if column in types else feature
-            except TypeError as error:
-                headline = f"{source.path}: does not fit the other sources"
-                raise DataError(headline, [f"column {column!r}: {error}"]) from error
-    return [dataset.cast(Features({name: types[name] for name in dataset.column_names})) for dataset in datasets]
-
-
-def _common_type(first: Any, second: Any) -> Any:
-    """A feature type that holds the values of both."""
-    if first == second:
-        return first
-    if isinstance(first, List) and isinstance(second, List):
-        return List(_common_type(first.feature, second.feature))
-    if isinstance(first, dict) and isinstance(second, dict):
-        shared = {key: _common_type(first[key], second[key]) for key in first.keys() & second.keys()}
-        return {**first, **second, **shared}
-    if isinstance(first, Value) and isinstance(second, Value):
-        if {first.dtype, second.dtype} <= {"string", "large_string"}:
-            return Value("string")
-        if all(value.dtype.startswith(("int", "uint", "float")) for value in (first, second)):
-            return Value("float64")
-    raise TypeError(f"{second} here, {first} in an earlier source")
-
-
-def _mix(sources: Sequence[Source], datasets: list[Any], seed: int) -> Dataset | IterableDataset:
-    weights = np.array([source.weight or 0.0 for source in sources])
-    shares = weights / weights.sum() if weights.any() else None
-    if isinstance(datasets[0], IterableDataset):
-        uniform = np.full(len(datasets), 1 / len(datasets))
-        rule = "all_exhausted_without_replacement" if shares is None else "first_exhausted"
-        probabilities = list(uniform if shares is None else shares)
-        mixed = interleave_datasets(datasets, probabilities=probabilities, seed=seed, stopping_strategy=rule)
-        return mixed.map(_from_json, remove_columns=list(_JSON_FEATURES))
-    if shares is not None:
-        total = min(len(dataset) / share for dataset, share in zip(datasets, shares, strict=True))
-        # The small addition keeps 100 rows at share 1/3 from becoming 99 by rounding.
-        counts = [int(total * share + 1e-9) for share in shares]
-        if 0 in counts:
-            empty = [source.path for source, count in zip(sources, counts, strict=True) if count == 0]
-            raise DataError("the mixture is lopsided", [f"{path}: its weight leaves it no row" for path in empty])
-        datasets = [
-            dataset.select(np.sort(np.random.default_rng([seed, i]).permutation(len(dataset))[:count]))
-            for i, (dataset, count) in enumerate(zip(datasets, counts, strict=True))
-        ]
-    for source, dataset in zip(sources, datasets, strict=True):
-        logger.info("mixture: %d rows of %s", len(dataset), source.path)
-    return concatenate_datasets(datasets).shuffle(seed=seed)
-
-
-def _to_json(row: Mapping[str, Any]) -> dict[str, str]:
-    return {"row": json.dumps(row)}
-
-
-def _from_json(row: Mapping[str, str]) -> dict[str, Any]:
-    return json.loads(row["row"])
 
 
 def _prompt_key(row: Mapping[str, Any]) -> str:

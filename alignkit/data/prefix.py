@@ -1,11 +1,12 @@
 """Batch layouts of the preference family: ``padded`` and ``shared_prefix``.
 
-Both turn candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) into one dict of tensors from which the
-bridge obtains the same ``policy_token_logps`` [B, K, T]. Axis letters: B rows, K candidates, T completion positions,
-R = existing candidates of the batch, L padded row length, S packed row length.
+Both turn candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) into one dict of tensors from which
+the bridge obtains the same ``policy_token_logps`` [B, K, T]. Axis letters: B rows, K candidates, T completion
+positions, R = existing candidates of the batch, L padded row length, S packed row length.
 
 - ``padded``: one row per completion, ``prompt + completion``. Rows are candidate-major (all first candidates, then all
-  second ones), TRL's order, and T = L - 1 counts prompt positions too, which are masked. The prompt is computed K times.
+  second ones), TRL's order, and T = L - 1 counts prompt positions too, which are masked. The prompt is computed K
+  times.
 - ``shared_prefix``: one row per prompt. ``prompt[:-1]`` is followed, for each candidate, by ``prompt[-1]`` and the
   completion without its last token, with position ids restarting after the prefix. A branch sees the prefix and itself
   (``segment_ids``: 0 prefix, k + 1 branch k, -1 padding), so it computes what a row of its own would have computed.
@@ -35,11 +36,10 @@ class CandidateCollator:
         layout: ``padded`` or ``shared_prefix``.
         pad_to_multiple_of: Pads the row length up to a multiple of this, or None.
 
-    Returns (from a call) both layouts' common entries ``completion_mask`` [B, K, T] bool, ``candidate_mask`` [B, K] bool,
-    ``scores`` [B, K] float32 and, when the rows carry them, ``ref_token_logps`` / ``token_rewards`` [B, K, T] float32;
-    for ``padded`` also ``input_ids``, ``attention_mask``, ``labels`` [R, L] and ``row_slots`` [R] (b * K + k); for
-    ``shared_prefix`` also ``input_ids``, ``position_ids``, ``segment_ids`` [B, S], ``completion_positions`` and
-    ``shift_labels`` [B, K * T].
+    A batch of either layout holds ``completion_mask`` [B, K, T] bool, ``candidate_mask`` [B, K] bool, ``scores`` [B, K]
+    float32 and, when the rows carry them, ``ref_token_logps`` and ``token_rewards`` [B, K, T] float32. ``padded`` adds
+    ``input_ids``, ``attention_mask``, ``labels`` [R, L] and ``row_slots`` [R] (b * K + k); ``shared_prefix`` adds
+    ``input_ids``, ``position_ids``, ``segment_ids`` [B, S], ``completion_positions`` and ``shift_labels`` [B, K * T].
     """
 
     pad_token_id: int
@@ -47,6 +47,7 @@ class CandidateCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate candidate rows."""
         shape = (len(rows), max(len(row["completion_ids"]) for row in rows))
         candidate_mask = torch.zeros(shape, dtype=torch.bool)
         scores = torch.zeros(shape, dtype=torch.float32)

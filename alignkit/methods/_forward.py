@@ -2,7 +2,7 @@
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - ``trl.trainer.utils.add_fused_lm_head(model, ..., outputs=...)`` and its ``fused_lm_head`` / ``shift_labels`` inputs
-- ``FusedCausalLMOutput.log_probs / entropy / mean_logits / is_top1 / aux_loss``
+- ``FusedCausalLMOutput.log_probs / entropy / is_top1 / aux_loss``
 - 4-D attention masks and ``BlockMask`` pass through ``transformers.masking_utils`` untouched
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -28,6 +28,14 @@ _PACKED_BACKBONES: WeakSet[nn.Module] = WeakSet()
 PACKED_ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
+LOGP_TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.3, "quantized": 0.3}
+"""Largest difference of one token's log-prob, nats, that rounding explains when it is computed twice in other batches.
+
+int8 rounds activations by what else is in the batch, so quantised models differ as much as bfloat16 ones do.
+"""
+_MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
     """Per-token results, each [B, K, T] and 0 where masked; None where the head does not compute it.
@@ -35,14 +43,12 @@ class CompletionOutput:
     Attributes:
         token_logps: Log-prob of each completion token, nats; carries the gradient.
         entropy: Entropy of the next-token distribution, nats.
-        mean_logits: Mean of the logits over the vocabulary.
         is_top1: Whether the token is the most likely one.
         aux_loss: Load-balancing loss of a mixture of experts, scalar.
     """
 
     token_logps: Tensor
     entropy: Tensor | None
-    mean_logits: Tensor | None
     is_top1: Tensor | None
     aux_loss: Tensor | None
 
@@ -97,6 +103,19 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
+    """The key of ``LOGP_TOLERANCE`` that fits ``model``.
+
+    Args:
+        model: Plain or PEFT.
+        mixed_precision: accelerate's ``no``, ``bf16`` or ``fp16``.
+    """
+    base = base_model(model)
+    if base.config.to_dict().get("quantization_config") is not None:
+        return "quantized"
+    return _MIXED_PRECISION.get(mixed_precision, str(base.dtype).removeprefix("torch."))
+
+
 def add_completion_head(model: nn.Module) -> None:
     """Give ``model`` (plain or PEFT) TRL's fused head, log-probs alone, and the packed layout.
 
@@ -109,7 +128,7 @@ def add_completion_head(model: nn.Module) -> None:
 
 def support_packed_rows(base: nn.Module) -> None:
     """Register the backbone hooks of the ``shared_prefix`` layout, once; ``padded`` rows pass them untouched."""
-    backbone = base.base_model
+    backbone = cast(nn.Module, base.base_model)
     if backbone not in _PACKED_BACKBONES:
         hooks = _PackedRows(attn_implementation=lambda: base.config.get_text_config()._attn_implementation)
         backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
@@ -130,8 +149,16 @@ def completion_forward(
     names = PACKED_INPUTS if "segment_ids" in inputs else PADDED_INPUTS
     extra = {"output_router_logits": True} if router_logits else {}
     output = model(**{name: inputs[name] for name in names}, use_cache=False, fused_lm_head=True, **extra)
-    fields = (output.log_probs, output.entropy, output.mean_logits, output.is_top1)
-    return CompletionOutput(*(x if x is None else _by_candidate(x, inputs) for x in fields), output.aux_loss)
+
+    def by_candidate(values: Tensor | None) -> Tensor | None:
+        return None if values is None else _by_candidate(values, inputs)
+
+    return CompletionOutput(
+        token_logps=_by_candidate(output.log_probs, inputs),
+        entropy=by_candidate(output.entropy),
+        is_top1=by_candidate(output.is_top1),
+        aux_loss=output.aux_loss,
+    )
 
 
 def _by_candidate(values: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

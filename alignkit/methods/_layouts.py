@@ -17,12 +17,10 @@ from torch import nn
 
 from alignkit.data.prefix import IGNORE_INDEX, CandidateCollator, Layout, packed_length
 from alignkit.errors import ModelError
-from alignkit.methods._forward import PACKED_ATTENTION, base_model
+from alignkit.methods._forward import LOGP_TOLERANCE, PACKED_ATTENTION, base_model, compute_precision
 
 SAMPLED_ROWS = 256
 CHECKED_TOKENS = 16
-CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""Largest admissible difference of a token log-prob between the layouts, nats."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def choose_layout(
     longest = max(packed_length(r["prompt_ids"], r["completion_ids"]) for r in sample)
     obstacle = shared_prefix_obstacle(model, longest=longest, aux_loss=aux_loss)
     if obstacle is None and verify:
-        difference, tolerance = layout_difference(model, sample[0]), CHECK_TOLERANCE[base_model(model).dtype]
+        difference, tolerance = layout_difference(model, sample[0]), LOGP_TOLERANCE[compute_precision(model)]
         if not difference <= tolerance:
             obstacle = f"the layouts differ by {difference:.2g} nats a token on this model (tolerance {tolerance})"
     if requested == "shared_prefix":

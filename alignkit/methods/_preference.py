@@ -209,8 +209,9 @@ class PreferenceTrainer(ReferenceScoring):
         for name, metric in result.metrics.items():
             self.record(name, metric)
         mask = inputs["completion_mask"]
-        self.record("entropy", _ratio(output.entropy, mask))
-        self.record("mean_token_accuracy", _ratio(output.is_top1[:, 0] & mask[:, 0], mask[:, 0]))
+        if output.entropy is not None and output.is_top1 is not None:
+            self.record("entropy", _ratio(output.entropy, mask))
+            self.record("mean_token_accuracy", _ratio(output.is_top1[:, 0] & mask[:, 0], mask[:, 0]))
         if self.aux_loss_enabled:
             self._loss_weights["aux_loss"] = self.router_aux_loss_coef
             self.record("aux_loss", Metric(output.aux_loss.reshape(1)))

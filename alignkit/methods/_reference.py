@@ -27,15 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignkit.errors import CheckpointError
-from alignkit.methods._forward import base_model
+from alignkit.methods._forward import LOGP_TOLERANCE, base_model
 
 Scores = list[list[list[float]]]
 """Per row, per candidate, per token."""
 
 COLUMN = "ref_token_logps"
 CHECKED_ROWS = 4
-CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.1}
-"""Largest admissible difference between a cached and a recomputed token log-prob, nats, by compute precision."""
 
 
 def default_cache_dir() -> Path:
@@ -128,22 +126,23 @@ def with_reference(
         rows: Candidate rows.
         cache: The cache.
         path: This run's file in it.
-        precision: Compute precision, which sets the tolerance of the comparison.
+        precision: Key of ``LOGP_TOLERANCE``, which sets the tolerance of the comparison.
         score: Scores rows under the reference with all ranks, returning all scores on every rank.
     """
     num_tokens = sum(len(ids) for row in rows["completion_ids"] for ids in row)
     values = cache.load(path, num_tokens)
-    if all(gather_object([values is not None])):
+    cached_everywhere = all(gather_object([values is not None]))
+    if values is not None and cached_everywhere:
         attached = _attach(rows, values)
         sample = attached.select(_check_sample(len(attached)))
         _check_reused(path, sample[COLUMN], score(sample), precision)
         return attached
     scores = score(rows)
-    values = torch.tensor([x for row in scores for candidate in row for x in candidate], dtype=torch.float32)
+    fresh = torch.tensor([x for row in scores for candidate in row for x in candidate], dtype=torch.float32)
     if PartialState().is_main_process:
-        cache.store(path, values)
+        cache.store(path, fresh)
     PartialState().wait_for_everyone()
-    return _attach(rows, values)
+    return _attach(rows, fresh)
 
 
 def _attach(rows: Dataset, values: Tensor) -> Dataset:
@@ -167,8 +166,8 @@ def _check_reused(path: Path, cached: Scores, fresh: Scores, precision: str) -> 
         return torch.tensor([x for row in scores for candidate in row for x in candidate])
 
     worst = float((flat(cached) - flat(fresh)).abs().max())
-    if not worst <= CHECK_TOLERANCE[precision]:
+    if not worst <= LOGP_TOLERANCE[precision]:
         raise CheckpointError(
             f"the cached reference log-probs differ from the model's by up to {worst:.3g} nats a token "
-            f"(tolerance {CHECK_TOLERANCE[precision]}). Delete {path} and start again."
+            f"(tolerance {LOGP_TOLERANCE[precision]}). Delete {path} and start again."
         )

@@ -20,9 +20,13 @@ from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import use_adapter
 
 from alignkit.methods import _reference as reference
-from alignkit.methods._forward import base_model, completion_logps, score_rows, support_packed_rows
-
-PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+from alignkit.methods._forward import (
+    base_model,
+    completion_logps,
+    compute_precision,
+    score_rows,
+    support_packed_rows,
+)
 
 
 class ReferenceScoring(DPOTrainer):
@@ -30,6 +34,8 @@ class ReferenceScoring(DPOTrainer):
 
     A subclass sets ``settings`` (with ``reference_cache``) and ``layout`` before TRL's constructor runs.
     """
+
+    _precompute_engine: nn.Module | None
 
     @torch.no_grad()
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -57,7 +63,7 @@ class ReferenceScoring(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
         weights = reference.weights_fingerprint(self._reference_model(), self._reference_adapter())
-        precision = PRECISIONS.get(self.accelerator.mixed_precision, str(self.model.dtype).removeprefix("torch."))
+        precision = compute_precision(self.model, self.accelerator.mixed_precision)
         cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
         return reference.with_reference(
             dataset,
@@ -74,7 +80,8 @@ class ReferenceScoring(DPOTrainer):
         share = self._share(len(rows))
         model = self._reference_model()
         if self.ref_model is None and self.is_deepspeed_enabled:
-            self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+            if self._precompute_engine is None:
+                self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
             model = self._precompute_engine
         with self._reference_mode(), self.accelerator.autocast():
             scores = score_rows(

@@ -74,4 +74,5 @@ def load_method(name: str) -> Method:
     """Import and return the method called ``name``; raises KeyError for an unknown one."""
     if name not in method_names():
         raise KeyError(name)
-    return importlib.import_module(f"alignkit.methods.{name}").METHOD
+    method: Method = importlib.import_module(f"alignkit.methods.{name}").METHOD
+    return method

@@ -28,7 +28,7 @@ def test_imports_point_downwards(repository: Path) -> None:
     ("contract", "file", "statement"),
     [
         ("layers", "alignkit/losses/dpo.py", "import alignkit.data"),
-        ("layers", "alignkit/methods/dpo.py", "import alignkit.run"),
+        ("layers", "alignkit/methods/dpo.py", "import alignkit.steps"),
         ("pure-losses", "alignkit/losses/dpo.py", "import transformers"),
         ("light-config", "alignkit/methods/method.py", "import torch"),
         ("data-without-trl", "alignkit/data/prefix.py", "from trl import DPOTrainer"),

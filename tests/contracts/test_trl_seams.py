@@ -1,7 +1,7 @@
 """Every upstream private name the bridges use exists with the signature they expect.
 
-When this file is red after an upgrade, read the bridge that names the symbol (``alignkit/methods/_*.py``) before anything
-else: what is asserted here is all that it knows of its host.
+When this file is red after an upgrade, read the bridge that names the symbol (``alignkit/methods/_*.py``) before
+anything else: what is asserted here is all that it knows of its host.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_the_hooks_are_called_where_we_think() -> None:
 
 def test_fused_output_has_the_fields_that_are_read() -> None:
     fields = {field.name for field in dataclasses.fields(trainer_utils.FusedCausalLMOutput)}
-    assert {"log_probs", "entropy", "mean_logits", "is_top1", "aux_loss"} <= fields
+    assert {"log_probs", "entropy", "is_top1", "aux_loss"} <= fields
 
 
 def test_fused_head_scores_shift_labels_and_only_log_probs_and_entropy_carry_gradients() -> None:

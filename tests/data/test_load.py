@@ -208,8 +208,15 @@ def test_sources_that_do_not_fit_together(write_jsonl: Write, two_files: tuple[s
     text = message_of([two_files[0], pairs])
     assert "different forms" in text and "standard candidate lists" in text and "standard pairs" in text
     talks = [message("user", "q")], [message("assistant", "a")], [{"role": "assistant", "content": "b", "name": "x"}]
-    both = load_rows([write_jsonl("t1.jsonl", [pair(*talks)]), write_jsonl("t2.jsonl", [pair(*talks[:2], talks[1])])])
-    assert both.num_rows == 2
+    # Messages with a key more, and a column that is null throughout, do fit.
+    first = write_jsonl("first.jsonl", [pair(*talks, tools=None)])
+    second = write_jsonl("second.jsonl", [pair(talks[0], talks[1], talks[1], tools="[]")])
+    for files in ([first, second], [second, first]):
+        rows = {row["rejected"][0]["content"]: row for row in load_rows(files)}
+        assert (rows["b"]["tools"], rows["a"]["tools"]) == (None, "[]")
+        assert (rows["b"]["rejected"][0]["name"], rows["a"]["rejected"][0]["name"]) == ("x", None)
+    other = write_jsonl("numbers.jsonl", [pair(prompt=3), pair(prompt=4)])
+    assert "column 'prompt': Value('int64') here, Value('string')" in message_of([pairs, other])
 
 
 def test_problems_of_all_sources_come_together(write_jsonl: Write) -> None:

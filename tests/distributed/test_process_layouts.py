@@ -1,7 +1,7 @@
 """One step is one step: the process layouts agree, on real rows, through ``accelerate launch`` and the shipped configs.
 
-Losses are compared to 6 decimals and gradient norms to 5 (a wrong normaliser hides in the loss, not in the gradient). The
-token-level SFT term has a denominator that differs from rank to rank. Every run first shows which layout really ran.
+Losses are compared to 6 decimals and gradient norms to 5 (a wrong normaliser hides in the loss, not in the gradient).
+The token-level SFT term has a denominator that differs from rank to rank. Every run first shows which layout ran.
 """
 
 from __future__ import annotations

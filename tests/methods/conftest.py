@@ -107,7 +107,7 @@ def make_trainer(
     def make(
         method: str = "dpo",
         options: Any = None,
-        settings: BridgeSettings = BridgeSettings(),
+        settings: BridgeSettings | None = None,
         arguments: dict[str, Any] | None = None,
         **inherited: Any,
     ) -> PreferenceTrainer:
@@ -119,7 +119,7 @@ def make_trainer(
             dpo_arguments(tmp_path / "run", **(arguments or {})),
             method=chosen,
             options=chosen.options() if options is None else options,
-            settings=settings,
+            settings=settings or BridgeSettings(),
             processing_class=tokenizer,
             **inherited,
         )

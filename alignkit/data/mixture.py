@@ -1,0 +1,113 @@
+"""Mixtures of several sources.
+
+Without weights every row of every source appears once. With weights the sources appear in those shares, no row appears
+twice, and the mixture ends when one source is used up: with shares s_i and n_i rows it has min_i(n_i / s_i) rows, those
+of the longer sources drawn at random. Both are shuffled with the seed. Streamed sources are interleaved with those
+shares as probabilities (equal ones without weights) and follow the same two rules.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
+
+from alignkit.data.columns import KNOWN_COLUMNS
+from alignkit.data.readers import Source
+from alignkit.data.schema import RowKind
+from alignkit.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_JSON_FEATURES = Features({"row": Value("string")})
+
+
+def mix(
+    sources: Sequence[Source], loaded: Sequence[tuple[Dataset | IterableDataset, RowKind]], seed: int
+) -> Dataset | IterableDataset:
+    """Mix the rows of several sources.
+
+    Args:
+        sources: The sources, all with a weight or all without.
+        loaded: The rows of each, and their form.
+        seed: Seed of the draw and of the order.
+
+    Raises:
+        DataError: The sources hold rows of different forms or types, or a weight leaves a source no row.
+    """
+    datasets = _aligned(sources, loaded)
+    weights = np.array([source.weight or 0.0 for source in sources])
+    shares = weights / weights.sum() if weights.any() else None
+    if isinstance(datasets[0], IterableDataset):
+        uniform = np.full(len(datasets), 1 / len(datasets))
+        rule = "all_exhausted_without_replacement" if shares is None else "first_exhausted"
+        probabilities = list(uniform if shares is None else shares)
+        mixed = interleave_datasets(datasets, probabilities=probabilities, seed=seed, stopping_strategy=rule)
+        return mixed.map(_from_json, remove_columns=list(_JSON_FEATURES))
+    if shares is not None:
+        total = min(len(dataset) / share for dataset, share in zip(datasets, shares, strict=True))
+        # The small addition keeps 100 rows at share 1/3 from becoming 99 by rounding.
+        counts = [int(total * share + 1e-9) for share in shares]
+        if 0 in counts:
+            empty = [source.path for source, count in zip(sources, counts, strict=True) if count == 0]
+            raise DataError("the mixture is lopsided", [f"{path}: its weight leaves it no row" for path in empty])
+        datasets = [
+            dataset.select(np.sort(np.random.default_rng([seed, i]).permutation(len(dataset))[:count]))
+            for i, (dataset, count) in enumerate(zip(datasets, counts, strict=True))
+        ]
+    for source, dataset in zip(sources, datasets, strict=True):
+        logger.info("mixture: %d rows of %s", len(dataset), source.path)
+    return concatenate_datasets(datasets).shuffle(seed=seed)
+
+
+def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, RowKind]]) -> list[Any]:
+    """The datasets with the same column types; an error when their rows are of different forms."""
+    datasets = [dataset for dataset, _ in loaded]
+    if len({kind for _, kind in loaded}) > 1:
+        forms = [f"{source.path}: {kind}" for source, (_, kind) in zip(sources, loaded, strict=True)]
+        advice = "bring them into one form; messages with an explicit prompt are the most general"
+        raise DataError(f"the sources hold rows of different forms ({advice})", forms)
+    if isinstance(datasets[0], IterableDataset):
+        # Streams have no types to align: rows travel through the mixture as JSON, so any two may follow each other.
+        return [d.map(_to_json, remove_columns=list(KNOWN_COLUMNS), features=_JSON_FEATURES) for d in datasets]
+    types: dict[str, Any] = {}
+    for source, dataset in zip(sources, datasets, strict=True):
+        for column, feature in dataset.features.items():
+            try:
+                types[column] = _common_type(types[column], feature) if column in types else feature
+            except TypeError as error:
+                headline = f"{source.path}: does not fit the other sources"
+                raise DataError(headline, [f"column {column!r}: {error}"]) from error
+    return [dataset.cast(Features({name: types[name] for name in dataset.column_names})) for dataset in datasets]
+
+
+def _common_type(first: Any, second: Any) -> Any:
+    """A feature type that holds the values of both."""
+    nothing = Value("null")
+    if first == second or second == nothing:
+        return first
+    if first == nothing:
+        return second
+    if isinstance(first, List) and isinstance(second, List):
+        return List(_common_type(first.feature, second.feature))
+    if isinstance(first, dict) and isinstance(second, dict):
+        shared = {key: _common_type(first[key], second[key]) for key in first.keys() & second.keys()}
+        return {**first, **second, **shared}
+    if isinstance(first, Value) and isinstance(second, Value):
+        if {first.dtype, second.dtype} <= {"string", "large_string"}:
+            return Value("string")
+        if all(value.dtype.startswith(("int", "uint", "float")) for value in (first, second)):
+            return Value("float64")
+    raise TypeError(f"{second} here, {first} in an earlier source")
+
+
+def _to_json(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"row": json.dumps(row)}
+
+
+def _from_json(row: Mapping[str, str]) -> dict[str, Any]:
+    return json.loads(row["row"])

@@ -1,0 +1,300 @@
+"""The steps of a preference run; ``alignkit.run`` takes them in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback
+from trl import DPOConfig
+
+from alignkit.callbacks.checkpoints import CheckpointGuard
+from alignkit.callbacks.health import HealthMonitor
+from alignkit.callbacks.metrics_log import MetricsLog
+from alignkit.callbacks.probe import DispersionProbe
+from alignkit.callbacks.process_layout import ProcessLayoutRecorder
+from alignkit.callbacks.progress import ShortProgress
+from alignkit.config import LoadedConfig, PreferenceConfig
+from alignkit.data.convert import to_candidate_rows
+from alignkit.data.load import load_rows, split_held_out
+from alignkit.data.report import data_report
+from alignkit.environment import environment
+from alignkit.errors import ConfigError, ModelError
+from alignkit.hub.upload import check_before_training
+from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
+from alignkit.methods.method import load_method
+from alignkit.parametrizations import loading
+from alignkit.parametrizations.files import read_adapter
+from alignkit.parametrizations.lora import check_modules, lora_config, trainable_report
+from alignkit.run_directory import RunDirectory
+
+PASSED_THROUGH = (
+    "output_dir seed data_seed num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim adam_beta1 adam_beta2 "
+    "adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing disable_dropout torch_compile dataloader_num_workers "
+    "logging_steps eval_strategy eval_steps save_strategy save_steps report_to use_cpu ddp_timeout pad_to_multiple_of"
+).split()
+"""Config keys that are TRL's own, handed on unchanged."""
+
+ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Candidate rows of a run; ``evaluation`` and ``probe`` are None where nothing is held out."""
+
+    train: Dataset | IterableDataset
+    evaluation: Dataset | IterableDataset | None
+    probe: Dataset | None
+
+
+def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
+    """Create or reopen the run directory and write down what the run was asked to do.
+
+    Raises:
+        RunDirectoryError: The directory cannot be used, or resuming would not continue the recorded run.
+        HubError, ProblemListError: The result could not be uploaded as asked.
+    """
+    config = loaded.config
+    if config.push_to_hub:
+        check_before_training(config.hub_model_id, config.model, is_adapter=config.parametrization == "lora")
+    # The processes of a launch are not connected yet; the launcher's variable tells them apart.
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    directory = RunDirectory.create(
+        config.output_dir, resume=config.resume, overwrite=config.overwrite, is_main=is_main
+    )
+    if config.resume and is_main:
+        directory.check_resumable(loaded.effective(), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    directory.record(config=loaded.effective(), environment=environment(), status="running")
+    return directory
+
+
+@contextlib.contextmanager
+def failures_recorded(directory: RunDirectory) -> Iterator[None]:
+    """Leave ``status: failed`` in run.json when the run ends with an error."""
+    try:
+        yield
+    except BaseException as error:
+        headline = str(error).partition("\n")[0]
+        directory.record(status=f"failed: {type(error).__name__}: {headline}".removesuffix(": "))
+        raise
+
+
+def training_arguments(config: PreferenceConfig) -> DPOConfig:
+    """TRL's arguments; creating them also sets up the processes (and ZeRO-3, before a model is loaded).
+
+    Raises:
+        ConfigError: The config needs an accelerator and there is none.
+    """
+    args = DPOConfig(
+        **{key: getattr(config, key) for key in PASSED_THROUGH},
+        precompute_ref_log_probs=config.reference == "precomputed",
+        precompute_ref_batch_size=config.reference_batch_size,
+        trust_remote_code=config.trust_remote_code,
+        max_length=None,
+        prediction_loss_only=True,
+        # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
+        save_total_limit=None,
+        save_only_model=False,
+        ignore_data_skip=False,
+    )
+    if args.device.type == "cpu":
+        _check_runs_on_cpu(config)
+    return args
+
+
+def _check_runs_on_cpu(config: PreferenceConfig) -> None:
+    problems = []
+    if config.fp16:
+        problems.append("`fp16: true`: float16 mixed precision needs an accelerator. Write bf16: true, or remove it")
+    if config.attn_implementation in ACCELERATOR_ATTENTION:
+        kernel = f"`attn_implementation: {config.attn_implementation}`"
+        problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")
+    if problems:
+        raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
+
+
+def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, with the config's chat template if it names one.
+
+    Raises:
+        ModelError: There is none, or it has no end-of-sequence token.
+    """
+    tokenizer = loading.load_tokenizer(
+        config.model,
+        revision=config.model_revision,
+        chat_template=None if config.chat_template is None else Path(config.chat_template),
+        trust_remote_code=config.trust_remote_code,
+    )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {config.model!r} has no eos_token, so the model could never learn to stop. Give it one "
+            f"and save it: tokenizer.eos_token = '</s>'; tokenizer.save_pretrained({config.model!r})"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prepare_data(
+    config: PreferenceConfig, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, directory: RunDirectory
+) -> PreparedData:
+    """Load, check, tokenise and report on the rows; rank 0 first, so that the others read its cache.
+
+    Raises:
+        DataError: The rows cannot be trained on; all kinds of problem together.
+    """
+    num_candidates = load_method(config.method).num_candidates
+    seed = config.seed if config.data_seed is None else config.data_seed
+    common = {"column_map": config.column_map, "seed": seed}
+    with args.main_process_first(desc="data"):
+        rows = load_rows(
+            config.data, split=config.data_split, streaming=config.streaming, max_rows=config.max_rows, **common
+        )
+        splits = {"train": rows}
+        if config.eval_data is not None:
+            limit = config.max_eval_rows
+            splits["held-out"] = load_rows(config.eval_data, split=config.eval_split, max_rows=limit, **common)
+        elif config.eval_fraction > 0:
+            splits["train"], splits["held-out"] = split_held_out(rows, config.eval_fraction, seed)
+        converted = {
+            name: to_candidate_rows(
+                split,
+                tokenizer,
+                max_length=config.max_length,
+                num_candidates=num_candidates,
+                max_dropped_fraction=config.max_dropped_fraction,
+                num_proc=config.dataset_num_proc,
+                name=name,
+            )
+            for name, split in splits.items()
+        }
+    report = data_report(converted, tokenizer)
+    if args.process_index == 0:
+        report.print_to(sys.stdout)
+    directory.record(data=report.to_dict())
+    report.raise_for_failures()
+    evaluation = converted["held-out"][0] if "held-out" in converted else None
+    probe = None
+    if evaluation is not None and config.probe_steps > 0 and config.probe_rows > 0:
+        probe = evaluation.select(range(min(config.probe_rows, len(evaluation))))
+    return PreparedData(converted["train"][0], evaluation, probe)
+
+
+def load_model(config: PreferenceConfig, path: str) -> PreTrainedModel:
+    """Load the policy or a reference as the config describes it; a trainer places it.
+
+    Raises:
+        ModelError: It cannot be loaded; the message says why.
+    """
+    return loading.load_model(
+        loading.ModelSource(
+            model=path,
+            revision=config.model_revision if path == config.model else None,
+            dtype=config.dtype,
+            quantization=config.quantization,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    )
+
+
+def load_policy(config: PreferenceConfig) -> PreTrainedModel | PeftModel:
+    """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it."""
+    model = load_model(config, config.model)
+    if config.adapter is None:
+        return model
+    return loading.load_adapter(model, read_adapter(config.adapter), is_trainable=True)
+
+
+def build_trainer(
+    config: PreferenceConfig,
+    args: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    directory: RunDirectory,
+) -> PreferenceTrainer:
+    """Load the models and put the trainer together with its callbacks."""
+    method = load_method(config.method)
+    model = load_policy(config)
+    ref_model = _load_reference(config, tokenizer)
+    new_adapter = config.parametrization == "lora" and config.adapter is None
+    if new_adapter:
+        check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
+    cache = None if config.reference_cache is None else Path(config.reference_cache)
+    health = HealthMonitor(asdict(config.method_options) | {"learning_rate": config.learning_rate})
+    trainer = PreferenceTrainer(
+        model,
+        args,
+        method=method,
+        options=config.method_options,
+        settings=BridgeSettings(layout=config.layout, reference_cache=cache),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        ref_model=ref_model,
+        peft_config=_lora_config(config) if new_adapter else None,
+        callbacks=[MetricsLog(directory.metrics_path), health, CheckpointGuard(config.save_total_limit)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgress())
+    trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
+    if data.probe is not None:
+        trainer.add_callback(DispersionProbe(trainer, data.probe, config.probe_steps))
+    trainable = trainable_report(trainer.model)
+    directory.record(batch_layout=asdict(trainer.layout), trainable=asdict(trainable))
+    if args.process_index == 0:
+        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable}")
+    return trainer
+
+
+def train(config: PreferenceConfig, trainer: PreferenceTrainer, directory: RunDirectory) -> None:
+    """Train, from the last complete checkpoint when resuming; after the last step nothing is left but the report."""
+    checkpoint = directory.last_complete_checkpoint() if config.resume else None
+    if checkpoint is not None and trainer.is_world_process_zero():
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        is_done = state.global_step >= state.max_steps
+        left = f": all {state.max_steps} steps are done, only the report is written again" if is_done else ""
+        print(f"resuming from {checkpoint}{left}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _load_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The reference where it is a model of its own. The policy's token ids must mean the same to it."""
+    wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
+    if "reference" not in load_method(config.method).needs or not (wants_copy or config.reference_model):
+        return None
+    if config.reference_model is None:
+        return load_model(config, config.model)
+    reference = loading.load_tokenizer(config.reference_model, trust_remote_code=config.trust_remote_code)
+    theirs = reference.get_vocab()
+    different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
+    if different:
+        raise ModelError(
+            f"the reference model {config.reference_model!r} has other token ids than {config.model!r}: "
+            f"{len(different)} tokens differ, such as {different[0]!r}. Write a reference_model with the same "
+            "tokenizer, or remove it to take the starting model."
+        )
+    return load_model(config, config.reference_model)
+
+
+def _lora_config(config: PreferenceConfig) -> Any:
+    return lora_config(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
