@@ -8,19 +8,16 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel
 
-from alignkit.callbacks.card import CardContent, render_card
+from alignkit.callbacks.card import content_of_run, render_card
 from alignkit.callbacks.checkpoints import verify_weights
 from alignkit.callbacks.durability import write_whole
 from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.plot import plot_run
 from alignkit.config import LoadedConfig
-from alignkit.environment import environment
 from alignkit.evals.generation import Sample, Sampling, generate_samples
 from alignkit.hub.upload import plan_upload, push
 from alignkit.methods._preference import PreferenceTrainer
-from alignkit.methods.method import load_method
 from alignkit.run_directory import RunDirectory
 
 TIMINGS = ("_runtime", "_per_second")
@@ -32,29 +29,41 @@ def finish(loaded: LoadedConfig, trainer: PreferenceTrainer, directory: RunDirec
     Raises:
         CheckpointError: The saved weights are empty or not finite.
     """
-    config = loaded.config
     results = _evaluate(trainer)
     samples = _sample_answers(loaded, trainer)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        saved = verify_weights(directory.path)
-        verdicts = _verdicts(trainer)
-        directory.record(
-            results=results,
-            samples=samples,
-            health=[asdict(verdict) for verdict in verdicts],
-            saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
-        )
-        plot_run(directory.metrics_path, directory.plot_path, title=f"{config.method} on {config.model}")
-        card = _card(loaded, trainer, directory, results, [f"{v.title}: {v.evidence}" for v in verdicts])
-        write_whole(directory.card_path, card)
-        directory.record(status="finished")
-        print(_summary(directory, results, samples))
-        if config.push_to_hub:
-            url = push(plan_upload(directory.path, config.hub_model_id), private=config.hub_private)
-            directory.record(hub={"url": url})
-            print(f"uploaded to {url}")
+        _report(loaded, trainer, directory, results, samples)
     trainer.accelerator.wait_for_everyone()
+
+
+def _report(
+    loaded: LoadedConfig,
+    trainer: PreferenceTrainer,
+    directory: RunDirectory,
+    results: dict[str, float],
+    samples: list[dict[str, Any]],
+) -> None:
+    config = loaded.config
+    saved = verify_weights(directory.path)
+    health = _health(trainer)
+    directory.record(
+        results=results,
+        samples=samples,
+        health=health["verdicts"],
+        health_state=health["state"],
+        saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
+    )
+    marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
+    plot_run(directory.metrics_path, directory.plot_path, title=f"{config.method} on {config.model}", marks=marks)
+    location = config.hub_model_id if config.push_to_hub else str(directory.path)
+    write_whole(directory.card_path, render_card(content_of_run(directory.sections(), location)))
+    directory.record(status="finished")
+    print(_summary(directory, results, samples))
+    if config.push_to_hub:
+        url = push(plan_upload(directory.path, config.hub_model_id), private=config.hub_private)
+        directory.record(hub={"url": url})
+        print(f"uploaded to {url}")
 
 
 def _evaluate(trainer: PreferenceTrainer) -> dict[str, float]:
@@ -92,39 +101,9 @@ def _sample(prompt: str, sample: Sample) -> dict[str, Any]:
     return {"prompt": prompt, **asdict(sample)}
 
 
-def _verdicts(trainer: PreferenceTrainer) -> list[Any]:
-    monitors = [c for c in trainer.callback_handler.callbacks if isinstance(c, HealthMonitor)]
-    return [verdict for monitor in monitors for verdict in monitor.verdicts]
-
-
-def _card(
-    loaded: LoadedConfig,
-    trainer: PreferenceTrainer,
-    directory: RunDirectory,
-    results: Mapping[str, float],
-    warnings: list[str],
-) -> str:
-    config = loaded.config
-    sources = [config.data] if isinstance(config.data, (str, Mapping)) else list(config.data)
-    rows: dict[str, Any] = {"layout": trainer.layout.layout}
-    for name, split in (("training rows", trainer.train_dataset), ("held-out rows", trainer.eval_dataset)):
-        if isinstance(split, Dataset):
-            rows[name] = len(split)
-    return render_card(
-        CardContent(
-            name=config.hub_model_id or directory.path.name,
-            method=load_method(config.method),
-            base_model=config.model,
-            location=config.hub_model_id or str(directory.path),
-            is_adapter=isinstance(trainer.model, PeftModel),
-            config=loaded.effective(),
-            datasets=[source if isinstance(source, str) else source["path"] for source in sources],
-            data=rows,
-            results={"after": results} if results else {},
-            warnings=warnings,
-            versions=environment()["versions"],
-        )
-    )
+def _health(trainer: PreferenceTrainer) -> dict[str, Any]:
+    (monitor,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, HealthMonitor))
+    return monitor.summary()
 
 
 def _summary(directory: RunDirectory, results: Mapping[str, float], samples: list[dict[str, Any]]) -> str:

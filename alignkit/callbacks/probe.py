@@ -1,8 +1,8 @@
 """Dispersion: what happens to responses that training never sees.
 
 The third property of arXiv 2406.07327 is that likelihood taken from the rejected responses flows to responses in
-neither list. Here it is watched as the mean log-prob per token of a fixed set of held-out responses, minus its value
-under the reference.
+neither list. Here it is watched as the mean length-normalised log-prob of a fixed set of held-out responses, minus its
+value under the reference.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from alignkit.losses.types import Metric
 
 METRICS: Mapping[str, str] = {
-    "dispersion": "mean log-prob per token of the held-out probe responses minus its value under the reference, nats",
-    "mean_logps/probe": "mean log-prob per token of the held-out probe responses, nats",
+    "dispersion": "length-normalised log-ratio to the reference, mean over the held-out probe responses, nats a token",
+    "mean_logps/probe": "log-likelihood of the probe responses, nats a token, every token weighing the same",
 }
 
 
@@ -64,10 +64,8 @@ class DispersionProbe(TrainerCallback):
         """Score the probe under the policy when its turn has come."""
         if state.global_step % self.steps == 0:
             for inputs in self._batches:
-                mask = inputs["completion_mask"]
-                counts = mask.sum(-1).flatten().clamp(min=1)
-                weights = (mask.any(-1) & inputs["candidate_mask"]).flatten().to(torch.float32)
-                policy = self.trainer.probe_logps(inputs).sum(-1).flatten() / counts
-                reference = inputs["ref_token_logps"].sum(-1).flatten() / counts
-                self.trainer.record("mean_logps/probe", Metric(policy * weights, weights))
-                self.trainer.record("dispersion", Metric((policy - reference) * weights, weights))
+                tokens = inputs["completion_mask"].sum(-1).flatten().to(torch.float32)
+                policy = self.trainer.probe_logps(inputs).sum(-1).flatten()
+                logratio = policy - inputs["ref_token_logps"].sum(-1).flatten()
+                self.trainer.record("mean_logps/probe", Metric(policy, tokens))
+                self.trainer.record("dispersion", Metric(logratio / tokens.clamp(min=1), (tokens > 0).float()))

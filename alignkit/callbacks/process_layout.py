@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -33,6 +34,7 @@ def process_layout(trainer: Trainer) -> dict[str, Any]:
         "wrapper": type(trainer.model_wrapped).__name__,
         "zero_stage": None if plugin is None else plugin.zero_stage,
         "device": accelerator.device.type,
+        "torch_threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
         "local_parameters": local_parameter_count(trainer.model),
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
