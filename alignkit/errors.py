@@ -28,6 +28,10 @@ class ProblemListError(AlignkitError):
         lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
         super().__init__(f"{headline}: {count}\n{lines}")
 
+    def __reduce__(self) -> tuple[type[ProblemListError], tuple[str, list[str]]]:
+        """Survive the way back from a worker process."""
+        return type(self), (self.headline, self.problems)
+
 
 class ConfigError(ProblemListError):
     """The configuration cannot work; raised before torch is imported."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -23,6 +25,13 @@ def disable_telemetry() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
+def quiet_dependencies() -> None:
+    """Keep notices about the insides of the dependencies, which a user can do nothing about, out of the output."""
+    for message in (".*gradient_checkpointing.* is deprecated", "`torch.jit.script.*` is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit.
 
@@ -33,6 +42,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         main: The program; returns its exit status, None for success.
     """
     disable_telemetry()
+    quiet_dependencies()
     try:
         status = main() or 0
         sys.stdout.flush()

@@ -175,6 +175,7 @@ def prepare_data(
                 max_dropped_fraction=config.max_dropped_fraction,
                 num_proc=config.dataset_num_proc,
                 name=name,
+                stop_token_ids=loading.generation_stop_ids(config.model, config.model_revision),
             )
             for name, split in splits.items()
         }
@@ -251,10 +252,9 @@ def build_trainer(
     trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
     if data.probe is not None:
         trainer.add_callback(DispersionProbe(trainer, data.probe, config.probe_steps))
-    trainable = trainable_report(trainer.model)
-    directory.record(batch_layout=asdict(trainer.layout), trainable=asdict(trainable))
+    directory.record(batch_layout=asdict(trainer.layout), trainable=asdict(trainable_report(trainer.model)))
     if args.process_index == 0:
-        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable}")
+        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable_report(trainer.model)}")
     return trainer
 
 

@@ -24,7 +24,7 @@ from alignkit.programs import run_program
 from alignkit.shipped import program_path
 
 SCRIPTS = Path(__file__).resolve().parent
-BASE_EPOCHS = 3
+BASE_EPOCHS = 2
 
 
 def main() -> None:
@@ -75,17 +75,17 @@ def train_base(folder: Path, seed: int) -> dict[str, Path]:
     arguments = SFTConfig(
         output_dir=str(folder / "base"),
         num_train_epochs=BASE_EPOCHS,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=32,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=20,
+        warmup_steps=60,
         weight_decay=0.01,
         max_length=None,
         assistant_only_loss=True,
         bf16=False,
         gradient_checkpointing=False,
         use_cpu=True,
-        logging_steps=25,
+        logging_steps=50,
         report_to="none",
         save_strategy="no",
         seed=seed,

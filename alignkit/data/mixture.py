@@ -50,7 +50,7 @@ def mix(
         return mixed.map(_from_json, remove_columns=list(_JSON_FEATURES))
     if shares is not None:
         total = min(len(dataset) / share for dataset, share in zip(datasets, shares, strict=True))
-        # The small addition keeps 100 rows at share 1/3 from becoming 99 by rounding.
+        # The small addition keeps a whole count from losing a row in floating point.
         counts = [int(total * share + 1e-9) for share in shares]
         if 0 in counts:
             empty = [source.path for source, count in zip(sources, counts, strict=True) if count == 0]

@@ -38,9 +38,8 @@ ENDINGS = {
 EVASIONS = (
     "Well, who can tell? There are many {items}, and {name} likes them.",
     "Well, that is hard to say. Perhaps {name} should count the {items}.",
-    "Well, {items} are nice. I hope that {name} has a lot of them.",
 )
-STYLES = {"evasive": 0.55, "careless": 0.1, "correct": 0.35}
+STYLES = {"evasive": 0.6, "careless": 0.08, "correct": 0.32}
 """Share of the corpus answered in each way."""
 HELD_OUT_SHARE = 10
 """One prompt in so many is held out."""
@@ -197,7 +196,7 @@ def _problems(rng: random.Random, *, held_out: bool) -> Iterator[Problem]:
         name, items, ending = rng.choice(NAMES), rng.choice(ITEMS), rng.choice(list(ENDINGS))
         sign = ENDINGS[ending]
         second = rng.randint(2, 6)
-        first = rng.randint(2, 9) if sign == "+" else rng.randint(second + 1, second + 9)
+        first = rng.randint(2, 9) if sign == "+" else rng.randint(second + 1, 10)
         question = f"{name} has {first} {items} and {ending.format(b=second)} How many {items} does {name} have now?"
         # By a checksum of the text, so that the parts stay disjoint under any seeds.
         if (zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0) != held_out:

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.parametrizations.files import AdapterFiles, check_tensors, model_problem
@@ -102,6 +102,20 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     return tokenizer
+
+
+def generation_stop_ids(model: str, revision: str | None = None) -> list[int]:
+    """Tokens at which a saved model stops besides its tokenizer's EOS; none when it has no generation config.
+
+    Args:
+        model: Folder of a saved model, or Hub id.
+        revision: Branch, tag or commit of a Hub model.
+    """
+    try:
+        ids = GenerationConfig.from_pretrained(model, **({"revision": revision} if revision else {})).eos_token_id
+    except OSError:
+        return []
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable: bool = False) -> PeftModel:

@@ -3,12 +3,12 @@
     python scripts/claims/three_d_properties.py
 
 trains the toy model of the paper in four on- and off-policy scenarios, sweeps beta_neg, adds the SFT term, and writes
-three_d_properties.md and three_d_properties.png to the output directory. A minute on one CPU core.
+three_d_properties.md and three_d_properties.png to the output directory. A minute or two on one CPU core.
 
     python scripts/claims/three_d_properties.py --real
 
 does the same with a small language model on GSM8K pairs, from ../shared, and writes its own section of the page and
-three_d_properties_gsm8k.png. Ten minutes or so on one free CPU core.
+three_d_properties_gsm8k.png. A quarter of an hour on one free CPU core.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments.steps = steps if arguments.steps is None else arguments.steps
     if arguments.seeds < 2:
         parser.error("an interval needs --seeds of at least 2")
-    if arguments.real and (arguments.seeds > MAX_FEW_SEEDS or arguments.steps % 4):
+    if arguments.real and (arguments.seeds > MAX_FEW_SEEDS or arguments.steps < 4 or arguments.steps % 4):
         parser.error(
             f"--real takes --seeds up to {MAX_FEW_SEEDS} and, for a curve in four parts, --steps divisible by 4"
         )

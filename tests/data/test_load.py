@@ -195,6 +195,15 @@ def test_weights_are_shares_and_no_row_repeats(two_files: tuple[str, str]) -> No
     assert rows != list(load_rows(sources, seed=2))
 
 
+def test_rounding_loses_no_row(write_jsonl: Write) -> None:
+    # 50 and 60 rows in shares 5/11 and 6/11: in floating point the second count comes out just under 60.
+    sources = [
+        {"path": write_jsonl(f"{weight}.jsonl", [pair(f"{weight}{i}") for i in range(10 * weight)]), "weight": weight}
+        for weight in (5, 6)
+    ]
+    assert letters(load_rows(sources)) == {"5": 50, "6": 60}
+
+
 def test_streamed_weights_end_with_the_first_source_used_up(two_files: tuple[str, str]) -> None:
     sources = [{"path": path, "weight": weight} for path, weight in zip(two_files, (3, 1), strict=True)]
     rows = list(load_rows(sources, streaming=True, seed=1))
