@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -33,6 +34,8 @@ def finish(loaded: LoadedConfig, trainer: PreferenceTrainer, directory: RunDirec
     samples = _sample_answers(loaded, trainer)
     trainer.save_model()
     if trainer.is_world_process_zero():
+        # PEFT also saves the frozen copy a continued adapter has for a reference; it belongs in checkpoints alone.
+        shutil.rmtree(directory.path / "ref", ignore_errors=True)
         _report(loaded, trainer, directory, results, samples)
     trainer.accelerator.wait_for_everyone()
 

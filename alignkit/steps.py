@@ -45,16 +45,17 @@ PASSED_THROUGH = (
 ).split()
 """Config keys that are TRL's own, handed on unchanged."""
 
+STREAM_BUFFER = 1000  # rows a stream is shuffled within; rows at hand are shuffled by the trainer, anew each epoch
 ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Candidate rows of a run; ``evaluation`` and ``probe`` are None where nothing is held out."""
+    """Candidate rows of a run; ``evaluation`` is None where nothing is held out, its first rows are the probe."""
 
     train: Dataset | IterableDataset
     evaluation: Dataset | IterableDataset | None
-    probe: Dataset | None
+    num_probe_rows: int
 
 
 def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
@@ -69,9 +70,8 @@ def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
         check_before_training(config.hub_model_id, config.model, is_adapter=config.parametrization == "lora")
     # The processes of a launch are not connected yet; the launcher's variable tells them apart.
     is_main = int(os.environ.get("RANK", "0")) == 0
-    directory = RunDirectory.create(
-        config.output_dir, resume=config.resume, overwrite=config.overwrite, is_main=is_main
-    )
+    reuse = {"resume": config.resume, "overwrite": config.overwrite}
+    directory = RunDirectory.create(config.output_dir, is_main=is_main, **reuse)
     if config.resume and is_main:
         directory.check_resumable(loaded.effective(), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     directory.record(config=loaded.effective(), environment=environment(), status="running")
@@ -105,6 +105,8 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
         # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
         save_total_limit=None,
         save_only_model=False,
+        # A loss that is not finite must be seen, not averaged away.
+        logging_nan_inf_filter=False,
         ignore_data_skip=False,
     )
     if args.device.type == "cpu":
@@ -157,10 +159,9 @@ def prepare_data(
     seed = config.seed if config.data_seed is None else config.data_seed
     common = {"column_map": config.column_map, "seed": seed}
     with args.main_process_first(desc="data"):
-        rows = load_rows(
-            config.data, split=config.data_split, streaming=config.streaming, max_rows=config.max_rows, **common
-        )
-        splits = {"train": rows}
+        limits = {"streaming": config.streaming, "max_rows": config.max_rows}
+        rows = load_rows(config.data, split=config.data_split, **limits, **common)
+        splits = {"train": rows.shuffle(seed=seed, buffer_size=STREAM_BUFFER) if config.streaming else rows}
         if config.eval_data is not None:
             limit = config.max_eval_rows
             splits["held-out"] = load_rows(config.eval_data, split=config.eval_split, max_rows=limit, **common)
@@ -185,13 +186,11 @@ def prepare_data(
     directory.record(data=report.to_dict())
     report.raise_for_failures()
     evaluation = converted["held-out"][0] if "held-out" in converted else None
-    probe = None
-    if evaluation is not None and config.probe_steps > 0 and config.probe_rows > 0:
-        probe = evaluation.select(range(min(config.probe_rows, len(evaluation))))
-    return PreparedData(converted["train"][0], evaluation, probe)
+    num_probe_rows = min(config.probe_rows, len(evaluation)) if evaluation is not None and config.probe_steps else 0
+    return PreparedData(converted["train"][0], evaluation, num_probe_rows)
 
 
-def load_model(config: PreferenceConfig, path: str) -> PreTrainedModel:
+def load_model(config: PreferenceConfig, path: str, revision: str | None = None) -> PreTrainedModel:
     """Load the policy or a reference as the config describes it; a trainer places it.
 
     Raises:
@@ -200,7 +199,7 @@ def load_model(config: PreferenceConfig, path: str) -> PreTrainedModel:
     return loading.load_model(
         loading.ModelSource(
             model=path,
-            revision=config.model_revision if path == config.model else None,
+            revision=revision,
             dtype=config.dtype,
             quantization=config.quantization,
             attn_implementation=config.attn_implementation,
@@ -211,7 +210,7 @@ def load_model(config: PreferenceConfig, path: str) -> PreTrainedModel:
 
 def load_policy(config: PreferenceConfig) -> PreTrainedModel | PeftModel:
     """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it."""
-    model = load_model(config, config.model)
+    model = load_model(config, config.model, config.model_revision)
     if config.adapter is None:
         return model
     return loading.load_adapter(model, read_adapter(config.adapter), is_trainable=True)
@@ -238,7 +237,7 @@ def build_trainer(
         args,
         method=method,
         options=config.method_options,
-        settings=BridgeSettings(layout=config.layout, reference_cache=cache),
+        settings=BridgeSettings(layout=config.layout, max_length=config.max_length, reference_cache=cache),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
@@ -250,8 +249,9 @@ def build_trainer(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
     trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
-    if data.probe is not None:
-        trainer.add_callback(DispersionProbe(trainer, data.probe, config.probe_steps))
+    if data.num_probe_rows:
+        probe = trainer.eval_dataset.select(range(data.num_probe_rows))
+        trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))
     directory.record(batch_layout=asdict(trainer.layout), trainable=asdict(trainable_report(trainer.model)))
     if args.process_index == 0:
         print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable_report(trainer.model)}")
@@ -275,7 +275,7 @@ def _load_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase
     if "reference" not in load_method(config.method).needs or not (wants_copy or config.reference_model):
         return None
     if config.reference_model is None:
-        return load_model(config, config.model)
+        return load_model(config, config.model, config.model_revision)
     reference = loading.load_tokenizer(config.reference_model, trust_remote_code=config.trust_remote_code)
     theirs = reference.get_vocab()
     different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]

@@ -68,12 +68,8 @@ class Worker:
     """A process that trains on request."""
 
     def __init__(self, spec: dict[str, Any], log: Path) -> None:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(spec["threads"]),
-            "HF_HUB_OFFLINE": "1",
-            "TRL_EXPERIMENTAL_SILENCE": "1",
-        }
-        command = [sys.executable, __file__, "--worker", json.dumps(spec)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(WORKER), json.dumps(spec)]
         self.log = log
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=environment

@@ -122,6 +122,20 @@ CONFLICTS: tuple[Rule, ...] = (
         "Write reference: copy or reference: precomputed, or parametrization: lora",
     ),
     Rule(
+        "adapter_disabled with a continued adapter",
+        ("reference", "adapter"),
+        lambda c: c.reference == "adapter_disabled" and c.adapter is not None,
+        "a run that continues an adapter is compared with that adapter as it was, of which a frozen copy is kept",
+        "Remove reference; to compare with the bare base, write reference: copy and reference_model: the base",
+    ),
+    Rule(
+        "copied reference with a continued adapter",
+        ("reference", "adapter", "reference_model"),
+        lambda c: c.reference == "copy" and c.adapter is not None and c.reference_model is None,
+        "the copy would be the base without the adapter the run starts from",
+        "Remove reference, which keeps a frozen copy of the adapter, or name the base as reference_model",
+    ),
+    Rule(
         "adapter_disabled with another reference model",
         ("reference_model", "reference"),
         lambda c: c.reference_model is not None and c.reference == "adapter_disabled",

@@ -104,9 +104,9 @@ class CandidateBatch:
 
 
 def count_items(completion_mask: Bool[Tensor, "B K T"]) -> dict[str, Tensor]:
-    """Local number of items of every kind in ``ITEM_KINDS``, each an int64 scalar."""
+    """Local number of items of every kind in ``ITEM_KINDS``, each an int64 scalar; a row without tokens is no group."""
     return {
-        "group": torch.tensor(completion_mask.shape[0], device=completion_mask.device),
+        "group": completion_mask.flatten(1).any(1).sum(),
         "chosen_token": completion_mask[:, 0].sum(),
         "completion_token": completion_mask.sum(),
     }

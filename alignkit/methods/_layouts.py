@@ -50,6 +50,7 @@ def choose_layout(
     rows: Iterable[Mapping[str, Any]],
     *,
     batch_size: int,
+    max_length: int | None = None,
     aux_loss: bool = False,
     verify: bool = True,
 ) -> LayoutChoice:
@@ -60,6 +61,7 @@ def choose_layout(
         model: The policy, plain or PEFT, whose backbone supports packed rows.
         rows: Candidate rows; the first ``SAMPLED_ROWS`` are looked at.
         batch_size: Rows of a micro-batch.
+        max_length: Longest prompt + completion of any row, looked at or not; None goes by the first rows.
         aux_loss: Whether a load-balancing loss is trained on.
         verify: Also run a short row through both layouts and compare; needs whole (unsharded) parameters.
 
@@ -69,7 +71,7 @@ def choose_layout(
     if requested == "padded":
         return LayoutChoice("padded", "asked for")
     sample = list(islice(rows, SAMPLED_ROWS))
-    longest = max(packed_length(r["prompt_ids"], r["completion_ids"]) for r in sample)
+    longest = max(max_length or 0, *(packed_length(r["prompt_ids"], r["completion_ids"]) for r in sample))
     obstacle = shared_prefix_obstacle(model, longest=longest, aux_loss=aux_loss)
     if obstacle is None and verify:
         difference, tolerance = layout_difference(model, sample[0]), LOGP_TOLERANCE[compute_precision(model)]

@@ -22,8 +22,7 @@ PAIR_METRICS: Mapping[str, str] = MappingProxyType(
             "left out when beta_neg is 0"
         ),
         "grad_ratio_log_per_token": (
-            "the same with each log-likelihood divided by its length; exact under length_normalize; "
-            "left out when beta_neg is 0"
+            "the same with each log-likelihood divided by its length; left out when beta_neg is 0"
         ),
         "effective_weight": "sigma(-z), the share of the gradient that is left; near 0 the pair has stopped training",
     }

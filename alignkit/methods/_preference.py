@@ -53,10 +53,12 @@ class BridgeSettings:
 
     Attributes:
         layout: ``auto``, ``padded`` or ``shared_prefix``.
+        max_length: Longest prompt + completion there can be, tokens; None goes by the rows that are looked at.
         reference_cache: Directory of precomputed reference log-probs (used when ``args.precompute_ref_log_probs``).
     """
 
     layout: Literal["auto", "padded", "shared_prefix"] = "auto"
+    max_length: int | None = None
     reference_cache: Path | None = None
 
 
@@ -100,6 +102,7 @@ class PreferenceTrainer(ReferenceScoring):
             model,
             train_dataset,
             batch_size=args.per_device_train_batch_size,
+            max_length=settings.max_length,
             aux_loss=aux_loss and "output_router_logits" in text_config,
             verify=not is_deepspeed_zero3_enabled(),
         )
@@ -109,6 +112,8 @@ class PreferenceTrainer(ReferenceScoring):
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
+        if args.precompute_ref_log_probs:
+            self.ref_model = None  # everything it is needed for is in the rows now
 
     # --- objective -------------------------------------------------------------------------------------------------
 
@@ -129,6 +134,8 @@ class PreferenceTrainer(ReferenceScoring):
         """
         if return_outputs:
             raise NotImplementedError("logits are never built; use scripts/evaluate.py for predictions")
+        if num_items_in_batch is None:
+            inputs = self._without_repeated_rows(inputs)
         output = completion_forward(model, inputs, router_logits=self.aux_loss_enabled)
         batch = self._candidate_batch(inputs, output)
         result = self.method.objective(batch, self.method_options)
@@ -159,6 +166,17 @@ class PreferenceTrainer(ReferenceScoring):
             local = count_items(batch["completion_mask"])
             counts += torch.stack([local[kind] for kind in ITEM_KINDS]).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def _without_repeated_rows(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mask the rows accelerate repeats to give every rank a last evaluation batch of the same size."""
+        state, masks = self.accelerator.gradient_state, ("completion_mask", "candidate_mask")
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return dict(inputs)
+        batch_size = len(inputs["completion_mask"])
+        kept = max(state.remainder - self.accelerator.process_index * batch_size, 0)
+        is_kept = torch.arange(batch_size, device=inputs["completion_mask"].device) < kept
+        masked = {name: inputs[name] & is_kept.view(-1, *[1] * (inputs[name].dim() - 1)) for name in masks}
+        return {**inputs, **masked}
 
     def _candidate_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput) -> CandidateBatch:
         ref_token_logps = inputs.get("ref_token_logps")
@@ -215,6 +233,14 @@ class PreferenceTrainer(ReferenceScoring):
         if self.aux_loss_enabled:
             self._loss_weights["aux_loss"] = self.router_aux_loss_coef
             self.record("aux_loss", Metric(output.aux_loss.reshape(1)))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and leave the model in the mode it was in: :meth:`log` tells train from eval by it."""
+        was_training = self.model.training
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.model.train(was_training)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the weighted means since the last log; the evaluation loss is recomputed from its terms."""

@@ -19,6 +19,7 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import use_adapter
 
+from alignkit.errors import ModelError
 from alignkit.methods import _reference as reference
 from alignkit.methods._forward import (
     base_model,
@@ -44,6 +45,10 @@ class ReferenceScoring(DPOTrainer):
             return completion_logps(self._reference_model(), inputs)
 
     def _reference_model(self) -> nn.Module:
+        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
+            raise ModelError(
+                "the policy has been trained and there is no reference model left to score these rows with"
+            )
         model = self.ref_model or self.model
         support_packed_rows(base_model(self.accelerator.unwrap_model(model)))
         return model

@@ -45,6 +45,14 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"attn_implementation": "flex_attention"},
     ),
     "adapter_disabled with full fine-tuning": (FULL | {"reference": "adapter_disabled"}, {"reference": "copy"}),
+    "adapter_disabled with a continued adapter": (
+        {"adapter": "lora", "reference": "adapter_disabled"},
+        {"reference": "precomputed"},
+    ),
+    "copied reference with a continued adapter": (
+        {"adapter": "lora", "reference": "copy"},
+        {"reference": "precomputed"},
+    ),
     "adapter_disabled with another reference model": (
         {"reference": "adapter_disabled", "reference_model": "org/other"},
         {"reference": "precomputed"},

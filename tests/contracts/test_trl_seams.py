@@ -51,6 +51,7 @@ def test_every_override_has_something_to_override() -> None:
     hooks = {
         "compute_loss",
         "get_batch_samples",
+        "evaluate",
         "log",
         "create_model_card",
         "_prepare_dataset",
