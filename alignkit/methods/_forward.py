@@ -14,6 +14,7 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -21,11 +22,12 @@ from tqdm.auto import tqdm
 from trl.trainer.utils import add_fused_lm_head
 
 from alignkit.data.prefix import CandidateCollator, Layout, branch_mask
+from alignkit.methods import _packed_attention
 
 PADDED_INPUTS = ("input_ids", "attention_mask", "labels")
 PACKED_INPUTS = ("input_ids", "position_ids", "segment_ids", "completion_positions", "shift_labels")
 _PACKED_BACKBONES: WeakSet[nn.Module] = WeakSet()
-PACKED_ATTENTION = ("eager", "sdpa", "flex_attention")
+PACKED_ATTENTION = ("eager", "sdpa", "flex_attention", _packed_attention.NAME)
 
 
 LOGP_TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.3, "quantized": 0.3}
@@ -93,6 +95,8 @@ def _attention_mask(segment_ids: Tensor, implementation: str, dtype: torch.dtype
 
         return create_block_mask(visible, batch, None, length, length, device=segment_ids.device)
     mask = branch_mask(segment_ids)
+    if implementation == _packed_attention.NAME:
+        return _packed_attention.mark_packed(mask, segment_ids)
     if implementation == "eager":
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return mask
@@ -134,6 +138,15 @@ def support_packed_rows(base: nn.Module) -> None:
         backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
         backbone.register_forward_hook(hooks.after)
         _PACKED_BACKBONES.add(backbone)
+
+
+def use_packed_attention(base: nn.Module) -> None:
+    """Replace scaled-dot-product attention by the one that skips what no branch looks at, where that is known to pay.
+
+    On a GPU, where it has not been measured, dense masks stay.
+    """
+    if base.config.get_text_config()._attn_implementation == "sdpa" and PartialState().device.type == "cpu":
+        base.set_attn_implementation(_packed_attention.NAME)
 
 
 def completion_forward(

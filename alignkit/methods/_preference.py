@@ -34,6 +34,7 @@ from alignkit.methods._forward import (
     completion_forward,
     completion_logps,
     support_packed_rows,
+    use_packed_attention,
 )
 from alignkit.methods._layouts import LayoutChoice, choose_layout
 from alignkit.methods._metrics import MetricSums
@@ -106,6 +107,8 @@ class PreferenceTrainer(ReferenceScoring):
             aux_loss=aux_loss and "output_router_logits" in text_config,
             verify=not is_deepspeed_zero3_enabled(),
         )
+        if self.layout.layout == "shared_prefix":
+            use_packed_attention(base_model(model))
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._loss_weights: dict[str, float] = {}
         tokenizer = inherited["processing_class"]
@@ -228,7 +231,7 @@ class PreferenceTrainer(ReferenceScoring):
             self.record(name, metric)
         mask = inputs["completion_mask"]
         if output.entropy is not None and output.is_top1 is not None:
-            self.record("entropy", _ratio(output.entropy, mask))
+            self.record("entropy", _ratio(output.entropy * mask, mask))
             self.record("mean_token_accuracy", _ratio(output.is_top1[:, 0] & mask[:, 0], mask[:, 0]))
         if self.aux_loss_enabled:
             self._loss_weights["aux_loss"] = self.router_aux_loss_coef

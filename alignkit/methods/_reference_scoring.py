@@ -27,6 +27,7 @@ from alignkit.methods._forward import (
     compute_precision,
     score_rows,
     support_packed_rows,
+    use_packed_attention,
 )
 
 
@@ -50,7 +51,10 @@ class ReferenceScoring(DPOTrainer):
                 "the policy has been trained and there is no reference model left to score these rows with"
             )
         model = self.ref_model or self.model
-        support_packed_rows(base_model(self.accelerator.unwrap_model(model)))
+        base = base_model(self.accelerator.unwrap_model(model))
+        support_packed_rows(base)
+        if self.layout.layout == "shared_prefix":
+            use_packed_attention(base)
         return model
 
     @contextlib.contextmanager

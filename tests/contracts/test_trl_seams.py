@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Trainer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from trl import DPOTrainer
 from trl.models import utils as model_utils
 from trl.trainer import utils as trainer_utils
 
+from alignkit.methods import _packed_attention
 from alignkit.methods._preference import PreferenceTrainer
 
 
@@ -44,6 +46,12 @@ def parameters(function: Any) -> list[str]:
 )
 def test_signature(function: Any, expected: list[str]) -> None:
     assert parameters(function) == expected
+
+
+def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
+    names = parameters(sdpa_attention_forward)
+    assert names[:5] == ["module", "query", "key", "value", "attention_mask"]
+    assert {"dropout", "scaling", "is_causal"} <= set(names)
 
 
 def test_every_override_has_something_to_override() -> None:
@@ -105,9 +113,11 @@ def test_fused_head_scores_shift_labels_and_only_log_probs_and_entropy_carry_gra
     assert not output.mean_logits.requires_grad
 
 
-def test_four_dimensional_masks_pass_untouched() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", _packed_attention.NAME])
+def test_four_dimensional_masks_pass_untouched(attention: str) -> None:
+    """The packed attention also finds on the mask what it attached to it."""
     config = Qwen3Config(num_hidden_layers=1)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
     passed = create_causal_mask(
         config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=mask, past_key_values=None, position_ids=None

@@ -144,7 +144,7 @@ def launch_program(
         "parametrization": parametrization,
         "max_length": 192,
         "max_steps": STEPS,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-4,
         # Adam divides a gradient by its own size, so where it is almost 0 it would compare rounding, not layouts.
         "adam_epsilon": 1e-3,
         "logging_steps": 1,
@@ -189,7 +189,9 @@ def test_layouts_agree(run: Any, parametrization: str, name: str) -> None:
 
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     for ours, theirs in zip(steps, base, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1.1e-6)
+        # Six decimals, and one unit of the last for rounding: a float32 sum over 150 tokens is good to about 1e-5 nats,
+        # of which beta lets a tenth through.
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-5, rel=1e-5)
         for key in ("loss/sft", "rewards/margins", "mean_logps/chosen", "entropy"):
             assert ours[key] == pytest.approx(theirs[key], abs=2e-5, rel=1e-5), key

@@ -16,8 +16,8 @@ from tests.programs.conftest import CONFIG, save_model, write_rows
 from tests.programs.launching import Ended, Launcher, read_lines, run_json, write_config
 
 SECTIONS = {
-    "alignkit_run", "batch_layout", "config", "data", "environment", "health", "process_layout", "results", "samples",
-    "saved", "sessions", "status", "trainable",
+    "alignkit_run", "batch_layout", "config", "data", "environment", "health", "health_state", "process_layout",
+    "results", "samples", "saved", "sessions", "status", "trainable",
 }  # fmt: skip
 HELD_OUT = {"eval_fraction": 0.2, "probe_rows": 4, "probe_steps": 2, "num_samples": 2, "sample_max_new_tokens": 4}
 
