@@ -77,7 +77,7 @@ def packed_attention(
     Returns:
         Output [B, S, heads, head size], and None for the weights.
     """
-    packed: PackedRows | None = getattr(attention_mask, "packed_rows", None)
+    packed: PackedRows | None = None if attention_mask is None else vars(attention_mask).get("packed_rows")
     if packed is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
