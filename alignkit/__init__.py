@@ -1,4 +1,4 @@
-"""alignkit: preference tuning of language models on Hugging Face TRL.
+"""alignkit: preference and supervised tuning of language models on Hugging Face TRL.
 
 The names in ``__all__`` are imported on first use, so that ``import alignkit`` costs milliseconds and no torch. Other
 modules may be imported too, but only these names are promised from one minor version to the next.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alignkit.config import LoadedConfig as LoadedConfig
     from alignkit.config import PreferenceConfig as PreferenceConfig
+    from alignkit.config import SFTConfig as SFTConfig
     from alignkit.config import load_config as load_config
     from alignkit.errors import AlignkitError as AlignkitError
     from alignkit.errors import CheckpointError as CheckpointError
@@ -22,20 +23,24 @@ if TYPE_CHECKING:
     from alignkit.errors import RunDirectoryError as RunDirectoryError
     from alignkit.losses.dpo import dpo_loss as dpo_loss
     from alignkit.losses.flex_dpo import flex_dpo_loss as flex_dpo_loss
+    from alignkit.losses.sft import sft_loss as sft_loss
     from alignkit.losses.types import CandidateBatch as CandidateBatch
     from alignkit.losses.types import LossOutput as LossOutput
     from alignkit.losses.types import LossTerm as LossTerm
     from alignkit.losses.types import Metric as Metric
+    from alignkit.losses.types import TokenBatch as TokenBatch
     from alignkit.methods._preference import PreferenceTrainer as PreferenceTrainer
+    from alignkit.methods._supervised import SupervisedTrainer as SupervisedTrainer
     from alignkit.methods.method import Method as Method
     from alignkit.methods.method import load_method as load_method
     from alignkit.methods.method import method_names as method_names
     from alignkit.run import train_preference as train_preference
+    from alignkit.run import train_sft as train_sft
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "alignkit.config": ("LoadedConfig", "PreferenceConfig", "load_config"),
+    "alignkit.config": ("LoadedConfig", "PreferenceConfig", "SFTConfig", "load_config"),
     "alignkit.errors": (
         "AlignkitError",
         "CheckpointError",
@@ -47,10 +52,12 @@ _PUBLIC = {
     ),
     "alignkit.losses.dpo": ("dpo_loss",),
     "alignkit.losses.flex_dpo": ("flex_dpo_loss",),
-    "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric"),
+    "alignkit.losses.sft": ("sft_loss",),
+    "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric", "TokenBatch"),
     "alignkit.methods._preference": ("PreferenceTrainer",),
+    "alignkit.methods._supervised": ("SupervisedTrainer",),
     "alignkit.methods.method": ("Method", "load_method", "method_names"),
-    "alignkit.run": ("train_preference",),
+    "alignkit.run": ("train_preference", "train_sft"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

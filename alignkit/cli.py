@@ -61,7 +61,7 @@ def _split_off_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="alignkit",
-        description="Preference tuning of language models on Hugging Face TRL.",
+        description="Preference and supervised tuning of language models on Hugging Face TRL.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

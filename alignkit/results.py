@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from transformers import Trainer
 
 from alignkit.callbacks.card import content_of_run, render_card
 from alignkit.callbacks.checkpoints import verify_weights
 from alignkit.callbacks.durability import write_whole
 from alignkit.callbacks.health import HealthMonitor
-from alignkit.callbacks.plot import plot_run
+from alignkit.callbacks.plot import PANELS_OF, plot_run
 from alignkit.config import LoadedConfig
 from alignkit.evals.generation import Sample, Sampling, generate_samples
 from alignkit.hub.upload import plan_upload, push
-from alignkit.methods._preference import PreferenceTrainer
 from alignkit.run_directory import RunDirectory
 
 TIMINGS = ("_runtime", "_per_second")
 
 
-def finish(loaded: LoadedConfig, trainer: PreferenceTrainer, directory: RunDirectory) -> None:
+def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[int]], directory: RunDirectory) -> None:
     """Evaluate, save, look at what was saved, and report; a collective.
+
+    Args:
+        loaded: The configuration.
+        trainer: The trainer after training.
+        prompts: Token ids of the prompts to answer.
+        directory: Where to.
 
     Raises:
         CheckpointError: The saved weights are empty or not finite.
     """
     results = _evaluate(trainer)
-    samples = _sample_answers(loaded, trainer)
+    samples = _sample_answers(loaded, trainer, prompts)
     trainer.save_model()
     if trainer.is_world_process_zero():
         # PEFT also saves the frozen copy a continued adapter has for a reference; it belongs in checkpoints alone.
@@ -42,7 +47,7 @@ def finish(loaded: LoadedConfig, trainer: PreferenceTrainer, directory: RunDirec
 
 def _report(
     loaded: LoadedConfig,
-    trainer: PreferenceTrainer,
+    trainer: Trainer,
     directory: RunDirectory,
     results: dict[str, float],
     samples: list[dict[str, Any]],
@@ -58,7 +63,8 @@ def _report(
         saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
     )
     marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
-    plot_run(directory.metrics_path, directory.plot_path, title=f"{config.method} on {config.model}", marks=marks)
+    figure = {"title": f"{config.method} on {config.model}", "panels": PANELS_OF[config.program]}
+    plot_run(directory.metrics_path, directory.plot_path, marks=marks, **figure)
     location = config.hub_model_id if config.push_to_hub else str(directory.path)
     write_whole(directory.card_path, render_card(content_of_run(directory.sections(), location)))
     directory.record(status="finished")
@@ -69,7 +75,7 @@ def _report(
         print(f"uploaded to {url}")
 
 
-def _evaluate(trainer: PreferenceTrainer) -> dict[str, float]:
+def _evaluate(trainer: Trainer) -> dict[str, float]:
     if trainer.eval_dataset is None:
         return {}
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -79,16 +85,15 @@ def _evaluate(trainer: PreferenceTrainer) -> dict[str, float]:
     return {key: value for key, value in kept.items() if key not in ("epoch", "step")}
 
 
-def _sample_answers(loaded: LoadedConfig, trainer: PreferenceTrainer) -> list[dict[str, Any]]:
-    """Answers to the first held-out prompts; sharded models cannot generate here and say so."""
-    config, rows = loaded.config, trainer.eval_dataset
-    if config.num_samples == 0 or not isinstance(rows, Dataset):
+def _sample_answers(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Answers to held-out prompts; sharded models cannot generate here and say so."""
+    config = loaded.config
+    if config.num_samples == 0 or not prompts:
         return []
     if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3):
         if trainer.is_world_process_zero():
             print("no sample answers: the model is sharded; run scripts/evaluate.py on the result")
         return []
-    prompts = list(dict.fromkeys(tuple(ids) for ids in rows["prompt_ids"]))[: config.num_samples]
     tokenizer = trainer.processing_class
     samples = generate_samples(
         trainer.model,
@@ -104,7 +109,7 @@ def _sample(prompt: str, sample: Sample) -> dict[str, Any]:
     return {"prompt": prompt, **asdict(sample)}
 
 
-def _health(trainer: PreferenceTrainer) -> dict[str, Any]:
+def _health(trainer: Trainer) -> dict[str, Any]:
     (monitor,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, HealthMonitor))
     return monitor.summary()
 
@@ -112,7 +117,14 @@ def _health(trainer: PreferenceTrainer) -> dict[str, Any]:
 def _summary(directory: RunDirectory, results: Mapping[str, float], samples: list[dict[str, Any]]) -> str:
     lines = []
     if results:
-        shown = ("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen", "logratio/rejected")
+        shown = (
+            "loss",
+            "rewards/accuracies",
+            "rewards/margins",
+            "logratio/chosen",
+            "logratio/rejected",
+            "mean_token_accuracy",
+        )
         lines.append("held-out rows: " + ", ".join(f"{key} {results[key]:.4g}" for key in shown if key in results))
     for sample in samples:
         lines.append(f"sample: {sample['prompt']!r}\n     -> {sample['text']!r}{_remarks(sample)}")

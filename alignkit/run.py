@@ -1,23 +1,23 @@
-"""A preference run from top to bottom."""
+"""A run from top to bottom, one function a program."""
 
 from __future__ import annotations
 
-from alignkit import results, steps
-from alignkit.config import LoadedConfig, PreferenceConfig
+from typing import Any
+
+from alignkit import results, steps, steps_preference, steps_sft
+from alignkit.config import LoadedConfig, PreferenceConfig, SFTConfig
 from alignkit.config.check import flatten
-from alignkit.config.keys import base_keys, method_keys
+from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
 from alignkit.methods._preference import PreferenceTrainer
+from alignkit.methods._supervised import SupervisedTrainer
 
 
 def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrainer:
-    """Train as the configuration says: check the data, load the model, train, evaluate, save and report.
-
-    Called by every process of a launch. What the run leaves behind is in ``config.output_dir``.
+    """Train on preferences as the configuration says.
 
     Args:
-        config: A :class:`~alignkit.config.PreferenceConfig`, checked here, or what
-            :func:`~alignkit.config.load_config` returned, which also knows where each value comes from.
+        config: A :class:`~alignkit.config.PreferenceConfig`, or a loaded one; see :func:`train_sft`.
 
     Returns:
         The trainer after training.
@@ -25,22 +25,45 @@ def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrain
     Raises:
         AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
     """
-    loaded = config if isinstance(config, LoadedConfig) else _from_python(config)
+    return _train(config, steps_preference)
+
+
+def train_sft(config: SFTConfig | LoadedConfig) -> SupervisedTrainer:
+    """Train on supervised rows as the configuration says: check the data, load, train, evaluate, save and report.
+
+    Called by every process of a launch. What the run leaves behind is in ``config.output_dir``.
+
+    Args:
+        config: A :class:`~alignkit.config.SFTConfig`, checked here, or what :func:`~alignkit.config.load_config`
+            returned, which also knows where each value comes from.
+
+    Returns:
+        The trainer after training.
+
+    Raises:
+        AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
+    """
+    return _train(config, steps_sft)
+
+
+def _train(given: Any, own: Any) -> Any:
+    """The run itself; ``own`` holds the steps of the program."""
+    loaded = given if isinstance(given, LoadedConfig) else _from_python(given)
     config = loaded.config
     directory = steps.open_run_directory(loaded)
     with steps.failures_recorded(directory):
-        args = steps.training_arguments(config)
+        args = own.training_arguments(config)
         tokenizer = steps.load_tokenizer(config)
-        data = steps.prepare_data(config, args, tokenizer, directory)
-        trainer = steps.build_trainer(config, args, tokenizer, data, directory)
+        data = own.prepare_data(config, args, tokenizer, directory)
+        trainer = own.build_trainer(config, args, tokenizer, data, directory)
         steps.train(config, trainer, directory)
-        results.finish(loaded, trainer, directory)
+        results.finish(loaded, trainer, data.prompts, directory)
     return trainer
 
 
-def _from_python(config: PreferenceConfig) -> LoadedConfig:
+def _from_python(config: steps.RunConfig) -> LoadedConfig:
     config.validate()
-    keys = {**base_keys(config.program), **method_keys(config.method)}
+    keys = {**base_keys(config.program), **option_keys(config.method, config.gradient_rule)}
     values = flatten(config)
     unchanged = {name for name, key in keys.items() if not key.required and values[name] == key.default}
     return LoadedConfig(config, {name: DEFAULT if name in unchanged else "python" for name in values})

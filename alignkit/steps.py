@@ -1,61 +1,75 @@
-"""The steps of a preference run; ``alignkit.run`` takes them in order."""
+"""The steps that every program takes; ``steps_preference.py`` and ``steps_sft.py`` hold those of their own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from trl import DPOConfig
 
 from alignkit.callbacks.checkpoints import CheckpointGuard
 from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.metrics_log import MetricsLog
-from alignkit.callbacks.probe import DispersionProbe
 from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
-from alignkit.config import LoadedConfig, PreferenceConfig
-from alignkit.data.convert import to_candidate_rows
+from alignkit.config import LoadedConfig, PreferenceConfig, SFTConfig
 from alignkit.data.load import load_rows, split_held_out
-from alignkit.data.report import data_report
+from alignkit.data.report import SplitReport, data_report
 from alignkit.environment import environment
 from alignkit.errors import ConfigError, ModelError
 from alignkit.hub.upload import check_before_training
-from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-from alignkit.methods.method import load_method
 from alignkit.parametrizations import loading
 from alignkit.parametrizations.files import read_adapter
 from alignkit.parametrizations.lora import check_modules, lora_config, trainable_report
 from alignkit.run_directory import RunDirectory
 
-PASSED_THROUGH = (
+RunConfig = PreferenceConfig | SFTConfig
+
+_PASSED_THROUGH = (
     "output_dir seed data_seed num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim adam_beta1 adam_beta2 "
-    "adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing disable_dropout torch_compile dataloader_num_workers "
-    "logging_steps eval_strategy eval_steps save_strategy save_steps report_to use_cpu ddp_timeout pad_to_multiple_of"
+    "adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile dataloader_num_workers logging_steps "
+    "eval_strategy eval_steps save_strategy save_steps report_to use_cpu ddp_timeout pad_to_multiple_of "
+    "trust_remote_code"
 ).split()
 """Config keys that are TRL's own, handed on unchanged."""
 
 STREAM_BUFFER = 1000  # rows a stream is shuffled within; rows at hand are shuffled by the trainer, anew each epoch
 ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
 
+Rows = Dataset | IterableDataset
+
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Candidate rows of a run; ``evaluation`` is None where nothing is held out, its first rows are the probe."""
+    """Tokenised rows of a run.
 
-    train: Dataset | IterableDataset
-    evaluation: Dataset | IterableDataset | None
-    num_probe_rows: int
+    Attributes:
+        train: Training rows.
+        evaluation: Held-out rows, None where there are none.
+        prompts: Token ids of held-out prompts to answer in the report.
+    """
+
+    train: Rows
+    evaluation: Rows | None
+    prompts: list[tuple[int, ...]]
 
 
 def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
@@ -89,32 +103,28 @@ def failures_recorded(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
-def training_arguments(config: PreferenceConfig) -> DPOConfig:
-    """TRL's arguments; creating them also sets up the processes (and ZeRO-3, before a model is loaded).
+def common_arguments(config: RunConfig) -> dict[str, Any]:
+    """The arguments that TRL's trainers have in common."""
+    return {
+        **{key: getattr(config, key) for key in _PASSED_THROUGH},
+        "prediction_loss_only": True,
+        # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
+        "save_total_limit": None,
+        "save_only_model": False,
+        # A loss that is not finite must be seen, not averaged away.
+        "logging_nan_inf_filter": False,
+        "ignore_data_skip": False,
+    }
+
+
+def check_device(config: RunConfig, args: TrainingArguments) -> None:
+    """Refuse what needs an accelerator where there is none.
 
     Raises:
-        ConfigError: The config needs an accelerator and there is none.
+        ConfigError: Lists it.
     """
-    args = DPOConfig(
-        **{key: getattr(config, key) for key in PASSED_THROUGH},
-        precompute_ref_log_probs=config.reference == "precomputed",
-        precompute_ref_batch_size=config.reference_batch_size,
-        trust_remote_code=config.trust_remote_code,
-        max_length=None,
-        prediction_loss_only=True,
-        # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
-        save_total_limit=None,
-        save_only_model=False,
-        # A loss that is not finite must be seen, not averaged away.
-        logging_nan_inf_filter=False,
-        ignore_data_skip=False,
-    )
-    if args.device.type == "cpu":
-        _check_runs_on_cpu(config)
-    return args
-
-
-def _check_runs_on_cpu(config: PreferenceConfig) -> None:
+    if args.device.type != "cpu":
+        return
     problems = []
     if config.fp16:
         problems.append("`fp16: true`: float16 mixed precision needs an accelerator. Write bf16: true, or remove it")
@@ -125,7 +135,7 @@ def _check_runs_on_cpu(config: PreferenceConfig) -> None:
         raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
 
 
-def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, with the config's chat template if it names one.
 
     Raises:
@@ -147,50 +157,58 @@ def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def prepare_data(
-    config: PreferenceConfig, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, directory: RunDirectory
-) -> PreparedData:
-    """Load, check, tokenise and report on the rows; rank 0 first, so that the others read its cache.
+def load_splits(config: RunConfig) -> dict[str, Rows]:
+    """The rows as loaded: ``train``, and ``held-out`` where some are.
 
     Raises:
-        DataError: The rows cannot be trained on; all kinds of problem together.
+        DataError: They cannot be read.
     """
-    num_candidates = load_method(config.method).num_candidates
     seed = config.seed if config.data_seed is None else config.data_seed
-    common = {"column_map": config.column_map, "seed": seed}
-    with args.main_process_first(desc="data"):
-        limits = {"streaming": config.streaming, "max_rows": config.max_rows}
-        rows = load_rows(config.data, split=config.data_split, **limits, **common)
-        splits = {"train": rows.shuffle(seed=seed, buffer_size=STREAM_BUFFER) if config.streaming else rows}
-        if config.eval_data is not None:
-            limit = config.max_eval_rows
-            splits["held-out"] = load_rows(config.eval_data, split=config.eval_split, max_rows=limit, **common)
-        elif config.eval_fraction > 0:
-            splits["train"], splits["held-out"] = split_held_out(rows, config.eval_fraction, seed)
-        converted = {
-            name: to_candidate_rows(
-                split,
-                tokenizer,
-                max_length=config.max_length,
-                num_candidates=num_candidates,
-                max_dropped_fraction=config.max_dropped_fraction,
-                num_proc=config.dataset_num_proc,
-                name=name,
-                stop_token_ids=loading.generation_stop_ids(config.model, config.model_revision),
-            )
-            for name, split in splits.items()
-        }
+    family = config.row_family(vars(config))
+    common = {"column_map": config.column_map, "seed": seed, "family": family}
+    limits = {"streaming": config.streaming, "max_rows": config.max_rows}
+    rows = load_rows(config.data, split=config.data_split, **limits, **common)
+    splits = {"train": rows.shuffle(seed=seed, buffer_size=STREAM_BUFFER) if config.streaming else rows}
+    if config.eval_data is not None:
+        limit = config.max_eval_rows
+        splits["held-out"] = load_rows(config.eval_data, split=config.eval_split, max_rows=limit, **common)
+    elif config.eval_fraction > 0:
+        splits["train"], splits["held-out"] = split_held_out(rows, config.eval_fraction, seed, family)
+    return splits
+
+
+def convert_splits(
+    config: RunConfig, splits: Mapping[str, Rows], convert: Callable[..., tuple[Rows, SplitReport]]
+) -> dict[str, tuple[Rows, SplitReport]]:
+    """Every split converted by ``convert(rows, name=..., ...)``, with its report."""
+    stops = loading.generation_stop_ids(config.model, config.model_revision)
+    shared = {
+        "max_dropped_fraction": config.max_dropped_fraction,
+        "num_proc": config.dataset_num_proc,
+        "stop_token_ids": stops,
+    }
+    return {name: convert(split, name=name, **shared) for name, split in splits.items()}
+
+
+def report_data(
+    converted: Mapping[str, tuple[Rows, SplitReport]],
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    directory: RunDirectory,
+) -> None:
+    """Print and record what the rows are, and refuse those that would not do what was asked.
+
+    Raises:
+        DataError: A check fails.
+    """
     report = data_report(converted, tokenizer)
     if args.process_index == 0:
         report.print_to(sys.stdout)
     directory.record(data=report.to_dict())
     report.raise_for_failures()
-    evaluation = converted["held-out"][0] if "held-out" in converted else None
-    num_probe_rows = min(config.probe_rows, len(evaluation)) if evaluation is not None and config.probe_steps else 0
-    return PreparedData(converted["train"][0], evaluation, num_probe_rows)
 
 
-def load_model(config: PreferenceConfig, path: str, revision: str | None = None) -> PreTrainedModel:
+def load_model(config: RunConfig, path: str, revision: str | None = None) -> PreTrainedModel:
     """Load the policy or a reference as the config describes it; a trainer places it.
 
     Raises:
@@ -208,7 +226,7 @@ def load_model(config: PreferenceConfig, path: str, revision: str | None = None)
     )
 
 
-def load_policy(config: PreferenceConfig) -> PreTrainedModel | PeftModel:
+def load_policy(config: RunConfig) -> PreTrainedModel | PeftModel:
     """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it."""
     model = load_model(config, config.model, config.model_revision)
     if config.adapter is None:
@@ -216,79 +234,15 @@ def load_policy(config: PreferenceConfig) -> PreTrainedModel | PeftModel:
     return loading.load_adapter(model, read_adapter(config.adapter), is_trainable=True)
 
 
-def build_trainer(
-    config: PreferenceConfig,
-    args: DPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    directory: RunDirectory,
-) -> PreferenceTrainer:
-    """Load the models and put the trainer together with its callbacks."""
-    method = load_method(config.method)
-    model = load_policy(config)
-    ref_model = _load_reference(config, tokenizer)
-    new_adapter = config.parametrization == "lora" and config.adapter is None
-    if new_adapter:
-        check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
-    cache = None if config.reference_cache is None else Path(config.reference_cache)
-    health = HealthMonitor(asdict(config.method_options) | {"learning_rate": config.learning_rate})
-    trainer = PreferenceTrainer(
-        model,
-        args,
-        method=method,
-        options=config.method_options,
-        settings=BridgeSettings(layout=config.layout, max_length=config.max_length, reference_cache=cache),
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        processing_class=tokenizer,
-        ref_model=ref_model,
-        peft_config=_lora_config(config) if new_adapter else None,
-        callbacks=[MetricsLog(directory.metrics_path), health, CheckpointGuard(config.save_total_limit)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ShortProgress())
-    trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
-    if data.num_probe_rows:
-        probe = trainer.eval_dataset.select(range(data.num_probe_rows))
-        trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))
-    directory.record(batch_layout=asdict(trainer.layout), trainable=asdict(trainable_report(trainer.model)))
-    if args.process_index == 0:
-        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable_report(trainer.model)}")
-    return trainer
+def new_adapter(config: RunConfig, model: PreTrainedModel | PeftModel) -> Any:
+    """The configuration of the adapter to be made, or None where none is.
 
-
-def train(config: PreferenceConfig, trainer: PreferenceTrainer, directory: RunDirectory) -> None:
-    """Train, from the last complete checkpoint when resuming; after the last step nothing is left but the report."""
-    checkpoint = directory.last_complete_checkpoint() if config.resume else None
-    if checkpoint is not None and trainer.is_world_process_zero():
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        is_done = state.global_step >= state.max_steps
-        left = f": all {state.max_steps} steps are done, only the report is written again" if is_done else ""
-        print(f"resuming from {checkpoint}{left}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def _load_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-    """The reference where it is a model of its own. The policy's token ids must mean the same to it."""
-    wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
-    if "reference" not in load_method(config.method).needs or not (wants_copy or config.reference_model):
+    Raises:
+        ModelError: It names modules that the model does not have.
+    """
+    if config.parametrization != "lora" or config.adapter is not None:
         return None
-    if config.reference_model is None:
-        return load_model(config, config.model, config.model_revision)
-    reference = loading.load_tokenizer(config.reference_model, trust_remote_code=config.trust_remote_code)
-    theirs = reference.get_vocab()
-    different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
-    if different:
-        raise ModelError(
-            f"the reference model {config.reference_model!r} has other token ids than {config.model!r}: "
-            f"{len(different)} tokens differ, such as {different[0]!r}. Write a reference_model with the same "
-            "tokenizer, or remove it to take the starting model."
-        )
-    return load_model(config, config.reference_model)
-
-
-def _lora_config(config: PreferenceConfig) -> Any:
+    check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
     return lora_config(
         r=config.lora_r,
         alpha=config.lora_alpha,
@@ -298,3 +252,37 @@ def _lora_config(config: PreferenceConfig) -> Any:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def run_callbacks(config: RunConfig, directory: RunDirectory) -> list[TrainerCallback]:
+    """The log, the health monitor and the guard of the checkpoints."""
+    health = HealthMonitor(asdict(config.method_options) | {"learning_rate": config.learning_rate})
+    return [MetricsLog(directory.metrics_path), health, CheckpointGuard(config.save_total_limit)]
+
+
+def introduce(trainer: Trainer, directory: RunDirectory, **sections: Any) -> None:
+    """Set up what a trainer prints, record what it trains, and say so.
+
+    Args:
+        trainer: The trainer.
+        directory: Where it is recorded.
+        **sections: More for ``run.json``.
+    """
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgress())
+    trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
+    directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)
+    if trainer.is_world_process_zero():
+        print(trainable_report(trainer.model))
+
+
+def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
+    """Train, from the last complete checkpoint when resuming; after the last step nothing is left but the report."""
+    checkpoint = directory.last_complete_checkpoint() if config.resume else None
+    if checkpoint is not None and trainer.is_world_process_zero():
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        is_done = state.global_step >= state.max_steps
+        left = f": all {state.max_steps} steps are done, only the report is written again" if is_done else ""
+        print(f"resuming from {checkpoint}{left}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

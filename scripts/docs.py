@@ -1,6 +1,6 @@
-"""Write the tables in README.md and docs/ that repeat what the code says: methods, options, metrics, keys, rules.
+"""Write the tables in README.md and docs/ that repeat what the code says: methods, gradient rules, options, keys.
 
-    python scripts/docs.py            regenerate (make docs); a method without a page gets one
+    python scripts/docs.py            regenerate (make docs); a method or gradient rule without a page gets one
     python scripts/docs.py --check    change nothing, list what is out of date and exit with status 1
 
 A table stands between ``<!-- begin generated: NAME ARGUMENT -->`` and ``<!-- end generated -->``.
@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from alignkit.config.compatibility import RULES
-from alignkit.config.keys import Key, base_keys, method_keys
+from alignkit.config.keys import Key, base_keys, method_keys, rule_keys
 from alignkit.config.rules import IgnoredKeys, Rule
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import AlignkitError
+from alignkit.gradients.rule import load_rule, rule_names
 from alignkit.methods.method import load_method, method_names
 from alignkit.programs import run_program
 from alignkit.shipped import recipe_names, recipe_path
@@ -51,6 +52,7 @@ METHOD_PAGE = """\
 <!-- begin generated: method-docstring {name} -->
 <!-- end generated -->
 """
+RULE_PAGE = METHOD_PAGE.replace("generated: method-", "generated: rule-")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -75,13 +77,42 @@ def method_head(name: str) -> str:
     """The opening paragraph of a method's page."""
     method = load_method(name)
     number = "any number of" if method.num_candidates is None else method.num_candidates
+    rows = f"{number} completions a row" if method.program == "preference" else "supervised rows"
     return (
         f"{method.summary}\n\n"
         f"- Paper: [{method.paper.title}]({method.paper.url})\n"
         f"- Fidelity: {method.fidelity}\n"
-        f"- Needs: {', '.join([*sorted(method.needs), f'{number} completions a row'])}\n"
+        f"- Needs: {', '.join([*sorted(method.needs), rows])}\n"
         f"- Program: `trainers/{method.program}.py`\n"
     )
+
+
+def rules_table() -> str:
+    """All gradient rules: what each does, its paper, how sure we are of it."""
+    rows = []
+    for rule in map(load_rule, rule_names()):
+        paper = f"[{rule.paper.title}]({rule.paper.url})"
+        rows.append([f"[`{rule.name}`](../gradients/{rule.name}.md)", rule.summary, paper, rule.fidelity])
+    return table(["rule", "what it does", "paper", "fidelity"], rows)
+
+
+def rule_head(name: str) -> str:
+    """The opening paragraph of a gradient rule's page."""
+    rule = load_rule(name)
+    evaluations = "two a micro-batch" if rule.displacement else "one a micro-batch, as without a rule"
+    return (
+        f"{rule.summary}\n\n"
+        f"- Paper: [{rule.paper.title}]({rule.paper.url})\n"
+        f"- Fidelity: {rule.fidelity}\n"
+        f"- Forward and backward passes: {evaluations}\n"
+        "- How rules work, and where: [gradient rules](../concepts/gradient_rules.md)\n"
+    )
+
+
+def rule_docstring(name: str) -> str:
+    """Equation, symbols, deviations and fidelity, as the rule states them."""
+    rule = load_rule(name)
+    return f"```text\n{inspect.cleandoc((rule.edit or rule.decay).__doc__ or '')}\n```\n"
 
 
 def keys_table(keys: Iterable[Key]) -> str:
@@ -121,6 +152,20 @@ def all_keys() -> str:
     return "\n".join(f"### {section}\n\n{keys_table(group)}" for section, group in groups)
 
 
+def own_keys(program: str) -> str:
+    """The keys of a program that preference runs do not have, or have with another default or meaning."""
+    common = base_keys("preference")
+    own = [key for name, key in base_keys(program).items() if name not in common or key.info != common[name].info]
+    return keys_table(key for key in own if key.name not in ("method", "gradient_rule"))
+
+
+def supervised_metrics() -> str:
+    """What the supervised bridge logs."""
+    from alignkit.methods._supervised import METRICS
+
+    return metrics_table(METRICS.items())
+
+
 def recipes() -> str:
     """Shipped recipes with the first line of their header."""
     headers = {name: recipe_path(name).read_text().partition("\n")[0] for name in recipe_names()}
@@ -152,10 +197,19 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "method-head": method_head,
     "method-metrics": method_metrics,
     "method-options": lambda name: keys_table(method_keys(name).values()),
+    "own-keys": own_keys,
     "probe-metrics": probe_metrics,
     "recipes": recipes,
     "results": results,
+    "rule-docstring": rule_docstring,
+    "rule-head": rule_head,
+    "rule-metrics": lambda name: (
+        metrics_table(load_rule(name).metrics.items()) if load_rule(name).metrics else "None.\n"
+    ),
+    "rule-options": lambda name: keys_table(rule_keys(name).values()),
     "rules": rules,
+    "rules-table": rules_table,
+    "supervised-metrics": supervised_metrics,
 }
 
 
@@ -181,10 +235,11 @@ def pages() -> list[Path]:
     return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
-def missing_pages() -> list[Path]:
-    """Pages of methods that have none."""
-    wanted = [REPOSITORY / "docs" / "methods" / f"{name}.md" for name in method_names()]
-    return [page for page in wanted if not page.exists()]
+def missing_pages() -> dict[Path, str]:
+    """Pages that methods and gradient rules have not got yet, and what they begin as."""
+    wanted = {REPOSITORY / "docs" / "methods" / f"{name}.md": METHOD_PAGE for name in method_names()}
+    wanted |= {REPOSITORY / "docs" / "gradients" / f"{name}.md": RULE_PAGE for name in rule_names()}
+    return {page: template for page, template in wanted.items() if not page.exists()}
 
 
 def main() -> int:
@@ -194,8 +249,8 @@ def main() -> int:
     check = parser.parse_args().check
     stale = [f"{page.relative_to(REPOSITORY)} is missing" for page in missing_pages()]
     if not check:
-        for page in missing_pages():
-            page.write_text(METHOD_PAGE.format(name=page.stem))
+        for page, template in missing_pages().items():
+            page.write_text(template.format(name=page.stem))
     for page in pages():
         text = regenerate(page)
         if text != page.read_text():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,8 +13,18 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from alignkit.callbacks.card_equations import method_text, rule_text
+from alignkit.gradients.rule import GradientRule, load_rule
 from alignkit.methods.method import Method, load_method
 
+_LENGTHS_SHOWN = {
+    "prompt": "tokens a prompt",
+    "completion": "tokens a completion",
+    "row": "tokens a row",
+    "trained": "trained tokens a row",
+}
+_HOW = {"preference": "tuned on preferences with", "sft": "fine-tuned with"}
+"""What a program does to a model, in words."""
 _CACHED_MODEL = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 
 
@@ -27,6 +35,7 @@ class CardContent:
     Attributes:
         name: Title.
         method: The method trained with.
+        gradient_rule: What was done to its gradient; None is nothing.
         base_model: Directory or Hub id the run started from, as the user wrote it.
         location: Where the result is loaded from: the run directory, or the Hub id it is published under.
         is_adapter: Whether a PEFT adapter was trained, rather than the whole model.
@@ -45,6 +54,7 @@ class CardContent:
     location: str
     is_adapter: bool
     config: Mapping[str, Mapping[str, Any]]
+    gradient_rule: GradientRule | None = None
     datasets: Sequence[str] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -90,9 +100,11 @@ def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
     base_model, data = config["model"]["value"], config["data"]["value"]
     sources = [data] if isinstance(data, str) else [item if isinstance(item, str) else item["path"] for item in data]
     results = sections.get("results")
+    rule = config.get("gradient_rule", {}).get("value")
     return CardContent(
         name=_name(location),
         method=load_method(config["method"]["value"]),
+        gradient_rule=None if rule is None else load_rule(rule),
         base_model=base_model,
         location=location,
         is_adapter=config["parametrization"]["value"] == "lora",
@@ -109,11 +121,12 @@ def _row_counts(splits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The data report of each split in a few lines."""
     counts = {}
     for split in splits:
-        prompt, completion = split["lengths"]["prompt"], split["lengths"]["completion"]
         counts[f"{split['name']}: rows used, of those read"] = f"{split['num_rows']} of {split['num_rows_in']}"
         counts[f"{split['name']}: rows cut at max_length"] = f"{split['num_truncated_rows']}"
-        counts[f"{split['name']}: tokens a prompt, median and longest"] = f"{prompt['50 %']}, {prompt['max']}"
-        counts[f"{split['name']}: tokens a completion"] = f"{completion['50 %']}, {completion['max']}"
+        for what, lengths in split["lengths"].items():
+            if what in _LENGTHS_SHOWN:
+                found = f"{lengths['50 %']}, {lengths['max']}"
+                counts[f"{split['name']}: {_LENGTHS_SHOWN[what]}, median and longest"] = found
     return counts
 
 
@@ -126,12 +139,13 @@ def render_card(content: CardContent) -> str:
     sections = {
         "": _introduction(content),
         "Loading": _loading(content),
-        "Method": _method(content.method),
+        "Method": method_text(content.method),
+        "Gradient rule": rule_text(content.gradient_rule),
         "Results": _results(content),
         "Training data": _training_data(content),
         "Options": _options(content),
         "Versions": _table(("package", "version"), [(k, v) for k, v in content.versions.items() if v is not None]),
-        "Citation": f"```bibtex\n{content.method.paper.citation.strip()}\n```",
+        "Citation": f"```bibtex\n{_citations(content)}\n```",
     }
     body = [f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text]
     return f"---\n{_metadata(content).to_yaml()}\n---\n\n# {content.name}\n\n" + "\n\n".join(body) + "\n"
@@ -145,7 +159,13 @@ def _metadata(content: CardContent) -> ModelCardData:
         library_name="peft" if content.is_adapter else "transformers",
         pipeline_tag="text-generation",
         datasets=datasets or None,
-        tags=["alignkit", "trl", content.method.name, *(["lora"] if content.is_adapter else [])],
+        tags=[
+            "alignkit",
+            "trl",
+            content.method.name,
+            *([content.gradient_rule.name] if content.gradient_rule else []),
+            *(["lora"] if content.is_adapter else []),
+        ],
     )
 
 
@@ -155,7 +175,7 @@ def _introduction(content: CardContent) -> str:
     what = f"A LoRA adapter for {named}" if content.is_adapter else f"{named[0].upper()}{named[1:]}"
     method = content.method
     text = (
-        f"{what}, tuned on preferences with `{method.name}` ([{method.paper.title}]({method.paper.url})) by alignkit. "
+        f"{what}, {_HOW[method.program]} `{method.name}` ([{method.paper.title}]({method.paper.url})) by alignkit. "
         f"{method.summary}"
     )
     if content.warnings:
@@ -190,35 +210,9 @@ def _python(lines: Sequence[str], model: str, location: str) -> str:
     )
 
 
-def _method(method: Method) -> str:
-    equation = loss_equation(method.name)
-    return (
-        f"{equation}\n\nThe symbols are explained in the docstring of `alignkit.losses.{method.name}`.\n\n"
-        f"Fidelity: {method.fidelity}."
-    )
-
-
-def loss_equation(method: str) -> str:
-    """The paragraph "Equation (...)::" of a loss docstring, as Markdown.
-
-    Args:
-        method: Method name; by convention its loss is ``alignkit.losses.<method>.<method>_loss``.
-    """
-    loss = vars(importlib.import_module(f"alignkit.losses.{method}"))[f"{method}_loss"]
-    lines = inspect.cleandoc(loss.__doc__).split("\n")
-    start = next(i for i, line in enumerate(lines) if line.startswith("Equation"))
-    head_end = next(i for i in range(start, len(lines)) if lines[i].endswith("::"))
-    block = []
-    for line in lines[head_end + 1 :]:
-        if line and not line.startswith(" "):
-            break
-        block.append(line)
-    return (
-        " ".join(lines[start : head_end + 1]).removesuffix(":")
-        + "\n\n```\n"
-        + inspect.cleandoc("\n".join(block))
-        + "\n```"
-    )
+def _citations(content: CardContent) -> str:
+    papers = [content.method.paper, *([content.gradient_rule.paper] if content.gradient_rule else [])]
+    return "\n\n".join(paper.citation.strip() for paper in papers)
 
 
 def _results(content: CardContent) -> str:
@@ -243,6 +237,7 @@ def _training_data(content: CardContent) -> str:
 def _options(content: CardContent) -> str:
     """What was chosen and the method's own options in sight; the other defaults folded away."""
     own = {f.name for f in fields(content.method.options)}
+    own |= {f.name for f in fields(content.gradient_rule.options)} if content.gradient_rule else set()
     shown = {key: e for key, e in content.config.items() if key in own or e["source"] != "default"}
     header = ("option", "value", "source")
     folded = [(key, _value(e["value"]), "default") for key, e in content.config.items() if key not in shown]

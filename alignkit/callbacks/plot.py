@@ -1,4 +1,4 @@
-"""One figure that shows what a preference run did to the model."""
+"""One figure that shows what a run did to the model."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class Panel:
 
 
 PER_TOKEN = "log-ratio a token"
+LOSS_PANEL = Panel("Loss and gradient norm", "loss", (Curve("loss", "loss", BLUE),))
 PANELS = (
     Panel(
         "Likelihood",
@@ -90,12 +91,24 @@ PANELS = (
         (Curve("grad_ratio_log_per_token", "gradient ratio", PURPLE),),
         lines=(0.0,),
     ),
-    Panel("Loss and gradient norm", "loss", (Curve("loss", "loss", BLUE),)),
+    LOSS_PANEL,
 )
+SUPERVISED_PANELS = (
+    Panel("Trained tokens that are the likeliest", "fraction", (Curve("mean_token_accuracy", "accuracy", BLUE),)),
+    Panel("Entropy of the next token", "nats", (Curve("entropy", "entropy", PURPLE),)),
+    LOSS_PANEL,
+)
+PANELS_OF = {"preference": PANELS, "sft": SUPERVISED_PANELS}
+"""The panels of each program's figure; the gradient norm is drawn in the last."""
 
 
 def plot_run(
-    metrics_path: Path, output_path: Path, *, title: str | None = None, marks: Mapping[str, int] | None = None
+    metrics_path: Path,
+    output_path: Path,
+    *,
+    title: str | None = None,
+    marks: Mapping[str, int] | None = None,
+    panels: Sequence[Panel] = PANELS,
 ) -> None:
     """Draw ``plot.png`` from ``metrics.jsonl``; what was not logged is said to be missing.
 
@@ -104,12 +117,14 @@ def plot_run(
         output_path: PNG to write, atomically.
         title: Headline, such as the method and the model.
         marks: Labelled steps, such as the verdicts of the health monitor, drawn as vertical lines.
+        panels: What is drawn, three in a row.
     """
     entries = [with_ratios_per_token(entry) for entry in read_metrics(metrics_path)]
-    figure = Figure(figsize=(15, 8.2), layout="constrained")
+    num_lines = len(panels) // 3
+    figure = Figure(figsize=(15, 4.1 * num_lines), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    for panel, ax in zip(PANELS, axes.flat, strict=True):
+    axes = figure.subplots(num_lines, 3)
+    for panel, ax in zip(panels, axes.flat, strict=True):
         _draw_panel(ax, panel, entries)
         for step in (marks or {}).values():
             ax.axvline(step, color=RED, linewidth=1.0, linestyle="--", alpha=0.7)

@@ -13,6 +13,7 @@ from alignkit.config.preference import PreferenceConfig
 from alignkit.config.program import help_text, parse_program_arguments
 from alignkit.config.recipes import find_recipe
 from alignkit.config.rules import IgnoredKeys, Rule
+from alignkit.config.sft import SFTConfig
 
 __all__ = [
     "RULES",
@@ -20,6 +21,7 @@ __all__ = [
     "LoadedConfig",
     "PreferenceConfig",
     "Rule",
+    "SFTConfig",
     "find_recipe",
     "help_text",
     "json_schema",

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from alignkit.config.base import ProgramConfig
 from alignkit.config.compatibility import RULES
 from alignkit.config.data_files import check_data
-from alignkit.config.keys import PROGRAMS, base_keys, method_keys, methods_with
+from alignkit.config.keys import PROGRAMS, Key, base_keys, method_keys, methods_with, rule_keys, rules_with
 from alignkit.config.model_files import check_model_files, check_packages
-from alignkit.config.names import explain_unknown
-from alignkit.config.preference import PreferenceConfig
+from alignkit.config.names import explain_rule_option, explain_unknown
 from alignkit.config.settings import Entry, Origin, Settings
 from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
+from alignkit.gradients.rule import load_rule
 from alignkit.methods.method import load_method
 
 
-def build_config(settings: Settings, headline: str, *, check_files: bool) -> PreferenceConfig:
+def build_config(settings: Settings, headline: str, *, check_files: bool) -> ProgramConfig:
     """The config object of ``settings``.
 
     Args:
@@ -30,7 +32,8 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Pre
     """
     _check_names(settings)
     _check_values(settings)
-    options = _method_options(settings)
+    options = _options(settings, "method", settings.method, load_method, method_keys)
+    gradient = _options(settings, "gradient_rule", settings.gradient_rule, load_rule, rule_keys)
     for rule in RULES:
         rule.check(settings)
     if check_files:
@@ -41,10 +44,10 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Pre
         ordered = sorted(settings.problems, key=lambda problem: problem.origin.order)
         raise ConfigError(headline, [str(problem) for problem in ordered])
     base = {name: settings.values[name] for name in base_keys(settings.program)}
-    return PROGRAMS[settings.program](**base, method_options=options)
+    return PROGRAMS[settings.program](**base, method_options=options, gradient_options=gradient)
 
 
-def validate_config(config: PreferenceConfig) -> None:
+def validate_config(config: ProgramConfig) -> None:
     """Check a config made in Python; what differs from the default counts as set by the user.
 
     Raises:
@@ -54,12 +57,11 @@ def validate_config(config: PreferenceConfig) -> None:
     origin = Origin(name)
     entries = {key: Entry(value, origin) for key, value in flatten(config).items()}
     settings = Settings(config.program, origin, entries)
-    expected = load_method(settings.method).options if settings.method else object
-    if settings.method and not isinstance(config.method_options, expected):
-        given = type(config.method_options).__name__
-        settings.report(
-            "method", f"takes {expected.__name__}, not {given}", f"Write method_options={expected.__name__}()"
-        )
+    if settings.method:
+        _check_class(settings, "method", load_method(settings.method).options, "method_options", config.method_options)
+    expected = load_rule(settings.gradient_rule).options if settings.gradient_rule else type(None)
+    if settings.gradient_rule or config.gradient_rule is None:
+        _check_class(settings, "gradient_rule", expected, "gradient_options", config.gradient_options)
     settings.entries = {
         key: entry
         for key, entry in entries.items()
@@ -68,19 +70,35 @@ def validate_config(config: PreferenceConfig) -> None:
     build_config(settings, f"{name} cannot work", check_files=True)
 
 
-def flatten(config: PreferenceConfig) -> dict[str, Any]:
-    """All values by key, the method's options beside the others, in the order of the sections."""
+def flatten(config: ProgramConfig) -> dict[str, Any]:
+    """All values by key, the options of method and gradient rule beside the others, in the order of the sections."""
     values = {name: getattr(config, name) for name in base_keys(config.program)}
-    options = config.method_options
-    return {**values, **({f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {})}
+    for options in (config.method_options, config.gradient_options):
+        if is_dataclass(options):
+            values |= {f.name: getattr(options, f.name) for f in fields(options)}
+    return values
+
+
+def _check_class(settings: Settings, key: str, expected: type, argument: str, given: Any) -> None:
+    """Options of another method or rule would be read as far as their names agree."""
+    if not isinstance(given, expected):
+        wanted = "None" if expected is type(None) else f"{expected.__name__}()"
+        settings.report(key, f"takes {wanted.strip('()')}, not {type(given).__name__}", f"Write {argument}={wanted}")
 
 
 def _check_names(settings: Settings) -> None:
+    chosen_rule = settings.entries.get("gradient_rule")
+    rule_is_wrong = chosen_rule is not None and chosen_rule.value is not None and settings.gradient_rule is None
     for name in [name for name in settings.entries if name not in settings.keys]:
-        # The options of a method that is itself wrong or missing are judged once that is mended.
-        if settings.method is not None or not methods_with(settings.program, name):
-            why, fix = explain_unknown(settings.program, settings.method, name, settings.entries[name].value)
-            settings.report(name, why, fix)
+        # The options of a method or rule that is itself wrong or missing are judged once that is mended.
+        if settings.method is None and methods_with(settings.program, name):
+            continue
+        if rules_with(name):
+            if not rule_is_wrong:
+                settings.report(name, *explain_rule_option(settings.gradient_rule, name))
+            continue
+        value = settings.entries[name].value
+        settings.report(name, *explain_unknown(settings.program, settings.method, name, value, settings.gradient_rule))
 
 
 def _check_values(settings: Settings) -> None:
@@ -97,14 +115,14 @@ def _check_values(settings: Settings) -> None:
             settings.values[name] = key.default
 
 
-def _method_options(settings: Settings) -> Any:
-    """The method's options; an options class may refuse combinations by raising ValueError."""
-    if settings.method is None or not all(name in settings.values for name in method_keys(settings.method)):
+def _options(
+    settings: Settings, key: str, name: str | None, load: Callable[[str], Any], keys: Callable[[str], Mapping[str, Key]]
+) -> Any:
+    """The options of the chosen method or rule; an options class may refuse combinations by raising ValueError."""
+    if name is None or not all(option in settings.values for option in keys(name)):
         return None
     try:
-        return load_method(settings.method).options(
-            **{name: settings.values[name] for name in method_keys(settings.method)}
-        )
+        return load(name).options(**{option: settings.values[option] for option in keys(name)})
     except ValueError as error:
-        settings.report("method", f"cannot take these options: {error}", "Change one of them")
+        settings.report(key, f"cannot take these options: {error}", "Change one of them")
         return None

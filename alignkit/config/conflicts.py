@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from alignkit.config.rules import Rule, no_heldout_rows
+from alignkit.gradients.rule import load_rule
 
 _OUTPUT_HEAD = "lm_head"
 
@@ -22,6 +23,10 @@ def _bad_pattern(modules: str | list[str]) -> bool:
     except re.error:
         return True
     return False
+
+
+def _edits_gradients(rule: str | None) -> bool:
+    return rule is not None and load_rule(rule).edit is not None
 
 
 _HEAD_WHY = "log-probs are computed from lm_head.weight directly, so what is trained there would never be used"
@@ -184,6 +189,35 @@ CONFLICTS: tuple[Rule, ...] = (
         lambda c: c.eval_strategy != "no" and no_heldout_rows(c),
         "there are no held-out rows to evaluate on",
         "Write eval_data: FILE, or eval_fraction: 0.05, or eval_strategy: no",
+    ),
+    # --- gradient rule -----------------------------------------------------------------------------------------------
+    Rule(
+        "gradient rule with fp16",
+        ("gradient_rule", "fp16"),
+        lambda c: _edits_gradients(c.gradient_rule) and c.fp16,
+        "a rule takes its gradients without the loss scaling that float16 needs",
+        "Write bf16: true, or remove fp16",
+    ),
+    Rule(
+        "gradient rule with torch.compile",
+        ("gradient_rule", "torch_compile"),
+        lambda c: _edits_gradients(c.gradient_rule) and c.torch_compile,
+        "a compiled model does not see displaced weights",
+        "Remove torch_compile, or the gradient rule",
+    ),
+    Rule(
+        "gradient rule with half-precision weights that train",
+        ("gradient_rule", "dtype", "parametrization"),
+        lambda c: c.gradient_rule is not None and c.dtype in ("bfloat16", "float16") and c.parametrization == "full",
+        "rounding to half precision swallows displacements and pulls of the size a rule makes",
+        "Write dtype: float32 and bf16: true, which computes in bfloat16 and keeps the weights in float32",
+    ),
+    Rule(
+        "gradient rule on LoRA with full fine-tuning",
+        ("rule_targets", "gradient_rule", "parametrization"),
+        lambda c: c.rule_targets == "lora" and c.parametrization == "full",
+        "there are no LoRA factors to edit the gradient of",
+        "Write rule_targets: all, or parametrization: lora",
     ),
     # --- run -------------------------------------------------------------------------------------------------------
     Rule(

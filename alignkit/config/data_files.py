@@ -1,4 +1,4 @@
-"""Check that the data a config names is there and has the columns of preference rows.
+"""Check that the data a config names is there and has the columns its program reads.
 
 Only what can be seen at once is checked: local files, their first rows, and the names of columns. Hub data sets and all
 further rows are checked when they are loaded.
@@ -11,21 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, peek, peek_saved
+from alignkit.config.keys import PROGRAMS
 from alignkit.config.model_files import has_similar_entry, looks_like_path, nearest_entry
 from alignkit.config.settings import Settings
-from alignkit.data.columns import KNOWN_COLUMNS, nearest_name
-from alignkit.data.schema import detect_kind
+from alignkit.data.columns import RowFamily, nearest_name
 from alignkit.errors import DataError
-from alignkit.methods.method import load_method
-
-_FORMS = (
-    "Expected prompt, chosen, rejected; or chosen, rejected with a shared beginning; or prompt, completions, scores"
-)
 
 
 def check_data(settings: Settings) -> None:
     """Report what is wrong with ``data``, ``eval_data`` and ``column_map``."""
-    column_map = _column_map(settings)
+    family = PROGRAMS[settings.program].row_family(settings.values)
+    column_map = _column_map(settings, family.columns)
     for key, split_key in (("data", "data_split"), ("eval_data", "eval_split")):
         if settings.values.get(key) is None:
             continue
@@ -39,7 +35,7 @@ def check_data(settings: Settings) -> None:
                 settings.report(key, fault.why, fault.fix)
                 continue
             if head is not None and column_map is not None:
-                _check_columns(settings, key, source["path"], head, column_map)
+                _check_columns(settings, key, source["path"], head, column_map, family)
 
 
 def source_list(value: Any) -> list[dict[str, Any]]:
@@ -100,16 +96,14 @@ def _saved_head(folder: Path, split: str) -> Head | None:
     return peek_saved(folder) if (folder / "state.json").is_file() else None
 
 
-def _column_map(settings: Settings) -> Mapping[str, str] | None:
+def _column_map(settings: Settings, known: Sequence[str]) -> Mapping[str, str] | None:
     """The column map, None if it could fit no data at all."""
     column_map: Mapping[str, str] = settings.values.get("column_map", {})
-    foreign = [ours for ours in column_map if ours not in KNOWN_COLUMNS]
+    foreign = [ours for ours in column_map if ours not in known]
     for ours in foreign:
         theirs = column_map[ours]
-        turned = (
-            f"; if {theirs} is to be read from {ours}, write {{{theirs}: {ours}}}" if theirs in KNOWN_COLUMNS else ""
-        )
-        advice = f"Ours are {', '.join(KNOWN_COLUMNS)}{turned}"
+        turned = f"; if {theirs} is to be read from {ours}, write {{{theirs}: {ours}}}" if theirs in known else ""
+        advice = f"Ours are {', '.join(known)}{turned}"
         settings.report("column_map", f"names {ours}, which is not a column of ours", advice)
     wanted = list(column_map.values())
     repeated = sorted({theirs for theirs in wanted if wanted.count(theirs) > 1})
@@ -119,7 +113,9 @@ def _column_map(settings: Settings) -> Mapping[str, str] | None:
     return None if foreign or repeated or "column_map" not in settings.values else column_map
 
 
-def _check_columns(settings: Settings, key: str, name: str, head: Head, column_map: Mapping[str, str]) -> None:
+def _check_columns(
+    settings: Settings, key: str, name: str, head: Head, column_map: Mapping[str, str], family: RowFamily
+) -> None:
     found = f"columns found: {', '.join(head.columns)}"
     missing = [(ours, theirs) for ours, theirs in column_map.items() if theirs not in head.columns]
     for ours, theirs in missing:
@@ -129,10 +125,10 @@ def _check_columns(settings: Settings, key: str, name: str, head: Head, column_m
     if missing:
         return
     try:
-        detect_kind(*_renamed(head, column_map), name=name, num_candidates=_num_candidates(settings))
+        family.detect(*_renamed(head, column_map), name=name)
     except DataError as error:
         for problem in error.problems:
-            settings.report(key, f"({name}): {problem.rstrip('.')}", _FORMS)
+            settings.report(key, f"({name}): {problem.rstrip('.')}", family.expected)
 
 
 def _renamed(head: Head, column_map: Mapping[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -141,7 +137,3 @@ def _renamed(head: Head, column_map: Mapping[str, str]) -> tuple[list[str], list
     names = {column: ours.get(column, column) for column in head.columns if column in ours or column not in column_map}
     rows = [{name: row.get(column) for column, name in names.items()} for row in head.rows]
     return list(names.values()), rows
-
-
-def _num_candidates(settings: Settings) -> int | None:
-    return load_method(settings.method).num_candidates if settings.method else None

@@ -47,6 +47,14 @@ IGNORED: tuple[IgnoredKeys, ...] = (
         under=("reference",),
     ),
     IgnoredKeys(
+        "packing_strategy without packing",
+        ("packing_strategy",),
+        lambda c: not c.packing,
+        "rows are not packed",
+        "write packing: true",
+        under=("packing",),
+    ),
+    IgnoredKeys(
         "options of eval_data without it",
         ("eval_split", "max_eval_rows"),
         lambda c: c.eval_data is None,
@@ -125,6 +133,14 @@ IGNORED: tuple[IgnoredKeys, ...] = (
         "this optimizer does not read it",
         "write optim: adamw_torch",
         under=("optim",),
+    ),
+    IgnoredKeys(
+        "gradient rule in a warm-up that there is not",
+        ("rule_in_warmup",),
+        lambda c: c.warmup_steps == 0,
+        "there is no warm-up",
+        "write warmup_steps: 0.05",
+        under=("warmup_steps",),
     ),
     IgnoredKeys(
         "sample length without samples",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
-from alignkit.config.keys import Key, base_keys, method_keys, program_methods
+from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.values import is_union
-from alignkit.methods.method import load_method
+from alignkit.gradients.rule import GradientRule, load_rule, rule_names
+from alignkit.methods.method import Method, load_method
 
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null"}
 _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 
 
 def json_schema(program: str) -> dict[str, Any]:
-    """The schema of ``program``: its keys, and those of the method once ``method`` names one.
+    """The schema of ``program``: its keys, and those of method and gradient rule once these are named.
 
     Args:
         program: Launch program, such as ``preference``.
@@ -26,15 +28,19 @@ def json_schema(program: str) -> dict[str, Any]:
         "type": "object",
         "properties": {name: _property(key) for name, key in keys.items()},
         "required": [name for name, key in keys.items() if key.required],
-        "allOf": [_method_schema(method) for method in program_methods(program)],
+        "allOf": [
+            *(_own(method, "method", load_method(method), method_keys(method)) for method in program_methods(program)),
+            *(_own(rule, "gradient_rule", load_rule(rule), rule_keys(rule)) for rule in rule_names()),
+        ],
         "unevaluatedProperties": False,
     }
 
 
-def _method_schema(method: str) -> dict[str, Any]:
-    options = {name: _property(key) for name, key in method_keys(method).items()}
-    condition = {"properties": {"method": {"const": method}}, "required": ["method"]}
-    return {"if": condition, "then": {"description": load_method(method).summary, "properties": options}}
+def _own(name: str, chosen_by: str, part: Method | GradientRule, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The keys that are there once ``chosen_by`` is ``name``."""
+    options = {key: _property(declared) for key, declared in keys.items()}
+    condition = {"properties": {chosen_by: {"const": name}}, "required": [chosen_by]}
+    return {"if": condition, "then": {"description": part.summary, "properties": options}}
 
 
 def _property(key: Key) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which keys a program takes, read off its config dataclass and the option dataclasses of its methods."""
+"""Which keys a program takes, read off its config dataclass and the options of methods and gradient rules."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
 from typing import Any, get_type_hints
 
+from alignkit.config.base import ProgramConfig
 from alignkit.config.preference import PreferenceConfig
-from alignkit.config.sections import MethodSection, Section
+from alignkit.config.sections import GradientSection, MethodSection, Section
+from alignkit.config.sft import SFTConfig
+from alignkit.gradients.rule import load_rule, rule_names
 from alignkit.methods.method import load_method, method_names
 from alignkit.options import OptionInfo
 
-PROGRAMS: Mapping[str, type[PreferenceConfig]] = {"preference": PreferenceConfig}
+PROGRAMS: Mapping[str, type[ProgramConfig]] = {config.program: config for config in (PreferenceConfig, SFTConfig)}
 """Launch program to its config class."""
 
 
@@ -53,7 +56,8 @@ def base_keys(program: str) -> Mapping[str, Key]:
     sections = [base for base in PROGRAMS[program].__bases__ if issubclass(base, Section)]
     keys = {key.name: key for section in sections for key in _declared(section, section.title)}
     names = program_methods(program)
-    keys["method"] = replace(keys["method"], info=replace(keys["method"].info, choices=tuple(names)))
+    for key, choices in (("method", names), ("gradient_rule", tuple(rule_names()))):
+        keys[key] = replace(keys[key], info=replace(keys[key].info, choices=choices))
     return keys
 
 
@@ -61,6 +65,17 @@ def base_keys(program: str) -> Mapping[str, Key]:
 def method_keys(method: str) -> Mapping[str, Key]:
     """Keys of one method's own options."""
     return {key.name: key for key in _declared(load_method(method).options, f"{MethodSection.title} {method}")}
+
+
+@cache
+def rule_keys(rule: str) -> Mapping[str, Key]:
+    """Keys of one gradient rule's own options."""
+    return {key.name: key for key in _declared(load_rule(rule).options, f"{GradientSection.title} {rule}")}
+
+
+def option_keys(method: str | None, rule: str | None) -> dict[str, Key]:
+    """Keys of the options of a method and of a gradient rule, as far as these are known."""
+    return {**(method_keys(method) if method else {}), **(rule_keys(rule) if rule else {})}
 
 
 @cache
@@ -72,6 +87,11 @@ def program_methods(program: str) -> tuple[str, ...]:
 def methods_with(program: str, key: str) -> list[str]:
     """Methods of ``program`` that have an option called ``key``."""
     return [name for name in program_methods(program) if key in method_keys(name)]
+
+
+def rules_with(key: str) -> list[str]:
+    """Gradient rules that have an option called ``key``."""
+    return [name for name in rule_names() if key in rule_keys(name)]
 
 
 def _declared(cls: type, section: str) -> list[Key]:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config.check import build_config, flatten
-from alignkit.config.keys import Key, base_keys, method_keys, program_methods
+from alignkit.config.keys import Key, base_keys, method_keys, option_keys, program_methods, rule_keys
 from alignkit.config.overrides import UNSET, read_overrides
-from alignkit.config.preference import PreferenceConfig
 from alignkit.config.recipes import find_recipe
 from alignkit.config.settings import COMMAND_LINE, DEFAULT, Entry, Origin, Settings
 from alignkit.config.values import show
 from alignkit.config.yaml_file import read_entries
 from alignkit.config.yaml_schema import dump_yaml
+from alignkit.gradients.rule import rule_names
 
 PATH_KEYS = ("model", "reference_model", "adapter", "chat_template", "output_dir", "reference_cache")
 """Keys in which a leading ``~`` stands for the home directory, as in a shell."""
@@ -27,11 +27,11 @@ class LoadedConfig:
     """A checked config.
 
     Attributes:
-        config: The values.
+        config: The values, an instance of the program's config class.
         sources: Key to ``default``, ``c.yaml:12`` or ``command line``.
     """
 
-    config: PreferenceConfig
+    config: Any
     sources: Mapping[str, str]
 
     def effective(self) -> dict[str, dict[str, Any]]:
@@ -46,7 +46,8 @@ class LoadedConfig:
     def render(self) -> str:
         """A table of all keys, values and sources, by section."""
         values = flatten(self.config)
-        keys = {**base_keys(self.config.program), **method_keys(self.config.method)}
+        own = option_keys(self.config.method, self.config.gradient_rule)
+        keys = {**base_keys(self.config.program), **own}
         ordered = [key for section in _sections(keys) for key in values if keys[key].section == section]
         shown = {key: show(values[key]) for key in ordered}
         key_width, value_width = max(map(len, ordered)), max(map(len, shown.values()))
@@ -92,18 +93,18 @@ def load_config(
 
 
 def _sections(keys: Mapping[str, Key]) -> list[str]:
-    """Section titles in order, the method's options right behind the method."""
+    """Section titles in order, the options of method and gradient rule right behind these."""
     titles = list(dict.fromkeys(key.section for key in keys.values()))
-    own = [title for title in titles if title.startswith("Method ")]
-    position = titles.index("Method") + 1
-    rest = [title for title in titles if title not in own]
-    return rest[:position] + own + rest[position:]
+    heads = [title for title in ("Method", "Gradient rule") if title in titles]
+    own = [title for title in titles if any(title.startswith(f"{head} ") for head in heads)]
+    return [t for title in titles if title not in own for t in (title, *(o for o in own if o.startswith(f"{title} ")))]
 
 
 def _all_keys(program: str) -> dict[str, Key]:
-    """Keys of the program and of any of its methods, to read the command line before the method is known."""
+    """Keys of the program, its methods and all gradient rules, to read the command line before these are known."""
     methods = {name: key for method in program_methods(program) for name, key in method_keys(method).items()}
-    return {**methods, **base_keys(program)}
+    rules = {name: key for rule in rule_names() for name, key in rule_keys(rule).items()}
+    return {**rules, **methods, **base_keys(program)}
 
 
 def _display(file: Path) -> str:

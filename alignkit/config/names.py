@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, NamedTuple
 
-from alignkit.config.keys import base_keys, method_keys, methods_with, program_methods
+from alignkit.config.keys import base_keys, method_keys, methods_with, program_methods, rule_keys, rules_with
 
 _LAUNCHER_FILES = {
     "zero_stage: 3": "zero3.yaml",
@@ -79,8 +79,20 @@ def is_launcher_key(name: str) -> bool:
     return name in _LAUNCHER_KEYS or name.startswith(_LAUNCHER_PREFIXES)
 
 
-def explain_unknown(program: str, method: str | None, name: str, value: Any) -> Explanation:
-    """What is wrong with a key that is neither one of ``program`` nor of ``method``."""
+def explain_rule_option(rule: str | None, name: str) -> Explanation:
+    """What is wrong with an option of a gradient rule under ``rule``, which is another one or none."""
+    owners = rules_with(name)
+    listed = f"{', '.join(owners)} {'have' if len(owners) > 1 else 'has'} it"
+    if rule is None:
+        why = f"is an option of gradient rules, and there is none; {listed}"
+        return Explanation(why, f"Remove it or write gradient_rule: {owners[0]}")
+    own = ", ".join(rule_keys(rule)) or "none"
+    why = f"is not an option of gradient rule {rule}; {listed}"
+    return Explanation(why, f"Remove it or write gradient_rule: {owners[0]} (options of {rule}: {own})")
+
+
+def explain_unknown(program: str, method: str | None, name: str, value: Any, rule: str | None = None) -> Explanation:
+    """What is wrong with a key that is neither one of ``program`` nor of ``method`` or ``rule``."""
     name = name.strip()
     owners = methods_with(program, name)
     if owners and method is not None:
@@ -95,15 +107,15 @@ def explain_unknown(program: str, method: str | None, name: str, value: Any) -> 
     negated = plain.removeprefix("no_")
     if negated != plain and negated in base_keys(program):
         return Explanation("is not a key", f"Write {negated}: false (--{negated} false)")
-    near = _nearest(program, method, plain)
+    near = _nearest(program, method, rule, plain)
     if near:
         return Explanation("is not a known key", f"Did you mean {near}?")
     return Explanation("is not a known key", f"Remove it; `trainers/{program}.py --help` lists the keys")
 
 
-def _nearest(program: str, method: str | None, name: str) -> str | None:
+def _nearest(program: str, method: str | None, rule: str | None, name: str) -> str | None:
     own = method_keys(method) if method else {k: v for m in program_methods(program) for k, v in method_keys(m).items()}
-    candidates = [*own, *base_keys(program)]
+    candidates = [*own, *(rule_keys(rule) if rule else ()), *base_keys(program)]
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     return close[0] if close else None
 

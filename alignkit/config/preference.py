@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from alignkit.config.base import ProgramConfig
 from alignkit.config.sections import (
     DataSection,
+    GradientSection,
     LayoutSection,
     MethodSection,
     ModelSection,
@@ -14,13 +17,17 @@ from alignkit.config.sections import (
     ReferenceSection,
 )
 from alignkit.config.training import (
+    DropoutSection,
     HardwareSection,
     HubSection,
     LoggingSection,
     OptimizationSection,
+    ProbeSection,
     ReportSection,
     RunSection,
 )
+from alignkit.data.columns import RowFamily
+from alignkit.data.schema import preference_rows
 from alignkit.methods.method import load_method, method_names
 
 
@@ -30,36 +37,25 @@ class PreferenceConfig(
     ParametrizationSection,
     DataSection,
     MethodSection,
+    GradientSection,
     ReferenceSection,
     LayoutSection,
     RunSection,
     OptimizationSection,
+    DropoutSection,
     HardwareSection,
     LoggingSection,
+    ProbeSection,
     ReportSection,
     HubSection,
+    ProgramConfig,
 ):
-    """Everything a preference run depends on.
-
-    The keys are those of the config files. ``method_options`` holds the method's own, as an instance of its options
-    class; left out, it takes the method's defaults. Nothing is checked on construction: :meth:`validate` reports all
-    problems at once.
-    """
+    """Everything a preference run depends on; see :class:`~alignkit.config.base.ProgramConfig`."""
 
     program: ClassVar[str] = "preference"
 
-    method_options: Any = None
-
-    def __post_init__(self) -> None:
-        if self.method_options is None and self.method in method_names():
-            object.__setattr__(self, "method_options", load_method(self.method).options())
-
-    def validate(self) -> None:
-        """Check every value, every combination, and the files named here.
-
-        Raises:
-            ConfigError: Lists all problems.
-        """
-        from alignkit.config.check import validate_config
-
-        validate_config(self)
+    @staticmethod
+    def row_family(values: Mapping[str, Any]) -> RowFamily:
+        """Preference rows; with a method that takes pairs alone, pairs."""
+        method = values.get("method")
+        return preference_rows(load_method(method).num_candidates if method in method_names() else None)

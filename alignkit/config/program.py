@@ -5,11 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from alignkit.config.keys import Key, base_keys, method_keys, program_methods
+from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.load import LoadedConfig, load_config
 from alignkit.config.overrides import split_overrides
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import ConfigError
+from alignkit.gradients.rule import load_rule, rule_names
 from alignkit.methods.method import load_method
 from alignkit.shipped import recipe_names
 
@@ -80,6 +81,8 @@ def help_text(program: str) -> str:
         lines += [line for key in keys for line in _describe(key)]
         if any(key.name == "method" for key in keys):
             lines += [line for method in program_methods(program) for line in _describe_method(method)]
+        if any(key.name == "gradient_rule" for key in keys):
+            lines += [line for rule in rule_names() for line in _describe_rule(rule)]
     return "\n".join(lines)
 
 
@@ -87,6 +90,13 @@ def _describe_method(method: str) -> Iterator[str]:
     yield ""
     yield f"Method {method}: {load_method(method).summary}"
     for key in method_keys(method).values():
+        yield from _describe(key)
+
+
+def _describe_rule(rule: str) -> Iterator[str]:
+    yield ""
+    yield from textwrap.wrap(f"Gradient rule {rule}: {load_rule(rule).summary}", _WIDTH)
+    for key in rule_keys(rule).values():
         yield from _describe(key)
 
 

@@ -135,12 +135,59 @@ class DataSection(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SupervisedDataSection(DataSection):
+    """Which rows are trained on and held out, and which of their tokens."""
+
+    max_length: int = option(
+        1024,
+        ge=2,
+        help="Longest row, in tokens: rows are cut there, and dropped if nothing trained is left.",
+        source=TRL,
+    )
+    completion_only_loss: bool | None = option(
+        None,
+        help="Train the completions alone, or with false the prompts too; null trains the completions where rows have "
+        "prompt and completion, and whole rows elsewhere.",
+        source=TRL,
+    )
+    assistant_only_loss: bool = option(False, help="Train the assistant's turns of messages alone.", source=TRL)
+    packing: bool = option(
+        False,
+        help="Fill every row up to max_length with several examples, which do not see each other: less padding. It "
+        "needs attention that knows their boundaries: eager, sdpa, flex_attention or, fastest, flash_attention_2.",
+        source=TRL,
+    )
+    packing_strategy: str = option(
+        "bfd",
+        choices=("bfd", "bfd_split"),
+        help="bfd cuts examples at max_length, bfd_split goes on with the rest of them as further examples.",
+        source=TRL,
+    )
+    pad_to_multiple_of: int | None = option(
+        None, ge=1, help="Round row lengths up to a multiple of this.", source="alignkit (TRL 1.16: auto)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodSection(Section):
     """The objective. The options of the chosen method stand beside it, in the same file, at the same level."""
 
     title: ClassVar[str] = "Method"
 
     method: str = option(help="Objective to train with; its own options are keys beside this one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSection(Section):
+    """What is done to the gradient. The options of the chosen rule stand beside it, like those of the method."""
+
+    title: ClassVar[str] = "Gradient rule"
+
+    gradient_rule: str | None = option(
+        None,
+        help="What is done to the gradient before the optimizer sees it; its own options are keys beside this one. "
+        "null leaves it as it is.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignkit.config.keys import Key, base_keys, method_keys, program_methods
+from alignkit.config.keys import Key, base_keys, option_keys, program_methods
 from alignkit.config.values import show
+from alignkit.gradients.rule import rule_names
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
@@ -73,10 +74,15 @@ class Settings:
         return entry.value if entry is not None and entry.value in program_methods(self.program) else None
 
     @property
+    def gradient_rule(self) -> str | None:
+        """The gradient rule, where there is one and it is a known one."""
+        entry = self.entries.get("gradient_rule")
+        return entry.value if entry is not None and entry.value in rule_names() else None
+
+    @property
     def keys(self) -> Mapping[str, Key]:
-        """Keys this configuration may set: the program's and, once the method is known, its own."""
-        own = method_keys(self.method) if self.method else {}
-        return {**base_keys(self.program), **own}
+        """Keys this configuration may set: the program's and, once method and gradient rule are known, theirs."""
+        return {**base_keys(self.program), **option_keys(self.method, self.gradient_rule)}
 
     def is_set(self, key: str) -> bool:
         """Whether the user asked for something with ``key``: null, false, zero and empty switch off and ask nothing."""

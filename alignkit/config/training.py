@@ -61,7 +61,27 @@ class OptimizationSection(Section):
     adam_beta2: float = option(0.999, ge=0, lt=1, help="AdamW decay of the variance.", source=TRANSFORMERS)
     adam_epsilon: float = option(1e-8, gt=0, help="AdamW epsilon.", source=TRANSFORMERS)
     max_grad_norm: float = option(1.0, ge=0, help="Clip the gradient norm to this; 0 is off.", source=TRANSFORMERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutSection(Section):
+    """Dropout, which would tell a policy from its reference where they are the same."""
+
+    title: ClassVar[str] = OptimizationSection.title
+
     disable_dropout: bool = option(True, help="Switch off all dropout, LoRA's included.", source=TRL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedOptimizationSection(OptimizationSection):
+    """Length of training, batch size and optimizer, of supervised rows."""
+
+    per_device_train_batch_size: int = option(
+        8, ge=1, help="Rows per device and micro-batch; with packing, packed rows.", source=TRANSFORMERS
+    )
+    learning_rate: float = option(
+        2e-5, gt=0, help="Peak learning rate. LoRA usually wants 10 times the default.", source=TRL
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +124,8 @@ class LoggingSection(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSection(Section):
-    """What is looked at besides the loss."""
+class ProbeSection(Section):
+    """Where likelihood goes while training."""
 
     title: ClassVar[str] = "Report"
 
@@ -116,6 +136,14 @@ class ReportSection(Section):
         "well where no rows are held out (eval_data, eval_fraction).",
     )
     probe_steps: int = option(10, ge=0, help="Steps between two scorings of the probe rows; 0 is off.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSection(Section):
+    """What is looked at besides the loss."""
+
+    title: ClassVar[str] = "Report"
+
     num_samples: int = option(4, ge=0, help="Prompts answered for the final report; 0 is off.")
     sample_max_new_tokens: int = option(64, ge=1, help="Longest answer in the final report, in tokens.")
 

@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 LIST_COLUMNS = ("prompt", "completions", "scores")
+COMPLETION_COLUMNS = ("prompt", "completion")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-KNOWN_COLUMNS = tuple(dict.fromkeys(PAIR_COLUMNS + LIST_COLUMNS + TEMPLATE_COLUMNS))
+
+
+class Form(NamedTuple):
+    """Columns of one form of rows; an optional one is missed only where another column looks like it."""
+
+    columns: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+PREFERENCE_FORMS = (Form(PAIR_COLUMNS, optional=("prompt",)), Form(LIST_COLUMNS))
+SUPERVISED_FORMS = (Form(COMPLETION_COLUMNS), Form(("messages",)), Form(("text",)))
+
+
+def columns_of(forms: Sequence[Form]) -> tuple[str, ...]:
+    """Every column that rows of these forms are read from, those of the chat template included."""
+    return tuple(dict.fromkeys([*(name for form in forms for name in form.columns), *TEMPLATE_COLUMNS]))
+
+
+@dataclass(frozen=True)
+class RowFamily:
+    """What the rows of a program may look like.
+
+    Attributes:
+        forms: Their forms.
+        expected: The forms in words, for an error.
+        detect: ``(columns, head, name=...)`` to the kind of the rows; raises DataError for any other.
+        prompt_of: What two rows share that must not be told apart between training and held-out rows.
+    """
+
+    forms: tuple[Form, ...]
+    expected: str
+    detect: Callable[..., Any]
+    prompt_of: Callable[[Mapping[str, Any]], Any]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return columns_of(self.forms)
+
 
 _OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "input", "context"),
     "chosen": ("preferred", "winner", "accepted", "response_chosen", "chosen_response", "best"),
     "rejected": ("dispreferred", "loser", "response_rejected", "rejected_response", "worst"),
+    "completion": ("response", "answer", "output", "target", "solution"),
+    "messages": ("conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
+    "text": ("content", "document", "body"),
     "completions": ("responses", "candidates", "solutions", "answers", "generations"),
     "scores": ("rewards", "ratings", "labels", "ranks"),
 }
@@ -30,19 +74,24 @@ def nearest_name(wanted: str, available: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(wanted, available, n=1, cutoff=0.6) + synonyms), None)
 
 
-def missing_columns(columns: Sequence[str]) -> list[str]:
+def missing_columns(columns: Sequence[str], forms: Sequence[Form] = PREFERENCE_FORMS) -> list[str]:
     """One problem for each column missing from the form that the columns, or names like them, come closest to.
 
     Args:
         columns: Names in the data, which complete no form.
+        forms: The forms there are.
     """
-    spare = [name for name in columns if name not in KNOWN_COLUMNS]
-    near = {name: nearest_name(name, spare) for name in KNOWN_COLUMNS}
-    wanted = max(PAIR_COLUMNS, LIST_COLUMNS, key=lambda form: sum(name in columns or bool(near[name]) for name in form))
+    known = columns_of(forms)
+    spare = [name for name in columns if name not in known]
+    near = {name: nearest_name(name, spare) for name in known}
+
+    def share_found(form: Form) -> float:
+        return sum(name in columns or bool(near[name]) for name in form.columns) / len(form.columns)
+
+    wanted = max(forms, key=share_found)
     problems = []
-    for column in wanted:
-        # A pair may do without a prompt column, unless one looks like it.
-        if column in columns or (wanted is PAIR_COLUMNS and column == "prompt" and not near[column]):
+    for column in wanted.columns:
+        if column in columns or (column in wanted.optional and not near[column]):
             continue
         advice = (
             f" Did you mean {near[column]!r}? Write column_map: {{{column}: {near[column]}}}." if near[column] else ""
@@ -59,7 +108,7 @@ def misnamed_prompt(columns: Sequence[str]) -> str | None:
     Args:
         columns: Names in the data.
     """
-    near = nearest_name("prompt", [column for column in columns if column not in KNOWN_COLUMNS])
+    near = nearest_name("prompt", [column for column in columns if column not in columns_of(PREFERENCE_FORMS)])
     if near is None:
         return None
     return (

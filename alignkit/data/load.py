@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from alignkit.data.columns import KNOWN_COLUMNS, nearest_name
+from alignkit.data.columns import RowFamily, nearest_name
 from alignkit.data.mixture import mix
 from alignkit.data.readers import Source, is_csv, open_source, parse_json_cells
-from alignkit.data.schema import RowKind, detect_kind, split_shared_prefix
+from alignkit.data.schema import preference_rows
 from alignkit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 HEAD_ROWS = 64
 """Rows looked at to recognise the form of a source, and checked up front when streaming."""
+
+PREFERENCE_ROWS = preference_rows()
 
 SourceSpec = str | Mapping[str, Any]
 
@@ -38,6 +40,7 @@ def load_rows(
     streaming: bool = False,
     seed: int = 0,
     max_rows: int | None = None,
+    family: RowFamily = PREFERENCE_ROWS,
 ) -> Dataset | IterableDataset:
     """Load the rows of one or several sources.
 
@@ -49,19 +52,20 @@ def load_rows(
         streaming: Read lazily.
         seed: Seed of the mixture.
         max_rows: Keep at most so many rows: the first of a single source, a random sample of a mixture.
+        family: What the rows may look like.
 
     Returns:
-        Rows with the columns of one form of :mod:`alignkit.data.schema`; other columns are dropped and logged.
+        Rows with the columns of one form of ``family``; other columns are dropped and logged.
 
     Raises:
         DataError: A source cannot be read, lacks columns, holds no row, or does not fit the others.
     """
     parsed = parse_sources(sources, split)
-    loaded = _load_all(parsed, column_map or {}, streaming)
+    loaded = _load_all(parsed, column_map or {}, streaming, family)
     if len(parsed) == 1:
         dataset = loaded[0][0]
     else:
-        dataset = mix(parsed, loaded, seed)
+        dataset = mix(parsed, loaded, seed, family.columns)
     if max_rows is None:
         return dataset
     return dataset.take(max_rows) if streaming else dataset.select(range(min(max_rows, len(dataset))))
@@ -99,13 +103,16 @@ def parse_sources(sources: SourceSpec | Sequence[SourceSpec], split: str = "trai
     return parsed
 
 
-def split_held_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def split_held_out(
+    dataset: Dataset, fraction: float, seed: int, family: RowFamily = PREFERENCE_ROWS
+) -> tuple[Dataset, Dataset]:
     """Split off rows for evaluation; no prompt is in both parts.
 
     Args:
         dataset: Rows as loaded, or candidate rows.
         fraction: Share of rows to hold out, between 0 and 1.
         seed: Seed of the choice.
+        family: What the rows look like.
 
     Returns:
         (training rows, held-out rows), each in the original order.
@@ -117,7 +124,7 @@ def split_held_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Datase
         raise DataError("rows to hold out", ["streamed rows cannot be split: give eval_data, or streaming: false"])
     rows_of: dict[str, list[int]] = {}
     for index, row in enumerate(dataset):
-        rows_of.setdefault(_prompt_key(row), []).append(index)
+        rows_of.setdefault(json.dumps(family.prompt_of(row), sort_keys=True), []).append(index)
     groups = list(rows_of.values())
     held_out: list[int] = []
     for group in np.random.default_rng(seed).permutation(len(groups)):
@@ -149,13 +156,13 @@ def first_rows(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict
 
 
 def _load_all(
-    sources: Sequence[Source], column_map: Mapping[str, str], streaming: bool
-) -> list[tuple[Dataset | IterableDataset, RowKind]]:
+    sources: Sequence[Source], column_map: Mapping[str, str], streaming: bool, family: RowFamily
+) -> list[tuple[Dataset | IterableDataset, Any]]:
     """Every source with the form of its rows; what is wrong with any of them is reported together."""
     loaded, problems = [], []
     for source in sources:
         try:
-            loaded.append(_load_source(source, column_map, streaming))
+            loaded.append(_load_source(source, column_map, streaming, family))
         except DataError as error:
             if len(sources) == 1:
                 raise
@@ -166,29 +173,33 @@ def _load_all(
 
 
 def _load_source(
-    source: Source, column_map: Mapping[str, str], streaming: bool
-) -> tuple[Dataset | IterableDataset, RowKind]:
+    source: Source, column_map: Mapping[str, str], streaming: bool, family: RowFamily
+) -> tuple[Dataset | IterableDataset, Any]:
     dataset = open_source(source, streaming=streaming)
     _, columns = first_rows(dataset, source.path)
-    dataset, columns = _rename(dataset, columns, column_map, source.path)
+    dataset, columns = _rename(dataset, columns, column_map, source.path, family.columns)
     if is_csv(source.path):
         dataset = _parse_csv_lists(dataset, columns, source.path)
     head, _ = first_rows(dataset, source.path)
-    kind = detect_kind(columns, head, name=source.path)
-    ignored = [name for name in columns if name not in KNOWN_COLUMNS]
+    kind = family.detect(columns, head, name=source.path)
+    ignored = [name for name in columns if name not in family.columns]
     if ignored:
         logger.warning("%s: columns not used and dropped: %s", source.path, ", ".join(ignored))
     return dataset.remove_columns(ignored), kind
 
 
 def _rename(
-    dataset: Dataset | IterableDataset, columns: list[str], column_map: Mapping[str, str], name: str
+    dataset: Dataset | IterableDataset,
+    columns: list[str],
+    column_map: Mapping[str, str],
+    name: str,
+    known: Sequence[str],
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """Give the columns our names; a column that already has a name claimed by another one is dropped."""
     problems = []
     for ours, theirs in column_map.items():
-        if ours not in KNOWN_COLUMNS:
-            problems.append(f"column_map: {ours!r} is not a column of ours; ours are {', '.join(KNOWN_COLUMNS)}")
+        if ours not in known:
+            problems.append(f"column_map: {ours!r} is not a column of ours; ours are {', '.join(known)}")
         elif theirs not in columns:
             near = nearest_name(theirs, columns)
             advice = f"Did you mean {near!r}? " if near else ""
@@ -215,11 +226,3 @@ def _parse_csv_lists(dataset: Dataset | IterableDataset, columns: Sequence[str],
     # The parsed cells replace columns of text: removing those lets datasets infer the new types.
     arguments = {"columns": lists, "name": name}
     return dataset.map(parse_json_cells, batched=True, with_indices=True, fn_kwargs=arguments, remove_columns=lists)
-
-
-def _prompt_key(row: Mapping[str, Any]) -> str:
-    """A text that is equal for rows with the same prompt."""
-    if "prompt_ids" in row:
-        return str(row["prompt_ids"])
-    prompt = row["prompt"] if "prompt" in row else split_shared_prefix(row["chosen"], row["rejected"])[0]
-    return json.dumps(prompt, sort_keys=True)

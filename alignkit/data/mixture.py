@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
 
-from alignkit.data.columns import KNOWN_COLUMNS
 from alignkit.data.readers import Source
-from alignkit.data.schema import RowKind
 from alignkit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +25,10 @@ _JSON_FEATURES = Features({"row": Value("string")})
 
 
 def mix(
-    sources: Sequence[Source], loaded: Sequence[tuple[Dataset | IterableDataset, RowKind]], seed: int
+    sources: Sequence[Source],
+    loaded: Sequence[tuple[Dataset | IterableDataset, Any]],
+    seed: int,
+    columns: Sequence[str],
 ) -> Dataset | IterableDataset:
     """Mix the rows of several sources.
 
@@ -35,11 +36,12 @@ def mix(
         sources: The sources, all with a weight or all without.
         loaded: The rows of each, and their form.
         seed: Seed of the draw and of the order.
+        columns: Every column the rows may have.
 
     Raises:
         DataError: The sources hold rows of different forms or types, or a weight leaves a source no row.
     """
-    datasets = _aligned(sources, loaded)
+    datasets = _aligned(sources, loaded, columns)
     weights = np.array([source.weight or 0.0 for source in sources])
     shares = weights / weights.sum() if weights.any() else None
     if isinstance(datasets[0], IterableDataset):
@@ -64,7 +66,7 @@ def mix(
     return concatenate_datasets(datasets).shuffle(seed=seed)
 
 
-def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, RowKind]]) -> list[Any]:
+def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, Any]], columns: Sequence[str]) -> list[Any]:
     """The datasets with the same column types; an error when their rows are of different forms."""
     datasets = [dataset for dataset, _ in loaded]
     if len({kind for _, kind in loaded}) > 1:
@@ -73,7 +75,7 @@ def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, RowKind]]) -
         raise DataError(f"the sources hold rows of different forms ({advice})", forms)
     if isinstance(datasets[0], IterableDataset):
         # Streams have no types to align: rows travel through the mixture as JSON, so any two may follow each other.
-        return [d.map(_to_json, remove_columns=list(KNOWN_COLUMNS), features=_JSON_FEATURES) for d in datasets]
+        return [d.map(_to_json, remove_columns=list(columns), features=_JSON_FEATURES) for d in datasets]
     types: dict[str, Any] = {}
     for source, dataset in zip(sources, datasets, strict=True):
         for column, feature in dataset.features.items():

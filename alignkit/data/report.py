@@ -6,22 +6,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.templates import Check, check_conversion
+from alignkit.data.templates import Check
 from alignkit.errors import DataError
 
 QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
-
-IDENTICAL = "candidates are identical"
-EQUAL_SCORES = "all scores are equal"
-NO_ROOM = "prompt alone fills max_length"
-EQUAL_AFTER_CUT = "candidates are equal after truncation"
-LOST_PROMPT = "tokenised text does not begin with the prompt"
-NO_TOKENS = "a completion has no tokens"
 
 ROWS_CHECKED = 4
 TEXT_SHOWN = 800
@@ -30,26 +23,34 @@ _COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m", "trained":
 _PLAIN = "\033[0m"
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What happened to the rows of one split on the way to candidate rows.
+Spans = list[tuple[str, bool]]
+"""Pieces of text, each with whether its tokens are trained."""
+
+
+class Example(Protocol):
+    """One row as the model sees it; a dataclass, so that it can be recorded."""
+
+    def labelled(self) -> list[tuple[str, Spans]]:
+        """Label and spans of each part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitReport:
+    """What happened to the rows of one split on the way to token ids; a family of rows adds what it counts.
 
     Attributes:
         name: The split.
         kind: Form of the rows.
-        max_length: Limit on prompt + completion, tokens, or None.
+        max_length: Limit on a row, tokens, or None.
         num_rows_in, num_rows: Rows before and after.
         dropped: Rows dropped, by cause.
-        num_truncated_rows: Rows kept of which at least one completion is cut.
-        num_truncated_completions: Completions cut, in rows kept.
-        lengths: Quantiles of ``prompt``, ``completion`` and their sum before truncation, over all rows, tokens.
-        candidates_per_row: Rows kept for each number of candidates.
-        mean_score_gap: Mean over the rows kept of highest minus lowest score (1 for chosen/rejected pairs).
+        num_truncated_rows: Rows kept that are cut.
+        lengths: Quantiles of every kind of length before truncation, over all rows, tokens.
         recommended_max_length: Holds 95 % of the rows whole and drops no more than the fraction allowed.
         ignored_columns: Columns that are not read.
         num_cut_prompts: Rows whose tokenised prompt is not a prefix of prompt + completion.
         cut_prompt_end: What such a prompt lost; an example.
-        num_whole_completions: Untruncated completions of rows kept.
+        num_whole_completions: Untruncated completions of rows kept; a row without a prompt is one.
         num_stopped_completions: Those of them that end in a stop token.
         text_after_stop: Template text after a stop token; an example.
         unstopped_end: The end of a completion without a stop token; an example.
@@ -64,10 +65,7 @@ class ConversionReport:
     num_rows: int
     dropped: dict[str, int]
     num_truncated_rows: int
-    num_truncated_completions: int
     lengths: dict[str, dict[str, int]]
-    candidates_per_row: dict[int, int]
-    mean_score_gap: float
     recommended_max_length: int
     ignored_columns: tuple[str, ...]
     num_cut_prompts: int
@@ -84,18 +82,31 @@ class ConversionReport:
         """Rows dropped for any cause."""
         return sum(self.dropped.values())
 
-    @property
-    def num_without_preference(self) -> int:
-        """Rows dropped because their candidates are the same text or have the same score."""
-        return self.dropped.get(IDENTICAL, 0) + self.dropped.get(EQUAL_SCORES, 0)
+    def sizes(self) -> dict[int, int]:
+        """Rows kept by their number of candidates, where that varies."""
+        return {}
 
+    def details(self) -> dict[str, str]:
+        """What the table of counts says beside rows read, dropped, kept and cut."""
+        return {}
 
-@dataclass(frozen=True)
-class Example:
-    """One row as the model sees it: the prompt, and the candidates with their labels."""
+    def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
+        """The checks of this split.
 
-    prompt: str
-    completions: tuple[tuple[str, str], ...]
+        Args:
+            tokenizer: The tokenizer it was converted with.
+            rows: A few converted rows.
+        """
+        raise NotImplementedError
+
+    def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+        """A converted row as the model sees it.
+
+        Args:
+            row: The row.
+            tokenizer: The tokenizer it was converted with.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class DataReport:
         example: The first row of the first split.
     """
 
-    splits: tuple[ConversionReport, ...]
+    splits: tuple[SplitReport, ...]
     checks: dict[str, list[Check]]
     example: Example
 
@@ -146,30 +157,19 @@ class DataReport:
 
 
 def data_report(
-    splits: Mapping[str, tuple[Dataset | IterableDataset, ConversionReport]], tokenizer: PreTrainedTokenizerBase
+    splits: Mapping[str, tuple[Dataset | IterableDataset, SplitReport]], tokenizer: PreTrainedTokenizerBase
 ) -> DataReport:
     """Check and describe converted splits.
 
     Args:
-        splits: Name to what :func:`alignkit.data.convert.to_candidate_rows` returned; the first one gives the example.
+        splits: Name to the converted rows and their report; the first one gives the example.
         tokenizer: The tokenizer it used.
     """
     rows = {name: list(islice(dataset, ROWS_CHECKED)) for name, (dataset, _) in splits.items()}
-    checks = {name: check_conversion(report, tokenizer, rows[name]) for name, (_, report) in splits.items()}
-    first = rows[next(iter(splits))][0]
-    return DataReport(tuple(report for _, report in splits.values()), checks, example_of(first, tokenizer))
-
-
-def example_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Decode one candidate row, special tokens included.
-
-    Args:
-        row: A candidate row.
-        tokenizer: The tokenizer it was made with.
-    """
-    labels = ["chosen", "rejected"] if row["scores"] == [1.0, 0.0] else [f"score {score:g}" for score in row["scores"]]
-    texts = [tokenizer.decode(completion) for completion in row["completion_ids"]]
-    return Example(tokenizer.decode(row["prompt_ids"]), tuple(zip(labels, texts, strict=True)))
+    checks = {name: report.checks(tokenizer, rows[name]) for name, (_, report) in splits.items()}
+    name, (_, first) = next(iter(splits.items()))
+    example = first.example(rows[name][0], tokenizer)
+    return DataReport(tuple(report for _, report in splits.values()), checks, example)
 
 
 def length_line(lengths: Mapping[str, int]) -> str:
@@ -181,25 +181,24 @@ def length_line(lengths: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in lengths.items())
 
 
-def _counts(splits: Sequence[ConversionReport]) -> str:
+def _counts(splits: Sequence[SplitReport]) -> str:
     causes = dict.fromkeys(cause for split in splits for cause in split.dropped)
-    sizes = sorted({size for split in splits for size in split.candidates_per_row})
+    sizes = sorted({size for split in splits for size in split.sizes()})
     rows = [
         ["rows", *(split.name + (" (first rows)" if split.is_sample else "") for split in splits)],
         ["read", *(f"{split.num_rows_in}" for split in splits)],
         *([f"dropped: {cause}", *(f"{split.dropped.get(cause, 0)}" for split in splits)] for cause in causes),
         ["trained on", *(f"{split.num_rows}" for split in splits)],
-        *([f"  with {k} candidates", *(f"{split.candidates_per_row.get(k, 0)}" for split in splits)] for k in sizes),
+        *([f"  with {k} candidates", *(f"{split.sizes().get(k, 0)}" for split in splits)] for k in sizes),
         ["cut at max_length", *(f"{split.num_truncated_rows}" for split in splits)],
-        ["completions cut", *(f"{split.num_truncated_completions}" for split in splits)],
-        ["mean score gap", *(f"{split.mean_score_gap:.3g}" for split in splits)],
+        *([label, *(split.details()[label] for split in splits)] for label in splits[0].details()),
     ]
     ignored = [f"{split.name}: columns not used: {', '.join(split.ignored_columns)}" for split in splits]
     notes = [note for note, split in zip(ignored, splits, strict=True) if split.ignored_columns]
     return "\n".join([f"{splits[0].kind}", _table(rows), *notes])
 
 
-def _lengths(splits: Sequence[ConversionReport]) -> str:
+def _lengths(splits: Sequence[SplitReport]) -> str:
     rows = [["tokens before truncation", *QUANTILES]]
     for split in splits:
         rows += [
@@ -211,10 +210,14 @@ def _lengths(splits: Sequence[ConversionReport]) -> str:
 
 def _example(example: Example, colour: bool) -> str:
     start, end = (_COLOURS["trained"], _PLAIN) if colour else ("", "")
-    marked = [(label, MARKS[0] + start + _visible(text) + end + MARKS[1]) for label, text in example.completions]
-    width = max(len(label) for label, _ in [("prompt", ""), *marked]) + 2
+
+    def marked(text: str, is_trained: bool) -> str:
+        return MARKS[0] + start + _visible(text) + end + MARKS[1] if is_trained else _visible(text)
+
+    parts = [(label, "".join(marked(*span) for span in spans)) for label, spans in example.labelled()]
+    width = max(len(label) for label, _ in parts) + 2
     lines = [f"first row, trained tokens in {MARKS[0]} {MARKS[1]}"]
-    for label, text in [("prompt", _visible(example.prompt)), *marked]:
+    for label, text in parts:
         first, *rest = text.splitlines() or [""]
         lines += [f"  {label:<{width}}{first}", *(" " * (width + 2) + line for line in rest)]
     return "\n".join(lines)

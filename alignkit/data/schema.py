@@ -19,9 +19,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from alignkit.data.columns import LIST_COLUMNS, PAIR_COLUMNS, misnamed_prompt, missing_columns
+from alignkit.data.columns import (
+    LIST_COLUMNS,
+    PAIR_COLUMNS,
+    PREFERENCE_FORMS,
+    RowFamily,
+    misnamed_prompt,
+    missing_columns,
+)
 from alignkit.errors import DataError
 
 EXAMPLES_SHOWN = 3
@@ -93,7 +101,7 @@ def detect_kind(
     if not has_pairs and not has_lists:
         raise DataError(f"{name}: columns do not form preference rows", missing_columns(columns))
     lists = has_lists and (num_candidates is None or not has_pairs)
-    completion = _first_value(head, "completions" if lists else "chosen")
+    completion = first_value(head, "completions" if lists else "chosen")
     if lists and isinstance(completion, list) and completion:
         completion = completion[0]
     messages = isinstance(completion, list)
@@ -101,13 +109,31 @@ def detect_kind(
         if (not messages or _opens_with_answer(completion)) and (problem := misnamed_prompt(columns)):
             raise DataError(f"{name}: unclear where the prompt is", [problem])
         return RowKind(lists=False, conversational=messages, prompt="implicit")
-    prompt_messages = isinstance(_first_value(head, "prompt"), list)
+    prompt_messages = isinstance(first_value(head, "prompt"), list)
     if messages and not prompt_messages:
         if lists or _opens_with_answer(completion):
             advice = 'write the prompt as messages too: [{"role": "user", "content": "..."}]'
             raise DataError(f"{name}: rows mix two forms", [f"the prompt is text, completions are messages: {advice}"])
         return RowKind(lists=False, conversational=True, prompt="repeated")
     return RowKind(lists, conversational=prompt_messages, text_completions=prompt_messages and not messages)
+
+
+def preference_rows(num_candidates: int | None = None) -> RowFamily:
+    """The rows of preference methods.
+
+    Args:
+        num_candidates: What the method takes, as in :func:`detect_kind`.
+    """
+    expected = (
+        "Expected prompt, chosen, rejected; or chosen, rejected with a shared beginning; or prompt, completions, scores"
+    )
+    return RowFamily(PREFERENCE_FORMS, expected, partial(detect_kind, num_candidates=num_candidates), _prompt_of)
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Any:
+    if "prompt_ids" in row:
+        return row["prompt_ids"]
+    return row["prompt"] if "prompt" in row else split_shared_prefix(row["chosen"], row["rejected"])[0]
 
 
 def row_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | None = None) -> list[Problem]:
@@ -120,11 +146,11 @@ def row_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | No
     """
     problems: list[Problem] = []
     if kind.prompt == "explicit":
-        problems += _value_problems("prompt", row["prompt"], kind.conversational)
+        problems += value_problems("prompt", row["prompt"], kind.conversational)
     if kind.lists:
         return problems + _list_problems(row, kind, num_candidates)
     for column in ("chosen", "rejected"):
-        problems += _value_problems(column, row[column], kind.message_completions)
+        problems += value_problems(column, row[column], kind.message_completions)
     if problems:
         return problems
     if row["chosen"] == row["rejected"]:
@@ -178,7 +204,8 @@ def shorten(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
-def _first_value(head: Sequence[Mapping[str, Any]], column: str) -> Any:
+def first_value(head: Sequence[Mapping[str, Any]], column: str) -> Any:
+    """The first value of a column that is not null; None where all are."""
     return next((row[column] for row in head if row[column] is not None), None)
 
 
@@ -188,7 +215,14 @@ def _opens_with_answer(messages: Sequence[Any]) -> bool:
     return isinstance(first, Mapping) and first.get("role") == "assistant"
 
 
-def _value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
+def value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
+    """Everything wrong with one text or one list of messages.
+
+    Args:
+        column: What it is called; a prompt may end in an empty message, anything else may not.
+        value: The value.
+        messages: Whether it should be messages.
+    """
     if value is None:
         return [Problem(f"{column} is null: every row needs one", "null")]
     if messages:
@@ -231,7 +265,7 @@ def _list_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | 
         shown = f"{len(completions)} completions, {len(scores)} scores"
         problems.append(Problem("completions and scores differ in number: give each completion one score", shown))
     for completion in completions:
-        problems += _value_problems("a completion", completion, kind.message_completions)
+        problems += value_problems("a completion", completion, kind.message_completions)
     for score in scores:
         if not isinstance(score, (int, float)):
             problems.append(Problem("a score is not a number", shorten(score)))

@@ -15,7 +15,8 @@ from alignkit.data.prefix import CandidateCollator, Layout
 from alignkit.errors import DataError
 
 if TYPE_CHECKING:
-    from alignkit.data.report import ConversionReport
+    from alignkit.data.candidate_report import ConversionReport
+    from alignkit.data.report import SplitReport
 
 TRUNCATION_WARNING = 0.05
 """Share of rows cut by max_length above which a warning is given."""
@@ -108,7 +109,21 @@ def check_conversion(
     ]
 
 
-def _check_stop_token(report: ConversionReport) -> Check:
+def check_rows(report: SplitReport) -> list[Check]:
+    """The checks of a split that hold for rows of any family.
+
+    Args:
+        report: What the conversion counted.
+    """
+    return [
+        _check_stop_token(report),
+        _check_prompt_prefix(report),
+        _check_special_tokens(report),
+        _check_truncation(report),
+    ]
+
+
+def _check_stop_token(report: SplitReport) -> Check:
     name = "the stop token is trained"
     whole, stopped = report.num_whole_completions, report.num_stopped_completions
     if whole == 0:
@@ -135,7 +150,7 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[st
     return Check(name, "ok", f"masks come from lengths, not from token ids{same}")
 
 
-def _check_prompt_prefix(report: ConversionReport) -> Check:
+def _check_prompt_prefix(report: SplitReport) -> Check:
     name = "the prompt is a prefix of prompt + completion"
     if report.num_cut_prompts == 0:
         return Check(name, "ok", "in every row")
@@ -152,7 +167,7 @@ def _check_preference(report: ConversionReport) -> Check:
     return Check(name, "warn", message)
 
 
-def _check_special_tokens(report: ConversionReport) -> Check:
+def _check_special_tokens(report: SplitReport) -> Check:
     name = "no special token is doubled"
     if report.num_doubled_tokens == 0:
         return Check(name, "ok", "in every row")
@@ -160,7 +175,7 @@ def _check_special_tokens(report: ConversionReport) -> Check:
     return Check(name, "warn", f"{report.num_doubled_tokens} rows begin with two BOS or end in two EOS; {advice}")
 
 
-def _check_truncation(report: ConversionReport) -> Check:
+def _check_truncation(report: SplitReport) -> Check:
     name = "rows fit max_length"
     if report.max_length is None or report.num_truncated_rows + report.num_dropped == 0:
         return Check(name, "ok", "all of them")

@@ -14,14 +14,15 @@ Beyond TRL, rows without a preference (identical candidates, equal scores) are d
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.report import EQUAL_AFTER_CUT, EQUAL_SCORES, IDENTICAL, LOST_PROMPT, NO_ROOM, NO_TOKENS
+from alignkit.data.candidate_report import EQUAL_AFTER_CUT, EQUAL_SCORES, IDENTICAL, LOST_PROMPT, NO_ROOM, NO_TOKENS
+from alignkit.data.conversion import common_prefix_length, rows_of
 from alignkit.data.schema import RowKind, split_shared_prefix
 from alignkit.data.templates import has_doubled_token, tokens_after_stop
 
@@ -114,20 +115,24 @@ def convert_batch(
     return columns
 
 
-def rows_of(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of columns.
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the chat template: ``tools``, and what ``chat_template_kwargs`` holds.
 
     Args:
-        batch: Columns of equal length.
+        row: A row as loaded.
     """
-    for values in zip(*batch.values(), strict=True):
-        yield dict(zip(batch, values, strict=True))
+    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(kwargs or {})}
+
+
+def with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Plain text with EOS at its end, unless it ends in it."""
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
 
 def _text_row(row: Mapping[str, Any], settings: Settings) -> TextRow:
     kind = settings.kind
-    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
-    template = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(kwargs or {})}
+    template = template_arguments(row)
     if kind.lists:
         prompt, completions, scores = row["prompt"], row["completions"], [float(score) for score in row["scores"]]
     else:
@@ -146,9 +151,7 @@ def _text_row(row: Mapping[str, Any], settings: Settings) -> TextRow:
 def _texts(row: TextRow, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> list[str]:
     """The prompt, and the prompt with each completion."""
     if not conversational:
-        eos = tokenizer.eos_token
-        ended = [text if text.endswith(eos) else text + eos for text in row.completions]
-        return [row.prompt, *(row.prompt + text for text in ended)]
+        return [row.prompt, *(row.prompt + with_eos(text, tokenizer) for text in row.completions)]
     prompt = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True, **row.template)
     return [
         prompt,
@@ -163,7 +166,7 @@ def _convert_row(
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
 ) -> dict[str, Any]:
-    start = min(_common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+    start = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
     whole = [sequence[start:] for sequence in sequences]
     limit = settings.max_length if settings.max_length is not None else start + max(map(len, whole))
     needed = _needed_length(start, whole)
@@ -181,22 +184,15 @@ def _convert_row(
         "score_gap": row.score_gap,
     }
     untruncated = [completion for completion in whole if 0 < len(completion) <= limit - start]
-    return dict(zip(CANDIDATE_FEATURES, candidates, strict=True)) | counts | _endings(untruncated, tokenizer, settings)
-
-
-def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    if second[: len(first)] == first:
-        return len(first)
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    ends = endings(untruncated, tokenizer, settings.stop_token_ids)
+    return dict(zip(CANDIDATE_FEATURES, candidates, strict=True)) | counts | ends
 
 
 def _needed_length(start: int, completions: list[list[int]]) -> int:
     """Smallest max_length at which the candidates are not all the same; 0 when they are at any length."""
     if all(completion == completions[0] for completion in completions):
         return 0
-    return start + 1 + min(_common_prefix_length(completions[0], completion) for completion in completions[1:])
+    return start + 1 + min(common_prefix_length(completions[0], completion) for completion in completions[1:])
 
 
 def _drop_cause(row: TextRow, start: int, completions: list[list[int]], needed: int, limit: int) -> str:
@@ -213,11 +209,17 @@ def _drop_cause(row: TextRow, start: int, completions: list[list[int]], needed: 
     return EQUAL_AFTER_CUT if needed > limit else ""
 
 
-def _endings(
-    completions: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: Settings
+def endings(
+    completions: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
 ) -> dict[str, int | str]:
-    """How untruncated completions end: how many in a stop token, and the text of one example of either sort."""
-    after = [tokens_after_stop(completion, settings.stop_token_ids, tokenizer) for completion in completions]
+    """How untruncated completions end: how many in a stop token, and the text of one example of either sort.
+
+    Args:
+        completions: Token ids.
+        tokenizer: Decodes the examples.
+        stop_token_ids: Ids at which generation stops.
+    """
+    after = [tokens_after_stop(completion, stop_token_ids, tokenizer) for completion in completions]
     trailing = next((c[-count:] for c, count in zip(completions, after, strict=True) if count), [])
     unstopped = next((c[-END_TOKENS:] for c, count in zip(completions, after, strict=True) if count is None), [])
     return {

@@ -16,10 +16,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.data.candidate_report import ConversionReport
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.data.prefix import Layout
-from alignkit.data.report import ConversionReport
 from alignkit.environment import environment
 from alignkit.evals.generation import Sample, Sampling, generate_samples, generation_sums
 from alignkit.evals.preference import likelihood_sums, preference_sums

@@ -1,7 +1,7 @@
 """Batch shapes and loss outputs shared by every objective.
 
-Axis letters: B groups in the batch, K candidates of a group, T completion positions. Tensors named ``*_token_logps``
-are per token and 0 where masked; ``*_logps`` are their sums over T in float32 or wider.
+Axis letters: B groups (or rows) in the batch, K candidates of a group, T completion (or row) positions. Tensors named
+``*_token_logps`` are per token and 0 where masked; ``*_logps`` are their sums over T in float32 or wider.
 """
 
 from __future__ import annotations
@@ -113,6 +113,19 @@ def count_items(completion_mask: Bool[Tensor, "B K T"]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class TokenBatch:
+    """Supervised rows: every position predicts the next token, and some of these predictions are trained.
+
+    Attributes:
+        policy_token_logps: Log-prob of each label under the policy, 0 where masked, nats.
+        label_mask: True on the labels that are trained, the stop token included.
+    """
+
+    policy_token_logps: Float[Tensor, "B T"]
+    label_mask: Bool[Tensor, "B T"]
+
+
+@dataclass(frozen=True)
 class LossTerm:
     """One additive part of an objective.
 
@@ -123,7 +136,7 @@ class LossTerm:
         name: Term name, logged as ``loss/<name>``.
         values: Unreduced contributions; they add up to the numerator.
         num_items: Local number of items the term is averaged over.
-        item: What an item is, one of ``ITEM_KINDS``.
+        item: What an item is: one of ``ITEM_KINDS`` for candidates, ``token`` for supervised rows.
         weight: Coefficient of the term in the loss.
     """
 

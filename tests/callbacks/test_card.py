@@ -12,7 +12,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
 
-from alignkit.callbacks.card import CardContent, content_of_run, hub_id, loss_equation, render_card
+from alignkit.callbacks.card import CardContent, content_of_run, hub_id, render_card
+from alignkit.callbacks.card_equations import loss_equation
 from alignkit.methods.method import load_method, method_names
 from tests.callbacks.saved import tiny_adapter, tiny_model, tiny_tokenizer
 
@@ -196,3 +197,11 @@ def test_the_snippet_of_a_published_adapter_names_hub_ids() -> None:
     assert 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")' in card
     assert 'PeftModel.from_pretrained(base, "name/my-model")' in card
     assert "The base was held in nf4 while training" in card
+
+
+def test_a_gradient_rule_is_named_with_its_provenance() -> None:
+    card = render_card(content(gradient_rule="glad", rho=0.3))
+    assert "## Gradient rule" in card and "2507.13089" in card
+    assert "Fidelity: reconstruction: that the reference is the SAM gradient is published" in card
+    assert "peng2025glad" in card and "| rho | `0.3` |" in card
+    assert "Gradient rule" not in render_card(content())

@@ -9,11 +9,14 @@ from typing import Any
 from alignkit.config import LoadedConfig, load_config
 from alignkit.config.yaml_schema import dump_yaml
 from alignkit.errors import ConfigError
+from alignkit.methods.method import load_method, method_names
 
 ROWS = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
     {"prompt": "3 + 3 =", "chosen": " 6", "rejected": " 7"},
 ]
+SUPERVISED = {"method": "sft", "column_map": {"completion": "chosen"}}
+"""Turns the good config into one of a supervised run."""
 GOOD = {"model": "base", "data": "rows.jsonl", "method": "flex_dpo", "output_dir": "runs/x"}
 
 
@@ -25,7 +28,9 @@ def words(values: Mapping[str, Any]) -> list[str]:
 def load(changes: Mapping[str, Any] | None = None, *, without: Sequence[str] = ()) -> LoadedConfig:
     """Load the good config with some keys changed or left out."""
     values = {key: value for key, value in {**GOOD, **(changes or {})}.items() if key not in without}
-    return load_config("preference", None, words(values))
+    method = values.get("method")
+    program = load_method(method).program if method in method_names() else "preference"
+    return load_config(program, None, words(values))
 
 
 def load_text(text: str, overrides: Sequence[str] = ()) -> LoadedConfig:

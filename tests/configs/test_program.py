@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from alignkit.config import parse_program_arguments
-from alignkit.config.keys import base_keys, method_keys, program_methods
+from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
 from alignkit.errors import ConfigError
+from alignkit.gradients.rule import rule_names
 from tests.configs.cases import GOOD, words
 
 FORBIDDEN = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "numpy", "pyarrow")
@@ -72,6 +73,7 @@ def test_help_describes_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     described = re.findall(r"^  --(\w+) ", printed, re.MULTILINE)
     own = [name for method in program_methods("preference") for name in method_keys(method)]
+    own += [name for rule in rule_names() for name in rule_keys(rule)]
     assert sorted(described) == sorted(["config", "print_config", "help", *base_keys("preference"), *own])
     assert "\n  --beta_neg  a number, >= 0\n" in printed
     assert "(default 1e-06, from TRL 1.16)" in " ".join(printed.split())

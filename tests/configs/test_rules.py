@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from alignkit.config import RULES, IgnoredKeys
-from alignkit.config.keys import PROGRAMS, base_keys, method_keys, program_methods
-from tests.configs.cases import load, load_text, problems_of
+from alignkit.config.keys import PROGRAMS, base_keys, method_keys, program_methods, rule_keys
+from alignkit.gradients.rule import rule_names
+from tests.configs.cases import SUPERVISED, load, load_text, problems_of
 
 FULL = {"parametrization": "full"}
 FLASH = {"attn_implementation": "flash_attention_2"}
@@ -63,6 +64,16 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "streaming without max_steps": ({"streaming": True}, {"max_steps": 10}),
     "eval_fraction with eval_data": (HELD_OUT | {"eval_data": "rows.jsonl"}, {"eval_fraction": 0.0}),
     "evaluation without held-out rows": ({"eval_strategy": "epoch"}, HELD_OUT),
+    "gradient rule with fp16": ({"gradient_rule": "glad", "fp16": True}, {"gradient_rule": "decay_to_init"}),
+    "gradient rule with torch.compile": (
+        {"gradient_rule": "perpgrad", "torch_compile": True},
+        {"gradient_rule": "decay_to_init"},
+    ),
+    "gradient rule with half-precision weights that train": (
+        FULL | {"gradient_rule": "sam", "dtype": "bfloat16"},
+        {"dtype": "float32", "bf16": True},
+    ),
+    "gradient rule on LoRA with full fine-tuning": (FULL | {"gradient_rule": "glad"}, {"rule_targets": "all"}),
     "zero steps": ({"max_steps": 0}, {"max_steps": -1}),
     "resume with overwrite": ({"resume": True, "overwrite": True}, {"overwrite": False}),
     "push_to_hub without a repository": ({"push_to_hub": True}, {"hub_model_id": "me/model"}),
@@ -88,6 +99,7 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"reference_batch_size": 4, "reference_cache": "cache"},
         {"reference": "precomputed"},
     ),
+    "packing_strategy without packing": (SUPERVISED | {"packing_strategy": "bfd_split"}, {"packing": True}),
     "options of eval_data without it": ({"eval_split": "train", "max_eval_rows": 1}, {"eval_data": "rows.jsonl"}),
     "evaluation options without held-out rows": (
         {"per_device_eval_batch_size": 8, "probe_rows": 32},
@@ -109,6 +121,10 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Adam options with another optimizer": (
         {"optim": "sgd", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
         {"optim": "adamw_torch_fused"},
+    ),
+    "gradient rule in a warm-up that there is not": (
+        {"gradient_rule": "sam", "rule_in_warmup": True},
+        {"warmup_steps": 0.05},
     ),
     "sample length without samples": ({"num_samples": 0, "sample_max_new_tokens": 8}, {"num_samples": 1}),
     "Hub options without push_to_hub": ({"hub_model_id": "me/model", "hub_private": True}, {"push_to_hub": True}),
@@ -156,6 +172,7 @@ def test_ignored_keys_are_refused_and_the_way_out_works(title: str) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.title)
 def test_rule_reads_only_keys_that_exist(rule: Any) -> None:
     keys = {key for program in PROGRAMS for key in base_keys(program)}
+    keys |= {key for name in rule_names() for key in rule_keys(name)}
     assert set(rule.keys) <= keys
     assert set(rule.under if isinstance(rule, IgnoredKeys) else ()) <= keys
     assert rule.why[0].islower() and not rule.why.endswith(".")
@@ -164,7 +181,8 @@ def test_rule_reads_only_keys_that_exist(rule: Any) -> None:
 
 @pytest.mark.parametrize("method", [method for program in PROGRAMS for method in program_methods(program)])
 def test_defaults_break_no_rule(method: str) -> None:
-    assert set(method_keys(method)) < set(load({"method": method}).sources)
+    changes = SUPERVISED if method == "sft" else {"method": method}
+    assert set(method_keys(method)) < set(load(changes).sources)
 
 
 def test_switched_off_keys_ask_for_nothing() -> None:

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from alignkit.config import json_schema
-from alignkit.config.keys import base_keys, method_keys, program_methods
+from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
+from alignkit.gradients.rule import rule_names
 from tests.configs.cases import GOOD, load
 
 SCHEMA = json_schema("preference")
@@ -25,10 +26,10 @@ def test_schema_is_one() -> None:
 
 def test_every_key_is_described() -> None:
     assert set(SCHEMA["properties"]) == set(base_keys("preference"))
-    branches = {branch["if"]["properties"]["method"]["const"]: branch["then"] for branch in SCHEMA["allOf"]}
-    assert {method: set(branch["properties"]) for method, branch in branches.items()} == {
-        method: set(method_keys(method)) for method in program_methods("preference")
-    }
+    branches = {part["const"]: x["then"] for x in SCHEMA["allOf"] for part in x["if"]["properties"].values()}
+    own = {method: set(method_keys(method)) for method in program_methods("preference")}
+    own |= {rule: set(rule_keys(rule)) for rule in rule_names()}
+    assert {name: set(branch["properties"]) for name, branch in branches.items()} == own
     described = [SCHEMA["properties"], *(branch["properties"] for branch in branches.values())]
     assert all(schema["description"] for properties in described for schema in properties.values())
 
@@ -45,12 +46,17 @@ VALID: list[dict[str, Any]] = [
     {},
     {"beta_neg": 0.05, "eta": 1},
     {"method": "dpo", "beta": 0.2},
+    {"gradient_rule": "glad", "rho": 0.2, "scope": "global", "beta_neg": 0.05},
+    {"gradient_rule": None},
     {"data": ["a.jsonl", {"path": "b.jsonl", "weight": 2, "split": "train"}]},
     {"lora_target_modules": ["q_proj"], "column_map": {"prompt": "question"}},
     {"attn_implementation": None, "max_rows": None, "eval_strategy": "no"},
 ]
 INVALID: list[dict[str, Any]] = [
     {"beta": 0.2},
+    {"rho": 0.2},
+    {"gradient_rule": "sam", "scope": "global"},
+    {"gradient_rule": "sam", "rho": -1},
     {"method": "dpo", "beta_neg": 0.2},
     {"method": "ppo"},
     {"bta": 1},

@@ -15,12 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Trainer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
-from trl import DPOTrainer
+from trl import DPOTrainer, SFTTrainer
 from trl.models import utils as model_utils
+from trl.trainer import sft_trainer
 from trl.trainer import utils as trainer_utils
 
 from alignkit.methods import _packed_attention
 from alignkit.methods._preference import PreferenceTrainer
+from alignkit.methods._supervised import SupervisedTrainer
 
 
 def parameters(function: Any) -> list[str]:
@@ -54,21 +56,47 @@ def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
     assert {"dropout", "scaling", "is_causal"} <= set(names)
 
 
-def test_every_override_has_something_to_override() -> None:
+# Not ours to name: what alignkit/gradients overrides of the Trainer is asserted with its own tests.
+OWN_HOOKS = {
+    PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"},
+    SupervisedTrainer: set(),
+}
+SHARED_HOOKS = {"compute_loss", "get_batch_samples", "evaluate", "log", "create_model_card"}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(PreferenceTrainer, DPOTrainer), (SupervisedTrainer, SFTTrainer)])
+def test_every_override_has_something_to_override(ours: type, theirs: type) -> None:
     """A renamed hook upstream would leave ours uncalled, without an error."""
-    hooks = {
-        "compute_loss",
-        "get_batch_samples",
-        "evaluate",
-        "log",
-        "create_model_card",
-        "_prepare_dataset",
-        "_precompute_ref_logps",
-        "_set_signature_columns_if_needed",
-    }
-    overridden = {name for cls in PreferenceTrainer.__mro__[:2] for name in vars(cls) if name in dir(DPOTrainer)}
-    functions = {name for name in overridden if inspect.isfunction(getattr(PreferenceTrainer, name))}
-    assert functions - {"__init__"} == hooks
+    before = ours.__mro__[: ours.__mro__.index(theirs)]
+    classes = [cls for cls in before if cls.__module__.startswith("alignkit.methods")]
+    overridden = {name for cls in classes for name in vars(cls) if name in dir(theirs)}
+    functions = {name for name in overridden if inspect.isfunction(getattr(ours, name))}
+    assert functions - {"__init__"} == SHARED_HOOKS | OWN_HOOKS[ours]
+
+
+def test_supervised_rows_are_packed_and_otherwise_left_alone() -> None:
+    source = inspect.getsource(SFTTrainer._prepare_dataset)
+    assert 'is_processed = "input_ids" in column_names' in source
+    assert 'if "labels" not in column_names:' in source
+    assert "if args.max_length is not None and not packing:" in source
+    init = inspect.getsource(SFTTrainer.__init__)
+    assert (
+        'self.padding_free = args.padding_free or (args.packing and args.packing_strategy in {"bfd", "bfd_split"})'
+        in init
+    )
+    assert 'outputs=("log_probs", "entropy", "is_top1")' in init
+    assert "self.aux_loss_enabled" in init and "self.router_aux_loss_coef" in init
+    assert "self._metrics[mode].items()" in inspect.getsource(SFTTrainer.log)
+    assert "self.compute_loss(model, inputs, return_outputs=False)" in inspect.getsource(SFTTrainer.prediction_step)
+
+
+def test_the_collator_of_packed_rows_marks_their_boundaries() -> None:
+    collator = sft_trainer.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    batch = collator([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}])
+    assert batch["seq_idx"].tolist() == [[0, 0, 0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
+    assert "attention_mask" not in batch
 
 
 def test_the_hooks_are_called_where_we_think() -> None:
@@ -87,7 +115,7 @@ def test_the_hooks_are_called_where_we_think() -> None:
 
 def test_fused_output_has_the_fields_that_are_read() -> None:
     fields = {field.name for field in dataclasses.fields(trainer_utils.FusedCausalLMOutput)}
-    assert {"log_probs", "entropy", "is_top1", "aux_loss"} <= fields
+    assert {"log_probs", "entropy", "is_top1", "label_mask", "aux_loss"} <= fields
 
 
 def test_fused_head_scores_shift_labels_and_only_log_probs_and_entropy_carry_gradients() -> None:

@@ -13,10 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.data import convert
+from alignkit.data import conversion
+from alignkit.data.candidate_report import (
+    EQUAL_AFTER_CUT,
+    EQUAL_SCORES,
+    IDENTICAL,
+    NO_ROOM,
+    NO_TOKENS,
+    ConversionReport,
+)
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
-from alignkit.data.report import EQUAL_AFTER_CUT, EQUAL_SCORES, IDENTICAL, NO_ROOM, NO_TOKENS, ConversionReport
 from alignkit.data.synthetic import make_corpus, train_tokenizer
 from alignkit.errors import DataError
 from tests.data.rows import forms, message, pair
@@ -212,7 +219,7 @@ def test_the_recommended_length_works(rows: list[tuple[str, str, str]], allowed:
     # Preferences by construction, so that only max_length can drop a row; no rounding, so that the bound is sharp.
     data = [pair(prompt, chosen + "1", rejected + "2") for prompt, chosen, rejected in rows]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "LENGTH_STEP", 1)
+        patch.setattr(conversion, "LENGTH_STEP", 1)
         limit = converted(data, TOKENIZER, max_dropped_fraction=allowed)[1].recommended_max_length
     _, report = converted(data, TOKENIZER, max_length=limit, max_dropped_fraction=allowed)
     assert report.num_truncated_rows + report.num_dropped <= 0.05 * len(data)

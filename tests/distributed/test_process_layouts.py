@@ -45,6 +45,15 @@ LAYOUTS = {
     "zero2 2x2": Layout("cpu_zero2", 2, 1, 2, "DeepSpeedEngine", 2),
     "zero3 2x2": Layout("cpu_zero3", 2, 1, 2, "DeepSpeedEngine", 3),
 }
+OWN_OPTIONS: dict[str, dict[str, Any]] = {
+    "preference": {"method": "flex_dpo", "eta": 0.2, "probe_steps": 0},
+    "sft": {"method": "sft", "column_map": "{completion: chosen}"},
+}
+METRICS = {
+    "preference": ("loss/sft", "rewards/margins", "mean_logps/chosen", "entropy"),
+    "sft": ("loss/nll", "entropy", "mean_token_accuracy", "num_tokens"),
+}
+SUPERVISED_CASES = [("lora", "ddp 2x2"), ("full", "zero2 2x2")]
 CASES = [("full", name) for name in LAYOUTS if name != "1x4"] + [("lora", "zero2 2x2"), ("lora", "zero3 2x2")]
 
 
@@ -109,16 +118,19 @@ def run(
     tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], inputs: dict[str, str], repository: Path
 ) -> Any:
     """Launch a layout once; returns run.json and the logged steps."""
-    finished: dict[tuple[str, str], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    finished: dict[tuple[str, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
-    def launch(parametrization: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        if (parametrization, name) not in finished:
+    def launch(
+        parametrization: str, name: str, program: str = "preference"
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        key = (parametrization, name, program)
+        if key not in finished:
             output = tmp_path_factory.mktemp("run") / "out"
-            launch_program(LAYOUTS[name], parametrization, inputs, output, environment, repository)
+            launch_program(LAYOUTS[name], parametrization, inputs, output, environment, repository, program)
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             record = json.loads((output / "run.json").read_text())
-            finished[parametrization, name] = record, [line for line in lines if "loss" in line]
-        return finished[parametrization, name]
+            finished[key] = record, [line for line in lines if "loss" in line]
+        return finished[key]
 
     return launch
 
@@ -130,8 +142,9 @@ def launch_program(
     output: Path,
     environment: dict[str, str],
     repository: Path,
+    program: str,
 ) -> None:
-    """``accelerate launch trainers/preference.py`` as a user would."""
+    """``accelerate launch trainers/PROGRAM.py`` as a user would."""
     config = ["--num_processes", "1"]
     if layout.config is not None:
         config = ["--config_file", str(repository / "configs" / "accelerate" / f"{layout.config}.yaml")]
@@ -139,8 +152,7 @@ def launch_program(
         "model": inputs["model"],
         "data": inputs["data"],
         "output_dir": output,
-        "method": "flex_dpo",
-        "eta": 0.2,
+        **OWN_OPTIONS[program],
         "parametrization": parametrization,
         "max_length": 192,
         "max_steps": STEPS,
@@ -153,14 +165,13 @@ def launch_program(
         "max_eval_rows": 7,
         "per_device_eval_batch_size": 2,
         "num_samples": 0,
-        "probe_steps": 0,
         "per_device_train_batch_size": layout.batch_size,
         "gradient_accumulation_steps": layout.accumulation,
         "use_cpu": "true",
     }
     arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    program = str(repository / "trainers" / "preference.py")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, program, *arguments]
+    path = str(repository / "trainers" / f"{program}.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, path, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=420, cwd=output.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -171,11 +182,14 @@ def saved_weights(directory: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize(("parametrization", "name"), CASES)
-def test_layouts_agree(run: Any, parametrization: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "parametrization", "name"),
+    [*(("preference", *case) for case in CASES), *(("sft", *case) for case in SUPERVISED_CASES)],
+)
+def test_layouts_agree(run: Any, program: str, parametrization: str, name: str) -> None:
     layout = LAYOUTS[name]
-    base_record, base = run(parametrization, "1x4")
-    record, steps = run(parametrization, name)
+    base_record, base = run(parametrization, "1x4", program)
+    record, steps = run(parametrization, name, program)
 
     ran = record["process_layout"]
     assert ran["world_size"] == layout.world_size
@@ -193,7 +207,7 @@ def test_layouts_agree(run: Any, parametrization: str, name: str) -> None:
         # of which beta lets a tenth through.
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-5, rel=1e-5)
-        for key in ("loss/sft", "rewards/margins", "mean_logps/chosen", "entropy"):
+        for key in METRICS[program]:
             assert ours[key] == pytest.approx(theirs[key], abs=2e-5, rel=1e-5), key
     assert base[0]["grad_norm"] > 0.1
     assert record["results"].keys() == base_record["results"].keys()

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from alignkit.config import load_config
+from alignkit.config.yaml_schema import parse_yaml
 from alignkit.data.schema import detect_kind, row_problems
-from alignkit.shipped import recipe_names
+from alignkit.data.supervised_schema import detect_supervised_kind, supervised_row_problems
+from alignkit.methods.method import load_method
+from alignkit.shipped import recipe_names, recipe_path
 from tests.docs.pages import REPOSITORY, Block, anchors, blocks, commands, links, pages
 
 SHELL_BLOCKS = blocks("bash")
-PROGRAM_OF_CONFIG = {"trainers/preference.py": "preference"}
+PROGRAM_OF_CONFIG = {"trainers/preference.py": "preference", "trainers/sft.py": "sft"}
 PLAIN_COMMANDS = ("pip install ", "git clone ", "pytest ")
 
 
@@ -36,6 +39,11 @@ def script_help(script: str) -> str:
     command = [sys.executable, REPOSITORY / script, "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def program_of(text: str) -> str:
+    """The program of the method that a config names."""
+    return load_method(parse_yaml(text)["method"]).program
 
 
 def check_config(program: str, recipe: str, overrides: list[str], folder: Path) -> None:
@@ -59,7 +67,8 @@ def check_command(words: list[str], folder: Path) -> None:
     elif words[0] == "python":
         check_program(words[1], words[2:], folder)
     elif words[0] == "alignkit" and words[1] in ("train", "config") and not words[2].startswith("-"):
-        check_config("preference", words[2], words[3:], folder)
+        program = program_of(recipe_path(words[2]).read_text()) if words[2] in recipe_names() else "preference"
+        check_config(program, words[2], words[3:], folder)
     elif words[0] == "alignkit":
         assert words[1] in ("config", "env", "methods", "recipes")
     else:
@@ -126,14 +135,17 @@ def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_yaml_is_a_valid_config(block: Block, tmp_path: Path) -> None:
     file = tmp_path / "shown.yaml"
     file.write_text(block.text)
-    load_config("preference", file, check_files=False)
+    load_config(program_of(block.text), file, check_files=False)
 
 
 @pytest.mark.parametrize("block", blocks("json"), ids=by_place)
 def test_json_is_a_valid_row(block: Block) -> None:
     row = json.loads(block.text)
-    kind = detect_kind(list(row), [row], name=block.where)
-    assert row_problems(row, kind) == []
+    if {"chosen", "completions"} & set(row):
+        assert row_problems(row, detect_kind(list(row), [row], name=block.where)) == []
+    else:
+        kind = detect_supervised_kind(list(row), [row], name=block.where)
+        assert supervised_row_problems(row, kind) == []
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(REPOSITORY)))

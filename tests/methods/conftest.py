@@ -76,26 +76,29 @@ def rows() -> Dataset:
     return Dataset.from_list(random_rows(shapes, seed=2))
 
 
+SHORT_RUN: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "max_steps": 6,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "report_to": "none",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "seed": 1,
+    "disable_tqdm": True,
+    "max_length": None,
+    "pad_to_multiple_of": None,
+    "prediction_loss_only": True,
+}
+"""Arguments of a short run on the CPU, for any trainer of TRL."""
+
+
 def dpo_arguments(output_dir: Path, **changes: Any) -> DPOConfig:
     """Arguments of a short run on the CPU."""
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 6,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "seed": 1,
-        "disable_tqdm": True,
-        "max_length": None,
-        "pad_to_multiple_of": None,
-        "prediction_loss_only": True,
-    }
-    return DPOConfig(output_dir=str(output_dir), **(defaults | changes))
+    return DPOConfig(output_dir=str(output_dir), **(SHORT_RUN | changes))
 
 
 @pytest.fixture

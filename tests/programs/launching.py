@@ -1,4 +1,4 @@
-"""Start the preference program as a user does, and look at what it did."""
+"""Start a program as a user does, and look at what it did."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREFERENCE = REPOSITORY / "trainers" / "preference.py"
+SFT = REPOSITORY / "trainers" / "sft.py"
 TIMEOUT = 120.0
 
 

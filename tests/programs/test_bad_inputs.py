@@ -205,10 +205,10 @@ BAD_RUNS = (
 """Found with the tokenizer, the rows or the model at hand, and before the first step."""
 
 
-def config_of(bad: Bad, place: Path) -> list[str]:
+def config_of(bad: Bad, place: Path, good: Mapping[str, Any] = CONFIG) -> list[str]:
     """Write the files of a case; returns the arguments of the program."""
     bad.make(place)
-    values = {**CONFIG, "output_dir": "run", **bad.changes}
+    values = {**good, "output_dir": "run", **bad.changes}
     write_config(place / "c.yaml", {key: value for key, value in values.items() if value is not None})
     return ["--config", "c.yaml"]
 

@@ -1,0 +1,54 @@
+"""The configuration of ``trainers/sft.py``, as a dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from alignkit.config.base import ProgramConfig
+from alignkit.config.sections import (
+    GradientSection,
+    MethodSection,
+    ModelSection,
+    ParametrizationSection,
+    SupervisedDataSection,
+)
+from alignkit.config.training import (
+    HardwareSection,
+    HubSection,
+    LoggingSection,
+    ReportSection,
+    RunSection,
+    SupervisedOptimizationSection,
+)
+from alignkit.data.columns import RowFamily
+from alignkit.data.supervised_schema import supervised_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(
+    ModelSection,
+    ParametrizationSection,
+    SupervisedDataSection,
+    MethodSection,
+    GradientSection,
+    RunSection,
+    SupervisedOptimizationSection,
+    HardwareSection,
+    LoggingSection,
+    ReportSection,
+    HubSection,
+    ProgramConfig,
+):
+    """Everything a supervised run depends on; see :class:`~alignkit.config.base.ProgramConfig`."""
+
+    program: ClassVar[str] = "sft"
+
+    @staticmethod
+    def row_family(values: Mapping[str, Any]) -> RowFamily:
+        """Supervised rows that can tell what shall be trained."""
+        return supervised_rows(
+            completion_only_loss=values.get("completion_only_loss"),
+            assistant_only_loss=values.get("assistant_only_loss", False),
+        )

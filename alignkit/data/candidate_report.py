@@ -1,0 +1,73 @@
+"""The report on candidate rows: what was counted, why rows were dropped, and one row as the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.report import Spans, SplitReport
+from alignkit.data.templates import Check, check_conversion
+
+IDENTICAL = "candidates are identical"
+EQUAL_SCORES = "all scores are equal"
+NO_ROOM = "prompt alone fills max_length"
+EQUAL_AFTER_CUT = "candidates are equal after truncation"
+LOST_PROMPT = "tokenised text does not begin with the prompt"
+NO_TOKENS = "a completion has no tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport(SplitReport):
+    """The report on candidate rows.
+
+    Attributes:
+        num_truncated_completions: Completions cut, in rows kept.
+        candidates_per_row: Rows kept for each number of candidates.
+        mean_score_gap: Mean over the rows kept of highest minus lowest score (1 for chosen/rejected pairs).
+    """
+
+    num_truncated_completions: int
+    candidates_per_row: dict[int, int]
+    mean_score_gap: float
+
+    @property
+    def num_without_preference(self) -> int:
+        """Rows dropped because their candidates are the same text or have the same score."""
+        return self.dropped.get(IDENTICAL, 0) + self.dropped.get(EQUAL_SCORES, 0)
+
+    def sizes(self) -> dict[int, int]:
+        """Rows kept by their number of candidates."""
+        return self.candidates_per_row
+
+    def details(self) -> dict[str, str]:
+        """Completions cut and the score gap."""
+        return {
+            "completions cut": f"{self.num_truncated_completions}",
+            "mean score gap": f"{self.mean_score_gap:.3g}",
+        }
+
+    def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
+        """The checks of candidate rows."""
+        return check_conversion(self, tokenizer, rows)
+
+    def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+        """Decode one candidate row, special tokens included."""
+        is_pair = row["scores"] == [1.0, 0.0]
+        labels = ["chosen", "rejected"] if is_pair else [f"score {score:g}" for score in row["scores"]]
+        texts = [tokenizer.decode(completion) for completion in row["completion_ids"]]
+        return Example(tokenizer.decode(row["prompt_ids"]), tuple(zip(labels, texts, strict=True)))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the model sees it: the prompt, and the candidates with their labels."""
+
+    prompt: str
+    completions: tuple[tuple[str, str], ...]
+
+    def labelled(self) -> list[tuple[str, Spans]]:
+        """Label and spans of each part."""
+        return [("prompt", [(self.prompt, False)]), *((label, [(text, True)]) for label, text in self.completions)]

@@ -1,0 +1,252 @@
+"""From rows as loaded to rows of token ids, for any family of rows: validation, tokenisation, counting, refusal.
+
+What a row becomes, and what is counted on the way, is said by a :class:`Conversion`; its functions live in modules, so
+that ``datasets`` finds the result of an earlier run in its cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, Features, IterableDataset, Value
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.load import HEAD_ROWS
+from alignkit.data.report import QUANTILES, SplitReport, length_line
+from alignkit.data.schema import Problem, describe_problems
+from alignkit.errors import DataError
+
+BATCH_ROWS = 256
+HELD_SHARE = 0.95
+"""Share of rows that the recommended max_length holds whole."""
+LENGTH_STEP = 64
+"""The recommended max_length is rounded up to a multiple of this."""
+
+_PROBLEM_FEATURES = Features(
+    {"row": Value("int64"), "kind": Value("string"), "shown": Value("string"), "fatal": Value("bool")}
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How rows of one family become rows of token ids.
+
+    Attributes:
+        features: Columns that are kept.
+        counts: Columns that are counted and removed; among them ``cause``, empty for a row that is kept.
+        find_problems: ``(row, settings)`` to everything wrong with a row.
+        convert: ``(batch, tokenizer, settings)`` to the columns of ``features`` and ``counts``.
+        settings: What else the result depends on.
+    """
+
+    features: Features
+    counts: Features
+    find_problems: Callable[[Mapping[str, Any], Any], list[Problem]]
+    convert: Callable[[Mapping[str, Sequence[Any]], PreTrainedTokenizerBase, Any], dict[str, list[Any]]]
+    settings: Any
+
+
+def convert_table(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, conversion: Conversion, num_proc: int | None, name: str
+) -> tuple[Dataset, pd.DataFrame]:
+    """Convert rows at hand; returns those that are kept, and the counts of all.
+
+    Args:
+        dataset: Rows as loaded.
+        tokenizer: The tokenizer of the model.
+        conversion: What they become.
+        num_proc: Worker processes, or None for this process.
+        name: What the rows are called in messages.
+
+    Raises:
+        DataError: Rows are malformed.
+    """
+    options = {
+        "batched": True,
+        "batch_size": BATCH_ROWS,
+        "num_proc": num_proc,
+        "remove_columns": dataset.column_names,
+    }
+    problems = dataset.map(
+        _find_problems,
+        with_indices=True,
+        features=_PROBLEM_FEATURES,
+        fn_kwargs={"find": conversion.find_problems, "settings": conversion.settings},
+        desc=f"Checking {name} rows",
+        **options,
+    )
+    _refuse_problems(problems[:], name)
+    converted = dataset.map(
+        conversion.convert,
+        features=Features({**conversion.features, **conversion.counts}),
+        fn_kwargs={"tokenizer": tokenizer, "settings": conversion.settings},
+        desc=f"Tokenising {name} rows",
+        **options,
+    )
+    counts = converted.select_columns(list(conversion.counts)).to_pandas()
+    kept = np.flatnonzero(counts["cause"] == "")
+    return converted.select_columns(list(conversion.features)).select(kept), counts
+
+
+def convert_stream(
+    dataset: IterableDataset,
+    head: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    conversion: Conversion,
+    name: str,
+) -> tuple[IterableDataset, pd.DataFrame]:
+    """Convert a stream when it is read; of its first rows, checked now, the counts.
+
+    Args:
+        dataset: Rows as loaded.
+        head: The first of them.
+        columns: Their columns.
+        tokenizer: The tokenizer of the model.
+        conversion: What they become.
+        name: What the rows are called in messages.
+
+    Raises:
+        DataError: The first rows are malformed; later ones raise when they are read.
+    """
+    first = {column: [row[column] for row in head] for column in columns}
+    _refuse_problems(_find_problems(first, range(len(head)), conversion.find_problems, conversion.settings), name)
+    rows = dataset.map(
+        _convert_streamed,
+        batched=True,
+        batch_size=HEAD_ROWS,
+        with_indices=True,
+        remove_columns=columns,
+        features=conversion.features,
+        fn_kwargs={"tokenizer": tokenizer, "conversion": conversion, "name": name},
+    )
+    return rows, pd.DataFrame(conversion.convert(first, tokenizer, conversion.settings))
+
+
+def rows_of(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of columns.
+
+    Args:
+        batch: Columns of equal length.
+    """
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
+
+
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of elements at the beginning that two sequences share."""
+    if second[: len(first)] == first:
+        return len(first)
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def drop_counts(counts: pd.DataFrame) -> dict[str, int]:
+    """Rows dropped, by cause."""
+    return dict(Counter(counts["cause"][counts["cause"] != ""]))
+
+
+def first_text(texts: pd.Series) -> str:
+    """The first text that is not empty, else the empty one."""
+    return next((text for text in texts if text), "")
+
+
+def length_quantiles(lengths: Mapping[str, np.ndarray]) -> dict[str, dict[str, int]]:
+    """``QUANTILES`` of every kind of length.
+
+    Args:
+        lengths: What is measured, to one length a row (or completion), tokens.
+    """
+    return {
+        what: {name: int(np.quantile(values, q, method="higher")) for name, q in QUANTILES.items()}
+        for what, values in lengths.items()
+    }
+
+
+def recommended_length(total: Any, needed: Any, max_dropped_fraction: float) -> int:
+    """Smallest rounded max_length that holds most rows whole and drops no more than the allowed share of them.
+
+    Args:
+        total: Length of each row, tokens.
+        needed: Smallest max_length that keeps each row.
+        max_dropped_fraction: Share of rows that may be dropped.
+    """
+    whole = np.quantile(total, HELD_SHARE, method="higher")
+    kept = np.quantile(needed, 1 - max_dropped_fraction, method="higher")
+    return int(-(-max(whole, kept) // LENGTH_STEP) * LENGTH_STEP)
+
+
+def refuse_drops(
+    report: SplitReport,
+    counts: pd.DataFrame,
+    max_dropped_fraction: float,
+    *,
+    shown: Callable[[Any], str],
+    advice: Sequence[str],
+    too_long: int,
+) -> None:
+    """Raise when no row is left or more are dropped than allowed.
+
+    Args:
+        report: What the conversion counted.
+        counts: The counts of every row.
+        max_dropped_fraction: Share of rows that may be dropped.
+        shown: A row of ``counts``, by its index, in words.
+        advice: What to say of causes other than the length.
+        too_long: Rows dropped for their length.
+
+    Raises:
+        DataError: With the causes, examples and lengths.
+    """
+    if report.num_rows and report.num_dropped <= max_dropped_fraction * report.num_rows_in:
+        return
+    causes = counts["cause"][counts["cause"] != ""]
+    problems = describe_problems((row, Problem(f"dropped: {cause}", shown(row))) for row, cause in causes.items())
+    allowed = f"max_dropped_fraction {max_dropped_fraction:g} allows {int(max_dropped_fraction * report.num_rows_in)}"
+    problems += advice
+    if too_long:
+        lengths = "; ".join(f"{what}: {length_line(values)}" for what, values in report.lengths.items())
+        found = f"max_length is {report.max_length}; {report.recommended_max_length} would do"
+        problems.append(f"{found}. Lengths in tokens: {lengths}")
+    headline = f"{report.name}: {report.num_dropped} of {report.num_rows_in} rows are dropped, {allowed}"
+    raise DataError(headline, problems)
+
+
+def _convert_streamed(
+    batch: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    conversion: Conversion,
+    name: str,
+) -> dict[str, list[Any]]:
+    """Check and convert one batch of a stream, leaving dropped rows out."""
+    _refuse_problems(_find_problems(batch, indices, conversion.find_problems, conversion.settings), name)
+    converted = conversion.convert(batch, tokenizer, conversion.settings)
+    kept = [i for i, cause in enumerate(converted["cause"]) if not cause]
+    return {column: [converted[column][i] for i in kept] for column in conversion.features}
+
+
+def _find_problems(
+    batch: Mapping[str, Sequence[Any]],
+    indices: Iterable[int],
+    find: Callable[[Mapping[str, Any], Any], list[Problem]],
+    settings: Any,
+) -> dict[str, list[Any]]:
+    """A table of the problems of a batch: one row a problem, not one a row."""
+    found = [
+        (index, *problem) for index, row in zip(indices, rows_of(batch), strict=True) for problem in find(row, settings)
+    ]
+    return {column: [entry[i] for entry in found] for i, column in enumerate(_PROBLEM_FEATURES)}
+
+
+def _refuse_problems(problems: Mapping[str, Sequence[Any]], name: str) -> None:
+    """Raise with every problem when one is fatal; rows that merely prefer nothing are dropped later."""
+    if any(problems["fatal"]):
+        found = zip(problems["row"], map(Problem, problems["kind"], problems["shown"]), strict=True)
+        raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(found))

@@ -1,0 +1,155 @@
+"""From supervised rows as loaded to ``input_ids`` and ``labels``, with the account of what was dropped.
+
+The tokens are those of ``trl.SFTTrainer``; see :mod:`alignkit.data.supervised_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data import conversion as engine
+from alignkit.data.columns import SUPERVISED_FORMS, columns_of
+from alignkit.data.load import first_rows
+from alignkit.data.schema import Problem
+from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED, SupervisedReport
+from alignkit.data.supervised_schema import detect_supervised_kind, opening, supervised_row_problems
+from alignkit.data.supervised_tokens import (
+    COUNT_FEATURES,
+    DEFAULT_TRAINED,
+    TOKEN_FEATURES,
+    Settings,
+    TrainedTokens,
+    convert_batch,
+    encode,
+)
+from alignkit.data.templates import require_template
+
+
+def to_supervised_rows(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    trained: TrainedTokens = DEFAULT_TRAINED,
+    max_dropped_fraction: float = 0.1,
+    num_proc: int | None = None,
+    name: str = "train",
+    stop_token_ids: Sequence[int] = (),
+) -> tuple[Dataset | IterableDataset, SupervisedReport]:
+    """Validate and tokenise rows. Of streamed rows the first are checked and counted now, the others when read.
+
+    Args:
+        dataset: Rows in one of the forms of :mod:`alignkit.data.supervised_schema`.
+        tokenizer: The tokenizer of the model, with its chat template when rows are messages.
+        max_length: Limit on a row in tokens, or None; rows are cut at their end.
+        trained: Which tokens are trained.
+        max_dropped_fraction: Highest share of rows that may be dropped.
+        num_proc: Worker processes, or None for this process; not used for streamed rows.
+        name: What the rows are called in messages.
+        stop_token_ids: Ids at which generation stops besides the tokenizer's EOS (from the generation config).
+
+    Returns:
+        Rows of ``input_ids`` and ``labels``, and what happened on the way.
+
+    Raises:
+        DataError: Rows are malformed (every kind of problem, with examples), or too many or all are dropped.
+    """
+    head, columns = first_rows(dataset, name)
+    wanted = {"completion_only_loss": trained.completion_only, "assistant_only_loss": trained.assistant_only}
+    kind = detect_supervised_kind(columns, head, name=name, **wanted)
+    require_template(tokenizer, conversational=kind.conversational, name=name)
+    stops = frozenset({*stop_token_ids, tokenizer.eos_token_id} - {None})
+    settings = Settings(kind, trained, max_length, stops)
+    conversion = engine.Conversion(TOKEN_FEATURES, COUNT_FEATURES, _find_problems, convert_batch, settings)
+    if isinstance(dataset, IterableDataset):
+        rows, counts = engine.convert_stream(dataset, head, columns, tokenizer, conversion, name)
+    else:
+        rows, counts = engine.convert_table(dataset, tokenizer, conversion, num_proc, name)
+    report = _summarise(counts, settings, max_dropped_fraction, name, columns)
+    _refuse_drops(report, counts, max_dropped_fraction, trained)
+    return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
+
+
+def prompts_of(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[tuple[int, ...]]:
+    """Token ids of the first different prompts, ready for generation; none for rows of plain text.
+
+    Args:
+        dataset: Rows as loaded.
+        tokenizer: The tokenizer of the model.
+        count: How many at most.
+    """
+    head, columns = first_rows(dataset, "prompts")
+    kind = detect_supervised_kind(columns, head, name="prompts")
+    if not (kind.has_prompt or kind.conversational):
+        return []
+    rows = list(islice(dataset, 4 * count))
+    prompts = [row["prompt"] if kind.has_prompt else opening(row["messages"]) for row in rows]
+    encoded, _ = encode(prompts, rows, tokenizer, TrainedTokens(), is_prompt=True)
+    return list(dict.fromkeys(map(tuple, encoded)))[:count]
+
+
+def _find_problems(row: Mapping[str, Any], settings: Settings) -> list[Problem]:
+    return supervised_row_problems(row, settings.kind)
+
+
+def _summarise(
+    counts: pd.DataFrame,
+    settings: Settings,
+    max_dropped_fraction: float,
+    name: str,
+    columns: Sequence[str],
+) -> SupervisedReport:
+    kept = counts[counts["cause"] == ""]
+    lengths = {"row": counts["length"].to_numpy(), "trained": counts["num_trained"].to_numpy()}
+    return SupervisedReport(
+        name=name,
+        kind=str(settings.kind),
+        max_length=settings.max_length,
+        num_rows_in=len(counts),
+        num_rows=len(kept),
+        dropped=engine.drop_counts(counts),
+        num_truncated_rows=int(kept["is_cut"].sum()),
+        lengths=engine.length_quantiles(lengths),
+        recommended_max_length=engine.recommended_length(
+            counts["length"], counts["needed_length"], max_dropped_fraction
+        ),
+        ignored_columns=tuple(column for column in columns if column not in columns_of(SUPERVISED_FORMS)),
+        num_cut_prompts=int((counts["cut_prompt_end"] != "").sum()),
+        cut_prompt_end=engine.first_text(counts["cut_prompt_end"]),
+        num_whole_completions=int((~kept["is_cut"]).sum()),
+        num_stopped_completions=int(kept["num_stopped"].sum()),
+        text_after_stop=engine.first_text(kept["text_after_stop"]),
+        unstopped_end=engine.first_text(kept["unstopped_end"]),
+        num_doubled_tokens=int(kept["doubled"].sum()),
+        num_tokens=int(kept["length"].clip(upper=settings.max_length).sum()),
+        num_trained_tokens=int(kept["num_trained_kept"].sum()),
+    )
+
+
+def _refuse_drops(
+    report: SupervisedReport, counts: pd.DataFrame, max_dropped_fraction: float, trained: TrainedTokens
+) -> None:
+    advice = []
+    if report.dropped.get(NOTHING_TRAINED):
+        if trained.assistant_only:
+            mark = "the chat template must mark the assistant's turns with {% generation %} and {% endgeneration %}"
+            advice.append(f"{mark}: set chat_template to one that does, or write assistant_only_loss: false")
+        else:
+            advice.append("a row needs a token that is trained and has another one before it")
+    engine.refuse_drops(
+        report,
+        counts,
+        max_dropped_fraction,
+        shown=lambda row: f"{counts['length'][row]} tokens, {counts['num_trained'][row]} of them trained",
+        advice=advice,
+        too_long=report.dropped.get(CUT_AWAY, 0),
+    )

@@ -1,0 +1,57 @@
+"""The report on supervised rows: what was counted, why rows were dropped, and one row with its trained tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.report import Spans, SplitReport
+from alignkit.data.templates import Check, check_rows
+
+NOTHING_TRAINED = "no token is trained"
+CUT_AWAY = "no trained token is left at max_length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedReport(SplitReport):
+    """The report on supervised rows.
+
+    Attributes:
+        num_tokens: Tokens of the rows kept, cut where they are cut.
+        num_trained_tokens: Those of them that are trained.
+    """
+
+    num_tokens: int
+    num_trained_tokens: int
+
+    def details(self) -> dict[str, str]:
+        """Tokens, and how many of them are trained."""
+        share = self.num_trained_tokens / max(self.num_tokens, 1)
+        return {"tokens": f"{self.num_tokens}", "trained tokens": f"{self.num_trained_tokens} ({share:.0%})"}
+
+    def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
+        """The checks that hold for rows of any family."""
+        return check_rows(self)
+
+    def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> MarkedRow:
+        """Decode a row in runs of trained and other tokens."""
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        runs = [
+            (trained, [token for token, _ in run]) for trained, run in groupby(pairs, key=lambda pair: pair[1] >= 0)
+        ]
+        return MarkedRow(tuple((tokenizer.decode(tokens), trained) for trained, tokens in runs))
+
+
+@dataclass(frozen=True)
+class MarkedRow:
+    """One row as the model sees it: its text in pieces, each with whether it is trained."""
+
+    spans: tuple[tuple[str, bool], ...]
+
+    def labelled(self) -> list[tuple[str, Spans]]:
+        """The row as one part."""
+        return [("row", list(self.spans))]

@@ -1,0 +1,211 @@
+"""One batch of supervised rows to token ids and labels, with what is counted on the way.
+
+Rows become, token for token, what ``trl.SFTTrainer`` 1.16 trains on (its ``_prepare_dataset``):
+
+- plain text gets EOS unless it ends in it; messages get what the chat template writes;
+- prompt and prompt + completion are tokenised separately, and the completion starts where they part;
+- a label is -100 where nothing is trained: in prompts, and outside the assistant's turns if only these are trained;
+- a row is cut at ``max_length``, and dropped when no trained token is left of it.
+
+A row whose only trained token is its first is dropped too: no position predicts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data import conversion as engine
+from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED
+from alignkit.data.supervised_schema import SupervisedKind
+from alignkit.data.templates import has_doubled_token
+from alignkit.data.tokenization import endings, template_arguments, with_eos
+
+IGNORE_INDEX = -100
+TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+COUNT_FEATURES = Features(
+    {
+        "cause": Value("string"),
+        "length": Value("int32"),
+        "num_trained": Value("int32"),
+        "num_trained_kept": Value("int32"),
+        "needed_length": Value("int32"),
+        "is_cut": Value("bool"),
+        "num_stopped": Value("int32"),
+        "text_after_stop": Value("string"),
+        "unstopped_end": Value("string"),
+        "cut_prompt_end": Value("string"),
+        "doubled": Value("bool"),
+    }
+)
+"""Columns beside the tokens, counted and then removed; ``needed_length`` is the least max_length that keeps a row."""
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Which tokens are trained.
+
+    Attributes:
+        completion_only: The completion alone, where it is told apart; None is True there.
+        assistant_only: The assistant's turns alone.
+        chat_template: Template with ``{% generation %}`` marks in place of the tokenizer's; None takes its own.
+    """
+
+    completion_only: bool | None = None
+    assistant_only: bool = False
+    chat_template: str | None = None
+
+
+DEFAULT_TRAINED = TrainedTokens()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What tokens depend on besides the rows and the tokenizer."""
+
+    kind: SupervisedKind
+    trained: TrainedTokens
+    max_length: int | None
+    stop_token_ids: frozenset[int]
+
+
+def convert_batch(
+    batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, list[Any]]:
+    """Tokenise a batch of valid rows.
+
+    Args:
+        batch: Columns of the batch.
+        tokenizer: The tokenizer of the model.
+        settings: What else the result depends on.
+
+    Returns:
+        Columns of ``TOKEN_FEATURES`` and ``COUNT_FEATURES``; dropped rows have empty token columns.
+    """
+    rows = list(engine.rows_of(batch))
+    columns: dict[str, list[Any]] = {name: [] for name in [*TOKEN_FEATURES, *COUNT_FEATURES]}
+    for tokens in _tokenise(rows, tokenizer, settings):
+        for name, value in _convert_row(tokens, tokenizer, settings).items():
+            columns[name].append(value)
+    return columns
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised row.
+
+    Attributes:
+        input_ids: Its tokens.
+        is_trained: Which of them are trained.
+        prompt_ids: The prompt tokenised on its own, empty where there is none.
+        start: Where the completion starts, 0 without a prompt.
+    """
+
+    input_ids: list[int]
+    is_trained: list[bool]
+    prompt_ids: list[int]
+    start: int
+
+
+def _convert_row(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict[str, Any]:
+    input_ids, is_trained, start = tokens.input_ids, tokens.is_trained, tokens.start
+    trained_at = [i for i in range(1, len(input_ids)) if is_trained[i]]
+    limit = len(input_ids) if settings.max_length is None else settings.max_length
+    is_cut = len(input_ids) > limit
+    cause = NOTHING_TRAINED if not trained_at else CUT_AWAY if trained_at[0] >= limit else ""
+    labels = [token if trained else IGNORE_INDEX for token, trained in zip(input_ids, is_trained, strict=True)]
+    last_run = _last_run(is_trained)
+    answer = input_ids[last_run.start : last_run.stop]
+    counts = {
+        "cause": cause,
+        "length": len(input_ids),
+        "num_trained": len(trained_at),
+        "num_trained_kept": 0 if cause else sum(i < limit for i in trained_at),
+        "needed_length": trained_at[0] + 1 if trained_at else 0,
+        "is_cut": is_cut,
+        "cut_prompt_end": tokenizer.decode(tokens.prompt_ids[start:]),
+        "doubled": has_doubled_token(input_ids[:start] or input_ids, input_ids[start:], tokenizer),
+    }
+    kept = 0 if cause else limit
+    columns = {"input_ids": input_ids[:kept], "labels": labels[:kept]}
+    return columns | counts | endings([] if is_cut or cause else [answer], tokenizer, settings.stop_token_ids)
+
+
+def _tokenise(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[Tokens]:
+    """Tokenise rows, whole and their prompts alone; one call for all texts is what makes this fast."""
+    kind, trained = settings.kind, settings.trained
+    wholes = [_whole(row, tokenizer, kind) for row in rows]
+    sequences, masks = encode(wholes, rows, tokenizer, trained)
+    prompts = [row["prompt"] for row in rows] if kind.has_prompt else []
+    prompt_ids, _ = encode(prompts, rows, tokenizer, replace(trained, assistant_only=False), is_prompt=True)
+    tokenised = []
+    for ids, mask, prompt in zip(sequences, masks, prompt_ids or [[]] * len(rows), strict=True):
+        start = engine.common_prefix_length(prompt, ids)
+        if trained.completion_only is not False:
+            mask = [0] * start + mask[start:]
+        tokenised.append(Tokens(ids, [bool(bit) for bit in mask], prompt, start))
+    return tokenised
+
+
+def _whole(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, kind: SupervisedKind) -> Any:
+    """The text or the messages of a whole row."""
+    if kind.conversational:
+        return row["prompt"] + row["completion"] if kind.has_prompt else row["messages"]
+    return (
+        row["prompt"] + with_eos(row["completion"], tokenizer) if kind.has_prompt else with_eos(row["text"], tokenizer)
+    )
+
+
+def encode(
+    values: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    trained: TrainedTokens,
+    is_prompt: bool = False,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of texts or messages, and a mask of ones, or of the assistant's turns where these alone are trained.
+
+    Args:
+        values: All texts, or all lists of messages.
+        rows: The rows they are of, which may hold arguments of the chat template.
+        tokenizer: The tokenizer of the model.
+        trained: Which tokens are trained.
+        is_prompt: Whether messages end in the generation prompt.
+    """
+    if not values:
+        return [], []
+    if isinstance(values[0], str):
+        ids = tokenizer(list(values), verbose=False)["input_ids"]
+        return ids, [[1] * len(sequence) for sequence in ids]
+    how = {"chat_template": trained.chat_template, "add_generation_prompt": is_prompt}
+    if trained.assistant_only:
+        how |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = [
+            tokenizer.apply_chat_template(messages, **how, **template_arguments(row))
+            for messages, row in zip(values, rows, strict=True)
+        ]
+        return [list(row["input_ids"]) for row in encoded], [list(row["assistant_masks"]) for row in encoded]
+    texts = [
+        tokenizer.apply_chat_template(messages, tokenize=False, **how, **template_arguments(row))
+        for messages, row in zip(values, rows, strict=True)
+    ]
+    # A chat template writes its own special tokens.
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids, [[1] * len(sequence) for sequence in ids]
+
+
+def _last_run(is_trained: Sequence[bool]) -> range:
+    """The last positions that are trained one behind the other."""
+    position, last = 0, range(0)
+    for trained, run in groupby(is_trained):
+        length = len(list(run))
+        last = range(position, position + length) if trained else last
+        position += length
+    return last

@@ -1,0 +1,115 @@
+"""Decoupled decay towards the starting weights, where the optimizer holds them.
+
+A hook of the torch optimizer sees its own parameters just before it steps: the weights themselves on one process and
+under DDP, this process's flat float32 partitions under ZeRO. What it sees first is what training starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignkit.errors import CheckpointError, ConfigError
+
+
+class DecayToStart:
+    """``w <- w - lr * coef * (w - w_0)`` before every step of an optimizer.
+
+    Args:
+        coef: Coefficient of the pull.
+        starts: The starting weights of a resumed run, as :meth:`starts` returned them; None takes them as they come.
+    """
+
+    def __init__(self, coef: float, starts: Sequence[Tensor] | None = None) -> None:
+        self.coef = coef
+        self.is_attached = False
+        self._saved = list(starts or ())
+        self._is_resumed = starts is not None
+        self._starts: dict[Tensor, Tensor] = {}
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act before each step of ``optimizer``; a second time for the same one changes nothing."""
+        if not self.is_attached:
+            optimizer.register_step_pre_hook(self._before_step)
+            self.is_attached = True
+
+    def starts(self) -> list[Tensor]:
+        """The starting weights in the order the optimizer was seen to hold them."""
+        return list(self._starts.values())
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                start = self._start_of(weight)
+                if weight.grad is not None:
+                    weight.add_(start - weight, alpha=group["lr"] * self.coef)
+
+    def _start_of(self, weight: Tensor) -> Tensor:
+        if weight not in self._starts:
+            position = len(self._starts)
+            if not self._is_resumed:
+                self._starts[weight] = weight.detach().clone()
+            elif position < len(self._saved) and self._saved[position].shape == weight.shape:
+                self._starts[weight] = self._saved[position].to(weight.device, weight.dtype)
+            else:
+                raise CheckpointError(
+                    "the checkpoint's starting weights (decay_to_init) do not fit the weights the optimizer holds: it "
+                    "was written in another process layout. Resume in that layout, or start again."
+                )
+        return self._starts[weight]
+
+
+class StartKeeper(TrainerCallback):
+    """Saves the starting weights of :class:`DecayToStart` with each checkpoint, a file a rank.
+
+    It stands before the callback that declares a checkpoint complete.
+
+    Args:
+        decay: Whose starting weights.
+    """
+
+    def __init__(self, decay: DecayToStart) -> None:
+        self.decay = decay
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse an optimizer that was not made here."""
+        if not self.decay.is_attached:
+            problem = "`gradient_rule: decay_to_init`: the optimizer is made by DeepSpeed. Remove it from its config"
+            raise ConfigError("the gradient rule cannot be used in this run", [problem])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write this rank's file."""
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        torch.save(self.decay.starts(), checkpoint / _file_name(args.process_index))
+
+
+def read_starts(checkpoint: Path, rank: int) -> list[Tensor]:
+    """The starting weights in a checkpoint.
+
+    Args:
+        checkpoint: A directory ``checkpoint-<step>``.
+        rank: Whose.
+
+    Raises:
+        CheckpointError: They are not there.
+    """
+    file = checkpoint / _file_name(rank)
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing: this checkpoint was written without gradient_rule: decay_to_init, or with fewer "
+            "processes. Resume the run as it was started, or start again."
+        )
+    starts: list[Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    return starts
+
+
+def _file_name(rank: int) -> str:
+    return f"starting_weights_{rank}.pt"

@@ -1,0 +1,268 @@
+"""Where a gradient rule enters a trainer: one mixin, for every objective, parametrisation and process layout.
+
+A trainer that inherits from :class:`GradientRuleHook` implements :meth:`~GradientRuleHook.batch_loss` and
+:meth:`~GradientRuleHook.record`, sets ``gradient_rule`` to a :class:`ChosenRule` (or None), and returns
+:meth:`~GradientRuleHook.ruled_loss` from its ``compute_loss``. Nothing else changes: the scalar that comes back has
+the value of the loss and the edited gradient, so that scaling, backward pass, accumulation, reduction over processes,
+clipping and logging are the trainer's own.
+
+What is evaluated, once or twice a micro-batch, is the model inside its wrapper, with stand-ins for the trainable
+weights (``_weights.py``): no gradient is reduced and no engine is stepped before the edited gradient is known.
+
+Each process displaces along the gradient of each of its micro-batches ("m-SAM"), and the edited gradients add up.
+With ``direction: global`` both gradients are averaged over processes before they are used, so that a step of one
+micro-batch a process does not depend on the number of processes. Micro-batches of one step are displaced separately
+all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from alignkit.gradients._decay import DecayToStart, StartKeeper, read_starts
+from alignkit.gradients._family import Evaluation, LowRankPair
+from alignkit.gradients._measures import measure
+from alignkit.gradients._replay import random_state, replayed
+from alignkit.gradients._support import check_supported
+from alignkit.gradients._weights import (
+    Trainable,
+    evaluated_at,
+    low_rank_pairs,
+    trainable_tensors,
+    whole_weights,
+    zero_with_gradients,
+)
+from alignkit.gradients.rule import DisplacedOptions, EditOptions, GradientRule, load_rule
+from alignkit.losses.types import Metric
+
+
+@dataclass(frozen=True)
+class ChosenRule:
+    """A gradient rule with its options, an instance of ``rule.options``."""
+
+    rule: GradientRule
+    options: Any
+
+
+def chosen_rule(name: str | None, options: Any) -> ChosenRule | None:
+    """The rule of a config, None where there is none.
+
+    Args:
+        name: Value of the key ``gradient_rule``.
+        options: Instance of the rule's options.
+    """
+    return None if name is None else ChosenRule(load_rule(name), options)
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What both evaluations of a micro-batch are given."""
+
+    inner: nn.Module
+    inputs: Mapping[str, Tensor]
+    num_items_in_batch: Tensor | None
+
+
+class GradientRuleHook(Trainer):
+    """Mixin of a trainer; see the head of this file."""
+
+    gradient_rule: ChosenRule | None = None
+
+    _kept: dict[str, Tensor] | None = None
+    _decay: DecayToStart | None = None
+    _start: Mapping[str, Tensor]
+    _drawn: tuple[int, int] = (-1, 0)
+
+    # --- what the trainer implements -------------------------------------------------------------------------------
+
+    def batch_loss(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None, *, record: bool
+    ) -> Tensor:
+        """This micro-batch's part of the step's loss; its metrics and tokens count only with ``record``."""
+        raise NotImplementedError
+
+    def record(self, name: str, metric: Metric) -> None:
+        """Add a metric to the next log."""
+        raise NotImplementedError
+
+    # --- the loss --------------------------------------------------------------------------------------------------
+
+    def ruled_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None) -> Tensor:
+        """The loss of a micro-batch; while training, its gradient is what the rule makes of it.
+
+        Args:
+            model: The wrapped model.
+            inputs: A collated batch.
+            num_items_in_batch: Handed on to :meth:`batch_loss`.
+        """
+        if self.gradient_rule is None or not torch.is_grad_enabled() or not self._rule_is_on():
+            return self.batch_loss(model, inputs, num_items_in_batch, record=True)
+        batch = _MicroBatch(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
+        with self._evaluated_twice():
+            loss, gradients = self._edited_gradients(batch, self.gradient_rule)
+        return loss + zero_with_gradients(model, batch.inner, gradients, loss)
+
+    def once_a_batch(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, only once where a rule evaluates the same micro-batch twice.
+
+        Args:
+            name: Distinguishes what is computed.
+            compute: Must not depend on the weights that train.
+        """
+        if self._kept is None:
+            return compute()
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
+
+    @contextlib.contextmanager
+    def _evaluated_twice(self) -> Iterator[None]:
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _rule_is_on(self) -> bool:
+        """Whether the rule edits the gradient of this optimizer step."""
+        assert self.gradient_rule is not None
+        options, step = self.gradient_rule.options, self.state.global_step
+        if self.gradient_rule.rule.edit is None:
+            return False
+        if not isinstance(options, DisplacedOptions):
+            return True
+        warmup_steps = 0 if options.rule_in_warmup else self.args.get_warmup_steps(self.state.max_steps)
+        return step >= warmup_steps and step % options.every_k == 0
+
+    def _edited_gradients(self, batch: _MicroBatch, chosen: ChosenRule) -> tuple[Tensor, dict[Trainable, Tensor]]:
+        """The loss, detached, and the gradient of every tensor that has one; those that are no target keep theirs."""
+        rule, options, tensors = chosen.rule, chosen.options, trainable_tensors(batch.inner)
+        weights = whole_weights(tensors)
+        device = weights[0].device
+        state = random_state(device)
+        loss, gradients = self._evaluate(batch, tensors, weights, record=True)
+        targets = [i for i in gradients if options.rule_targets == "all" or tensors[i].is_lora]
+        found = {tensors[i]: (weights[i], gradients[i]) for i in targets}
+        first = self._first_evaluation(batch, found, loss, chosen)
+        evaluations = [first]
+        if rule.displacement is not None:
+            moved = list(weights)
+            for i, displacement in zip(targets, rule.displacement(first, options), strict=True):
+                moved[i] = weights[i] + displacement
+            with replayed(state, device):
+                loss_s, gradients_s = self._evaluate(batch, tensors, moved, record=False)
+            g_s = [gradients_s[i] if i in gradients_s else torch.zeros_like(weights[i]) for i in targets]
+            there = [moved[i] for i in targets]
+            evaluations.append(replace(first, loss=loss_s, weights=there, gradient=self._averaged(g_s, options)))
+        assert rule.edit is not None
+        edited = dict(zip(targets, rule.edit(evaluations, options), strict=True))
+        for name, metric in measure(rule, options, evaluations).items():
+            self.record(name, metric)
+        return loss, {tensors[i]: edited.get(i, gradient) for i, gradient in gradients.items()}
+
+    def _first_evaluation(
+        self, batch: _MicroBatch, found: Mapping[Trainable, tuple[Tensor, Tensor]], loss: Tensor, chosen: ChosenRule
+    ) -> Evaluation:
+        """What the rule is told of the weights as they are; ``found`` holds weight and gradient."""
+        weights, gradient = ([pair[i] for pair in found.values()] for i in range(2))
+        pairs: list[LowRankPair] = []
+        start: list[Tensor | None] = []
+        if chosen.rule.needs_start:
+            pairs = low_rank_pairs(batch.inner, list(found))
+            factors = {i for pair in pairs for i in (pair.a, pair.b)}
+            start = [None if i in factors else self._start[tensor.name] for i, tensor in enumerate(found)]
+        return Evaluation(
+            weights=weights,
+            gradient=self._averaged(gradient, chosen.options),
+            loss=loss,
+            share=1 / self.current_gradient_accumulation_steps,
+            start=start,
+            pairs=pairs,
+            seed=self._next_seed(chosen.options),
+        )
+
+    def _evaluate(
+        self, batch: _MicroBatch, tensors: Sequence[Trainable], weights: Sequence[Tensor], *, record: bool
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The loss at these weights, detached, and the gradients of the tensors it depends on, by position."""
+        with evaluated_at(tensors, weights) as leaves:
+            loss = self.batch_loss(batch.inner, batch.inputs, batch.num_items_in_batch, record=record)
+            # Not autograd.grad, which checkpointing in its older, re-entrant form does not allow. The leaves are the
+            # only ones that require a gradient, so nothing reaches the parameters.
+            loss.backward()
+        return loss.detach(), {i: leaf.grad for i, leaf in enumerate(leaves) if leaf.grad is not None}
+
+    def _averaged(self, gradient: list[Tensor], options: EditOptions) -> list[Tensor]:
+        """The gradient a rule goes by: this process's own, or with ``direction: global`` the mean over processes."""
+        is_global = isinstance(options, DisplacedOptions) and options.direction == "global"
+        if not is_global or self.accelerator.num_processes == 1:
+            return gradient
+        flat = self.accelerator.reduce(torch.cat([x.flatten() for x in gradient]), reduction="mean")
+        pieces = flat.split([x.numel() for x in gradient])
+        return [piece.view_as(x) for piece, x in zip(pieces, gradient, strict=True)]
+
+    def _next_seed(self, options: EditOptions) -> int:
+        """A seed for this micro-batch: another one in every step and on every process, unless all displace alike."""
+        step = self.state.global_step
+        self._drawn = (step, self._drawn[1] + 1 if self._drawn[0] == step else 0)
+        is_global = isinstance(options, DisplacedOptions) and options.direction == "global"
+        rank = 0 if is_global else self.accelerator.process_index
+        mixed = random.Random(f"{self.args.seed} {step} {self._drawn[1]} {rank}")
+        return mixed.getrandbits(62)
+
+    # --- before and after ------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **inherited: Any) -> Any:
+        """Train as the host does, once it is known that the rule works in this process layout.
+
+        Raises:
+            ConfigError: It does not; nothing has been trained.
+        """
+        if self.gradient_rule is not None:
+            tensors = trainable_tensors(self.model)
+            check_supported(
+                self.gradient_rule.rule,
+                self.gradient_rule.options,
+                model=self.model,
+                tensors=tensors,
+                accelerator=self.accelerator,
+                args=self.args,
+            )
+            if self.gradient_rule.rule.needs_start:
+                self._start = self._starting_weights(tensors)
+            if self.gradient_rule.rule.decay is not None:
+                coef = self.gradient_rule.rule.decay(self.gradient_rule.options)
+                self._set_decay(coef, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **inherited)
+
+    def create_optimizer(self, *given: Any, **named: Any) -> torch.optim.Optimizer:
+        """The host's optimizer, with decay to the starting weights where the rule asks for it."""
+        optimizer = super().create_optimizer(*given, **named)
+        if self._decay is not None:
+            self._decay.attach(optimizer)
+        return optimizer
+
+    def _starting_weights(self, tensors: Sequence[Trainable]) -> dict[str, Tensor]:
+        """Copies of the trainable weights by name; LoRA factors, whose update starts at 0, are left out."""
+        factors = {i for pair in low_rank_pairs(self.model, tensors) for i in (pair.a, pair.b)}
+        others = [tensor for i, tensor in enumerate(tensors) if i not in factors]
+        weights = whole_weights(others) if others else []
+        return {tensor.name: weight.clone() for tensor, weight in zip(others, weights, strict=True)}
+
+    def _set_decay(self, coef: float, resume_from_checkpoint: str | bool | None) -> None:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        starts = read_starts(Path(checkpoint), self.args.process_index) if checkpoint else None
+        self._decay = DecayToStart(coef, starts)
+        self.callback_handler.callbacks.insert(0, StartKeeper(self._decay))

@@ -1,0 +1,169 @@
+"""How a model is evaluated at other weights without writing them, and how a finished gradient enters its backward pass.
+
+An attribute of a module's own dictionary is found before its registered parameters. Standing in for a parameter there,
+for as long as an evaluation lasts, changes neither the parameter nor what optimizers, DDP and DeepSpeed know of it, so
+there is nothing to restore, in whatever precision. Whoever reads the weight meets the stand-in: the module itself, a
+recomputed checkpoint, DoRA, and the fused LM head that reads ``lm_head.weight`` from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from alignkit.gradients._family import LowRankPair
+
+LORA_PREFIX = "lora_"
+"""What the names of PEFT's LoRA factors (and DoRA's magnitudes) begin with, at some level."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """One trainable tensor and every place that reads it; a tied weight has several.
+
+    Attributes:
+        name: Full name of its first place.
+        parameter: The tensor, which ZeRO-3 may hold in parts.
+        places: (module, attribute) pairs.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    places: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is part of a LoRA adapter; modules saved beside one are not."""
+        return any(part.startswith(LORA_PREFIX) for part in self.name.split("."))
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        """Precision it is evaluated in."""
+        dtype = self.parameter.dtype
+        return torch.float32 if self.is_lora and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def trainable_tensors(model: nn.Module) -> list[Trainable]:
+    """All tensors of ``model`` that require a gradient, in the order of its modules."""
+    names: dict[nn.Parameter, str] = {}
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.requires_grad:
+                names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+                places.setdefault(parameter, []).append((module, name))
+    return [Trainable(name, parameter, tuple(places[parameter])) for parameter, name in names.items()]
+
+
+def whole_weights(tensors: Sequence[Trainable]) -> list[Tensor]:
+    """The weights of this moment, detached; copies where ZeRO-3 keeps only parts of them, otherwise mostly views.
+
+    LoRA factors in half precision (TRL makes those of a 4-bit base bfloat16) come as float32, or rounding would swallow
+    most of a displacement. PEFT computes in the precision of the factors, whatever the rest of the model is in.
+
+    A collective under ZeRO-3.
+    """
+    parameters = [tensor.parameter for tensor in tensors]
+    if not is_deepspeed_zero3_enabled():
+        return [tensor.parameter.detach().to(tensor.computed_in) for tensor in tensors]
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [tensor.parameter.detach().to(tensor.computed_in, copy=True) for tensor in tensors]
+
+
+def low_rank_pairs(model: nn.Module, tensors: Sequence[Trainable]) -> list[LowRankPair]:
+    """The LoRA updates of linear layers whose factors both train, by their positions in ``tensors``."""
+    positions = {place: i for i, tensor in enumerate(tensors) for place in tensor.places}
+    pairs = []
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for adapter, factor in layer.lora_A.items():
+                a, b = positions.get((factor, "weight")), positions.get((layer.lora_B[adapter], "weight"))
+                if a is not None and b is not None:
+                    pairs.append(LowRankPair(a, b, layer.scaling[adapter]))
+    return pairs
+
+
+@contextlib.contextmanager
+def shadowed(replacements: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Let attributes of modules be other values; parameters of these names stay registered and untouched."""
+    before = [(vars(module), name, vars(module).get(name), name in vars(module)) for module, name, _ in replacements]
+    try:
+        for module, name, value in replacements:
+            vars(module)[name] = value
+        yield
+    finally:
+        for own, name, value, existed in reversed(before):
+            if existed:
+                own[name] = value
+            else:
+                own.pop(name, None)
+
+
+@contextlib.contextmanager
+def evaluated_at(tensors: Sequence[Trainable], weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Stand leaves with the values of ``weights`` in for the tensors, to read gradients from their ``grad``."""
+    leaves = [weight.detach().requires_grad_() for weight in weights]
+    pairs = zip(tensors, leaves, strict=True)
+    with shadowed([(module, name, leaf) for tensor, leaf in pairs for module, name in tensor.places]):
+        yield leaves
+
+
+class _GradientSource(torch.autograd.Function):
+    """A scalar 0 whose gradient with respect to ``parameter`` is ``gradient``."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = parameter.dtype
+        return parameter.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output.to(gradient.dtype)).to(ctx.dtype), None
+
+
+def zero_with_gradients(
+    model: nn.Module, inner: nn.Module, gradients: Mapping[Trainable, Tensor], anchor: Tensor
+) -> Tensor:
+    """A scalar 0 whose gradient with respect to each tensor is the one given.
+
+    It is computed by the wrapper's forward, calling each owning module in turn, so that whatever DDP or DeepSpeed
+    hang on them happens as in an ordinary step: a reducer is armed, partitioned weights are fetched.
+
+    Args:
+        model: The wrapped model.
+        inner: The model inside.
+        gradients: Finished gradients, each of its tensor's shape.
+        anchor: Any tensor on the device, handed to the modules in place of an input.
+    """
+    owned: dict[nn.Module, list[tuple[str, Tensor]]] = {}
+    for tensor, gradient in gradients.items():
+        module, name = tensor.places[0]
+        owned.setdefault(module, []).append((name, gradient))
+
+    def own_forward(module: nn.Module, *_: Any, **__: Any) -> Tensor:
+        return sum((_GradientSource.apply(getattr(module, n), e) for n, e in owned[module]), start=anchor.new_zeros(()))
+
+    def inner_forward(*_: Any, **__: Any) -> Tensor:
+        parts = [own_forward(module) if module is inner else module(anchor) for module in owned]
+        return torch.stack(parts).sum()
+
+    replacements: list[tuple[nn.Module, str, Any]] = [(m, "forward", _bound(own_forward, m)) for m in owned]
+    replacements.append((inner, "forward", inner_forward))
+    with shadowed(replacements):
+        result: Tensor = model(anchor)
+    return result
+
+
+def _bound(function: Any, module: nn.Module) -> Any:
+    return lambda *args, **kwargs: function(module, *args, **kwargs)

@@ -1,0 +1,188 @@
+"""What the bridges to TRL's trainers share: one objective, one division, metrics summed and gathered once a log.
+
+A bridge inherits from :class:`ObjectiveBridge` first and from its TRL trainer second. It says how a batch becomes a
+loss output (``evaluate_objective``), how items are counted and how the rows that accelerate repeats are masked.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- trl ``_metrics`` of every trainer and the averaging in its ``log``
+- trl ``aux_loss_enabled`` and ``router_aux_loss_coef``
+- transformers ``Trainer.get_batch_samples``, whose second value reaches ``compute_loss`` as ``num_items_in_batch``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.gradients._hook import ChosenRule, GradientRuleHook
+from alignkit.losses.types import LossOutput, Metric
+from alignkit.methods._metrics import MetricSums
+
+
+class ObjectiveBridge(GradientRuleHook):
+    """The objective of a method in a TRL trainer. A subclass calls :meth:`prepare_bridge` before TRL's constructor.
+
+    Attributes:
+        item_kinds: What a term of this batch shape may be averaged over.
+    """
+
+    item_kinds: ClassVar[tuple[str, ...]]
+
+    _tag_names = ["alignkit", "trl"]
+    _name = "alignkit"
+    # The loss is divided by the item counts of the whole accumulation window.
+    loss_is_scaled_for_ga = True
+
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def prepare_bridge(self, gradient_rule: ChosenRule | None = None) -> None:
+        """Set up the running sums and take the gradient rule; nothing of the host is touched."""
+        self.gradient_rule = gradient_rule
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._loss_weights: dict[str, float] = {}
+
+    # --- what a bridge says ----------------------------------------------------------------------------------------
+
+    def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, LossOutput]:
+        """One forward pass with gradient: what the model put out (with ``aux_loss``), and the method's terms."""
+        raise NotImplementedError
+
+    def item_counts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Local number of items of every kind in ``item_kinds``, each an int64 scalar."""
+        raise NotImplementedError
+
+    def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+        """``inputs`` with all but its first ``kept`` rows masked."""
+        raise NotImplementedError
+
+    def num_rows(self, inputs: Mapping[str, Tensor]) -> int:
+        """Rows of a collated batch."""
+        raise NotImplementedError
+
+    def record_batch(self, inputs: Mapping[str, Tensor], output: Any) -> None:
+        """Record what the bridge logs beside the terms and the method's metrics."""
+        raise NotImplementedError
+
+    # --- objective -------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of one micro-batch, divided by the item counts of the whole step (all ranks and accumulation steps).
+
+        Args:
+            model: The wrapped policy.
+            inputs: A collated batch.
+            return_outputs: Must be False; logits are never built.
+            num_items_in_batch: Global counts in the order of ``item_kinds``; None when evaluating.
+        """
+        if return_outputs:
+            raise NotImplementedError("logits are never built; use scripts/evaluate.py for predictions")
+        return self.ruled_loss(model, inputs, num_items_in_batch)
+
+    def batch_loss(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None, *, record: bool
+    ) -> Tensor:
+        """The loss of :meth:`compute_loss`, on request without counting the batch in metrics and tokens.
+
+        Args:
+            model: The policy, wrapped or not.
+            inputs: A collated batch; not changed.
+            num_items_in_batch: As in :meth:`compute_loss`.
+            record: Whether this evaluation counts. A batch that is evaluated twice is recorded once.
+        """
+        if num_items_in_batch is None:
+            inputs = self._without_repeated_rows(inputs)
+        output, result = self.evaluate_objective(model, inputs)
+        if num_items_in_batch is None:
+            counts, ranks = self.item_counts(inputs), 1
+        else:
+            counts, ranks = dict(zip(self.item_kinds, num_items_in_batch, strict=True)), self.accelerator.num_processes
+        # Gradients are averaged over ranks, while the counts are already global.
+        terms = [term.weight * (term.values.sum() / counts[term.item].clamp(min=1)) for term in result.terms]
+        loss = sum(terms[1:], terms[0]) * ranks
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
+        if record:
+            self._record(inputs, output, result)
+        return loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of one step and their item counts over all ranks, in the order of ``item_kinds``."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # Resumed after its last step. transformers would take one more before it looks.
+            self.control.should_training_stop = True
+            num_batches = 0
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(len(self.item_kinds), dtype=torch.long, device=device)
+        for batch in batches:
+            local = self.item_counts(batch)
+            counts += torch.stack([local[kind] for kind in self.item_kinds]).to(device)
+        return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def _without_repeated_rows(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mask the rows accelerate repeats to give every rank a last evaluation batch of the same size."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return dict(inputs)
+        kept = max(state.remainder - self.accelerator.process_index * self.num_rows(inputs), 0)
+        return self.keep_rows(inputs, kept)
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> str:
+        """``train`` or ``eval``."""
+        return "train" if self.model.training else "eval"
+
+    def record(self, name: str, metric: Metric) -> None:
+        """Add a metric to the next log; every rank must record the same names."""
+        self._sums[self.mode].add(name, metric)
+
+    def _record(self, inputs: Mapping[str, Tensor], output: Any, result: LossOutput) -> None:
+        self._loss_weights = {f"loss/{term.name}": term.weight for term in result.terms}
+        for term in result.terms:
+            self.record(f"loss/{term.name}", ratio(term.values, term.num_items))
+        for name, metric in result.metrics.items():
+            self.record(name, metric)
+        self.record_batch(inputs, output)
+        if self.aux_loss_enabled:
+            self._loss_weights["aux_loss"] = self.router_aux_loss_coef
+            self.record("aux_loss", Metric(output.aux_loss.reshape(1)))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and leave the model in the mode it was in: :meth:`log` tells train from eval by it."""
+        was_training = self.model.training
+        try:
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            return metrics
+        finally:
+            self.model.train(was_training)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the weighted means since the last log; the evaluation loss is recomputed from its terms."""
+        means = self._sums[self.mode].means(self.accelerator)
+        if "eval_loss" in logs:
+            logs["eval_loss"] = sum(weight * means[name] for name, weight in self._loss_weights.items())
+        self._metrics[self.mode].update({name: [value] for name, value in means.items()})
+        super().log(logs, start_time)
+
+    def create_model_card(self, *unused: Any, **also_unused: Any) -> None:
+        """Leave TRL's card out: the run writes one that names the method it really used."""
+
+
+def ratio(numerators: Tensor, denominators: Tensor) -> Metric:
+    """A metric that is one sum over another."""
+    return Metric(numerators.detach().sum().float().reshape(1), denominators.sum().float().reshape(1))

@@ -1,0 +1,182 @@
+"""The supervised bridge: TRL's SFTTrainer with the objective of a :class:`~alignkit.methods.method.Method`.
+
+Inherited from TRL: model preparation, PEFT, packing, collation, saving. Replaced: the objective (on a TokenBatch),
+normalisation and metrics (``_bridge.py``).
+
+Rows come tokenised (``input_ids``, ``labels``), which TRL packs and never touches otherwise. Packed rows stand behind
+one another in a single sequence with restarting ``position_ids`` and no attention mask. From these transformers 5.23
+derives a block-diagonal mask for eager, sdpa and flex attention, and flash attention takes the collator's lengths. An
+attention function without a mask function of its own gets no mask at all and would let rows see each other, hence
+``packing_difference``.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- trl ``SFTTrainer._prepare_dataset`` leaves rows with ``input_ids`` and ``labels`` as they are, but for packing
+- trl ``SFTTrainer.padding_free`` and the columns of its collator, ``seq_idx`` among them
+- trl ``FusedCausalLMOutput`` of the head ``SFTTrainer`` adds: ``log_probs entropy is_top1 label_mask aux_loss``
+- the names in ``_bridge.py``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from alignkit.errors import ModelError
+from alignkit.gradients._hook import ChosenRule
+from alignkit.losses.types import LossOutput, TokenBatch
+from alignkit.methods._bridge import ObjectiveBridge, ratio
+from alignkit.methods._forward import LOGP_TOLERANCE, base_model, compute_precision
+from alignkit.methods.method import Method
+
+IGNORE_INDEX = -100
+METRICS: Mapping[str, str] = {
+    "entropy": "entropy of the next-token distribution over trained tokens, nats",
+    "mean_token_accuracy": "share of the trained tokens that are the most likely one",
+    "num_tokens": "tokens seen since the beginning, prompts included, padding not",
+}
+"""What the bridge logs for every method, beside ``loss/<term>`` (and ``aux_loss`` for mixtures of experts)."""
+
+CHECKED_TOKENS = 16
+
+
+class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
+    """Trains on tokenised rows (``input_ids``, ``labels`` with -100 where nothing is trained).
+
+    Args:
+        model: The policy, loaded; with ``peft_config`` it is wrapped by TRL.
+        args: TRL's arguments; ``packing`` and its strategy are used, ``loss_type`` is not.
+        method: The method whose objective is minimised.
+        options: Instance of ``method.options``.
+        train_dataset: Tokenised rows.
+        gradient_rule: What is done to the gradient before the optimizer sees it; None is nothing.
+        **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``callbacks``, ``optimizers`` as in TRL.
+
+    Raises:
+        ModelError: ``args.packing``, and on this model packed rows see each other.
+    """
+
+    item_kinds = ("token",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SFTConfig,
+        *,
+        method: Method,
+        options: Any,
+        train_dataset: Dataset | IterableDataset,
+        gradient_rule: ChosenRule | None = None,
+        **inherited: Any,
+    ) -> None:
+        self.method, self.method_options = method, options
+        self.prepare_bridge(gradient_rule)
+        self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
+        super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
+        if self.padding_free:
+            self._refuse_contamination()
+
+    def _refuse_contamination(self) -> None:
+        base = base_model(self.model)
+        implementation = base.config.get_text_config()._attn_implementation
+        # Flash attention takes row boundaries as such; sharded weights are not whole before training begins.
+        if "flash" in implementation or is_deepspeed_zero3_enabled():
+            return
+        difference, tolerance = packing_difference(base), LOGP_TOLERANCE[compute_precision(base)]
+        if not difference <= tolerance:
+            raise ModelError(
+                f"packing: true cannot be used: on {type(base).__name__} with attn_implementation: {implementation} "
+                f"rows packed together differ by {difference:.2g} nats a token from the same rows apart (tolerance "
+                f"{tolerance}), so they see each other. Write attn_implementation: sdpa, or packing: false."
+            )
+
+    # --- objective -------------------------------------------------------------------------------------------------
+
+    def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, LossOutput]:
+        """One forward pass through TRL's fused head, and the method's terms."""
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        output = model(**inputs, use_cache=False, fused_lm_head=True, **extra)
+        batch = TokenBatch(policy_token_logps=output.log_probs, label_mask=output.label_mask)
+        return output, self.method.objective(batch, self.method_options)
+
+    def item_counts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Local number of trained tokens; no position predicts the first token of a row."""
+        return {"token": (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()}
+
+    def num_rows(self, inputs: Mapping[str, Tensor]) -> int:
+        """Rows of a batch, packed or not."""
+        return int(inputs["seq_idx"].max()) + 1 if self.padding_free else len(inputs["labels"])
+
+    def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+        """Train no token of a row behind the first ``kept``."""
+        labels = inputs["labels"]
+        row = inputs["seq_idx"] if self.padding_free else torch.arange(len(labels), device=labels.device)[:, None]
+        return {**inputs, "labels": labels.masked_fill(row >= kept, IGNORE_INDEX)}
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    def record_batch(self, inputs: Mapping[str, Tensor], output: Any) -> None:
+        """Record ``METRICS``."""
+        mask = output.label_mask
+        self.record("entropy", ratio(output.entropy * mask, mask))
+        self.record("mean_token_accuracy", ratio(output.is_top1 & mask, mask))
+        if self.mode == "train":
+            self._new_tokens += inputs["input_ids"].numel() if self.padding_free else inputs["attention_mask"].sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log; tokens are counted on from the last log, before a resumption or not."""
+        if self.mode == "train" and "loss" in logs:
+            before = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+            new = int(self.accelerator.reduce(self._new_tokens, reduction="sum"))
+            self._new_tokens.zero_()
+            logs["num_tokens"] = (before[-1] if before else 0) + new
+        super().log(logs, start_time)
+
+
+def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template that marks the assistant's turns, in place of the tokenizer's; None where that does or is none.
+
+    TRL ships such templates for the model families it knows.
+
+    Raises:
+        ModelError: The template has no marks and its family is not known.
+    """
+    template = tokenizer.chat_template
+    if template is None or has_generation_markers(template):
+        return None
+    try:
+        marked: str = get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ModelError(
+            "assistant_only_loss: true needs a chat template that marks the assistant's turns, and this one does not. "
+            "Put {% generation %} before and {% endgeneration %} behind what the assistant writes, its stop token "
+            "included, save that as a file and write chat_template: FILE; or write assistant_only_loss: false."
+        ) from error
+    return marked
+
+
+@torch.no_grad()
+def packing_difference(model: nn.Module, rows: Sequence[Sequence[int]] | None = None) -> float:
+    """Largest difference of a log-prob between two rows packed together and the same rows apart, nats.
+
+    Args:
+        model: A plain transformers model, neither sharded nor wrapped.
+        rows: Token ids of two rows; None takes the first ids of the vocabulary.
+    """
+    first, second = rows or (range(CHECKED_TOKENS), range(CHECKED_TOKENS, 2 * CHECKED_TOKENS))
+    device = next(model.parameters()).device
+    ids = [torch.tensor([list(row)], device=device) for row in (first, second)]
+    positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None]
+    was_training = model.training
+    model.eval()
+    packed = model(input_ids=torch.cat(ids, 1), position_ids=positions, use_cache=False).logits
+    apart = torch.cat([model(input_ids=row, use_cache=False).logits for row in ids], 1)
+    model.train(was_training)
+    return float((packed.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().max())

@@ -1,0 +1,154 @@
+"""What a rule cannot work in is refused by name before training; what it composes with works."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from torch import nn
+
+from alignkit.errors import ConfigError
+from alignkit.gradients import _support
+from alignkit.gradients._weights import low_rank_pairs, shadowed, trainable_tensors
+from alignkit.losses.types import count_items
+from alignkit.methods._preference import BridgeSettings
+from alignkit.methods.method import load_method
+from alignkit.parametrizations.loading import ModelSource, load_model
+from tests.gradients.conftest import chosen, lora
+from tests.methods.conftest import logged
+from tests.methods.test_quantized import wide_model
+
+__all__ = ["wide_model"]
+
+
+class Layout:
+    """Stands in for an accelerator in another process layout."""
+
+    def __init__(self, distributed_type: DistributedType = DistributedType.NO, mixed_precision: str = "no") -> None:
+        self.distributed_type, self.mixed_precision = distributed_type, mixed_precision
+
+
+def refusal(trainer: Any, rule: Any, layout: Layout | None = None, args: Any = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        _support.check_supported(
+            rule.rule,
+            rule.options,
+            model=trainer.model,
+            tensors=trainable_tensors(trainer.model),
+            accelerator=layout or Layout(),
+            args=args or trainer.args,
+        )
+    return caught.value.problems
+
+
+@pytest.fixture
+def full(make_trainer: Any) -> Any:
+    return make_trainer()
+
+
+@pytest.mark.parametrize("name", ["glad", "perpgrad", "decay_to_init"])
+def test_fsdp_is_refused(full: Any, name: str) -> None:
+    (problem,) = refusal(full, chosen(name), Layout(DistributedType.FSDP))
+    assert f"`gradient_rule: {name}` under FSDP" in problem
+
+
+def test_fp16_of_the_launcher_is_refused(full: Any) -> None:
+    assert "fp16" in refusal(full, chosen("sam"), Layout(mixed_precision="fp16"))[0]
+
+
+def test_zero3_without_adapter_is_refused(full: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_support, "is_deepspeed_zero3_enabled", lambda: True)
+    assert "ZeRO-3 without an adapter" in refusal(full, chosen("glad"))[0]
+
+
+def test_data_parallel_and_compile_are_refused(full: Any) -> None:
+    class Arguments:
+        n_gpu, torch_compile = 2, True
+
+    problems = refusal(full, chosen("sam"), args=Arguments())
+    assert "drives 2 GPUs" in problems[0] and "compiled model" in problems[1]
+
+
+def test_frozen_parameters_are_refused_before_training(make_trainer: Any) -> None:
+    trainer = make_trainer(gradient_rule=chosen("glad", rule_targets="lora"))
+    with pytest.raises(ConfigError, match="no LoRA factor trains"):
+        trainer.train()
+    trainer.model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no tensor that trains"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_lora_factors_are_told_from_what_is_saved_beside_them(make_trainer: Any) -> None:
+    trainer = make_trainer(peft_config=lora(modules_to_save=["q_norm"], use_dora=True))
+    tensors = trainable_tensors(trainer.model)
+    assert {t.is_lora for t in tensors if "lora_" in t.name} == {True}
+    assert {t.is_lora for t in tensors if "q_norm" in t.name} == {False}
+    pairs = low_rank_pairs(trainer.model, tensors)
+    assert len(pairs) == 4
+    for pair in pairs:
+        assert tensors[pair.a].name.replace("lora_A", "lora_B") == tensors[pair.b].name and pair.scale == 2.0
+
+
+def test_a_tied_weight_is_one_tensor_in_two_places(full: Any) -> None:
+    tensors = trainable_tensors(full.model)
+    assert len(tensors) == len(list(full.model.parameters()))
+    assert sorted(len(t.places) for t in tensors)[-2:] == [1, 2]
+
+
+def test_shadows_leave_no_trace_even_after_an_error() -> None:
+    module = nn.Linear(2, 2)
+    weight, before = module.weight, dict(vars(module))
+    with pytest.raises(RuntimeError):
+        with shadowed([(module, "weight", torch.zeros(2, 2)), (module, "forward", lambda x: x)]):
+            assert not module.weight.any() and module.forward(1) == 1
+            assert list(module.parameters())[0] is weight
+            raise RuntimeError
+    assert module.weight is weight and vars(module) == before
+
+
+@pytest.mark.parametrize("method", ["dpo", "flex_dpo"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_glad_on_a_quantised_base(make_trainer: Any, wide_model: str, rows: Any, kind: str, method: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    trainer = make_trainer(
+        method,
+        settings=BridgeSettings(layout="padded"),
+        gradient_rule=chosen("glad", rho=0.1, rule_targets="lora"),
+        arguments={"max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 8},
+        model=load_model(ModelSource(wide_model, quantization=kind)),
+        train_dataset=rows.select(range(8)),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(0.6931, abs=5e-3)
+    assert logged(trainer, "loss")[-1] < 0.75 * logged(trainer, "loss")[0]
+    assert logged(trainer, "gradient/displacement_norm") == pytest.approx([0.1] * 12, rel=1e-3)
+    assert min(logged(trainer, "gradient/sharpness_gap")) > 0
+
+
+def test_dora_reads_its_factors_from_outside_and_sees_them_displaced(make_trainer: Any, watched: Any) -> None:
+    from tests.gradients.steps import expected_gradients, micro_batches, step_gradients
+
+    rule, _ = watched("sam", rho=0.3)
+    trainer = make_trainer(gradient_rule=rule, peft_config=lora(use_dora=True, init_lora_weights=False))
+    batches, counts = micro_batches(trainer)
+    ours = step_gradients(trainer, batches, counts)
+    for x, y in zip(ours, expected_gradients(trainer, rule, batches[0], counts), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_an_objective_with_several_denominators(make_trainer: Any) -> None:
+    """The rule acts on the sum of all terms, whatever each is divided by."""
+    method = load_method("flex_dpo")
+    trainer = make_trainer(
+        replace(method), method.options(eta=0.3), gradient_rule=chosen("glad", rho=0.1), peft_config=lora()
+    )
+    trainer.train()
+    for loss, a, b in zip(*(logged(trainer, k) for k in ("loss", "loss/preference", "loss/sft")), strict=True):
+        assert loss == pytest.approx(a + 0.3 * b, abs=1e-6)
+    assert count_items(torch.ones(1, 2, 3, dtype=torch.bool))["group"] == 1
