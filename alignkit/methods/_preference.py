@@ -94,6 +94,7 @@ class PreferenceTrainer(ReferenceScoring):
         **inherited: Any,
     ) -> None:
         self.method, self.method_options, self.settings = method, options, settings
+        self.needs = method.needs(options)
         text_config = base_model(model).config.get_text_config().to_dict()
         coefficient = args.router_aux_loss_coef
         aux_loss = bool(text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
@@ -183,7 +184,7 @@ class PreferenceTrainer(ReferenceScoring):
 
     def _candidate_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput) -> CandidateBatch:
         ref_token_logps = inputs.get("ref_token_logps")
-        if ref_token_logps is None and "reference" in self.method.needs:
+        if ref_token_logps is None and "reference" in self.needs:
             ref_token_logps = self.reference_logps(inputs)
         return CandidateBatch(
             policy_token_logps=output.token_logps,

@@ -71,18 +71,18 @@ def random_batch(
         scores = torch.tensor([1.0] + [0.0] * (candidates - 1), dtype=torch.float64).expand(size, candidates)
     return CandidateBatch(
         policy_token_logps=tokens().requires_grad_(),
-        ref_token_logps=tokens() if "reference" in method.needs else None,
+        ref_token_logps=tokens() if "reference" in method.needs(method.options()) else None,
         completion_mask=mask,
         candidate_mask=present,
         scores=scores.to(dtype),
-        token_rewards=-tokens() if "token_rewards" in method.needs else None,
+        token_rewards=-tokens() if "token_rewards" in method.needs(method.options()) else None,
     )
 
 
 def replace(batch: CandidateBatch, function: Callable[[str, Tensor], Tensor]) -> CandidateBatch:
     """The batch with ``function(field name, tensor)`` in place of every tensor, as a fresh leaf."""
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    values = {name: None if t is None else function(name, t.detach()) for name, t in values.items()}
+    values = {n: function(n, v.detach()) if isinstance(v, Tensor) else v for n, v in values.items()}
     values["policy_token_logps"] = values["policy_token_logps"].clone().requires_grad_()
     return CandidateBatch(**values)
 
