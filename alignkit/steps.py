@@ -272,7 +272,8 @@ def train(config: PreferenceConfig, trainer: PreferenceTrainer, directory: RunDi
 def _load_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
     """The reference where it is a model of its own. The policy's token ids must mean the same to it."""
     wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
-    if "reference" not in load_method(config.method).needs(config.method_options) or not (wants_copy or config.reference_model):
+    needs = load_method(config.method).needs(config.method_options)
+    if "reference" not in needs or not (wants_copy or config.reference_model):
         return None
     if config.reference_model is None:
         return load_model(config, config.model, config.model_revision)

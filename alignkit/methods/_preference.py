@@ -56,11 +56,13 @@ class BridgeSettings:
         layout: ``auto``, ``padded`` or ``shared_prefix``.
         max_length: Longest prompt + completion there can be, tokens; None goes by the rows that are looked at.
         reference_cache: Directory of precomputed reference log-probs (used when ``args.precompute_ref_log_probs``).
+        negative_reference: A model of its own to score the last candidate of each row under (D2O's helpful reference).
     """
 
     layout: Literal["auto", "padded", "shared_prefix"] = "auto"
     max_length: int | None = None
     reference_cache: Path | None = None
+    negative_reference: nn.Module | None = None
 
 
 class PreferenceTrainer(ReferenceScoring):
@@ -96,6 +98,7 @@ class PreferenceTrainer(ReferenceScoring):
         self.method, self.method_options, self.settings = method, options, settings
         self.needs = method.needs(options)
         text_config = base_model(model).config.get_text_config().to_dict()
+        self._vocabulary_size: int = text_config["vocab_size"]
         coefficient = args.router_aux_loss_coef
         aux_loss = bool(text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
         support_packed_rows(base_model(model))
@@ -115,9 +118,12 @@ class PreferenceTrainer(ReferenceScoring):
         tokenizer = inherited["processing_class"]
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
+        if "reference" not in self.needs:
+            args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
         if args.precompute_ref_log_probs:
             self.ref_model = None  # everything it is needed for is in the rows now
+        self._set_up_anchor(method.anchor(options))
 
     # --- objective -------------------------------------------------------------------------------------------------
 
@@ -193,7 +199,13 @@ class PreferenceTrainer(ReferenceScoring):
             scores=inputs["scores"],
             ref_token_logps=ref_token_logps,
             token_rewards=inputs.get("token_rewards"),
+            vocabulary_size=self._vocabulary_size,
         )
+
+    @property
+    def has_frozen_reference(self) -> bool:
+        """Whether there is a reference, and it stays what it was."""
+        return "reference" in self.needs and self.anchor is None
 
     # --- probe -----------------------------------------------------------------------------------------------------
 
@@ -230,6 +242,8 @@ class PreferenceTrainer(ReferenceScoring):
             self.record(f"loss/{term.name}", _ratio(term.values, term.num_items))
         for name, metric in result.metrics.items():
             self.record(name, metric)
+        if self.anchor is not None and self.model.training and self.anchor.schedule.drift_metric:
+            self.anchor.observe(result.metrics[self.anchor.schedule.drift_metric])
         mask = inputs["completion_mask"]
         if output.entropy is not None and output.is_top1 is not None:
             self.record("entropy", _ratio(output.entropy * mask, mask))
