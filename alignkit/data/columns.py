@@ -8,7 +8,11 @@ from collections.abc import Sequence
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 LIST_COLUMNS = ("prompt", "completions", "scores")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-KNOWN_COLUMNS = tuple(dict.fromkeys(PAIR_COLUMNS + LIST_COLUMNS + TEMPLATE_COLUMNS))
+PAIR_REWARD_COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
+LIST_REWARD_COLUMNS = ("token_rewards",)
+KNOWN_COLUMNS = tuple(
+    dict.fromkeys(PAIR_COLUMNS + LIST_COLUMNS + TEMPLATE_COLUMNS + PAIR_REWARD_COLUMNS + LIST_REWARD_COLUMNS)
+)
 
 _OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "input", "context"),

@@ -16,8 +16,10 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.columns import KNOWN_COLUMNS
+from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.load import HEAD_ROWS, first_rows
 from alignkit.data.report import QUANTILES, ConversionReport, length_line
+from alignkit.data.reward_rows import reward_problems
 from alignkit.data.schema import (
     Problem,
     RowKind,
@@ -26,7 +28,7 @@ from alignkit.data.schema import (
     row_problems,
 )
 from alignkit.data.templates import require_template
-from alignkit.data.tokenization import CANDIDATE_FEATURES, COUNT_FEATURES, Settings, convert_batch, rows_of
+from alignkit.data.tokenization import COUNT_FEATURES, Settings, convert_batch, rows_of
 from alignkit.errors import DataError
 
 BATCH_ROWS = 256
@@ -35,6 +37,14 @@ HELD_SHARE = 0.95
 LENGTH_STEP = 64
 """The recommended max_length is rounded up to a multiple of this."""
 
+SOURCE_COLUMNS = ("source_row", "completion_lengths")
+"""Beside contrast prompts: number of the row as given, and lengths of its completions before truncation."""
+
+_UNUSABLE = "rows that cannot be trained on (the first row is row 0)"
+_WRONG_LENGTH = (
+    "token rewards are not as many as the tokens of their completion: give one number a token, EOS included, counted "
+    "before truncation with the tokenizer and chat template of this run (scripts/token_rewards.py writes such rows)"
+)
 _PROBLEM_FEATURES = Features(
     {"row": Value("int64"), "kind": Value("string"), "shown": Value("string"), "fatal": Value("bool")}
 )
@@ -50,6 +60,7 @@ def to_candidate_rows(
     num_proc: int | None = None,
     name: str = "train",
     stop_token_ids: Sequence[int] = (),
+    contrast: ContrastPrompts | None = None,
 ) -> tuple[Dataset | IterableDataset, ConversionReport]:
     """Validate and tokenise rows. Of streamed rows the first are checked and counted now, the others when read.
 
@@ -57,23 +68,33 @@ def to_candidate_rows(
         dataset: Rows in one of the forms of :mod:`alignkit.data.schema`.
         tokenizer: The tokenizer of the model, with its chat template when rows are messages.
         max_length: Limit on prompt + completion in tokens, or None; completions are cut at their end.
-        num_candidates: 2 for a pair method (lists of two become pairs by score), None for any number.
+        num_candidates: 2 for a pair method (lists of two become pairs by score), None for any number. Candidates come
+            out by descending score; those of equal score keep their order.
         max_dropped_fraction: Highest share of rows that may be dropped.
         num_proc: Worker processes, or None for this process; not used for streamed rows.
         name: What the rows are called in messages.
         stop_token_ids: Ids at which generation stops besides the tokenizer's EOS (from the generation config).
+        contrast: Also tokenise the contrast prompts of every completion (columns ``better_prompt_ids`` and
+            ``worse_prompt_ids``, each [K], and ``SOURCE_COLUMNS``); not done for rows that carry token rewards.
 
     Returns:
-        Candidate rows, and what happened on the way.
+        Candidate rows, with ``token_rewards`` [K][tokens] where the rows carry them, and what happened on the way.
 
     Raises:
-        DataError: Rows are malformed (every kind of problem, with examples), or too many or all are dropped.
+        DataError: Rows are malformed (every kind of problem, with examples), too many or all are dropped, or streamed
+            rows without token rewards are to get contrast prompts.
     """
     head, columns = first_rows(dataset, name)
     kind = detect_kind(columns, head, name=name, num_candidates=num_candidates)
     require_template(tokenizer, conversational=kind.conversational, name=name)
     stops = {*stop_token_ids, tokenizer.eos_token_id} - {None}
-    settings = Settings(kind, max_length, num_candidates, frozenset(stops))
+    contrast = None if kind.token_rewards else contrast
+    settings = Settings(kind, max_length, num_candidates, frozenset(stops), contrast)
+    if contrast is not None and isinstance(dataset, IterableDataset):
+        advice = "write rows that carry them with scripts/token_rewards.py, or write streaming: false"
+        raise DataError(
+            f"{name}: streamed rows have no token rewards", [f"they are computed before training: {advice}"]
+        )
     if isinstance(dataset, IterableDataset):
         rows, counts = _convert_stream(dataset, head, columns, tokenizer, settings, name)
     else:
@@ -103,14 +124,18 @@ def _convert_table(
     _refuse_problems(problems[:], name)
     converted = dataset.map(
         convert_batch,
-        features=Features({**CANDIDATE_FEATURES, **COUNT_FEATURES}),
+        features=Features({**settings.features, **COUNT_FEATURES}),
         fn_kwargs={"tokenizer": tokenizer, "settings": settings},
         desc=f"Tokenising {name} rows",
         **options,
     )
     counts = converted.select_columns(list(COUNT_FEATURES)).to_pandas()
+    _refuse_misfits(counts["misfit"], range(len(counts)), name)
     kept = np.flatnonzero(counts["cause"] == "")
-    return converted.select_columns(list(CANDIDATE_FEATURES)).select(kept), counts
+    if settings.contrast is None:
+        return converted.select_columns(list(settings.features)).select(kept), counts
+    rows = converted.select_columns([*settings.features, "completion_lengths"]).select(kept)
+    return rows.add_column("source_row", kept), counts
 
 
 def _convert_stream(
@@ -129,10 +154,12 @@ def _convert_stream(
         batch_size=HEAD_ROWS,
         with_indices=True,
         remove_columns=columns,
-        features=CANDIDATE_FEATURES,
+        features=settings.features,
         fn_kwargs={"tokenizer": tokenizer, "settings": settings, "name": name},
     )
-    return rows, pd.DataFrame(convert_batch(first, tokenizer, settings))
+    counts = pd.DataFrame(convert_batch(first, tokenizer, settings))
+    _refuse_misfits(counts["misfit"], range(len(head)), name)
+    return rows, counts
 
 
 def _convert_streamed(
@@ -145,8 +172,9 @@ def _convert_streamed(
     """Check and convert one batch of a stream, leaving dropped rows out."""
     _refuse_problems(_find_problems(batch, indices, settings.kind, settings.num_candidates), name)
     converted = convert_batch(batch, tokenizer, settings)
+    _refuse_misfits(converted["misfit"], indices, name)
     kept = [i for i, cause in enumerate(converted["cause"]) if not cause]
-    return {column: [converted[column][i] for i in kept] for column in CANDIDATE_FEATURES}
+    return {column: [converted[column][i] for i in kept] for column in settings.features}
 
 
 def _find_problems(
@@ -156,7 +184,7 @@ def _find_problems(
     found = [
         (index, *problem)
         for index, row in zip(indices, rows_of(batch), strict=True)
-        for problem in row_problems(row, kind, num_candidates)
+        for problem in [*row_problems(row, kind, num_candidates), *reward_problems(row, kind)]
     ]
     return {column: [entry[i] for entry in found] for i, column in enumerate(_PROBLEM_FEATURES)}
 
@@ -165,7 +193,14 @@ def _refuse_problems(problems: Mapping[str, Sequence[Any]], name: str) -> None:
     """Raise with every problem when one is fatal; rows that merely prefer nothing are dropped later."""
     if any(problems["fatal"]):
         found = zip(problems["row"], map(Problem, problems["kind"], problems["shown"]), strict=True)
-        raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(found))
+        raise DataError(f"{name}: {_UNUSABLE}", describe_problems(found))
+
+
+def _refuse_misfits(misfits: Iterable[str], indices: Iterable[int], name: str) -> None:
+    """Raise when token rewards are too many or too few, which only the tokens can tell."""
+    found = [(i, Problem(_WRONG_LENGTH, shown)) for i, shown in zip(indices, misfits, strict=True) if shown]
+    if found:
+        raise DataError(f"{name}: {_UNUSABLE}", describe_problems(found))
 
 
 def _summarise(

@@ -11,17 +11,29 @@ candidate list          ``prompt``, ``completions``, ``scores``      K >= 2 comp
 ======================  ===========================================  =============================================
 
 With a prompt of messages the completions may be plain text; each is then one assistant message. ``tools`` and
-``chat_template_kwargs`` are passed on to the chat template. Any other column is ignored.
+``chat_template_kwargs`` are passed on to the chat template. A list is trained on by descending score; completions of
+equal score keep their order.
+
+Rows may carry a reward for every completion token, its EOS included: ``chosen_token_rewards`` and
+``rejected_token_rewards`` beside a pair, ``token_rewards`` (one list a completion, in the order of ``completions``)
+beside a candidate list. They are cut at ``max_length`` with the tokens they belong to. Any other column is ignored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from alignkit.data.columns import LIST_COLUMNS, PAIR_COLUMNS, misnamed_prompt, missing_columns
+from alignkit.data.columns import (
+    LIST_COLUMNS,
+    LIST_REWARD_COLUMNS,
+    PAIR_COLUMNS,
+    PAIR_REWARD_COLUMNS,
+    misnamed_prompt,
+    missing_columns,
+)
 from alignkit.errors import DataError
 
 EXAMPLES_SHOWN = 3
@@ -51,12 +63,14 @@ class RowKind:
         prompt: ``explicit`` (own column), ``implicit`` (shared beginning of the completions), or ``repeated`` (a text
             column beside completions that already hold the whole conversation; the column is not needed).
         text_completions: Plain-text completions to a prompt of messages.
+        token_rewards: Rows carry a reward for every completion token.
     """
 
     lists: bool
     conversational: bool
     prompt: Literal["explicit", "implicit", "repeated"] = "explicit"
     text_completions: bool = False
+    token_rewards: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -65,13 +79,19 @@ class RowKind:
         return columns if self.prompt == "explicit" else columns[1:]
 
     @property
+    def reward_columns(self) -> tuple[str, ...]:
+        """The columns token rewards are read from, where there are any."""
+        return LIST_REWARD_COLUMNS if self.lists else PAIR_REWARD_COLUMNS
+
+    @property
     def message_completions(self) -> bool:
         """Whether each completion is a list of messages."""
         return self.conversational and not self.text_completions
 
     def __str__(self) -> str:
         form = "conversational" if self.conversational else "standard"
-        return f"{form} {'candidate lists' if self.lists else 'pairs'}, {self.prompt} prompt"
+        rewards = ", token rewards" if self.token_rewards else ""
+        return f"{form} {'candidate lists' if self.lists else 'pairs'}, {self.prompt} prompt{rewards}"
 
 
 def detect_kind(
@@ -89,6 +109,21 @@ def detect_kind(
     Raises:
         DataError: Columns are missing, or the prompt and the completions do not fit together.
     """
+    kind = _detect_form(columns, head, name, num_candidates)
+    given = [column for column in kind.reward_columns if column in columns]
+    foreign = [column for column in PAIR_REWARD_COLUMNS + LIST_REWARD_COLUMNS if column in columns]
+    if foreign and len(given) < len(kind.reward_columns):
+        wanted = " and ".join(kind.reward_columns)
+        advice = f"{'candidate lists' if kind.lists else 'pairs'} take {wanted}. Add what is missing, or remove it"
+        raise DataError(
+            f"{name}: token rewards are incomplete", [f"the columns hold {', '.join(foreign)}, but {advice}"]
+        )
+    return replace(kind, token_rewards=bool(given))
+
+
+def _detect_form(
+    columns: Sequence[str], head: Sequence[Mapping[str, Any]], name: str, num_candidates: int | None
+) -> RowKind:
     has_pairs, has_lists = {"chosen", "rejected"} <= set(columns), set(LIST_COLUMNS) <= set(columns)
     if not has_pairs and not has_lists:
         raise DataError(f"{name}: columns do not form preference rows", missing_columns(columns))
@@ -111,7 +146,7 @@ def detect_kind(
 
 
 def row_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | None = None) -> list[Problem]:
-    """Everything wrong with one row; empty when it can be trained on.
+    """Everything wrong with the texts and scores of one row; empty when it can be trained on.
 
     Args:
         row: The row, with the columns of ``kind``.

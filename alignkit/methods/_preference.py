@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head
 
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, Metric, count_items
@@ -121,6 +122,8 @@ class PreferenceTrainer(ReferenceScoring):
         if "reference" not in self.needs:
             args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
+        # TRL's own head also computes the mean logits, which nothing here reads.
+        add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
         if args.precompute_ref_log_probs:
             self.ref_model = None  # everything it is needed for is in the rows now
         self._set_up_anchor(method.anchor(options))
