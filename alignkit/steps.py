@@ -8,11 +8,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from trl import DPOConfig
@@ -32,9 +30,9 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.hub.upload import check_before_training
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.method import load_method
+from alignkit.model_steps import load_negative_reference, load_policy, load_reference, new_adapter
 from alignkit.parametrizations import loading
-from alignkit.parametrizations.files import read_adapter
-from alignkit.parametrizations.lora import check_modules, lora_config, trainable_report
+from alignkit.parametrizations.lora import check_modules, trainable_report
 from alignkit.run_directory import RunDirectory
 
 PASSED_THROUGH = (
@@ -93,8 +91,11 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
     """TRL's arguments; creating them also sets up the processes (and ZeRO-3, before a model is loaded).
 
     Raises:
-        ConfigError: The config needs an accelerator and there is none.
+        ConfigError: The config needs an accelerator and there is none, or does not fit the launcher.
     """
+    if config.reference == "precomputed" and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        why = "`reference: precomputed`: FSDP shards the weights that the cache is keyed by. Write reference: auto"
+        raise ConfigError("the launcher uses FSDP", [why])
     args = DPOConfig(
         **{key: getattr(config, key) for key in PASSED_THROUGH},
         precompute_ref_log_probs=config.reference == "precomputed",
@@ -190,32 +191,6 @@ def prepare_data(
     return PreparedData(converted["train"][0], evaluation, num_probe_rows)
 
 
-def load_model(config: PreferenceConfig, path: str, revision: str | None = None) -> PreTrainedModel:
-    """Load the policy or a reference as the config describes it; a trainer places it.
-
-    Raises:
-        ModelError: It cannot be loaded; the message says why.
-    """
-    return loading.load_model(
-        loading.ModelSource(
-            model=path,
-            revision=revision,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
-    )
-
-
-def load_policy(config: PreferenceConfig) -> PreTrainedModel | PeftModel:
-    """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it."""
-    model = load_model(config, config.model, config.model_revision)
-    if config.adapter is None:
-        return model
-    return loading.load_adapter(model, read_adapter(config.adapter), is_trainable=True)
-
-
 def build_trainer(
     config: PreferenceConfig,
     args: DPOConfig,
@@ -226,9 +201,9 @@ def build_trainer(
     """Load the models and put the trainer together with its callbacks."""
     method = load_method(config.method)
     model = load_policy(config)
-    ref_model = _load_reference(config, tokenizer)
-    new_adapter = config.parametrization == "lora" and config.adapter is None
-    if new_adapter:
+    ref_model, negative_reference = load_reference(config, tokenizer), load_negative_reference(config, tokenizer)
+    adapter = new_adapter(config)
+    if adapter is not None:
         check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
     cache = None if config.reference_cache is None else Path(config.reference_cache)
     health = HealthMonitor(asdict(config.method_options) | {"learning_rate": config.learning_rate})
@@ -237,13 +212,13 @@ def build_trainer(
         args,
         method=method,
         options=config.method_options,
-        settings=BridgeSettings(layout=config.layout, max_length=config.max_length, reference_cache=cache),
+        settings=BridgeSettings(config.layout, config.max_length, cache, negative_reference),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
         ref_model=ref_model,
-        peft_config=_lora_config(config) if new_adapter else None,
-        callbacks=[MetricsLog(directory.metrics_path), health, CheckpointGuard(config.save_total_limit)],
+        peft_config=adapter,
+        callbacks=[MetricsLog(directory.metrics_path), health],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -252,6 +227,8 @@ def build_trainer(
     if data.num_probe_rows:
         probe = trainer.eval_dataset.select(range(data.num_probe_rows))
         trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))
+    # Last: whatever belongs to a checkpoint is in it before it is called complete.
+    trainer.add_callback(CheckpointGuard(config.save_total_limit))
     directory.record(batch_layout=asdict(trainer.layout), trainable=asdict(trainable_report(trainer.model)))
     if args.process_index == 0:
         print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable_report(trainer.model)}")
@@ -267,35 +244,3 @@ def train(config: PreferenceConfig, trainer: PreferenceTrainer, directory: RunDi
         left = f": all {state.max_steps} steps are done, only the report is written again" if is_done else ""
         print(f"resuming from {checkpoint}{left}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def _load_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-    """The reference where it is a model of its own. The policy's token ids must mean the same to it."""
-    wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
-    needs = load_method(config.method).needs(config.method_options)
-    if "reference" not in needs or not (wants_copy or config.reference_model):
-        return None
-    if config.reference_model is None:
-        return load_model(config, config.model, config.model_revision)
-    reference = loading.load_tokenizer(config.reference_model, trust_remote_code=config.trust_remote_code)
-    theirs = reference.get_vocab()
-    different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
-    if different:
-        raise ModelError(
-            f"the reference model {config.reference_model!r} has other token ids than {config.model!r}: "
-            f"{len(different)} tokens differ, such as {different[0]!r}. Write a reference_model with the same "
-            "tokenizer, or remove it to take the starting model."
-        )
-    return load_model(config, config.reference_model)
-
-
-def _lora_config(config: PreferenceConfig) -> Any:
-    return lora_config(
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        modules_to_save=config.lora_modules_to_save,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )
