@@ -30,8 +30,8 @@ from alignkit.programs import run_program
 WORKER = Path(__file__).with_name("benchmark_worker.py")
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-"""glibc hands large blocks back to the system, by a threshold that moves as a process goes on. Fetching them again costs
-either side up to 15 % of a step, by luck; so both keep theirs."""
+"""glibc hands large blocks back to the system, by a threshold that moves as a process goes on. Fetching them again
+costs either side up to 15 % of a step, by luck; so both keep theirs."""
 
 
 @dataclass(frozen=True)
