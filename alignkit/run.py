@@ -7,6 +7,7 @@ from alignkit.config import LoadedConfig, PreferenceConfig
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, method_keys
 from alignkit.config.settings import DEFAULT
+from alignkit.data_steps import prepare_data
 from alignkit.methods._preference import PreferenceTrainer
 
 
@@ -31,7 +32,7 @@ def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrain
     with steps.failures_recorded(directory):
         args = steps.training_arguments(config)
         tokenizer = steps.load_tokenizer(config)
-        data = steps.prepare_data(config, args, tokenizer, directory)
+        data = prepare_data(config, args, tokenizer, directory)
         trainer = steps.build_trainer(config, args, tokenizer, data, directory)
         steps.train(config, trainer, directory)
         results.finish(loaded, trainer, directory)

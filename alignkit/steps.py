@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
@@ -22,11 +21,10 @@ from alignkit.callbacks.probe import DispersionProbe
 from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
 from alignkit.config import LoadedConfig, PreferenceConfig
-from alignkit.data.convert import to_candidate_rows
-from alignkit.data.load import load_rows, split_held_out
-from alignkit.data.report import data_report
-from alignkit.environment import environment
+from alignkit.data_steps import PreparedData
+from alignkit.environment import environment, launched_with_fsdp
 from alignkit.errors import ConfigError, ModelError
+from alignkit.evals.token_rewards import NUM_SHOWN, write_heatmap
 from alignkit.hub.upload import check_before_training
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.method import load_method
@@ -43,17 +41,7 @@ PASSED_THROUGH = (
 ).split()
 """Config keys that are TRL's own, handed on unchanged."""
 
-STREAM_BUFFER = 1000  # rows a stream is shuffled within; rows at hand are shuffled by the trainer, anew each epoch
 ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Candidate rows of a run; ``evaluation`` is None where nothing is held out, its first rows are the probe."""
-
-    train: Dataset | IterableDataset
-    evaluation: Dataset | IterableDataset | None
-    num_probe_rows: int
 
 
 def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
@@ -93,7 +81,7 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
     Raises:
         ConfigError: The config needs an accelerator and there is none, or does not fit the launcher.
     """
-    if config.reference == "precomputed" and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+    if config.reference == "precomputed" and launched_with_fsdp():
         why = "`reference: precomputed`: FSDP shards the weights that the cache is keyed by. Write reference: auto"
         raise ConfigError("the launcher uses FSDP", [why])
     args = DPOConfig(
@@ -148,49 +136,6 @@ def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def prepare_data(
-    config: PreferenceConfig, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, directory: RunDirectory
-) -> PreparedData:
-    """Load, check, tokenise and report on the rows; rank 0 first, so that the others read its cache.
-
-    Raises:
-        DataError: The rows cannot be trained on; all kinds of problem together.
-    """
-    num_candidates = load_method(config.method).num_candidates
-    seed = config.seed if config.data_seed is None else config.data_seed
-    common = {"column_map": config.column_map, "seed": seed}
-    with args.main_process_first(desc="data"):
-        limits = {"streaming": config.streaming, "max_rows": config.max_rows}
-        rows = load_rows(config.data, split=config.data_split, **limits, **common)
-        splits = {"train": rows.shuffle(seed=seed, buffer_size=STREAM_BUFFER) if config.streaming else rows}
-        if config.eval_data is not None:
-            limit = config.max_eval_rows
-            splits["held-out"] = load_rows(config.eval_data, split=config.eval_split, max_rows=limit, **common)
-        elif config.eval_fraction > 0:
-            splits["train"], splits["held-out"] = split_held_out(rows, config.eval_fraction, seed)
-        converted = {
-            name: to_candidate_rows(
-                split,
-                tokenizer,
-                max_length=config.max_length,
-                num_candidates=num_candidates,
-                max_dropped_fraction=config.max_dropped_fraction,
-                num_proc=config.dataset_num_proc,
-                name=name,
-                stop_token_ids=loading.generation_stop_ids(config.model, config.model_revision),
-            )
-            for name, split in splits.items()
-        }
-    report = data_report(converted, tokenizer)
-    if args.process_index == 0:
-        report.print_to(sys.stdout)
-    directory.record(data=report.to_dict())
-    report.raise_for_failures()
-    evaluation = converted["held-out"][0] if "held-out" in converted else None
-    num_probe_rows = min(config.probe_rows, len(evaluation)) if evaluation is not None and config.probe_steps else 0
-    return PreparedData(converted["train"][0], evaluation, num_probe_rows)
-
-
 def build_trainer(
     config: PreferenceConfig,
     args: DPOConfig,
@@ -212,7 +157,7 @@ def build_trainer(
         args,
         method=method,
         options=config.method_options,
-        settings=BridgeSettings(config.layout, config.max_length, cache, negative_reference),
+        settings=BridgeSettings(config.layout, config.max_length, cache, negative_reference=negative_reference),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
@@ -220,6 +165,7 @@ def build_trainer(
         peft_config=adapter,
         callbacks=[MetricsLog(directory.metrics_path), health],
     )
+    _report_token_rewards(trainer, directory)
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
@@ -233,6 +179,20 @@ def build_trainer(
     if args.process_index == 0:
         print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable_report(trainer.model)}")
     return trainer
+
+
+def _report_token_rewards(trainer: PreferenceTrainer, directory: RunDirectory) -> None:
+    """Print and record what the token rewards are like, with a picture of some, where rows have any."""
+    if "token_rewards" not in trainer.needs or not trainer.is_world_process_zero():
+        return
+    reports = trainer.token_reward_reports
+    for report in reports.values():
+        print(report)
+    directory.record(token_rewards={name: report.to_dict() for name, report in reports.items()})
+    if isinstance(trainer.train_dataset, Dataset):
+        picture = directory.path / "token_rewards.html"
+        write_heatmap(picture, trainer.train_dataset.take(NUM_SHOWN), trainer.processing_class)
+        print(f"  {picture} shows some of them")
 
 
 def train(config: PreferenceConfig, trainer: PreferenceTrainer, directory: RunDirectory) -> None:

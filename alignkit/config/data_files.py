@@ -128,11 +128,16 @@ def _check_columns(settings: Settings, key: str, name: str, head: Head, column_m
         settings.report("column_map", f"takes {ours} from {theirs}, which {name} does not have ({found})", advice)
     if missing:
         return
+    columns, rows = _renamed(head, column_map)
+    takes_negatives = settings.method is not None and load_method(settings.method).rows == "negatives"
+    if takes_negatives and {"prompt", "rejected"} <= set(columns):
+        return  # samples are drawn for these; their values are checked then
     try:
-        detect_kind(*_renamed(head, column_map), name=name, num_candidates=_num_candidates(settings))
+        detect_kind(columns, rows, name=name, num_candidates=_num_candidates(settings))
     except DataError as error:
         for problem in error.problems:
-            settings.report(key, f"({name}): {problem.rstrip('.')}", _FORMS)
+            forms = f"{_FORMS}; or prompt, rejected" if takes_negatives else _FORMS
+            settings.report(key, f"({name}): {problem.rstrip('.')}", forms)
 
 
 def _renamed(head: Head, column_map: Mapping[str, str]) -> tuple[list[str], list[dict[str, Any]]]:

@@ -170,7 +170,7 @@ def _load_source(
 ) -> tuple[Dataset | IterableDataset, RowKind]:
     dataset = open_source(source, streaming=streaming)
     _, columns = first_rows(dataset, source.path)
-    dataset, columns = _rename(dataset, columns, column_map, source.path)
+    dataset, columns = rename_columns(dataset, columns, column_map, source.path)
     if is_csv(source.path):
         dataset = _parse_csv_lists(dataset, columns, source.path)
     head, _ = first_rows(dataset, source.path)
@@ -181,7 +181,7 @@ def _load_source(
     return dataset.remove_columns(ignored), kind
 
 
-def _rename(
+def rename_columns(
     dataset: Dataset | IterableDataset, columns: list[str], column_map: Mapping[str, str], name: str
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """Give the columns our names; a column that already has a name claimed by another one is dropped."""

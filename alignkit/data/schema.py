@@ -155,11 +155,11 @@ def row_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | No
     """
     problems: list[Problem] = []
     if kind.prompt == "explicit":
-        problems += _value_problems("prompt", row["prompt"], kind.conversational)
+        problems += value_problems("prompt", row["prompt"], kind.conversational)
     if kind.lists:
         return problems + _list_problems(row, kind, num_candidates)
     for column in ("chosen", "rejected"):
-        problems += _value_problems(column, row[column], kind.message_completions)
+        problems += value_problems(column, row[column], kind.message_completions)
     if problems:
         return problems
     if row["chosen"] == row["rejected"]:
@@ -223,7 +223,14 @@ def _opens_with_answer(messages: Sequence[Any]) -> bool:
     return isinstance(first, Mapping) and first.get("role") == "assistant"
 
 
-def _value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
+def value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
+    """What is wrong with one prompt or completion.
+
+    Args:
+        column: What it is called in a message.
+        value: The text, or the messages.
+        messages: Whether it should be messages.
+    """
     if value is None:
         return [Problem(f"{column} is null: every row needs one", "null")]
     if messages:
@@ -266,7 +273,7 @@ def _list_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | 
         shown = f"{len(completions)} completions, {len(scores)} scores"
         problems.append(Problem("completions and scores differ in number: give each completion one score", shown))
     for completion in completions:
-        problems += _value_problems("a completion", completion, kind.message_completions)
+        problems += value_problems("a completion", completion, kind.message_completions)
     for score in scores:
         if not isinstance(score, (int, float)):
             problems.append(Problem("a score is not a number", shorten(score)))

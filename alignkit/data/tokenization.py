@@ -57,8 +57,8 @@ COUNT_FEATURES = Features(
     }
 )
 """Columns beside the candidate columns, counted and then removed. ``cause`` is empty for a row that is kept;
-``needed_length`` is the smallest max_length that keeps it, 0 when none does. ``misfit`` is empty where token rewards are
-as many as their tokens."""
+``needed_length`` is the smallest max_length that keeps it, 0 when none does. ``misfit`` is empty where token rewards
+are as many as their tokens."""
 
 END_TOKENS = 4
 

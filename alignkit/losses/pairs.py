@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from alignkit.losses.types import CandidateBatch, Metric
@@ -69,7 +69,7 @@ def pair_metrics(
 
 
 def masked_metric(
-    values: Float[Tensor, " B"], mask: Bool[Tensor, " B"], counts: Float[Tensor, " B"] | None = None
+    values: Float[Tensor, " B"], mask: Bool[Tensor, " B"], counts: Num[Tensor, " B"] | None = None
 ) -> Metric:
     """A metric over the rows of ``mask``, detached.
 

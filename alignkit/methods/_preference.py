@@ -57,12 +57,14 @@ class BridgeSettings:
         layout: ``auto``, ``padded`` or ``shared_prefix``.
         max_length: Longest prompt + completion there can be, tokens; None goes by the rows that are looked at.
         reference_cache: Directory of precomputed reference log-probs (used when ``args.precompute_ref_log_probs``).
+        token_reward_cache: Directory of the log-probs that token rewards are made of.
         negative_reference: A model of its own to score the last candidate of each row under (D2O's helpful reference).
     """
 
     layout: Literal["auto", "padded", "shared_prefix"] = "auto"
     max_length: int | None = None
     reference_cache: Path | None = None
+    token_reward_cache: Path | None = None
     negative_reference: nn.Module | None = None
 
 
@@ -122,6 +124,8 @@ class PreferenceTrainer(ReferenceScoring):
         if "reference" not in self.needs:
             args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
+        if "token_rewards" in self.needs:
+            self._add_token_rewards()
         # TRL's own head also computes the mean logits, which nothing here reads.
         add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
         if args.precompute_ref_log_probs:

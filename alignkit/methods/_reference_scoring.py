@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
+from alignkit.data.prefix import Layout
 from alignkit.errors import ModelError
+from alignkit.evals.token_rewards import TokenRewardReport, token_reward_report
 from alignkit.methods import _reference as reference
 from alignkit.methods._anchor import MovingAnchor, add_anchor_adapter
 from alignkit.methods._forward import (
@@ -34,6 +38,8 @@ from alignkit.methods._forward import (
     support_packed_rows,
     use_packed_attention,
 )
+from alignkit.methods._token_rewards import choose_pass_layout, refuse_long_sequences, with_token_rewards
+from alignkit.methods._token_rewards import default_cache_dir as token_reward_cache_dir
 from alignkit.methods.method import AnchorSchedule
 
 
@@ -144,11 +150,42 @@ class ReferenceScoring(DPOTrainer):
             path=cache.path(weights, precision, reference.rows_fingerprint(dataset)),
             precision=precision,
             score=lambda rows: self._score_over_ranks(
-                rows, batch_size, f"Reference log-probs of {len(rows)} {name} rows"
+                rows, f"Reference log-probs of {len(rows)} {name} rows", batch_size=batch_size
             ),
         )
 
-    def _score_over_ranks(self, rows: Dataset, batch_size: int, title: str) -> reference.Scores:
+    def _add_token_rewards(self) -> None:
+        """Give rows that bring no token rewards the reference's; before training, a collective.
+
+        Raises:
+            DataError: A contrast prompt with its completion is longer than the model takes.
+        """
+        self.token_reward_reports: dict[str, TokenRewardReport] = {}
+        for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            if not isinstance(rows, Dataset):
+                continue
+            if "better_prompt_ids" not in rows.column_names:
+                self.token_reward_reports[name] = token_reward_report(rows)
+                continue
+            model = self._reference_model()
+            refuse_long_sequences(rows, model, name)
+            verify = not is_deepspeed_zero3_enabled()
+            layout = choose_pass_layout(self.settings.layout, model, rows, verify=verify)
+            size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+            rewarded, report = with_token_rewards(
+                rows,
+                cache=reference.ReferenceCache(self.settings.token_reward_cache or token_reward_cache_dir()),
+                weights=reference.weights_fingerprint(model, self._reference_adapter()),
+                precision=compute_precision(self.model, self.accelerator.mixed_precision),
+                layout=layout,
+                score=partial(self._score_over_ranks, batch_size=size, layout=layout.layout),
+            )
+            setattr(self, f"{name}_dataset", rewarded)
+            self.token_reward_reports[name] = report
+
+    def _score_over_ranks(
+        self, rows: Dataset, title: str, *, batch_size: int, layout: Layout | None = None
+    ) -> reference.Scores:
         """Reference scores of all rows on every rank; each rank computes its share in as many batches as the others."""
         share = self._share(len(rows))
         model = self._reference_model()
@@ -162,7 +199,7 @@ class ReferenceScoring(DPOTrainer):
                 scored_by,
                 chosen,
                 pad_token_id=self.data_collator.pad_token_id,
-                layout=self.layout.layout,
+                layout=layout or self.layout.layout,
                 batch_size=batch_size,
                 device=self.accelerator.device,
                 progress=progress if self.is_local_process_zero() else None,
