@@ -166,6 +166,16 @@ def build_trainer(
         callbacks=[MetricsLog(directory.metrics_path), health],
     )
     _report_token_rewards(trainer, directory)
+    _add_callbacks(trainer, config, data, directory)
+    directory.record(batch_layout=asdict(trainer.layout), trainable=asdict(trainable_report(trainer.model)))
+    if args.process_index == 0:
+        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable_report(trainer.model)}")
+    return trainer
+
+
+def _add_callbacks(
+    trainer: PreferenceTrainer, config: PreferenceConfig, data: PreparedData, directory: RunDirectory
+) -> None:
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
@@ -175,10 +185,6 @@ def build_trainer(
         trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))
     # Last: whatever belongs to a checkpoint is in it before it is called complete.
     trainer.add_callback(CheckpointGuard(config.save_total_limit))
-    directory.record(batch_layout=asdict(trainer.layout), trainable=asdict(trainable_report(trainer.model)))
-    if args.process_index == 0:
-        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})\n{trainable_report(trainer.model)}")
-    return trainer
 
 
 def _report_token_rewards(trainer: PreferenceTrainer, directory: RunDirectory) -> None:

@@ -5,8 +5,8 @@
 
 Both score the same pairs, under the same two prompts, with the same model and as many sequences a forward pass; they
 take turns, round after round, so that a machine that slows down slows both. Printed are the medians over rounds of the
-seconds of each, and of the ratio. The status is 1 when a claim is missed: at most 0.65 where the response is not part
-of the prompts, at most 1.00 where it is.
+seconds of each, and of the ratio. At the default sizes the status is 1 when a claim is missed: at most 0.65 where the
+response is not part of the prompts, at most 1.00 where it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CLAIMS = {False: 0.65, True: 1.0}
-"""Largest ratio, by whether the response is part of its prompts."""
+"""Largest ratio at prompt 384 and completion 128, by whether the response is part of its prompts."""
+CLAIMED_SIZES = (384, 128)
 
 
 def contrast_rows(options: Any, include_response: bool) -> Dataset:
@@ -96,10 +97,15 @@ def measure(options: Any, include_response: bool) -> float:
     ratio, claim = statistics.median(ratios), CLAIMS[include_response]
     first, second = (statistics.median(column) for column in zip(*rounds, strict=True))
     name = "response in the prompts" if include_response else "response not in the prompts"
-    verdict = "met" if ratio <= claim else "MISSED"
+    verdict = f"<= {claim:.2f} {'met' if ratio <= claim else 'MISSED'}" if is_claimed(options) else ""
     spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
-    print(f"{name:<28} {first:7.2f} s {second:7.2f} s apart  {ratio:.2f} {spread}  <= {claim:.2f} {verdict}  [{how}]")
+    print(f"{name:<28} {first:7.2f} s {second:7.2f} s apart  {ratio:.2f} {spread}  {verdict}  [{how}]")
     return ratio
+
+
+def is_claimed(options: Any) -> bool:
+    """Whether something is claimed of these sizes."""
+    return (options.prompt, options.completion) == CLAIMED_SIZES
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -124,7 +130,7 @@ def main() -> int:
         f"{options.pairs} pairs, {options.batch_size} a forward pass, {options.rounds} rounds"
     )
     ratios = {include_response: measure(options, include_response) for include_response in CLAIMS}
-    return int(any(ratio > CLAIMS[case] for case, ratio in ratios.items()))
+    return int(is_claimed(options) and any(ratio > CLAIMS[case] for case, ratio in ratios.items()))
 
 
 if __name__ == "__main__":

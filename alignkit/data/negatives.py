@@ -26,9 +26,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.columns import KNOWN_COLUMNS, TEMPLATE_COLUMNS, nearest_name
-from alignkit.data.load import rename_columns, first_rows, parse_sources
+from alignkit.data.load import first_rows, parse_sources, rename_columns
 from alignkit.data.readers import open_source
-from alignkit.data.schema import Problem, value_problems, describe_problems, shorten
+from alignkit.data.schema import Problem, describe_problems, shorten, value_problems
 from alignkit.data.templates import require_template
 from alignkit.errors import DataError
 

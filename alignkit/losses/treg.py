@@ -80,8 +80,7 @@ def treg_loss(
     weight = torch.ones_like(fading) if static_weight else fading
     if detach_weight:
         weight = weight.detach()
-    aligned = [_alignment(side, side.policy_token_logps, length_normalized) for side in (chosen, rejected)]
-    regularizer = -beta * (aligned[0] + aligned[1])
+    regularizer = _regularizer(chosen, beta, length_normalized) + _regularizer(rejected, beta, length_normalized)
     groups = count_items(batch.completion_mask)["group"]
     terms = (
         LossTerm("preference", (-F.logsigmoid(z)).masked_fill(~mask, 0.0), groups),
@@ -98,11 +97,8 @@ def treg_loss(
     metrics["effective_weight"] = masked_metric(fading, mask)
     metrics["treg/regularizer"] = masked_metric(regularizer, mask)
     for role, side in (("chosen", chosen), ("rejected", rejected)):
-        totals = sequence_logps(_token_rewards(side), side.completion_mask)
-        metrics[f"treg/token_reward_{role}"] = masked_metric(totals, mask, side.num_tokens)
-        metrics[f"treg/similarity_{role}"] = masked_metric(
-            beta * _similarity(side, length_normalized), mask, side.num_tokens
-        )
+        for name, totals in _token_totals(side, beta, length_normalized).items():
+            metrics[f"treg/{name}_{role}"] = masked_metric(totals, mask, side.num_tokens)
     return LossOutput(terms, metrics)
 
 
@@ -118,6 +114,11 @@ def _token_rewards(side: CandidateSide) -> Float[Tensor, "B T"]:
     return side.token_rewards.detach()
 
 
+def _regularizer(side: CandidateSide, beta: float, length_normalized: bool) -> Float[Tensor, " B"]:
+    """L_reg of one response."""
+    return -beta * _alignment(side, side.policy_token_logps, length_normalized)
+
+
 def _alignment(side: CandidateSide, token_logps: Float[Tensor, "B T"], length_normalized: bool) -> Float[Tensor, " B"]:
     """Inner product of r_hat and token log-probs, over the length if asked; computed in at least float32."""
     wide = torch.promote_types(token_logps.dtype, torch.float32)
@@ -125,10 +126,12 @@ def _alignment(side: CandidateSide, token_logps: Float[Tensor, "B T"], length_no
     return total / side.num_tokens.clamp(min=1) if length_normalized else total
 
 
-def _similarity(side: CandidateSide, length_normalized: bool) -> Float[Tensor, " B"]:
-    """Inner product of r_hat and the implicit token reward, over beta."""
-    total = _alignment(side, side.policy_token_logps, length_normalized)
-    if length_normalized:
-        return total
-    assert side.ref_token_logps is not None, "the log-ratio above has refused this"
-    return total - _alignment(side, side.ref_token_logps, length_normalized)
+@torch.no_grad()
+def _token_totals(side: CandidateSide, beta: float, length_normalized: bool) -> dict[str, Float[Tensor, " B"]]:
+    """Over the tokens of a response: the sum of r_hat, and of r_hat times the implicit token reward."""
+    implicit = _alignment(side, side.policy_token_logps, length_normalized)
+    if not length_normalized:
+        assert side.ref_token_logps is not None, "the log-ratio has refused this before"
+        implicit = implicit - _alignment(side, side.ref_token_logps, length_normalized)
+    hats = sequence_logps(_token_rewards(side), side.completion_mask)
+    return {"token_reward": hats, "similarity": beta * implicit}

@@ -100,22 +100,7 @@ class PreferenceTrainer(ReferenceScoring):
     ) -> None:
         self.method, self.method_options, self.settings = method, options, settings
         self.needs = method.needs(options)
-        text_config = base_model(model).config.get_text_config().to_dict()
-        self._vocabulary_size: int = text_config["vocab_size"]
-        coefficient = args.router_aux_loss_coef
-        aux_loss = bool(text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
-        support_packed_rows(base_model(model))
-        self.layout: LayoutChoice = choose_layout(
-            settings.layout,
-            model,
-            train_dataset,
-            batch_size=args.per_device_train_batch_size,
-            max_length=settings.max_length,
-            aux_loss=aux_loss and "output_router_logits" in text_config,
-            verify=not is_deepspeed_zero3_enabled(),
-        )
-        if self.layout.layout == "shared_prefix":
-            use_packed_attention(base_model(model))
+        self.layout: LayoutChoice = self._choose_layout(model, args, train_dataset)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._loss_weights: dict[str, float] = {}
         tokenizer = inherited["processing_class"]
@@ -124,13 +109,33 @@ class PreferenceTrainer(ReferenceScoring):
         if "reference" not in self.needs:
             args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
-        if "token_rewards" in self.needs:
-            self._add_token_rewards()
+        self._vocabulary_size: int = base_model(model).config.get_text_config().vocab_size
         # TRL's own head also computes the mean logits, which nothing here reads.
         add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
+        if "token_rewards" in self.needs:
+            self._add_token_rewards()
         if args.precompute_ref_log_probs:
             self.ref_model = None  # everything it is needed for is in the rows now
         self._set_up_anchor(method.anchor(options))
+
+    def _choose_layout(self, model: nn.Module, args: DPOConfig, rows: Dataset | IterableDataset) -> LayoutChoice:
+        """The layout of the run, for which the model is made ready; before TRL wraps it."""
+        text_config = base_model(model).config.get_text_config().to_dict()
+        coefficient = args.router_aux_loss_coef
+        aux_loss = bool(text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
+        support_packed_rows(base_model(model))
+        choice = choose_layout(
+            self.settings.layout,
+            model,
+            rows,
+            batch_size=args.per_device_train_batch_size,
+            max_length=self.settings.max_length,
+            aux_loss=aux_loss and "output_router_logits" in text_config,
+            verify=not is_deepspeed_zero3_enabled(),
+        )
+        if choice.layout == "shared_prefix":
+            use_packed_attention(base_model(model))
+        return choice
 
     # --- objective -------------------------------------------------------------------------------------------------
 

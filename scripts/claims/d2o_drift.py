@@ -2,8 +2,8 @@
 
     python scripts/claims/d2o_drift.py
 
-trains the toy of ``d2o_toy.py`` with D2O, its limits and its baselines, at two step sizes, and writes d2o.md and d2o.png
-to the output directory. Less than two minutes on one CPU core.
+trains the toy of ``d2o_toy.py`` with D2O, its limits and its baselines, at two step sizes, and writes d2o.md and
+d2o.png to the output directory. Less than two minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -28,6 +28,21 @@ HEADER = """\
 What "D2O" (Duan et al., arXiv 2403.03419, known to us through notes on it) claims of learning from negatives alone,
 measured with `alignkit.losses.d2o` in a toy in which all distributions are known. How it fares on real rows is in
 [preference_noise.md](preference_noise.md).
+
+## Question and set-up
+
+Pushing away from harmful answers frees mass and moves shared parameters. What else moves, and do samples of the model
+hold it in place?
+
+Eight harmful and eight benign one-hot prompts, 24 responses: eight safe, eight harmful, eight junk. The policy is a
+tanh network 16-32-32-24, fitted so that on harmful prompts 43 % of its mass is harmful and on benign ones 1 %. It is
+trained on the harmful prompts only, each harmful response being a negative once (64 rows, all at each step), for 300
+steps of Adam from the fitted network, which is the reference. alpha = beta = 0.1 unless said otherwise.
+
+*Frozen* samples are drawn from the reference once, *refreshed* ones from the policy at every step, *instructed* ones
+from the reference told to behave (2 % harmful), log-probs being those under the plain prompt. GA lowers the
+log-likelihood of the negatives; NPO is D2O with beta = 0; DPO has positives of which 34 % are harmful (the share
+reported for Safe-RLHF). Drift is KL(reference || policy) on the benign prompts. Both step sizes were fixed beforehand.
 """
 
 LEARNING_RATES = (1e-3, 3e-3)

@@ -1,8 +1,8 @@
 """Questions with right and wrong answers, as pairs, lists and negatives, some of them with flipped labels.
 
 A question gives one list of four answers, and out of it one pair. A flip inverts all labels of a question at once: its
-pair is swapped, each of its list's labels is inverted, and its negative is an answer that is really right. So at a given
-share the same questions are wrong for every method, and what a method is told is wrong as often as what another is told.
+pair is swapped, each of its list's labels is inverted, and its negative is an answer that is really right. So at a
+given share the same questions are wrong for every method.
 """
 
 from __future__ import annotations
@@ -60,17 +60,22 @@ def gsm8k_questions(path: Path) -> list[Question]:
 
 
 def truthfulqa_questions(path: Path) -> list[Question]:
-    """Questions with at least two right and two wrong answers."""
+    """Questions with at least two right and two wrong answers; one listed as both is neither."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    found = [
-        Question(row["Question"], _answers(row["Correct Answers"]), _answers(row["Incorrect Answers"])) for row in rows
-    ]
+    found = []
+    for row in rows:
+        right, wrong = _answers(row["Correct Answers"]), _answers(row["Incorrect Answers"])
+        found.append(Question(row["Question"], _without(right, wrong), _without(wrong, right)))
     return [question for question in found if min(len(question.right), len(question.wrong)) >= LIST_SIZE // 2]
 
 
 def _answers(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(answer.strip() for answer in text.split(";") if answer.strip()))
+
+
+def _without(answers: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(answer for answer in answers if answer not in others)
 
 
 def short_enough(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Question]:

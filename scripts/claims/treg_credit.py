@@ -28,6 +28,26 @@ HEADER = """\
 What "T-REG" (Zhou et al., arXiv 2412.02685, known to us through two summaries) claims of token rewards, measured with
 `alignkit.losses.treg` in a toy in which the truth is known. What they do on real rows, where they come from a small
 model, is in [preference_noise.md](preference_noise.md).
+
+## Question and set-up
+
+A pair says which response is better, not which token made it so. Do token rewards help the policy to find that token,
+and how good must they be?
+
+A response is 8 tokens out of 10 each; the policy is a table of logits, uniform at the start, which is the reference. At
+one position half of the tokens are good and half bad; the chosen response has a good one there and the rejected one a
+bad one, everything else being random. 40 pairs, beta 0.1, 200 full-batch steps of plain gradient descent at 5. Adam
+would hide the question: it gives every entry steps of one size.
+
+The toy was not fixed in advance. A variant in which tokens have ten different values, two optimisers, a few step sizes
+and both kinds of error below were tried with 16 seeds. The variant kept has an accuracy near that of an earlier toy
+(.97); the errors called the main ones are those under which very noisy rewards hurt at all.
+
+Token rewards are tanh((truth + noise x error) / 2) / 2 with standard normal errors. An error belongs to a token at a
+position, so it is a bias that 40 pairs do not average out; *fresh* errors are drawn for every occurrence and do average
+out. Held-out accuracy is over 2000 pairs. The credit ratio is the spread of the implicit token reward over tokens at
+the critical position over that at the others; the correlation is with the true reward over all positions and tokens.
+Figures are means with 95 % bootstrap intervals over seeds; nothing is corrected for multiple comparisons.
 """
 
 
@@ -129,6 +149,7 @@ def draw(runs: Mapping[str, Figures], path: Path) -> None:
         axis.hlines(places, lows, highs, colors=colours)
         axis.scatter(means, places, color=colours, zorder=3)
         axis.set(title=title, yticks=places, yticklabels=list(runs))
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)
     figure.suptitle("T-REG toy: mean and 95 % interval; red: static weight; dashed: DPO", fontsize=11)
     figure.savefig(path, dpi=110)

@@ -1,9 +1,9 @@
 """A toy of credit assignment for T-REG (arXiv 2412.02685): which token made a response the better one?
 
 A response is 8 positions of one token out of 10 each. The policy is a table of logits, independent between positions
-and uniform at the start, which is also the reference. At the critical position half of the tokens are good and half bad;
-the chosen response has a good one there and the rejected response a bad one. Every other token is noise to the learner.
-Seeds are stacked along the first axis S.
+and uniform at the start, which is also the reference. At the critical position half of the tokens are good and half
+bad; the chosen response has a good one there and the rejected response a bad one. Every other token is noise to the
+learner. Seeds are stacked along the first axis S.
 """
 
 from __future__ import annotations

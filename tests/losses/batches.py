@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,18 +142,23 @@ def option_variants(method: Method, without: tuple[str, ...] = ()) -> list[Any]:
         method: The method.
         without: Switches that stay off.
     """
-    alternatives = {
-        item.name: [False] if item.name in without else _alternatives(item)
-        for item in dataclasses.fields(method.options)
-    }
+    return _option_variants(method.name, without)
+
+
+@cache
+def _option_variants(name: str, without: tuple[str, ...]) -> list[Any]:
+    method = load_method(name)
+    items = {item.name: item for item in dataclasses.fields(method.options)}
+    alternatives = {key: [False] if key in without else _alternatives(item) for key, item in items.items()}
+    off = {key: False for key in without if key in items}
     if math.prod(map(len, alternatives.values())) <= MOST_VARIANTS:
         combinations = [
             dict(zip(alternatives, values, strict=True)) for values in itertools.product(*alternatives.values())
         ]
     else:
         rng = random.Random(0)
-        combinations = [{}, *({name: value} for name, values in alternatives.items() for value in values)]
-        combinations += [{name: rng.choice(values) for name, values in alternatives.items()} for _ in range(2000)]
+        combinations = [off, *({**off, key: value} for key, values in alternatives.items() for value in values)]
+        combinations += [{key: rng.choice(values) for key, values in alternatives.items()} for _ in range(2000)]
     distinct = dict.fromkeys(method.options(**combination) for combination in combinations)
     return [options for options in distinct if _is_accepted(method, options)][:MOST_VARIANTS]
 
