@@ -71,3 +71,8 @@ def _git(checkout: Path, *arguments: str) -> str | None:
     except (FileNotFoundError, subprocess.SubprocessError):
         return None
     return done.stdout.rstrip("\n")
+
+
+def launched_with_fsdp() -> bool:
+    """Whether accelerate was told to shard the model with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"

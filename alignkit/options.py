@@ -5,7 +5,7 @@ Used by configs, methods and every later part of a run, so it imports the standa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -51,3 +51,22 @@ def option(
     """
     info = OptionInfo(help=help, source=source, choices=tuple(choices) if choices is not None else None, **bounds)
     return field(default=default, default_factory=default_factory, metadata={"option": info})
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A combination of values that cannot work.
+
+    Attributes:
+        title: Short name, for the documentation.
+        keys: Keys that clash.
+        when: True for values that clash; sees ``keys`` as attributes.
+        why: Why it cannot work, as the end of a sentence.
+        fix: What to write instead.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    when: Callable[[Any], bool]
+    why: str
+    fix: str

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -29,18 +27,16 @@ from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.metrics_log import MetricsLog
 from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
-from alignkit.config import LoadedConfig, PreferenceConfig, SFTConfig
+from alignkit.config import LoadedConfig
 from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.report import SplitReport, data_report
 from alignkit.environment import environment
 from alignkit.errors import ConfigError, ModelError
 from alignkit.hub.upload import check_before_training
+from alignkit.model_steps import RunConfig
 from alignkit.parametrizations import loading
-from alignkit.parametrizations.files import read_adapter
-from alignkit.parametrizations.lora import check_modules, lora_config, trainable_report
+from alignkit.parametrizations.lora import trainable_report
 from alignkit.run_directory import RunDirectory
-
-RunConfig = PreferenceConfig | SFTConfig
 
 _PASSED_THROUGH = (
     "output_dir seed data_seed num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
@@ -208,63 +204,18 @@ def report_data(
     report.raise_for_failures()
 
 
-def load_model(config: RunConfig, path: str, revision: str | None = None) -> PreTrainedModel:
-    """Load the policy or a reference as the config describes it; a trainer places it.
-
-    Raises:
-        ModelError: It cannot be loaded; the message says why.
-    """
-    return loading.load_model(
-        loading.ModelSource(
-            model=path,
-            revision=revision,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
-    )
-
-
-def load_policy(config: RunConfig) -> PreTrainedModel | PeftModel:
-    """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it."""
-    model = load_model(config, config.model, config.model_revision)
-    if config.adapter is None:
-        return model
-    return loading.load_adapter(model, read_adapter(config.adapter), is_trainable=True)
-
-
-def new_adapter(config: RunConfig, model: PreTrainedModel | PeftModel) -> Any:
-    """The configuration of the adapter to be made, or None where none is.
-
-    Raises:
-        ModelError: It names modules that the model does not have.
-    """
-    if config.parametrization != "lora" or config.adapter is not None:
-        return None
-    check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
-    return lora_config(
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        modules_to_save=config.lora_modules_to_save,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )
-
-
 def run_callbacks(config: RunConfig, directory: RunDirectory) -> list[TrainerCallback]:
-    """The log, the health monitor and the guard of the checkpoints."""
+    """The log and the health monitor."""
     health = HealthMonitor(asdict(config.method_options) | {"learning_rate": config.learning_rate})
-    return [MetricsLog(directory.metrics_path), health, CheckpointGuard(config.save_total_limit)]
+    return [MetricsLog(directory.metrics_path), health]
 
 
-def introduce(trainer: Trainer, directory: RunDirectory, **sections: Any) -> None:
-    """Set up what a trainer prints, record what it trains, and say so.
+def introduce(config: RunConfig, trainer: Trainer, directory: RunDirectory, **sections: Any) -> None:
+    """Set up what a trainer prints and how it saves, record what it trains, and say so.
 
     Args:
-        trainer: The trainer.
+        config: The config.
+        trainer: The trainer, with all its callbacks.
         directory: Where it is recorded.
         **sections: More for ``run.json``.
     """
@@ -272,6 +223,8 @@ def introduce(trainer: Trainer, directory: RunDirectory, **sections: Any) -> Non
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
     trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
+    # Last: whatever belongs to a checkpoint is in it before it is called complete.
+    trainer.add_callback(CheckpointGuard(config.save_total_limit))
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)
     if trainer.is_world_process_zero():
         print(trainable_report(trainer.model))

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from alignkit import steps
 from alignkit.callbacks.probe import DispersionProbe
 from alignkit.config import PreferenceConfig
 from alignkit.data.convert import to_candidate_rows
-from alignkit.errors import ModelError
+from alignkit.environment import launched_with_fsdp
+from alignkit.errors import ConfigError
+from alignkit.evals.token_rewards import NUM_SHOWN, write_heatmap
 from alignkit.gradients._hook import chosen_rule
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.method import load_method
-from alignkit.parametrizations import loading
+from alignkit.model_steps import load_negative_reference, load_policy, load_reference, new_adapter
+from alignkit.row_steps import check_negatives, contrast_prompts, lack_samples, with_samples
 from alignkit.run_directory import RunDirectory
 
 
@@ -27,8 +30,11 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
     """TRL's arguments; creating them also sets up the processes (and ZeRO-3, before a model is loaded).
 
     Raises:
-        ConfigError: The config needs an accelerator and there is none.
+        ConfigError: The config needs an accelerator and there is none, or does not fit the launcher.
     """
+    if config.reference == "precomputed" and launched_with_fsdp():
+        why = "`reference: precomputed`: FSDP shards the weights that the cache is keyed by. Write reference: auto"
+        raise ConfigError("the launcher uses FSDP", [why])
     args = DPOConfig(
         **steps.common_arguments(config),
         disable_dropout=config.disable_dropout,
@@ -48,12 +54,23 @@ def prepare_data(
     Raises:
         DataError: The rows cannot be trained on; all kinds of problem together.
     """
-    num_candidates = load_method(config.method).num_candidates
-    convert = partial(
-        to_candidate_rows, tokenizer=tokenizer, max_length=config.max_length, num_candidates=num_candidates
-    )
+    method = load_method(config.method)
     with args.main_process_first(desc="data"):
-        converted = steps.convert_splits(config, steps.load_splits(config), convert)
+        splits = steps.load_splits(config)
+    if method.rows == "negatives" and lack_samples(splits):
+        splits = with_samples(config, args, tokenizer, splits)
+    convert = partial(
+        to_candidate_rows,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        num_candidates=method.num_candidates,
+        contrast=contrast_prompts(config),
+    )
+    with args.main_process_first(desc="tokens"):
+        converted = steps.convert_splits(config, splits, convert)
+    if method.rows == "negatives":
+        for name, (rows, _) in converted.items():
+            check_negatives(rows, name)
     steps.report_data(converted, tokenizer, args, directory)
     evaluation = converted["held-out"][0] if "held-out" in converted else None
     prompts: list[tuple[int, ...]] = []
@@ -70,47 +87,42 @@ def build_trainer(
     directory: RunDirectory,
 ) -> PreferenceTrainer:
     """Load the models and put the trainer together with its callbacks."""
-    model = steps.load_policy(config)
-    ref_model = _load_reference(config, tokenizer)
+    model = load_policy(config)
     cache = None if config.reference_cache is None else Path(config.reference_cache)
     layout: Any = config.layout
+    negative_reference = load_negative_reference(config, tokenizer)
     trainer = PreferenceTrainer(
         model,
         args,
         method=load_method(config.method),
         options=config.method_options,
-        settings=BridgeSettings(layout=layout, max_length=config.max_length, reference_cache=cache),
+        settings=BridgeSettings(layout, config.max_length, cache, negative_reference=negative_reference),
         gradient_rule=chosen_rule(config.gradient_rule, config.gradient_options),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        ref_model=ref_model,
-        peft_config=steps.new_adapter(config, model),
+        ref_model=load_reference(config, tokenizer),
+        peft_config=new_adapter(config, model),
         callbacks=steps.run_callbacks(config, directory),
     )
-    if args.process_index == 0:
-        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
-    steps.introduce(trainer, directory, batch_layout=asdict(trainer.layout))
     if data.evaluation is not None and config.probe_rows and config.probe_steps:
         probe = trainer.eval_dataset.select(range(min(config.probe_rows, len(data.evaluation))))
         trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))
+    if "token_rewards" in trainer.needs and args.process_index == 0:
+        _report_token_rewards(trainer, directory)
+    if args.process_index == 0:
+        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
+    steps.introduce(config, trainer, directory, batch_layout=asdict(trainer.layout))
     return trainer
 
 
-def _load_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-    """The reference where it is a model of its own. The policy's token ids must mean the same to it."""
-    wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
-    if "reference" not in load_method(config.method).needs or not (wants_copy or config.reference_model):
-        return None
-    if config.reference_model is None:
-        return steps.load_model(config, config.model, config.model_revision)
-    reference = loading.load_tokenizer(config.reference_model, trust_remote_code=config.trust_remote_code)
-    theirs = reference.get_vocab()
-    different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
-    if different:
-        raise ModelError(
-            f"the reference model {config.reference_model!r} has other token ids than {config.model!r}: "
-            f"{len(different)} tokens differ, such as {different[0]!r}. Write a reference_model with the same "
-            "tokenizer, or remove it to take the starting model."
-        )
-    return steps.load_model(config, config.reference_model)
+def _report_token_rewards(trainer: PreferenceTrainer, directory: RunDirectory) -> None:
+    """Print and record what the token rewards are like, with a picture of some."""
+    reports = trainer.token_reward_reports
+    for report in reports.values():
+        print(report)
+    directory.record(token_rewards={name: report.to_dict() for name, report in reports.items()})
+    if isinstance(trainer.train_dataset, Dataset):
+        picture = directory.path / "token_rewards.html"
+        write_heatmap(picture, trainer.train_dataset.take(NUM_SHOWN), trainer.processing_class)
+        print(f"  {picture} shows some of them")

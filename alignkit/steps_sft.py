@@ -14,6 +14,7 @@ from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.gradients._hook import chosen_rule
 from alignkit.methods._supervised import SupervisedTrainer, template_with_marks
 from alignkit.methods.method import load_method
+from alignkit.model_steps import load_policy, new_adapter
 from alignkit.run_directory import RunDirectory
 
 
@@ -71,7 +72,7 @@ def build_trainer(
     directory: RunDirectory,
 ) -> SupervisedTrainer:
     """Load the model and put the trainer together with its callbacks."""
-    model = steps.load_policy(config)
+    model = load_policy(config)
     trainer = SupervisedTrainer(
         model,
         args,
@@ -81,8 +82,8 @@ def build_trainer(
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        peft_config=steps.new_adapter(config, model),
+        peft_config=new_adapter(config, model),
         callbacks=steps.run_callbacks(config, directory),
     )
-    steps.introduce(trainer, directory)
+    steps.introduce(config, trainer, directory)
     return trainer

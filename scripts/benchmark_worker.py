@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import DPOConfig, DPOTrainer
 
 from alignkit.data.convert import to_candidate_rows
-from alignkit.losses.types import CandidateBatch, LossOutput, LossTerm, count_items
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-from alignkit.methods.method import Method, Paper, load_method
+from alignkit.methods.method import load_method
 from alignkit.parametrizations.lora import lora_config
 
 VOCABULARY = 2048
@@ -33,9 +32,10 @@ WARM_UP_STEPS = 1
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker process needs to build its trainer; ``side`` is ``trl`` or a layout of ours."""
+    """What a worker process needs to build its trainer; ``side`` is ``trl`` or a layout of ours, ``method`` ours."""
 
     side: str
+    method: str
     prompt: int
     completion: int
     candidates: int
@@ -59,7 +59,7 @@ def texts(spec: WorkerSpec) -> list[dict[str, Any]]:
     rows = []
     for _ in range(spec.batch_size * (spec.steps + WARM_UP_STEPS)):
         completions = [" " + words(spec.completion - 1) for _ in range(spec.candidates)]
-        scores = [1.0] + [0.0] * (spec.candidates - 1)
+        scores = [1.0] * (spec.candidates - 1) + [0.0]
         rows.append({"prompt": words(spec.prompt), "completions": completions, "scores": scores})
     return rows
 
@@ -128,8 +128,13 @@ def build_trainer(spec: WorkerSpec) -> DPOTrainer:
     if spec.side == "trl":
         pairs = [{"prompt": r["prompt"], "chosen": r["completions"][0], "rejected": r["completions"][1]} for r in rows]
         return DPOTrainer(load(spec), train_dataset=Dataset.from_list(pairs), **common)
-    candidate_rows, _ = to_candidate_rows(Dataset.from_list(rows), tokenizer, max_length=None, num_candidates=None)
-    method = load_method("dpo") if spec.candidates == 2 else LISTWISE
+    method = load_method(spec.method)
+    candidate_rows, _ = to_candidate_rows(
+        Dataset.from_list(rows), tokenizer, max_length=None, num_candidates=method.num_candidates
+    )
+    if "token_rewards" in method.needs(method.options()):
+        rewards = [[[0.1] * len(ids) for ids in row] for row in candidate_rows["completion_ids"]]
+        candidate_rows = candidate_rows.add_column("token_rewards", rewards)
     return PreferenceTrainer(
         load(spec),
         method=method,
@@ -139,20 +144,6 @@ def build_trainer(spec: WorkerSpec) -> DPOTrainer:
         ref_model=None if peft_config else load(spec),
         **common,
     )
-
-
-class NoOptions:
-    """The list objective has none."""
-
-
-def listwise(batch: CandidateBatch, options: NoOptions) -> LossOutput:
-    """Cross-entropy of the first candidate over the log-ratios, for rows of more than two candidates."""
-    ratios = batch.policy_logps - batch.ref_token_logps.sum(-1)
-    values = -(0.1 * ratios).log_softmax(-1)[:, 0]
-    return LossOutput((LossTerm("list", values, count_items(batch.completion_mask)["group"]),))
-
-
-LISTWISE = Method("listwise", "", NoOptions, listwise, {}, Paper("", "", ""), "", num_candidates=None)
 
 
 class Clock(TrainerCallback):

@@ -82,7 +82,7 @@ def method_head(name: str) -> str:
         f"{method.summary}\n\n"
         f"- Paper: [{method.paper.title}]({method.paper.url})\n"
         f"- Fidelity: {method.fidelity}\n"
-        f"- Needs: {', '.join([*sorted(method.needs), rows])}\n"
+        f"- Needs: {', '.join([*sorted(method.needs(method.options())), rows])}\n"
         f"- Program: `trainers/{method.program}.py`\n"
     )
 

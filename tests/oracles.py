@@ -123,3 +123,58 @@ def _pair_metrics(pair: Pair, beta_pos: float, beta_neg: float, length_normalize
         row["grad_ratio_log"] = math.log(beta_neg / beta_pos * math.exp(logp_w - logp_l))
         row["grad_ratio_log_per_token"] = math.log(beta_neg / beta_pos * math.exp(per_token))
     return row
+
+
+@dataclass(frozen=True)
+class TREGOutcome:
+    """Of one pair: rewards, terms without alpha, and the gradient of the loss (with alpha) in every token."""
+
+    reward_w: float
+    reward_l: float
+    fading: float
+    preference: float
+    regularizer: float
+    weighted: float
+    gradient_w: list[float]
+    gradient_l: list[float]
+
+
+def treg(
+    pair: Pair,
+    rewards: tuple[list[float], list[float]],
+    beta: float,
+    alpha: float,
+    *,
+    gamma: float | None = None,
+    detach_weight: bool = True,
+    static_weight: bool = False,
+) -> TREGOutcome:
+    """-log sigma(z) + alpha * w * (L_reg(y_w) + L_reg(y_l)) (arXiv 2412.02685); with ``gamma`` the simpo form.
+
+    The gradient in a chosen token is -beta * (w_z + alpha * w * r_hat + alpha * w' * L_reg) with w' = w (1 - w) where
+    the weight is not held constant; on the rejected side the first and last have the opposite sign.
+    """
+    beta_w = beta if gamma is None else beta / len(pair.policy_chosen)
+    beta_l = beta if gamma is None else beta / len(pair.policy_rejected)
+    if gamma is None:
+        reward_w = beta_w * logratio(pair.policy_chosen, pair.ref_chosen)
+        reward_l = beta_l * logratio(pair.policy_rejected, pair.ref_rejected)
+    else:
+        reward_w, reward_l = beta_w * math.fsum(pair.policy_chosen), beta_l * math.fsum(pair.policy_rejected)
+    fading = sigma(reward_l - reward_w + (gamma or 0.0))
+    weight = 1.0 if static_weight else fading
+    slope = 0.0 if static_weight or detach_weight else weight * (1.0 - weight)
+    regularizer = 0.0
+    for scale, side, hats in ((beta_w, pair.policy_chosen, rewards[0]), (beta_l, pair.policy_rejected, rewards[1])):
+        for token_logp, hat in zip(side, hats, strict=True):
+            regularizer -= scale * hat * token_logp
+    return TREGOutcome(
+        reward_w=reward_w,
+        reward_l=reward_l,
+        fading=fading,
+        preference=-math.log(1.0 - fading),
+        regularizer=regularizer,
+        weighted=weight * regularizer,
+        gradient_w=[-beta_w * (fading + alpha * weight * r + alpha * slope * regularizer) for r in rewards[0]],
+        gradient_l=[beta_l * (fading - alpha * weight * r + alpha * slope * regularizer) for r in rewards[1]],
+    )

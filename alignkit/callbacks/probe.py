@@ -17,13 +17,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from alignkit.losses.types import Metric
 
 METRICS: Mapping[str, str] = {
-    "dispersion": "length-normalised log-ratio to the reference, mean over the held-out probe responses, nats a token",
+    "dispersion": (
+        "length-normalised log-ratio to the frozen reference, mean over the held-out probe responses, nats a token"
+    ),
     "mean_logps/probe": "log-likelihood of the probe responses, nats a token, every token weighing the same",
 }
 
 
 class ProbedTrainer(Protocol):
     """The part of the preference trainer the probe uses."""
+
+    @property
+    def has_frozen_reference(self) -> bool:
+        """Whether there is a reference, and it stays what it was."""
 
     def probe_batches(self, rows: Any) -> list[dict[str, Tensor]]:
         """This rank's share of the probe rows, collated; the same number of batches on every rank."""
@@ -41,6 +47,8 @@ class ProbedTrainer(Protocol):
 class DispersionProbe(TrainerCallback):
     """Records ``dispersion`` and ``mean_logps/probe`` every ``steps`` optimiser steps.
 
+    Without a frozen reference there is nothing fixed to compare with, and ``dispersion`` is left out.
+
     Args:
         trainer: The preference trainer.
         rows: Candidate rows held out of training.
@@ -57,7 +65,7 @@ class DispersionProbe(TrainerCallback):
         """Collate the probe and score it under the reference, once."""
         self._batches = self.trainer.probe_batches(self.rows)
         for inputs in self._batches:
-            if "ref_token_logps" not in inputs:
+            if "ref_token_logps" not in inputs and self.trainer.has_frozen_reference:
                 inputs["ref_token_logps"] = self.trainer.reference_logps(inputs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
@@ -66,6 +74,7 @@ class DispersionProbe(TrainerCallback):
             for inputs in self._batches:
                 tokens = inputs["completion_mask"].sum(-1).flatten().to(torch.float32)
                 policy = self.trainer.probe_logps(inputs).sum(-1).flatten()
-                logratio = policy - inputs["ref_token_logps"].sum(-1).flatten()
                 self.trainer.record("mean_logps/probe", Metric(policy, tokens))
-                self.trainer.record("dispersion", Metric(logratio / tokens.clamp(min=1), (tokens > 0).float()))
+                if "ref_token_logps" in inputs:
+                    logratio = policy - inputs["ref_token_logps"].sum(-1).flatten()
+                    self.trainer.record("dispersion", Metric(logratio / tokens.clamp(min=1), (tokens > 0).float()))

@@ -124,7 +124,8 @@ def _other_method(method: str, name: str, owners: list[str]) -> Explanation:
     own = ", ".join(method_keys(method)) or "none"
     verb = "have" if len(owners) > 1 else "has"
     why = f"is not an option of method {method}; {', '.join(owners)} {verb} it"
-    return Explanation(why, f"Remove it or write method: {owners[0]} (options of {method}: {own})")
+    other = "one of these methods" if len(owners) > 1 else f"method: {owners[0]}"
+    return Explanation(why, f"Remove it or write {other} (options of {method}: {own})")
 
 
 def _launcher(program: str, name: str, value: Any) -> Explanation:

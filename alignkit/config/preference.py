@@ -27,6 +27,7 @@ from alignkit.config.training import (
     RunSection,
 )
 from alignkit.data.columns import RowFamily
+from alignkit.data.negative_schema import negative_rows
 from alignkit.data.schema import preference_rows
 from alignkit.methods.method import load_method, method_names
 
@@ -56,6 +57,9 @@ class PreferenceConfig(
 
     @staticmethod
     def row_family(values: Mapping[str, Any]) -> RowFamily:
-        """Preference rows; with a method that takes pairs alone, pairs."""
-        method = values.get("method")
-        return preference_rows(load_method(method).num_candidates if method in method_names() else None)
+        """Preference rows; with a method that takes pairs alone, pairs, and negatives with one that is made of them."""
+        name = values.get("method")
+        method = load_method(name) if name in method_names() else None
+        if method is not None and method.rows == "negatives":
+            return negative_rows()
+        return preference_rows(None if method is None else method.num_candidates)

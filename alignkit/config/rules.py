@@ -6,14 +6,12 @@ A rule sees only the keys it names, after their types were checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from alignkit.config.settings import Settings
-
-Condition = Callable[[Any], bool]
+from alignkit.options import Conflict
 
 
 def no_heldout_rows(c: Any) -> bool:
@@ -22,22 +20,8 @@ def no_heldout_rows(c: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A combination that cannot work.
-
-    Attributes:
-        title: Short name, for the documentation.
-        keys: Keys that clash.
-        when: True for values that clash; sees ``keys`` as attributes.
-        why: Why it cannot work, as the end of a sentence.
-        fix: What to write instead.
-    """
-
-    title: str
-    keys: tuple[str, ...]
-    when: Condition
-    why: str
-    fix: str
+class Rule(Conflict):
+    """A combination that is refused."""
 
     def check(self, settings: Settings) -> None:
         """Report to ``settings`` if the rule is broken."""

@@ -11,22 +11,36 @@ PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 LIST_COLUMNS = ("prompt", "completions", "scores")
 COMPLETION_COLUMNS = ("prompt", "completion")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+PAIR_REWARD_COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
+LIST_REWARD_COLUMNS = ("token_rewards",)
 
 
 class Form(NamedTuple):
-    """Columns of one form of rows; an optional one is missed only where another column looks like it."""
+    """Columns of one form of rows.
+
+    Attributes:
+        columns: Those that make the form.
+        optional: Those of them that are missed only where another column looks like them.
+        beside: Known columns that rows of this form may have as well; they are never missed.
+    """
 
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
-PREFERENCE_FORMS = (Form(PAIR_COLUMNS, optional=("prompt",)), Form(LIST_COLUMNS))
+LIST_FORM = Form(LIST_COLUMNS, beside=LIST_REWARD_COLUMNS)
+PREFERENCE_FORMS = (Form(PAIR_COLUMNS, optional=("prompt",), beside=PAIR_REWARD_COLUMNS), LIST_FORM)
+PROMPT_FORM = Form(("prompt",))
+NEGATIVE_FORMS = (Form(("prompt", "rejected"), beside=("chosen",)), LIST_FORM)
 SUPERVISED_FORMS = (Form(COMPLETION_COLUMNS), Form(("messages",)), Form(("text",)))
 
 
 def columns_of(forms: Sequence[Form]) -> tuple[str, ...]:
-    """Every column that rows of these forms are read from, those of the chat template included."""
-    return tuple(dict.fromkeys([*(name for form in forms for name in form.columns), *TEMPLATE_COLUMNS]))
+    """Every column that rows of these forms may have, those of the chat template included."""
+    required = [name for form in forms for name in form.columns]
+    beside = [name for form in forms for name in form.beside]
+    return tuple(dict.fromkeys([*required, *TEMPLATE_COLUMNS, *beside]))
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class RowFamily:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that is read."""
+        """Every column that rows may have; all others are dropped."""
         return columns_of(self.forms)
 
 
@@ -74,12 +88,15 @@ def nearest_name(wanted: str, available: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(wanted, available, n=1, cutoff=0.6) + synonyms), None)
 
 
-def missing_columns(columns: Sequence[str], forms: Sequence[Form] = PREFERENCE_FORMS) -> list[str]:
+def missing_columns(
+    columns: Sequence[str], forms: Sequence[Form] = PREFERENCE_FORMS, notes: Mapping[str, str] | None = None
+) -> list[str]:
     """One problem for each column missing from the form that the columns, or names like them, come closest to.
 
     Args:
         columns: Names in the data, which complete no form.
         forms: The forms there are.
+        notes: What to say of a missing column that no other column looks like.
     """
     known = columns_of(forms)
     spare = [name for name in columns if name not in known]
@@ -93,9 +110,9 @@ def missing_columns(columns: Sequence[str], forms: Sequence[Form] = PREFERENCE_F
     for column in wanted.columns:
         if column in columns or (column in wanted.optional and not near[column]):
             continue
-        advice = (
-            f" Did you mean {near[column]!r}? Write column_map: {{{column}: {near[column]}}}." if near[column] else ""
-        )
+        advice = f" {notes[column]}" if notes and column in notes else ""
+        if near[column]:
+            advice = f" Did you mean {near[column]!r}? Write column_map: {{{column}: {near[column]}}}."
         problems.append(f"column {column!r} is missing.{advice} Columns present: {', '.join(map(repr, columns))}")
     return problems
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,9 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.load import HEAD_ROWS
+from alignkit.data.problems import Problem
 from alignkit.data.report import QUANTILES, SplitReport, length_line
-from alignkit.data.schema import Problem, describe_problems
+from alignkit.data.schema import describe_problems
 from alignkit.errors import DataError
 
 BATCH_ROWS = 256
@@ -42,6 +43,9 @@ class Conversion:
         find_problems: ``(row, settings)`` to everything wrong with a row.
         convert: ``(batch, tokenizer, settings)`` to the columns of ``features`` and ``counts``.
         settings: What else the result depends on.
+        find_misfits: Columns of ``counts`` to position and problem of every row that only its tokens show to be
+            malformed; None where tokens show nothing.
+        kept_counts: Columns of ``counts`` that rows keep after all.
     """
 
     features: Features
@@ -49,6 +53,13 @@ class Conversion:
     find_problems: Callable[[Mapping[str, Any], Any], list[Problem]]
     convert: Callable[[Mapping[str, Sequence[Any]], PreTrainedTokenizerBase, Any], dict[str, list[Any]]]
     settings: Any
+    find_misfits: Callable[[Mapping[str, Sequence[Any]]], Iterable[tuple[int, Problem]]] | None = None
+    kept_counts: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Features:
+        """The columns of converted rows."""
+        return Features({**self.features, **{column: self.counts[column] for column in self.kept_counts}})
 
 
 def convert_table(
@@ -89,8 +100,8 @@ def convert_table(
         **options,
     )
     counts = converted.select_columns(list(conversion.counts)).to_pandas()
-    kept = np.flatnonzero(counts["cause"] == "")
-    return converted.select_columns(list(conversion.features)).select(kept), counts
+    _refuse_misfits(counts, range(len(counts)), conversion, name)
+    return converted.select_columns(list(conversion.output)).select(kept_rows(counts)), counts
 
 
 def convert_stream(
@@ -122,10 +133,17 @@ def convert_stream(
         batch_size=HEAD_ROWS,
         with_indices=True,
         remove_columns=columns,
-        features=conversion.features,
+        features=conversion.output,
         fn_kwargs={"tokenizer": tokenizer, "conversion": conversion, "name": name},
     )
-    return rows, pd.DataFrame(conversion.convert(first, tokenizer, conversion.settings))
+    counts = pd.DataFrame(conversion.convert(first, tokenizer, conversion.settings))
+    _refuse_misfits(counts, range(len(head)), conversion, name)
+    return rows, counts
+
+
+def kept_rows(counts: pd.DataFrame) -> np.ndarray:
+    """Numbers of the rows that are kept."""
+    return np.flatnonzero(counts["cause"] == "")
 
 
 def rows_of(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -228,8 +246,9 @@ def _convert_streamed(
     """Check and convert one batch of a stream, leaving dropped rows out."""
     _refuse_problems(_find_problems(batch, indices, conversion.find_problems, conversion.settings), name)
     converted = conversion.convert(batch, tokenizer, conversion.settings)
+    _refuse_misfits(converted, indices, conversion, name)
     kept = [i for i, cause in enumerate(converted["cause"]) if not cause]
-    return {column: [converted[column][i] for i in kept] for column in conversion.features}
+    return {column: [converted[column][i] for i in kept] for column in conversion.output}
 
 
 def _find_problems(
@@ -248,5 +267,18 @@ def _find_problems(
 def _refuse_problems(problems: Mapping[str, Sequence[Any]], name: str) -> None:
     """Raise with every problem when one is fatal; rows that merely prefer nothing are dropped later."""
     if any(problems["fatal"]):
-        found = zip(problems["row"], map(Problem, problems["kind"], problems["shown"]), strict=True)
-        raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(found))
+        _refuse(zip(problems["row"], map(Problem, problems["kind"], problems["shown"]), strict=True), name)
+
+
+def _refuse_misfits(
+    counts: Mapping[str, Sequence[Any]], indices: Sequence[int], conversion: Conversion, name: str
+) -> None:
+    """Raise with every row that only its tokens show to be malformed."""
+    if conversion.find_misfits is not None:
+        found = [(indices[position], problem) for position, problem in conversion.find_misfits(counts)]
+        if found:
+            _refuse(found, name)
+
+
+def _refuse(found: Iterable[tuple[int, Problem]], name: str) -> NoReturn:
+    raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(found))

@@ -17,10 +17,22 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data import conversion as engine
 from alignkit.data.candidate_report import ConversionReport
 from alignkit.data.columns import PREFERENCE_FORMS, columns_of
+from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.load import first_rows
-from alignkit.data.schema import Problem, detect_kind, row_problems
+from alignkit.data.problems import Problem
+from alignkit.data.reward_rows import reward_problems
+from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.templates import require_template
-from alignkit.data.tokenization import CANDIDATE_FEATURES, COUNT_FEATURES, Settings, convert_batch
+from alignkit.data.tokenization import COUNT_FEATURES, Settings, convert_batch
+from alignkit.errors import DataError
+
+SOURCE_COLUMNS = ("source_row", "completion_lengths")
+"""Beside contrast prompts: number of the row as given, and lengths of its completions before truncation."""
+
+_WRONG_LENGTH = (
+    "token rewards are not as many as the tokens of their completion: give one number a token, EOS included, counted "
+    "before truncation with the tokenizer and chat template of this run (scripts/token_rewards.py writes such rows)"
+)
 
 
 def to_candidate_rows(
@@ -33,6 +45,7 @@ def to_candidate_rows(
     num_proc: int | None = None,
     name: str = "train",
     stop_token_ids: Sequence[int] = (),
+    contrast: ContrastPrompts | None = None,
 ) -> tuple[Dataset | IterableDataset, ConversionReport]:
     """Validate and tokenise rows. Of streamed rows the first are checked and counted now, the others when read.
 
@@ -40,35 +53,63 @@ def to_candidate_rows(
         dataset: Rows in one of the forms of :mod:`alignkit.data.schema`.
         tokenizer: The tokenizer of the model, with its chat template when rows are messages.
         max_length: Limit on prompt + completion in tokens, or None; completions are cut at their end.
-        num_candidates: 2 for a pair method (lists of two become pairs by score), None for any number.
+        num_candidates: 2 for a pair method (lists of two become pairs by score), None for any number. Candidates come
+            out by descending score; those of equal score keep their order.
         max_dropped_fraction: Highest share of rows that may be dropped.
         num_proc: Worker processes, or None for this process; not used for streamed rows.
         name: What the rows are called in messages.
         stop_token_ids: Ids at which generation stops besides the tokenizer's EOS (from the generation config).
+        contrast: Also tokenise the contrast prompts of every completion (columns ``better_prompt_ids`` and
+            ``worse_prompt_ids``, each [K], and ``SOURCE_COLUMNS``); not done for rows that carry token rewards.
 
     Returns:
-        Candidate rows, and what happened on the way.
+        Candidate rows, with ``token_rewards`` [K][tokens] where the rows carry them, and what happened on the way.
 
     Raises:
-        DataError: Rows are malformed (every kind of problem, with examples), or too many or all are dropped.
+        DataError: Rows are malformed (every kind of problem, with examples), too many or all are dropped, or streamed
+            rows without token rewards are to get contrast prompts.
     """
     head, columns = first_rows(dataset, name)
     kind = detect_kind(columns, head, name=name, num_candidates=num_candidates)
     require_template(tokenizer, conversational=kind.conversational, name=name)
     stops = {*stop_token_ids, tokenizer.eos_token_id} - {None}
-    settings = Settings(kind, max_length, num_candidates, frozenset(stops))
-    conversion = engine.Conversion(CANDIDATE_FEATURES, COUNT_FEATURES, _find_problems, convert_batch, settings)
+    contrast = None if kind.token_rewards else contrast
+    if contrast is not None and isinstance(dataset, IterableDataset):
+        advice = "write rows that carry them with scripts/token_rewards.py, or write streaming: false"
+        raise DataError(
+            f"{name}: streamed rows have no token rewards", [f"they are computed before training: {advice}"]
+        )
+    conversion = _conversion(Settings(kind, max_length, num_candidates, frozenset(stops), contrast))
     if isinstance(dataset, IterableDataset):
         rows, counts = engine.convert_stream(dataset, head, columns, tokenizer, conversion, name)
     else:
         rows, counts = engine.convert_table(dataset, tokenizer, conversion, num_proc, name)
-    report = _summarise(counts, settings, max_dropped_fraction, name, columns)
+    if contrast is not None:
+        rows = rows.add_column(SOURCE_COLUMNS[0], engine.kept_rows(counts))
+    report = _summarise(counts, conversion.settings, max_dropped_fraction, name, columns)
     _refuse_drops(report, counts, max_dropped_fraction)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
 
 
+def _conversion(settings: Settings) -> engine.Conversion:
+    return engine.Conversion(
+        settings.features,
+        COUNT_FEATURES,
+        _find_problems,
+        convert_batch,
+        settings,
+        find_misfits=_find_misfits if settings.kind.token_rewards else None,
+        kept_counts=() if settings.contrast is None else SOURCE_COLUMNS[1:],
+    )
+
+
 def _find_problems(row: Mapping[str, Any], settings: Settings) -> list[Problem]:
-    return row_problems(row, settings.kind, settings.num_candidates)
+    return [*row_problems(row, settings.kind, settings.num_candidates), *reward_problems(row, settings.kind)]
+
+
+def _find_misfits(counts: Mapping[str, Sequence[Any]]) -> list[tuple[int, Problem]]:
+    """Rows with too many or too few token rewards."""
+    return [(i, Problem(_WRONG_LENGTH, shown)) for i, shown in enumerate(counts["misfit"]) if shown]
 
 
 def _summarise(

@@ -177,7 +177,7 @@ def _load_source(
 ) -> tuple[Dataset | IterableDataset, Any]:
     dataset = open_source(source, streaming=streaming)
     _, columns = first_rows(dataset, source.path)
-    dataset, columns = _rename(dataset, columns, column_map, source.path, family.columns)
+    dataset, columns = rename_columns(dataset, columns, column_map, source.path, family.columns)
     if is_csv(source.path):
         dataset = _parse_csv_lists(dataset, columns, source.path)
     head, _ = first_rows(dataset, source.path)
@@ -188,14 +188,28 @@ def _load_source(
     return dataset.remove_columns(ignored), kind
 
 
-def _rename(
+def rename_columns(
     dataset: Dataset | IterableDataset,
     columns: list[str],
     column_map: Mapping[str, str],
     name: str,
     known: Sequence[str],
 ) -> tuple[Dataset | IterableDataset, list[str]]:
-    """Give the columns our names; a column that already has a name claimed by another one is dropped."""
+    """Give the columns our names; a column that already has a name claimed by another one is dropped.
+
+    Args:
+        dataset: Rows.
+        columns: Their columns.
+        column_map: Our column name to the one in the data.
+        name: What the rows are called in an error.
+        known: Our names.
+
+    Returns:
+        The rows and their columns.
+
+    Raises:
+        DataError: The map does not fit the columns.
+    """
     problems = []
     for ours, theirs in column_map.items():
         if ours not in known:

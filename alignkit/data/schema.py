@@ -11,42 +11,36 @@ candidate list          ``prompt``, ``completions``, ``scores``      K >= 2 comp
 ======================  ===========================================  =============================================
 
 With a prompt of messages the completions may be plain text; each is then one assistant message. ``tools`` and
-``chat_template_kwargs`` are passed on to the chat template. Any other column is ignored.
+``chat_template_kwargs`` are passed on to the chat template. A list is trained on by descending score; completions of
+equal score keep their order.
+
+Rows may carry a reward for every completion token, its EOS included: ``chosen_token_rewards`` and
+``rejected_token_rewards`` beside a pair, ``token_rewards`` (one list a completion, in the order of ``completions``)
+beside a candidate list. They are cut at ``max_length`` with the tokens they belong to. Any other column is ignored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from alignkit.data.columns import (
     LIST_COLUMNS,
+    LIST_REWARD_COLUMNS,
     PAIR_COLUMNS,
+    PAIR_REWARD_COLUMNS,
     PREFERENCE_FORMS,
     RowFamily,
     misnamed_prompt,
     missing_columns,
 )
+from alignkit.data.problems import Problem, is_blank, shorten, value_problems
 from alignkit.errors import DataError
 
 EXAMPLES_SHOWN = 3
-
-
-class Problem(NamedTuple):
-    """One thing wrong with one row.
-
-    Attributes:
-        kind: What is wrong and what to do; equal for all rows with the same trouble.
-        shown: The offending value, shortened.
-        fatal: False when the row is well formed but prefers nothing; such rows can be dropped.
-    """
-
-    kind: str
-    shown: str
-    fatal: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,12 +53,14 @@ class RowKind:
         prompt: ``explicit`` (own column), ``implicit`` (shared beginning of the completions), or ``repeated`` (a text
             column beside completions that already hold the whole conversation; the column is not needed).
         text_completions: Plain-text completions to a prompt of messages.
+        token_rewards: Rows carry a reward for every completion token.
     """
 
     lists: bool
     conversational: bool
     prompt: Literal["explicit", "implicit", "repeated"] = "explicit"
     text_completions: bool = False
+    token_rewards: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -73,13 +69,19 @@ class RowKind:
         return columns if self.prompt == "explicit" else columns[1:]
 
     @property
+    def reward_columns(self) -> tuple[str, ...]:
+        """The columns token rewards are read from, where there are any."""
+        return LIST_REWARD_COLUMNS if self.lists else PAIR_REWARD_COLUMNS
+
+    @property
     def message_completions(self) -> bool:
         """Whether each completion is a list of messages."""
         return self.conversational and not self.text_completions
 
     def __str__(self) -> str:
         form = "conversational" if self.conversational else "standard"
-        return f"{form} {'candidate lists' if self.lists else 'pairs'}, {self.prompt} prompt"
+        rewards = ", token rewards" if self.token_rewards else ""
+        return f"{form} {'candidate lists' if self.lists else 'pairs'}, {self.prompt} prompt{rewards}"
 
 
 def detect_kind(
@@ -97,6 +99,21 @@ def detect_kind(
     Raises:
         DataError: Columns are missing, or the prompt and the completions do not fit together.
     """
+    kind = _detect_form(columns, head, name, num_candidates)
+    given = [column for column in kind.reward_columns if column in columns]
+    foreign = [column for column in PAIR_REWARD_COLUMNS + LIST_REWARD_COLUMNS if column in columns]
+    if foreign and len(given) < len(kind.reward_columns):
+        wanted = " and ".join(kind.reward_columns)
+        advice = f"{'candidate lists' if kind.lists else 'pairs'} take {wanted}. Add what is missing, or remove it"
+        raise DataError(
+            f"{name}: token rewards are incomplete", [f"the columns hold {', '.join(foreign)}, but {advice}"]
+        )
+    return replace(kind, token_rewards=bool(given))
+
+
+def _detect_form(
+    columns: Sequence[str], head: Sequence[Mapping[str, Any]], name: str, num_candidates: int | None
+) -> RowKind:
     has_pairs, has_lists = {"chosen", "rejected"} <= set(columns), set(LIST_COLUMNS) <= set(columns)
     if not has_pairs and not has_lists:
         raise DataError(f"{name}: columns do not form preference rows", missing_columns(columns))
@@ -137,7 +154,7 @@ def _prompt_of(row: Mapping[str, Any]) -> Any:
 
 
 def row_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | None = None) -> list[Problem]:
-    """Everything wrong with one row; empty when it can be trained on.
+    """Everything wrong with the texts and scores of one row; empty when it can be trained on.
 
     Args:
         row: The row, with the columns of ``kind``.
@@ -176,11 +193,6 @@ def split_shared_prefix(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def is_blank(value: str | list[Any]) -> bool:
-    """Whether a prompt or completion holds nothing: no messages, or only white space."""
-    return not (value.strip() if isinstance(value, str) else value)
-
-
 def describe_problems(found: Iterable[tuple[int, Problem]]) -> list[str]:
     """One line for every kind of problem: how many rows, and the first few with their values.
 
@@ -198,58 +210,15 @@ def describe_problems(found: Iterable[tuple[int, Problem]]) -> list[str]:
     return lines
 
 
-def shorten(value: Any, length: int = 60) -> str:
-    """``repr(value)`` cut in the middle to at most ``length`` characters."""
-    text, half = repr(value), (length - 5) // 2
-    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
-
-
 def first_value(head: Sequence[Mapping[str, Any]], column: str) -> Any:
-    """The first value of a column that is not null; None where all are."""
-    return next((row[column] for row in head if row[column] is not None), None)
+    """The first value of a column that is neither absent nor null; None where all are."""
+    return next((row[column] for row in head if row.get(column) is not None), None)
 
 
 def _opens_with_answer(messages: Sequence[Any]) -> bool:
     """Whether the conversation begins with the assistant, so that the question must be elsewhere."""
     first = messages[0] if messages else None
     return isinstance(first, Mapping) and first.get("role") == "assistant"
-
-
-def value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
-    """Everything wrong with one text or one list of messages.
-
-    Args:
-        column: What it is called; a prompt may end in an empty message, anything else may not.
-        value: The value.
-        messages: Whether it should be messages.
-    """
-    if value is None:
-        return [Problem(f"{column} is null: every row needs one", "null")]
-    if messages:
-        return _message_problems(column, value)
-    if not isinstance(value, str):
-        return [Problem(f"{column} is {type(value).__name__}, expected text", shorten(value))]
-    return [Problem(f"{column} is empty: it needs at least one character", shorten(value))] if is_blank(value) else []
-
-
-def _message_problems(column: str, value: Any) -> list[Problem]:
-    expected = 'expected a list of messages {"role": ..., "content": ...}'
-    if not isinstance(value, list):
-        return [Problem(f"{column} is {type(value).__name__}, {expected}", shorten(value))]
-    if not value:
-        return [Problem(f"{column} is empty: it needs at least one message", "[]")]
-    for message in value:
-        if not isinstance(message, Mapping):
-            return [Problem(f"{column} holds {type(message).__name__}, {expected}", shorten(message))]
-        if not isinstance(message.get("role"), str):
-            return [Problem(f"{column} has a message without role, {expected}", shorten(message))]
-        # An assistant turn may carry tool calls in place of content.
-        if message.get("content") is None and not message.get("tool_calls"):
-            return [Problem(f"{column} has a message without content, {expected}", shorten(message))]
-    last = value[-1]
-    if column != "prompt" and is_blank(last.get("content") or "") and not last.get("tool_calls"):
-        return [Problem(f"{column} ends in an empty message: there is nothing to learn", shorten(last))]
-    return []
 
 
 def _list_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | None) -> list[Problem]:

@@ -8,7 +8,8 @@ Pairs become, token for token, what ``trl.DPOTrainer`` 1.16 trains on (its ``_pr
   tokenised prompt, so that a token merged across the boundary is trained;
 - a completion is cut where prompt + completion reaches ``max_length``; a row whose prompt fills it is dropped.
 
-Beyond TRL, rows without a preference (identical candidates, equal scores) are dropped too.
+Beyond TRL, rows without a preference (identical candidates, equal scores) are dropped too, lists are sorted by
+descending score, token rewards are cut with their tokens, and contrast prompts are tokenised beside the plain ones.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.candidate_report import EQUAL_AFTER_CUT, EQUAL_SCORES, IDENTICAL, LOST_PROMPT, NO_ROOM, NO_TOKENS
+from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.conversion import common_prefix_length, rows_of
 from alignkit.data.schema import RowKind, split_shared_prefix
 from alignkit.data.templates import has_doubled_token, tokens_after_stop
@@ -33,9 +36,15 @@ CANDIDATE_FEATURES = Features(
         "scores": List(Value("float64")),
     }
 )
+REWARD_FEATURES = Features({"token_rewards": List(List(Value("float32")))})
+CONTRAST_FEATURES = Features(
+    {"better_prompt_ids": List(List(Value("int32"))), "worse_prompt_ids": List(List(Value("int32")))}
+)
+"""For each completion the prompt that asks for a better response, and the one that asks for a worse one."""
 COUNT_FEATURES = Features(
     {
         "cause": Value("string"),
+        "misfit": Value("string"),
         "prompt_length": Value("int32"),
         "completion_lengths": List(Value("int32")),
         "needed_length": Value("int32"),
@@ -49,7 +58,8 @@ COUNT_FEATURES = Features(
     }
 )
 """Columns beside the candidate columns, counted and then removed. ``cause`` is empty for a row that is kept;
-``needed_length`` is the smallest max_length that keeps it, 0 when none does."""
+``needed_length`` is the smallest max_length that keeps it, 0 when none does. ``misfit`` is empty where token rewards
+are as many as their tokens."""
 
 END_TOKENS = 4
 
@@ -63,20 +73,29 @@ class Settings:
         max_length: Limit on prompt + completion in tokens, or None.
         num_candidates: Exact number of candidates the method takes, or None.
         stop_token_ids: Ids at which generation stops.
+        contrast: Templates of the contrast prompts, or None for none.
     """
 
     kind: RowKind
     max_length: int | None
     num_candidates: int | None
     stop_token_ids: frozenset[int]
+    contrast: ContrastPrompts | None = None
+
+    @property
+    def features(self) -> Features:
+        """The candidate columns that rows get."""
+        rewards = REWARD_FEATURES if self.kind.token_rewards else {}
+        return Features({**CANDIDATE_FEATURES, **rewards, **(CONTRAST_FEATURES if self.contrast else {})})
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """One row in its general form: a prompt with K scored completions, text or messages.
+    """One row in its general form: a prompt with K scored completions, text or messages, by descending score.
 
     Attributes:
         prompt, completions, scores: As in a candidate list; a pair is (chosen, rejected) with scores (1, 0).
+        token_rewards: One list a completion, or None.
         score_gap: Highest minus lowest score given.
         template: Keyword arguments of the chat template.
     """
@@ -84,6 +103,7 @@ class TextRow:
     prompt: Any
     completions: list[Any]
     scores: list[float]
+    token_rewards: list[list[float]] | None
     score_gap: float
     template: dict[str, Any]
 
@@ -99,18 +119,17 @@ def convert_batch(
         settings: What else the result depends on.
 
     Returns:
-        Columns of ``CANDIDATE_FEATURES`` and ``COUNT_FEATURES``; dropped rows have empty candidate columns.
+        Columns of ``settings.features`` and ``COUNT_FEATURES``; dropped rows have empty candidate columns.
     """
     rows = [_text_row(row, settings) for row in rows_of(batch)]
-    texts = [text for row in rows for text in _texts(row, tokenizer, settings.kind.conversational)]
+    texts = [_texts(row, tokenizer, settings) for row in rows]
     # A chat template writes its own special tokens. One call for the whole batch is what makes this fast.
-    encoded = tokenizer(texts, add_special_tokens=not settings.kind.conversational, verbose=False)["input_ids"]
-    columns: dict[str, list[Any]] = {name: [] for name in [*CANDIDATE_FEATURES, *COUNT_FEATURES]}
-    start = 0
-    for row in rows:
-        prompt_ids, *sequences = encoded[start : start + 1 + len(row.completions)]
-        start += 1 + len(row.completions)
-        for name, value in _convert_row(row, prompt_ids, sequences, tokenizer, settings).items():
+    flat = [text for row in texts for text in row]
+    encoded = iter(tokenizer(flat, add_special_tokens=not settings.kind.conversational, verbose=False)["input_ids"])
+    columns: dict[str, list[Any]] = {name: [] for name in [*settings.features, *COUNT_FEATURES]}
+    for row, row_texts in zip(rows, texts, strict=True):
+        ids = list(islice(encoded, len(row_texts)))
+        for name, value in _convert_row(row, ids, tokenizer, settings).items():
             columns[name].append(value)
     return columns
 
@@ -142,50 +161,91 @@ def _text_row(row: Mapping[str, Any], settings: Settings) -> TextRow:
     gap = max(scores) - min(scores)
     if kind.text_completions:
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    if kind.lists and settings.num_candidates == 2 and gap > 0:
-        completions = completions if scores[0] > scores[1] else completions[::-1]
-        scores = [1.0, 0.0]
-    return TextRow(prompt, completions, scores, gap, template)
+    rewards = None
+    if kind.token_rewards:
+        rewards = row["token_rewards"] if kind.lists else [row[column] for column in kind.reward_columns]
+    order = by_descending_score(scores)
+    scores = [1.0, 0.0] if settings.num_candidates == 2 and gap > 0 else [scores[k] for k in order]
+    rewards = None if rewards is None else [rewards[k] for k in order]
+    return TextRow(prompt, [completions[k] for k in order], scores, rewards, gap, template)
 
 
-def _texts(row: TextRow, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> list[str]:
-    """The prompt, and the prompt with each completion."""
-    if not conversational:
-        return [row.prompt, *(row.prompt + with_eos(text, tokenizer) for text in row.completions)]
-    prompt = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True, **row.template)
-    return [
-        prompt,
-        *(tokenizer.apply_chat_template(row.prompt + c, tokenize=False, **row.template) for c in row.completions),
-    ]
+def by_descending_score(scores: Sequence[float]) -> list[int]:
+    """Positions of the highest score, the next one, and so on; equal scores keep their order.
+
+    Args:
+        scores: Scores of one row as given.
+    """
+    return sorted(range(len(scores)), key=lambda k: -scores[k])
+
+
+def _texts(row: TextRow, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
+    """The prompt, the prompt with each completion, and the contrast prompts."""
+    contrast = settings.contrast.prompts(row.prompt, row.completions) if settings.contrast else []
+    if not settings.kind.conversational:
+        return [row.prompt, *(row.prompt + with_eos(text, tokenizer) for text in row.completions), *contrast]
+
+    def rendered(messages: Any, **options: Any) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **row.template)
+
+    wholes = [rendered(row.prompt + completion) for completion in row.completions]
+    prompt, *contrast = (rendered(messages, add_generation_prompt=True) for messages in (row.prompt, *contrast))
+    return [prompt, *wholes, *contrast]
 
 
 def _convert_row(
-    row: TextRow,
-    prompt_ids: list[int],
-    sequences: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
+    row: TextRow, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> dict[str, Any]:
+    """One row from the ids of its :func:`_texts`."""
+    prompt_ids, sequences, contrast = ids[0], ids[1 : 1 + len(row.completions)], ids[1 + len(row.completions) :]
     start = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
     whole = [sequence[start:] for sequence in sequences]
     limit = settings.max_length if settings.max_length is not None else start + max(map(len, whole))
     needed = _needed_length(start, whole)
     cause = _drop_cause(row, start, whole, needed, limit)
-    completions = [completion[: limit - start] for completion in whole]
-    candidates = ([], [], []) if cause else (prompt_ids[:start], completions, row.scores)
+    room = limit - start
+    candidates = {
+        "prompt_ids": prompt_ids[:start],
+        "completion_ids": [completion[:room] for completion in whole],
+        "scores": row.scores,
+    }
+    if row.token_rewards is not None:
+        candidates["token_rewards"] = [rewards[:room] for rewards in row.token_rewards]
+    if settings.contrast is not None:
+        candidates |= _contrast_columns(contrast, prompt_ids[start:], len(whole))
     counts = {
         "cause": cause,
+        "misfit": _misfit(row.token_rewards, whole),
         "prompt_length": start,
         "completion_lengths": [len(completion) for completion in whole],
         "needed_length": needed,
-        "num_truncated": sum(len(completion) > limit - start for completion in whole),
+        "num_truncated": sum(len(completion) > room for completion in whole),
         "cut_prompt_end": tokenizer.decode(prompt_ids[start:]) if start < len(prompt_ids) else "",
         "doubled": any(has_doubled_token(prompt_ids[:start], completion, tokenizer) for completion in whole),
         "score_gap": row.score_gap,
     }
-    untruncated = [completion for completion in whole if 0 < len(completion) <= limit - start]
-    ends = endings(untruncated, tokenizer, settings.stop_token_ids)
-    return dict(zip(CANDIDATE_FEATURES, candidates, strict=True)) | counts | ends
+    untruncated = [completion for completion in whole if 0 < len(completion) <= room]
+    kept = dict.fromkeys(candidates, []) if cause else candidates
+    return kept | counts | endings(untruncated, tokenizer, settings.stop_token_ids)
+
+
+def _contrast_columns(prompts: list[list[int]], lost: list[int], count: int) -> dict[str, Any]:
+    """The contrast prompts of every completion, without an end that the plain prompt lost to the completion as well.
+
+    Where a template opens the turn otherwise than it writes it, or a tokenizer ends every text in EOS, the completion
+    starts before the end of the tokenised prompt; it must follow the same header in all prompts.
+    """
+    cut = [ids[: len(ids) - common_prefix_length(ids[::-1], lost[::-1])] for ids in prompts]
+    better, worse = cut[: len(cut) // 2], cut[len(cut) // 2 :]
+    repeats = count // len(better)
+    return {"better_prompt_ids": better * repeats, "worse_prompt_ids": worse * repeats}
+
+
+def _misfit(token_rewards: list[list[float]] | None, completions: list[list[int]]) -> str:
+    """How many rewards the first completion has that has not one for every token; empty when all fit."""
+    pairs = zip(token_rewards or [], completions, strict=token_rewards is not None)
+    shown = (f"{len(r)} rewards for {len(c)} tokens" for r, c in pairs if len(r) != len(c))
+    return next(shown, "")
 
 
 def _needed_length(start: int, completions: list[list[int]]) -> int:

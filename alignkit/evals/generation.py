@@ -78,12 +78,12 @@ def generate_samples(
         progress: Title of the progress bar of the first process, or None for none.
     """
     stops = stop_token_ids(model, tokenizer)
-    config = _generation_config(sampling, stops, tokenizer)
+    config = generation_config(sampling, stops, tokenizer)
 
     def answer(batches: list[list[int]]) -> list[Sample]:
         samples: list[Sample] = []
         for batch in tqdm(batches, desc=progress, disable=progress is None or not state.is_main_process):
-            inputs = _left_padded([prompts[i] for i in batch], config.pad_token_id)
+            inputs = left_padded([prompts[i] for i in batch], config.pad_token_id)
             # Each batch has a seed of its own: its draws do not depend on which process it falls to.
             torch.manual_seed(sampling.seed + batch[0])
             output = model.generate(**{k: v.to(state.device) for k, v in inputs.items()}, generation_config=config)
@@ -92,7 +92,7 @@ def generate_samples(
         return samples
 
     devices = [state.device] if state.device.type == "cuda" else []
-    with torch.no_grad(), _evaluating(model), torch.random.fork_rng(devices):
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices):
         return map_batches(length_batches([len(ids) for ids in prompts], sampling.batch_size), answer, state)
 
 
@@ -133,7 +133,14 @@ def generation_sums(samples: Iterable[Sample]) -> dict[str, RowSums]:
     return {name: row_sums([(value(sample), 1.0) for sample in answers]) for name, value in columns.items()}
 
 
-def _generation_config(sampling: Sampling, stops: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def generation_config(sampling: Sampling, stops: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """What ``generate`` is told; nothing is left to the model's own generation config.
+
+    Args:
+        sampling: How answers are generated.
+        stops: Ids that end an answer.
+        tokenizer: Its pad token fills what follows the end.
+    """
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0
@@ -152,7 +159,13 @@ def _generation_config(sampling: Sampling, stops: list[int], tokenizer: PreTrain
     )
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` [B, T] of prompts that all end in the last column.
+
+    Args:
+        prompts: Token ids.
+        pad_token_id: Fills the space before the shorter ones.
+    """
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros(len(prompts), length, dtype=torch.long)
@@ -170,8 +183,12 @@ def _sample(ids: list[int], stops: list[int], tokenizer: PreTrainedTokenizerBase
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Evaluation mode inside, the former mode after."""
+def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Evaluation mode inside, the former mode after.
+
+    Args:
+        model: The model.
+    """
     training = model.training
     model.eval()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from alignkit.losses.types import CandidateBatch, Metric
@@ -32,7 +32,8 @@ def pair_metrics(
         log |(dl/dpi_l) / (dl/dpi_w)| = L_w - L_l + log(beta_neg / beta_pos)
 
     It is a sensitivity analysis: the gradient in the parameters carries further factors of the softmax. The ratio is
-    left out when ``beta_neg`` is 0, where nothing pushes on the rejected response and its logarithm does not exist.
+    left out when ``beta_neg`` is 0, where nothing pushes on the rejected response and its logarithm does not exist; the
+    log-ratios to the reference are left out when the batch carries none.
 
     Args:
         batch: Pairs [B, 2, T].
@@ -50,10 +51,10 @@ def pair_metrics(
         "rewards/accuracies": (margins > 0).to(margins.dtype),
         "logps/chosen": chosen.policy_logps,
         "logps/rejected": rejected.policy_logps,
-        "logratio/chosen": chosen.logratio,
-        "logratio/rejected": rejected.logratio,
         "effective_weight": torch.sigmoid(-margins),
     }
+    if batch.ref_token_logps is not None:
+        per_pair |= {"logratio/chosen": chosen.logratio, "logratio/rejected": rejected.logratio}
     if beta_neg > 0:
         constant = math.log(beta_neg / beta_pos)
         # The 0 / 0 of a response without tokens is masked below, with the rest of its row.
@@ -61,11 +62,21 @@ def pair_metrics(
         rejected_mean_logps = rejected.policy_logps / rejected.num_tokens
         per_pair["grad_ratio_log"] = chosen.policy_logps - rejected.policy_logps + constant
         per_pair["grad_ratio_log_per_token"] = chosen_mean_logps - rejected_mean_logps + constant
-    metrics = {key: _metric(values, mask, mask.to(values.dtype)) for key, values in per_pair.items()}
+    metrics = {key: masked_metric(values, mask) for key, values in per_pair.items()}
     for role, side in (("chosen", chosen), ("rejected", rejected)):
-        metrics[f"mean_logps/{role}"] = _metric(side.policy_logps, mask, side.num_tokens)
+        metrics[f"mean_logps/{role}"] = masked_metric(side.policy_logps, mask, side.num_tokens)
     return metrics
 
 
-def _metric(values: Float[Tensor, " B"], mask: Bool[Tensor, " B"], counts: Float[Tensor, " B"]) -> Metric:
-    return Metric(values.masked_fill(~mask, 0.0), counts.masked_fill(~mask, 0.0))
+def masked_metric(
+    values: Float[Tensor, " B"], mask: Bool[Tensor, " B"], counts: Num[Tensor, " B"] | None = None
+) -> Metric:
+    """A metric over the rows of ``mask``, detached.
+
+    Args:
+        values: One numerator a row [B].
+        mask: Rows that count.
+        counts: One denominator a row [B]; None counts every row once.
+    """
+    counts = torch.ones_like(values) if counts is None else counts.to(values.dtype)
+    return Metric(values.detach().masked_fill(~mask, 0.0), counts.masked_fill(~mask, 0.0))

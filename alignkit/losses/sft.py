@@ -55,5 +55,5 @@ def sft_term(batch: CandidateBatch, *, eta: float, sft_normalization: str) -> Lo
         The term ``sft``: one value a row [B], its summed negative log-likelihood in nats.
     """
     item = SFT_ITEMS[sft_normalization]
-    values = (-batch.chosen.policy_logps).masked_fill(~batch.candidate_mask[:, 0], 0.0)
+    values = (-batch.policy_logps[:, 0]).masked_fill(~batch.candidate_mask[:, 0], 0.0)
     return LossTerm("sft", values, count_items(batch.completion_mask)[item], item=item, weight=eta)

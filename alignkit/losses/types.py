@@ -67,6 +67,7 @@ class CandidateBatch:
         scores: Rewards, ranks or labels; a pair carries (1, 0).
         ref_token_logps: The same as ``policy_token_logps`` under the reference, without gradient.
         token_rewards: Per-token rewards, 0 where masked.
+        vocabulary_size: V of the policy, or None where nobody asked.
     """
 
     policy_token_logps: Float[Tensor, "B K T"]
@@ -75,6 +76,7 @@ class CandidateBatch:
     scores: Float[Tensor, "B K"]
     ref_token_logps: Float[Tensor, "B K T"] | None = None
     token_rewards: Float[Tensor, "B K T"] | None = None
+    vocabulary_size: int | None = None
 
     @property
     def policy_logps(self) -> Float[Tensor, "B K"]:

@@ -64,7 +64,7 @@ class ObjectiveBridge(GradientRuleHook):
         """Rows of a collated batch."""
         raise NotImplementedError
 
-    def record_batch(self, inputs: Mapping[str, Tensor], output: Any) -> None:
+    def record_batch(self, inputs: Mapping[str, Tensor], output: Any, result: LossOutput) -> None:
         """Record what the bridge logs beside the terms and the method's metrics."""
         raise NotImplementedError
 
@@ -157,7 +157,7 @@ class ObjectiveBridge(GradientRuleHook):
             self.record(f"loss/{term.name}", ratio(term.values, term.num_items))
         for name, metric in result.metrics.items():
             self.record(name, metric)
-        self.record_batch(inputs, output)
+        self.record_batch(inputs, output, result)
         if self.aux_loss_enabled:
             self._loss_weights["aux_loss"] = self.router_aux_loss_coef
             self.record("aux_loss", Metric(output.aux_loss.reshape(1)))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head
 
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
 from alignkit.gradients._hook import ChosenRule
@@ -54,11 +55,15 @@ class BridgeSettings:
         layout: ``auto``, ``padded`` or ``shared_prefix``.
         max_length: Longest prompt + completion there can be, tokens; None goes by the rows that are looked at.
         reference_cache: Directory of precomputed reference log-probs (used when ``args.precompute_ref_log_probs``).
+        token_reward_cache: Directory of the log-probs that token rewards are made of.
+        negative_reference: A model of its own to score the last candidate of each row under (D2O's helpful reference).
     """
 
     layout: Literal["auto", "padded", "shared_prefix"] = "auto"
     max_length: int | None = None
     reference_cache: Path | None = None
+    token_reward_cache: Path | None = None
+    negative_reference: nn.Module | None = None
 
 
 class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
@@ -91,28 +96,42 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         **inherited: Any,
     ) -> None:
         self.method, self.method_options, self.settings = method, options, settings
-        text_config = base_model(model).config.get_text_config().to_dict()
-        coefficient = args.router_aux_loss_coef
-        aux_loss = bool(text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
-        support_packed_rows(base_model(model))
-        self.layout: LayoutChoice = choose_layout(
-            settings.layout,
-            model,
-            train_dataset,
-            batch_size=args.per_device_train_batch_size,
-            max_length=settings.max_length,
-            aux_loss=aux_loss and "output_router_logits" in text_config,
-            verify=not is_deepspeed_zero3_enabled(),
-        )
-        if self.layout.layout == "shared_prefix":
-            use_packed_attention(base_model(model))
+        self.needs = method.needs(options)
+        self.layout: LayoutChoice = self._choose_layout(model, args, train_dataset)
         self.prepare_bridge(gradient_rule)
         tokenizer = inherited["processing_class"]
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
+        if "reference" not in self.needs:
+            args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
+        self._vocabulary_size: int = base_model(model).config.get_text_config().vocab_size
+        # TRL's own head also computes the mean logits, which nothing here reads.
+        add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
+        if "token_rewards" in self.needs:
+            self._add_token_rewards()
         if args.precompute_ref_log_probs:
             self.ref_model = None  # everything it is needed for is in the rows now
+        self._set_up_anchor(method.anchor(options))
+
+    def _choose_layout(self, model: nn.Module, args: DPOConfig, rows: Dataset | IterableDataset) -> LayoutChoice:
+        """The layout of the run, for which the model is made ready; before TRL wraps it."""
+        text_config = base_model(model).config.get_text_config().to_dict()
+        coefficient = args.router_aux_loss_coef
+        aux_loss = bool(text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
+        support_packed_rows(base_model(model))
+        choice = choose_layout(
+            self.settings.layout,
+            model,
+            rows,
+            batch_size=args.per_device_train_batch_size,
+            max_length=self.settings.max_length,
+            aux_loss=aux_loss and "output_router_logits" in text_config,
+            verify=not is_deepspeed_zero3_enabled(),
+        )
+        if choice.layout == "shared_prefix":
+            use_packed_attention(base_model(model))
+        return choice
 
     # --- objective -------------------------------------------------------------------------------------------------
 
@@ -138,7 +157,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
 
     def _candidate_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput) -> CandidateBatch:
         ref_token_logps = inputs.get("ref_token_logps")
-        if ref_token_logps is None and "reference" in self.method.needs:
+        if ref_token_logps is None and "reference" in self.needs:
             ref_token_logps = self.once_a_batch("ref_token_logps", lambda: self.reference_logps(inputs))
         return CandidateBatch(
             policy_token_logps=output.token_logps,
@@ -147,7 +166,13 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
             scores=inputs["scores"],
             ref_token_logps=ref_token_logps,
             token_rewards=inputs.get("token_rewards"),
+            vocabulary_size=self._vocabulary_size,
         )
+
+    @property
+    def has_frozen_reference(self) -> bool:
+        """Whether there is a reference, and it stays what it was."""
+        return "reference" in self.needs and self.anchor is None
 
     # --- probe -----------------------------------------------------------------------------------------------------
 
@@ -174,8 +199,10 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 
-    def record_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput) -> None:
-        """Record ``METRICS``."""
+    def record_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput, result: LossOutput) -> None:
+        """Record ``METRICS``, and show a moving reference how far the policy has drifted."""
+        if self.anchor is not None and self.model.training and self.anchor.schedule.drift_metric:
+            self.anchor.observe(result.metrics[self.anchor.schedule.drift_metric])
         mask = inputs["completion_mask"]
         if output.entropy is not None and output.is_top1 is not None:
             self.record("entropy", ratio(output.entropy * mask, mask))

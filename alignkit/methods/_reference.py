@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def _named_weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str,
             yield plain_name, tensor
 
 
-def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
+def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
     """Hash of the token ids of candidate rows, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
@@ -133,39 +133,45 @@ def with_reference(
     values = cache.load(path, num_tokens)
     cached_everywhere = all(gather_object([values is not None]))
     if values is not None and cached_everywhere:
-        attached = _attach(rows, values)
-        sample = attached.select(_check_sample(len(attached)))
-        _check_reused(path, sample[COLUMN], score(sample), precision)
+        attached = attach_tokens(rows, values, COLUMN)
+        sample = attached.select(check_sample(len(attached)))
+        check_reused(path, flat(sample[COLUMN]), flat(score(sample)), precision)
         return attached
-    scores = score(rows)
-    fresh = torch.tensor([x for row in scores for candidate in row for x in candidate], dtype=torch.float32)
+    fresh = flat(score(rows))
     if PartialState().is_main_process:
         cache.store(path, fresh)
     PartialState().wait_for_everyone()
-    return _attach(rows, fresh)
+    return attach_tokens(rows, fresh, COLUMN)
 
 
-def _attach(rows: Dataset, values: Tensor) -> Dataset:
-    """Add the column ``ref_token_logps`` (K lists a row) built from the flat vector ``values``."""
+def flat(scores: Scores) -> Tensor:
+    """All values of ``scores`` in one float32 vector, in order."""
+    return torch.tensor([x for row in scores for candidate in row for x in candidate], dtype=torch.float32)
+
+
+def attach_tokens(rows: Dataset, values: Tensor, name: str) -> Dataset:
+    """Add the column ``name`` (K lists a row, as long as the completions) built from the flat vector ``values``."""
     completions = rows["completion_ids"]
     lengths = [len(ids) for row in completions for ids in row]
     inner = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
     outer = pa.array(np.concatenate([[0], np.cumsum([len(row) for row in completions])]), pa.int64())
     tokens = pa.LargeListArray.from_arrays(inner, pa.array(values.numpy()))
-    column = Dataset(pa.table({COLUMN: pa.LargeListArray.from_arrays(outer, tokens)}))
+    column = Dataset(pa.table({name: pa.LargeListArray.from_arrays(outer, tokens)}))
     return concatenate_datasets([rows, column], axis=1)
 
 
-def _check_sample(num_rows: int) -> list[int]:
+def check_sample(num_rows: int) -> list[int]:
     """Rows that are scored again when a cache is reused: evenly spaced, first and last included."""
     return sorted({round(i * (num_rows - 1) / (CHECKED_ROWS - 1)) for i in range(CHECKED_ROWS)})
 
 
-def _check_reused(path: Path, cached: Scores, fresh: Scores, precision: str) -> None:
-    def flat(scores: Scores) -> Tensor:
-        return torch.tensor([x for row in scores for candidate in row for x in candidate])
+def check_reused(path: Path, cached: Tensor, fresh: Tensor, precision: str) -> None:
+    """Compare log-probs from the cache with fresh ones of the same tokens.
 
-    worst = float((flat(cached) - flat(fresh)).abs().max())
+    Raises:
+        CheckpointError: They differ by more than rounding in ``precision`` explains.
+    """
+    worst = float((cached - fresh).abs().max())
     if not worst <= LOGP_TOLERANCE[precision]:
         raise CheckpointError(
             f"the cached reference log-probs differ from the model's by up to {worst:.3g} nats a token "

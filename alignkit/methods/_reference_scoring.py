@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
+from alignkit.data.prefix import Layout
 from alignkit.errors import ModelError
+from alignkit.evals.token_rewards import TokenRewardReport, token_reward_report
 from alignkit.methods import _reference as reference
+from alignkit.methods._anchor import MovingAnchor, add_anchor_adapter
 from alignkit.methods._forward import (
+    add_completion_head,
     base_model,
     completion_logps,
     compute_precision,
@@ -29,21 +38,78 @@ from alignkit.methods._forward import (
     support_packed_rows,
     use_packed_attention,
 )
+from alignkit.methods._token_rewards import choose_pass_layout, refuse_long_sequences, with_token_rewards
+from alignkit.methods._token_rewards import default_cache_dir as token_reward_cache_dir
+from alignkit.methods.method import AnchorSchedule
 
 
 class ReferenceScoring(DPOTrainer):
     """The part of the preference trainer that has to do with the reference.
 
-    A subclass sets ``settings`` (with ``reference_cache``) and ``layout`` before TRL's constructor runs.
+    A subclass sets ``settings`` (with ``reference_cache`` and ``negative_reference``), ``needs`` and ``layout`` before
+    TRL's constructor runs.
     """
 
     _precompute_engine: nn.Module | None
+    anchor: MovingAnchor | None = None
+    _negative_reference: nn.Module | None = None
+
+    def _set_up_anchor(self, schedule: AnchorSchedule | None) -> None:
+        """Let the reference follow the policy; after TRL's constructor, before anything is sharded.
+
+        Raises:
+            ModelError: The weights are sharded by FSDP, or too coarse for an average.
+        """
+        if schedule is None:
+            return
+        if self.is_fsdp_enabled:
+            raise ModelError(
+                "a moving anchor is not available under FSDP. Use DDP or DeepSpeed, or write anchor: fixed"
+            )
+        policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(policy, PeftModel) and self.ref_model is None:
+            add_anchor_adapter(policy)
+        reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        self.anchor = MovingAnchor(schedule, self.accelerator, policy, reference)
+        self.add_callback(self.anchor)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; a moving anchor continues from the checkpoint as well."""
+        if self.anchor is not None and resume_from_checkpoint:
+            found = resume_from_checkpoint
+            path = get_last_checkpoint(self.args.output_dir) if isinstance(found, bool) else found
+            self.anchor.resume_from = None if path is None else Path(path)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @torch.no_grad()
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Token log-probs [B, K, T] under the reference: its own model, the adapter ``ref``, or no adapter."""
+        """Token log-probs [B, K, T] under the reference: its own model, the adapter ``ref``, or no adapter.
+
+        With a reference of its own for the negative, the last candidate of each row is scored by that one.
+        """
         with self._reference_mode():
-            return completion_logps(self._reference_model(), inputs)
+            logps = completion_logps(self._reference_model(), inputs)
+        if self.settings.negative_reference is None:
+            return logps
+        last = inputs["candidate_mask"].sum(-1, keepdim=True) - 1
+        is_negative = torch.arange(logps.shape[1], device=logps.device) == last
+        return torch.where(is_negative[..., None], completion_logps(self._placed_negative_reference(), inputs), logps)
+
+    def _placed_negative_reference(self) -> nn.Module:
+        """The second reference with its head, sharded and placed like the first; prepared when first used."""
+        if self._negative_reference is None:
+            model = self.settings.negative_reference
+            add_completion_head(model)
+            if self.layout.layout == "shared_prefix":
+                use_packed_attention(base_model(model))
+            if self.is_deepspeed_enabled:
+                model = prepare_deepspeed(model, self.accelerator)
+            elif self.is_fsdp_enabled:
+                model = prepare_fsdp(model, self.accelerator)
+            else:
+                model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            self._negative_reference = model.eval()
+        return self._negative_reference
 
     def _reference_model(self) -> nn.Module:
         if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
@@ -71,7 +137,11 @@ class ReferenceScoring(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
+        if "reference" not in self.needs:
+            return dataset
         weights = reference.weights_fingerprint(self._reference_model(), self._reference_adapter())
+        if self.settings.negative_reference is not None:
+            weights += reference.weights_fingerprint(self._placed_negative_reference(), None)
         precision = compute_precision(self.model, self.accelerator.mixed_precision)
         cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
         return reference.with_reference(
@@ -80,11 +150,42 @@ class ReferenceScoring(DPOTrainer):
             path=cache.path(weights, precision, reference.rows_fingerprint(dataset)),
             precision=precision,
             score=lambda rows: self._score_over_ranks(
-                rows, batch_size, f"Reference log-probs of {len(rows)} {name} rows"
+                rows, f"Reference log-probs of {len(rows)} {name} rows", batch_size=batch_size
             ),
         )
 
-    def _score_over_ranks(self, rows: Dataset, batch_size: int, title: str) -> reference.Scores:
+    def _add_token_rewards(self) -> None:
+        """Give rows that bring no token rewards the reference's; before training, a collective.
+
+        Raises:
+            DataError: A contrast prompt with its completion is longer than the model takes.
+        """
+        self.token_reward_reports: dict[str, TokenRewardReport] = {}
+        for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            if not isinstance(rows, Dataset):
+                continue
+            if "better_prompt_ids" not in rows.column_names:
+                self.token_reward_reports[name] = token_reward_report(rows)
+                continue
+            model = self._reference_model()
+            refuse_long_sequences(rows, model, name)
+            verify = not is_deepspeed_zero3_enabled()
+            layout = choose_pass_layout(self.settings.layout, model, rows, verify=verify)
+            size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+            rewarded, report = with_token_rewards(
+                rows,
+                cache=reference.ReferenceCache(self.settings.token_reward_cache or token_reward_cache_dir()),
+                weights=reference.weights_fingerprint(model, self._reference_adapter()),
+                precision=compute_precision(self.model, self.accelerator.mixed_precision),
+                layout=layout,
+                score=partial(self._score_over_ranks, batch_size=size, layout=layout.layout),
+            )
+            setattr(self, f"{name}_dataset", rewarded)
+            self.token_reward_reports[name] = report
+
+    def _score_over_ranks(
+        self, rows: Dataset, title: str, *, batch_size: int, layout: Layout | None = None
+    ) -> reference.Scores:
         """Reference scores of all rows on every rank; each rank computes its share in as many batches as the others."""
         share = self._share(len(rows))
         model = self._reference_model()
@@ -92,16 +193,23 @@ class ReferenceScoring(DPOTrainer):
             if self._precompute_engine is None:
                 self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
             model = self._precompute_engine
-        with self._reference_mode(), self.accelerator.autocast():
-            scores = score_rows(
-                model,
-                rows.select(share),
+
+        def score(scored_by: nn.Module, chosen: Dataset, progress: str) -> reference.Scores:
+            return score_rows(
+                scored_by,
+                chosen,
                 pad_token_id=self.data_collator.pad_token_id,
-                layout=self.layout.layout,
+                layout=layout or self.layout.layout,
                 batch_size=batch_size,
                 device=self.accelerator.device,
-                progress=title if self.is_local_process_zero() else None,
+                progress=progress if self.is_local_process_zero() else None,
             )
+
+        with self._reference_mode(), self.accelerator.autocast():
+            scores = score(model, rows.select(share), title)
+            if self.settings.negative_reference is not None:
+                other = score(self._placed_negative_reference(), rows.select(share), f"{title}, negatives")
+                scores = [[*ours[:-1], theirs[-1]] for ours, theirs in zip(scores, other, strict=True)]
         gathered = dict(gather_object(list(zip(share, scores, strict=True))))
         return [gathered[i] for i in range(len(rows))]
 

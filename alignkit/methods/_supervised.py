@@ -122,7 +122,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 
-    def record_batch(self, inputs: Mapping[str, Tensor], output: Any) -> None:
+    def record_batch(self, inputs: Mapping[str, Tensor], output: Any, result: LossOutput) -> None:
         """Record ``METRICS``."""
         mask = output.label_mask
         self.record("entropy", ratio(output.entropy * mask, mask))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from alignkit.options import Conflict
 
 if TYPE_CHECKING:
     from alignkit.losses.types import LossOutput
@@ -34,6 +36,31 @@ class Paper:
         return f"https://arxiv.org/abs/{self.arxiv_id}"
 
 
+def always(*needs: str) -> Callable[[Any], frozenset[str]]:
+    """``needs`` of a method that do not depend on its options."""
+    return lambda options: frozenset(needs)
+
+
+@dataclass(frozen=True)
+class AnchorSchedule:
+    """How a reference that is no longer frozen follows the policy.
+
+    Attributes:
+        kind: ``ema``: anchor <- decay * anchor + (1 - decay) * policy after every optimizer step. ``periodic``: a copy
+            of the policy every ``steps`` optimizer steps. ``kl_triggered``: a copy when the mean of ``drift_metric``
+            over the last ``window`` steps exceeds ``threshold``; the window then starts anew.
+        decay, steps, threshold, window: As above.
+        drift_metric: Key of a metric that the objective returns.
+    """
+
+    kind: Literal["ema", "periodic", "kl_triggered"]
+    decay: float = 0.99
+    steps: int = 100
+    threshold: float = 0.1
+    window: int = 10
+    drift_metric: str = ""
+
+
 @dataclass(frozen=True)
 class Method:
     """One training method, discovered by the name of its file.
@@ -47,8 +74,13 @@ class Method:
         paper: The publication.
         fidelity: Provenance grade: author's code, paper text, secondary source or reconstruction, and what is ours.
         program: Launch program under ``trainers/``, which also fixes the batch shape.
-        needs: Any of ``reference``, ``token_rewards``.
+        needs: What the objective needs beside the policy under these options: any of ``reference`` and
+            ``token_rewards``.
         num_candidates: Exact K the objective takes, or None for any K >= 2.
+        rows: ``ranked``: pairs or scored lists, the best candidate first. ``negatives``: K self-samples of score 1
+            followed by one negative of score 0; rows that lack the samples are given some before training.
+        anchor: How the reference moves under these options, or None for one that is frozen.
+        conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
     """
 
     name: str
@@ -59,8 +91,11 @@ class Method:
     paper: Paper
     fidelity: str
     program: str = "preference"
-    needs: frozenset[str] = field(default_factory=lambda: frozenset({"reference"}))
+    needs: Callable[[Any], frozenset[str]] = always("reference")
     num_candidates: int | None = 2
+    rows: Literal["ranked", "negatives"] = "ranked"
+    anchor: Callable[[Any], AnchorSchedule | None] = lambda options: None
+    conflicts: tuple[Conflict, ...] = ()
 
 
 def method_names() -> list[str]:

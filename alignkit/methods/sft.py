@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.methods.method import Method, Paper
+from alignkit.methods.method import Method, Paper, always
 
 if TYPE_CHECKING:
     from alignkit.losses.types import LossOutput, TokenBatch
@@ -44,6 +44,6 @@ METHOD = Method(
     ),
     fidelity="the loss has one accepted form, operation for operation as TRL 1.16 computes loss_type nll",
     program="sft",
-    needs=frozenset(),
+    needs=always(),
     num_candidates=None,
 )

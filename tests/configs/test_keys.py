@@ -43,7 +43,7 @@ def test_every_method_belongs_to_a_program_that_exists_here() -> None:
     configured = {method for method in method_names() if load_method(method).program in PROGRAMS}
     assert configured == {method for _, method in METHODS}
     assert {"dpo", "flex_dpo"} <= set(program_methods("preference"))
-    assert methods_with("preference", "beta") == ["dpo"]
+    assert methods_with("preference", "beta") == ["adpo", "d2o", "dpo", "treg"]
 
 
 def test_advice_for_names_from_elsewhere_names_keys_that_exist() -> None:

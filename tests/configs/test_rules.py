@@ -15,6 +15,7 @@ FULL = {"parametrization": "full"}
 FLASH = {"attn_implementation": "flash_attention_2"}
 HELD_OUT = {"eval_fraction": 0.5}
 STREAM = {"streaming": True, "max_steps": 10}
+ADPO = {"method": "adpo"}
 
 # title: (what breaks the rule, what is changed to mend it)
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -80,6 +81,43 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hub_model_id that names no repository": (
         {"push_to_hub": True, "hub_model_id": "https://hub/me/model"},
         {"hub_model_id": "me/model"},
+    ),
+    # --- adpo ---
+    "tau with beta": (ADPO | {"tau": 0.8, "beta": 0.1}, {"tau": None}),
+    "beta_reward with a target that only orders": (
+        ADPO | {"target": "plackett_luce", "beta_reward": 0.3},
+        {"target": "pairwise_soft"},
+    ),
+    "options of another anchor": (ADPO | {"anchor": "periodic", "anchor_window": 5}, {"anchor": "kl_triggered"}),
+    "options of the adaptive temperature without it": (ADPO | {"tau_max": 2.0}, {"adaptive_tau": True}),
+    "empty range of the temperature": (ADPO | {"adaptive_tau": True, "tau_min": 6.0}, {"tau_max": 7.0}),
+    "divergence from no anchor": (ADPO | {"anchor": "uniform", "anchor_kl_coef": 0.1}, {"anchor": "ema"}),
+    "moving anchor with a reference that stays": (
+        ADPO | {"anchor": "ema", "reference": "precomputed"},
+        {"reference": "auto"},
+    ),
+    "moving anchor with another reference model": (
+        ADPO | {"anchor": "periodic", "reference_model": "org/other"},
+        {"anchor": "fixed"},
+    ),
+    "uniform anchor with a reference": (
+        ADPO | {"anchor": "uniform", "reference": "precomputed"},
+        {"reference": "auto"},
+    ),
+    # --- d2o ---
+    "helpful reference equal to the reference": (
+        {"method": "d2o", "helpful_reference_model": "base"},
+        {"helpful_reference_model": "org/other"},
+    ),
+    # --- treg ---
+    "gamma without simpo": ({"method": "treg", "gamma": 1.0}, {"form": "simpo"}),
+    "gradient through a static weight": (
+        {"method": "treg", "static_weight": True, "detach_weight": False},
+        {"static_weight": False},
+    ),
+    "precomputed reference of the simpo form": (
+        {"method": "treg", "form": "simpo", "reference": "precomputed"},
+        {"form": "dpo"},
     ),
 }
 IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -173,6 +211,7 @@ def test_ignored_keys_are_refused_and_the_way_out_works(title: str) -> None:
 def test_rule_reads_only_keys_that_exist(rule: Any) -> None:
     keys = {key for program in PROGRAMS for key in base_keys(program)}
     keys |= {key for name in rule_names() for key in rule_keys(name)}
+    keys |= {key for program in PROGRAMS for method in program_methods(program) for key in method_keys(method)}
     assert set(rule.keys) <= keys
     assert set(rule.under if isinstance(rule, IgnoredKeys) else ()) <= keys
     assert rule.why[0].islower() and not rule.why.endswith(".")
@@ -215,3 +254,26 @@ def test_a_rule_is_not_judged_on_values_that_are_wrong_themselves() -> None:
 )
 def test_output_head_is_found_in_lists_and_expressions(modules: str | list[str], refused: bool) -> None:
     assert bool(problems_of({"lora_target_modules": modules})) is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"anchor": "ema", "reference": "copy"}, True),
+        ({"anchor": "ema", "reference": "copy"} | FULL, False),
+        ({"anchor": "fixed", "reference": "precomputed"}, False),
+        ({"anchor": "uniform", "reference_model": "org/other"}, True),
+        ({"anchor": "ema", "anchor_decay": 0.9}, False),
+        ({"anchor": "fixed", "anchor_steps": 5}, True),
+        ({"target": "pairwise_hard", "beta_reward": 0.5}, False),
+    ],
+)
+def test_anchors_and_references_of_adpo(changes: dict[str, Any], refused: bool) -> None:
+    assert bool(problems_of(ADPO | changes)) is refused
+
+
+def test_a_helpful_reference_may_be_the_base_of_a_continued_adapter() -> None:
+    """The samples are then compared with the adapter as it was, which has no name."""
+    assert problems_of({"method": "d2o", "helpful_reference_model": "base", "adapter": "lora"}) == []
+    twice = {"method": "d2o", "helpful_reference_model": "org/other", "reference_model": "org/other"}
+    assert len(problems_of(twice)) == 1

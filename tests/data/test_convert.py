@@ -43,20 +43,19 @@ def message_of(rows: Sequence[dict[str, Any]], tokenizer: Any, **options: Any) -
     return str(caught.value)
 
 
-def test_candidate_lists_keep_their_order_and_scores(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_candidate_lists_are_sorted_by_descending_score_and_ties_keep_their_order(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     rows = [
         {"prompt": "q:", "completions": ["low", "high", "mid"], "scores": [-1.5, 4, 2]},
-        {"prompt": "q:", "completions": ["a", "b"], "scores": [0, 1]},
+        {"prompt": "q:", "completions": ["a", "b", "c", "d"], "scores": [0, 1, 0, 1]},
     ]
     found, report = converted(rows, tokenizer, num_candidates=None)
-    assert [tokenizer.decode(ids) for ids in found[0]["completion_ids"]] == [
-        "low<|endoftext|>",
-        "high<|endoftext|>",
-        "mid<|endoftext|>",
-    ]
-    assert found[0]["scores"] == [-1.5, 4.0, 2.0] and found[1]["scores"] == [0.0, 1.0]
+    texts = [[tokenizer.decode(ids).removesuffix("<|endoftext|>") for ids in row["completion_ids"]] for row in found]
+    assert texts == [["high", "mid", "low"], ["b", "d", "a", "c"]]
+    assert found[0]["scores"] == [4.0, 2.0, -1.5] and found[1]["scores"] == [1.0, 1.0, 0.0, 0.0]
     assert tokenizer.decode(found[0]["prompt_ids"]) == "q:"
-    assert report.candidates_per_row == {2: 1, 3: 1}
+    assert report.candidates_per_row == {3: 1, 4: 1}
     assert report.mean_score_gap == pytest.approx((5.5 + 1) / 2)
 
 

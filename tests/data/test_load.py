@@ -156,6 +156,23 @@ def test_unused_columns_are_dropped_and_mentioned(write_jsonl: Write, caplog: py
     assert "columns not used and dropped: margin, id" in caplog.text
 
 
+def test_token_rewards_are_columns_of_ours(write_jsonl: Write, caplog: pytest.LogCaptureFixture) -> None:
+    rewards = {"chosen_token_rewards": [0.5, 1.0], "rejected_token_rewards": [0.0]}
+    path = write_jsonl("rewards.jsonl", [pair(**rewards)])
+    renamed = write_jsonl("renamed.jsonl", [pair(good=[0.5, 1.0], bad=[0.0])])
+    column_map = {"chosen_token_rewards": "good", "rejected_token_rewards": "bad"}
+    with caplog.at_level(logging.WARNING):
+        for streaming in (False, True):
+            assert list(load_rows(path, streaming=streaming)) == [pair(**rewards)]
+            assert list(load_rows(renamed, column_map=column_map, streaming=streaming)) == [pair(**rewards)]
+    assert caplog.text == ""
+    text = message_of([path, write_jsonl("plain.jsonl", PAIRS)])
+    assert "rows of different forms" in text and "pairs, explicit prompt, token rewards" in text
+    # Neither required nor guessed at: a list without scores is told of its scores.
+    lists = message_of(write_jsonl("list.jsonl", [{"prompt": "q", "completions": ["a", "b"], "rewards": [1, 0]}]))
+    assert "column 'scores' is missing. Did you mean 'rewards'?" in lists and "1 problem" in lists
+
+
 def test_max_rows_and_slices(write_jsonl: Write) -> None:
     path = write_jsonl("data.jsonl", PAIRS)
     assert list(load_rows(path, max_rows=2)) == list(load_rows(path, max_rows=2, streaming=True)) == PAIRS[:2]

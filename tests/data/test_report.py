@@ -222,7 +222,7 @@ def test_report_as_data(two_splits: DataReport) -> None:
 def test_lists_show_their_scores_and_long_texts_are_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "q " * 800 + ":", "completions": ["a", "b", "c"], "scores": [0.5, 2, -1]}
     text = report_of([row], tokenizer, max_length=None, num_candidates=None).render()
-    assert "  score 0.5  [[a<|endoftext|>]]\n  score 2    [[b<|endoftext|>]]\n  score -1   [[c" in text
+    assert "  score 2    [[b<|endoftext|>]]\n  score 0.5  [[a<|endoftext|>]]\n  score -1   [[c" in text
     assert "(801 characters)" in text and len(text) < 4000
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,52 @@ LAYOUTS = {
     "zero2 2x2": Layout("cpu_zero2", 2, 1, 2, "DeepSpeedEngine", 2),
     "zero3 2x2": Layout("cpu_zero3", 2, 1, 2, "DeepSpeedEngine", 3),
 }
-OWN_OPTIONS: dict[str, dict[str, Any]] = {
-    "preference": {"method": "flex_dpo", "eta": 0.2, "probe_steps": 0},
-    "sft": {"method": "sft", "column_map": "{completion: chosen}"},
+OTHERS = [name for name in LAYOUTS if name != "1x4"]
+SHARDED = ["zero2 2x2", "zero3 2x2"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained: a method with its options, the form of its rows, and how."""
+
+    options: Mapping[str, Any]
+    rows: str
+    parametrization: str
+    term: str = "loss/preference"
+    program: str = "preference"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is compared beside the loss."""
+        if self.program == "sft":
+            return (self.term, "entropy", "mean_token_accuracy", "num_tokens")
+        return (self.term, "rewards/margins", "mean_logps/chosen", "entropy")
+
+
+RUNS = {
+    "flex_dpo full": Run({"method": "flex_dpo", "eta": 0.2}, "pairs", "full", "loss/sft"),
+    "flex_dpo lora": Run({"method": "flex_dpo", "eta": 0.2}, "pairs", "lora", "loss/sft"),
+    # Lists of different lengths, and an anchor that has moved before the second step.
+    "adpo ema lora": Run(
+        {"method": "adpo", "beta": 0.1, "anchor": "ema", "anchor_decay": 0.5, "eta": 0.1}, "lists", "lora"
+    ),
+    "adpo ema full": Run({"method": "adpo", "beta": 0.1, "anchor": "ema", "anchor_decay": 0.5}, "lists", "full"),
+    # Rewards are made by the run itself, each rank making its share.
+    "treg lora": Run({"method": "treg"}, "pairs", "lora", "loss/token_regularizer"),
+    "d2o lora": Run({"method": "d2o"}, "negatives", "lora"),
+    "sft lora": Run({"method": "sft", "column_map": "{completion: chosen}"}, "pairs", "lora", "loss/nll", "sft"),
+    "sft full": Run({"method": "sft", "column_map": "{completion: chosen}"}, "pairs", "full", "loss/nll", "sft"),
 }
-METRICS = {
-    "preference": ("loss/sft", "rewards/margins", "mean_logps/chosen", "entropy"),
-    "sft": ("loss/nll", "entropy", "mean_token_accuracy", "num_tokens"),
-}
-SUPERVISED_CASES = [("lora", "ddp 2x2"), ("full", "zero2 2x2")]
-CASES = [("full", name) for name in LAYOUTS if name != "1x4"] + [("lora", "zero2 2x2"), ("lora", "zero3 2x2")]
+CASES = [
+    *(("flex_dpo full", name) for name in OTHERS),
+    *(("flex_dpo lora", name) for name in SHARDED),
+    *(("adpo ema lora", name) for name in OTHERS),
+    ("adpo ema full", "zero3 2x2"),
+    *(("treg lora", name) for name in ("ddp 2x2", *SHARDED)),
+    ("d2o lora", "zero2 2x2"),
+    ("sft lora", "ddp 2x2"),
+    ("sft full", "zero2 2x2"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +118,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, str]:
-    """The trained model and GSM8K pairs of the shared folder; in a bare clone a random model and synthetic pairs."""
+    """The trained model and GSM8K rows of the shared folder; in a bare clone a random model and synthetic rows."""
     folder = tmp_path_factory.mktemp("distributed_inputs")
     shared = repository.parent / "shared"
     solutions = shared / "data" / "gsm8k" / "example_model_solutions.jsonl"
@@ -93,9 +130,37 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[s
         model, rows = str(folder / "model"), make_preferences(24, 0)
         tiny_model(tokenizer, 0).save_pretrained(model)
         tokenizer.save_pretrained(model)
-    data = folder / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"model": model, "data": str(data)}
+    paths = {"model": model}
+    for name, form in (("pairs", rows), ("lists", lists_of(rows)), ("negatives", negatives_of(rows))):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in form))
+        paths[name] = str(path)
+    return paths
+
+
+def lists_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lists of three and two candidates in turn; the third is the rejected answer of the next row."""
+    rows = []
+    for i, pair in enumerate(pairs):
+        third = [pairs[(i + 1) % len(pairs)]["rejected"]] * (i % 2)
+        completions = [pair["rejected"], pair["chosen"], *third]
+        rows.append(
+            {"prompt": pair["prompt"], "completions": completions, "scores": [0.3, 1.0, 0.1][: len(completions)]}
+        )
+    return rows
+
+
+def negatives_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two answers in place of samples, then the negative."""
+    nexts = [*pairs[1:], pairs[0]]
+    return [
+        {
+            "prompt": pair["prompt"],
+            "completions": [pair["chosen"], other["chosen"], pair["rejected"]],
+            "scores": [1, 1, 0],
+        }
+        for pair, other in zip(pairs, nexts, strict=True)
+    ]
 
 
 def gsm8k_pairs(path: Path, count: int) -> list[dict[str, Any]]:
@@ -118,42 +183,40 @@ def run(
     tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], inputs: dict[str, str], repository: Path
 ) -> Any:
     """Launch a layout once; returns run.json and the logged steps."""
-    finished: dict[tuple[str, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    finished: dict[tuple[str, str], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
-    def launch(
-        parametrization: str, name: str, program: str = "preference"
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        key = (parametrization, name, program)
-        if key not in finished:
+    def launch(what: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        if (what, name) not in finished:
             output = tmp_path_factory.mktemp("run") / "out"
-            launch_program(LAYOUTS[name], parametrization, inputs, output, environment, repository, program)
+            # Nothing cached by another layout may help.
+            cache = {"ALIGNKIT_CACHE": str(output.parent / "cache")}
+            launch_program(LAYOUTS[name], RUNS[what], inputs, output, environment | cache, repository)
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             record = json.loads((output / "run.json").read_text())
-            finished[key] = record, [line for line in lines if "loss" in line]
-        return finished[key]
+            finished[what, name] = record, [line for line in lines if "loss" in line]
+        return finished[what, name]
 
     return launch
 
 
 def launch_program(
     layout: Layout,
-    parametrization: str,
+    what: Run,
     inputs: dict[str, str],
     output: Path,
     environment: dict[str, str],
     repository: Path,
-    program: str,
 ) -> None:
-    """``accelerate launch trainers/PROGRAM.py`` as a user would."""
+    """``accelerate launch trainers/<program>.py`` as a user would."""
     config = ["--num_processes", "1"]
     if layout.config is not None:
         config = ["--config_file", str(repository / "configs" / "accelerate" / f"{layout.config}.yaml")]
     options = {
         "model": inputs["model"],
-        "data": inputs["data"],
+        "data": inputs[what.rows],
         "output_dir": output,
-        **OWN_OPTIONS[program],
-        "parametrization": parametrization,
+        **what.options,
+        "parametrization": what.parametrization,
         "max_length": 192,
         "max_steps": STEPS,
         "learning_rate": 1e-4,
@@ -161,17 +224,18 @@ def launch_program(
         "adam_epsilon": 1e-3,
         "logging_steps": 1,
         # Seven rows in batches of two: the ranks' last batches are filled up with repeated rows, which must not count.
-        "eval_data": inputs["data"],
+        "eval_data": inputs[what.rows],
         "max_eval_rows": 7,
         "per_device_eval_batch_size": 2,
         "num_samples": 0,
+        **({"probe_steps": 0} if what.program == "preference" else {}),
         "per_device_train_batch_size": layout.batch_size,
         "gradient_accumulation_steps": layout.accumulation,
         "use_cpu": "true",
     }
     arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    path = str(repository / "trainers" / f"{program}.py")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, path, *arguments]
+    program = str(repository / "trainers" / f"{what.program}.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, program, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=420, cwd=output.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -182,14 +246,11 @@ def saved_weights(directory: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize(
-    ("program", "parametrization", "name"),
-    [*(("preference", *case) for case in CASES), *(("sft", *case) for case in SUPERVISED_CASES)],
-)
-def test_layouts_agree(run: Any, program: str, parametrization: str, name: str) -> None:
+@pytest.mark.parametrize(("what", "name"), CASES)
+def test_layouts_agree(run: Any, what: str, name: str) -> None:
     layout = LAYOUTS[name]
-    base_record, base = run(parametrization, "1x4", program)
-    record, steps = run(parametrization, name, program)
+    base_record, base = run(what, "1x4")
+    record, steps = run(what, name)
 
     ran = record["process_layout"]
     assert ran["world_size"] == layout.world_size
@@ -207,7 +268,7 @@ def test_layouts_agree(run: Any, program: str, parametrization: str, name: str) 
         # of which beta lets a tenth through.
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-5, rel=1e-5)
-        for key in METRICS[program]:
+        for key in RUNS[what].metrics:
             assert ours[key] == pytest.approx(theirs[key], abs=2e-5, rel=1e-5), key
     assert base[0]["grad_norm"] > 0.1
     assert record["results"].keys() == base_record["results"].keys()
@@ -222,5 +283,5 @@ def test_layouts_agree(run: Any, program: str, parametrization: str, name: str) 
 
 def test_sft_denominators_differ_between_ranks(inputs: dict[str, str]) -> None:
     """Otherwise a mean of means would pass: chosen responses must differ in length."""
-    rows = [json.loads(line) for line in Path(inputs["data"]).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(inputs["pairs"]).read_text().splitlines()]
     assert len({len(row["chosen"][0]["content"]) for row in rows}) > len(rows) // 2

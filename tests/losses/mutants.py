@@ -19,9 +19,12 @@ SWAPS = {
     "chosen_mean_logps": "rejected_mean_logps",
     "beta_pos": "beta_neg",
     "any": "all",
+    "alpha": "beta",
+    "samples": "negative",
+    "logratio": "policy_logps",
 }
 SWAPS |= {right: left for left, right in SWAPS.items()}
-DROPPED_CALLS = {"masked_fill", "clamp", "detach", "sigmoid", "log"}
+DROPPED_CALLS = {"masked_fill", "clamp", "detach", "sigmoid", "log", "exp", "abs", "square", "sqrt", "flip"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ def _replacements(node: ast.expr) -> Iterator[ast.expr]:
         case ast.Compare(left=left, ops=[ast.Gt()], comparators=right):
             yield ast.Compare(left=left, ops=[ast.Lt()], comparators=right)
             yield ast.Compare(left=left, ops=[ast.GtE()], comparators=right)
+        case ast.Compare(left=left, ops=[ast.LtE()], comparators=right):
+            yield ast.Compare(left=left, ops=[ast.Lt()], comparators=right)
+            yield ast.Compare(left=left, ops=[ast.GtE()], comparators=right)
+        case ast.Compare(left=left, ops=[ast.Eq()], comparators=right):
+            yield ast.Compare(left=left, ops=[ast.NotEq()], comparators=right)
+        case ast.IfExp(body=body, orelse=orelse):
+            yield from (body, orelse)
         case ast.Call(func=ast.Attribute(attr=name, value=value), args=args) if name in DROPPED_CALLS:
             yield args[0] if isinstance(value, ast.Name) and value.id in {"torch", "math"} else value
         case ast.Attribute(attr=name, value=value) if name in SWAPS:

@@ -14,6 +14,8 @@ from torch import Tensor
 from alignkit.losses.types import CandidateBatch, LossOutput, count_items
 from alignkit.methods.method import Method, load_method
 from tests.losses.batches import (
+    HELD_CONSTANT,
+    LOOK_ACROSS_GROUPS,
     PREFERENCE_METHODS,
     batch_loss,
     gradient,
@@ -29,8 +31,8 @@ seeds = st.integers(0, 2**31 - 1)
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 
-def draw_options(method: Method, index: int) -> Any:
-    variants = option_variants(method.options)
+def draw_options(method: Method, index: int, without: tuple[str, ...] = ()) -> Any:
+    variants = option_variants(method, without)
     return variants[index % len(variants)]
 
 
@@ -43,8 +45,9 @@ def values_of(output: LossOutput) -> Tensor:
 @given(seed=seeds, variant=st.integers(0, 63), scale=st.sampled_from([0.0, 1e-30, 1.0, 50.0, 1e4, 1e8]))
 def test_finite_for_extreme_log_probs(name: str, seed: int, variant: int, scale: float) -> None:
     method = load_method(name)
-    batch = random_batch(method, seed, size=4, scale=scale, dtype=torch.float32)
-    output = method.objective(batch, draw_options(method, variant))
+    options = draw_options(method, variant)
+    batch = random_batch(method, seed, size=4, options=options, scale=scale, dtype=torch.float32)
+    output = method.objective(batch, options)
     assert bool(values_of(output).isfinite().all())
     assert bool(gradient(output, batch).isfinite().all())
     assert all(bool(m.values.isfinite().all()) for m in output.metrics.values())
@@ -54,10 +57,10 @@ def test_finite_for_extreme_log_probs(name: str, seed: int, variant: int, scale:
 @given(seed=seeds, variant=st.integers(0, 63), extra=st.integers(1, 7))
 def test_appended_masked_positions_change_nothing(name: str, seed: int, variant: int, extra: int) -> None:
     method = load_method(name)
-    batch = random_batch(method, seed, size=4)
+    options = draw_options(method, variant)
+    batch = random_batch(method, seed, size=4, options=options)
     per_token = {"policy_token_logps", "ref_token_logps", "completion_mask", "token_rewards"}
     wide = replace(batch, lambda key, t: torch.nn.functional.pad(t, (0, extra)) if key in per_token else t)
-    options = draw_options(method, variant)
     before, after = method.objective(batch, options), method.objective(wide, options)
     torch.testing.assert_close(values_of(after), values_of(before), rtol=1e-12, atol=1e-12)
     width = batch.completion_mask.shape[-1]
@@ -70,7 +73,8 @@ def test_appended_masked_positions_change_nothing(name: str, seed: int, variant:
 @given(seed=seeds, variant=st.integers(0, 63), order=st.permutations(range(5)))
 def test_permuting_the_batch_permutes_the_losses(name: str, seed: int, variant: int, order: list[int]) -> None:
     method = load_method(name)
-    batch, options = random_batch(method, seed, size=5), draw_options(method, variant)
+    options = draw_options(method, variant)
+    batch = random_batch(method, seed, size=5, options=options)
     shuffled = replace(batch, lambda _, tensor: tensor[order])
     before, after = (values_of(method.objective(b, options)) for b in (batch, shuffled))
     assert before.shape[0] == 5, "a preference objective returns one value a group"
@@ -81,7 +85,8 @@ def test_permuting_the_batch_permutes_the_losses(name: str, seed: int, variant: 
 @given(seed=seeds, variant=st.integers(0, 63), cut=st.integers(1, 5))
 def test_micro_batches_over_the_global_count_are_the_full_batch(name: str, seed: int, variant: int, cut: int) -> None:
     method = load_method(name)
-    batch, options = random_batch(method, seed, size=6), draw_options(method, variant)
+    options = draw_options(method, variant, LOOK_ACROSS_GROUPS)
+    batch = random_batch(method, seed, size=6, options=options)
     counts = count_items(batch.completion_mask)
     full = method.objective(batch, options)
     parts = [replace(batch, lambda _, t, rows=rows: t[rows]) for rows in (slice(0, cut), slice(cut, None))]
@@ -99,7 +104,8 @@ def test_micro_batches_over_the_global_count_are_the_full_batch(name: str, seed:
 def test_a_fully_masked_row_has_zero_gradient(name: str, seed: int, variant: int, row: int, absent: bool) -> None:
     """Also with ``candidate_mask`` still set: a row without a token is padding however it is marked."""
     method = load_method(name)
-    batch, options = random_batch(method, seed, size=4), draw_options(method, variant)
+    options = draw_options(method, variant, LOOK_ACROSS_GROUPS)
+    batch = random_batch(method, seed, size=4, options=options)
 
     def blank(key: str, tensor: Tensor) -> Tensor:
         if key == "scores" or (key == "candidate_mask" and not absent):
@@ -119,11 +125,12 @@ def test_a_fully_masked_row_has_zero_gradient(name: str, seed: int, variant: int
 
 def test_what_stands_at_masked_positions_is_never_read(name: str) -> None:
     method = load_method(name)
-    batch = random_batch(method, seed=5, size=6)
-    hidden = ~batch.completion_mask
-    assert hidden.any()
-    dirty = replace(batch, lambda key, t: t.masked_fill(hidden, -7.0) if key.endswith("token_logps") else t)
-    for options in option_variants(method.options):
+    per_token = {"policy_token_logps", "ref_token_logps", "token_rewards"}
+    for options in option_variants(method):
+        batch = random_batch(method, seed=5, size=6, options=options)
+        hidden = ~batch.completion_mask
+        assert hidden.any()
+        dirty = replace(batch, lambda key, t, h=hidden: t.masked_fill(h, -7.0) if key in per_token else t)
         before, after = method.objective(batch, options), method.objective(dirty, options)
         assert torch.equal(values_of(after), values_of(before))
         grad = gradient(after, dirty)
@@ -136,9 +143,9 @@ def test_what_stands_at_masked_positions_is_never_read(name: str) -> None:
 def test_bfloat16_is_accumulated_in_float32(name: str, seed: int, variant: int) -> None:
     """The loss of a bfloat16 batch has the bits of the loss of the same numbers held in float32."""
     method = load_method(name)
-    half = random_batch(method, seed, size=4, scale=20.0, dtype=torch.bfloat16)
-    single = replace(half, lambda _, tensor: tensor.float() if tensor.is_floating_point() else tensor)
     options = draw_options(method, variant)
+    half = random_batch(method, seed, size=4, options=options, scale=20.0, dtype=torch.bfloat16)
+    single = replace(half, lambda _, tensor: tensor.float() if tensor.is_floating_point() else tensor)
     low, high = method.objective(half, options), method.objective(single, options)
     assert all(term.values.dtype == torch.float32 for term in low.terms)
     assert torch.equal(values_of(low), values_of(high))
@@ -148,22 +155,23 @@ def test_bfloat16_is_accumulated_in_float32(name: str, seed: int, variant: int) 
 
 def test_gradcheck(name: str) -> None:
     method = load_method(name)
-    batch = random_batch(method, seed=0, size=3)
+    for options in option_variants(method, HELD_CONSTANT):
+        batch = random_batch(method, seed=0, size=3, options=options)
 
-    for options in option_variants(method.options):
-
-        def loss(logps: Tensor, options: Any = options) -> Tensor:
+        def loss(logps: Tensor, options: Any = options, batch: CandidateBatch = batch) -> Tensor:
             fields = {**vars(batch), "policy_token_logps": logps}
             moved = CandidateBatch(**fields)
             return batch_loss(method.objective(moved, options), moved)
 
-        assert torch.autograd.gradcheck(loss, (batch.policy_token_logps,), eps=1e-6, atol=1e-8, rtol=1e-6)
+        assert torch.autograd.gradcheck(
+            loss, (batch.policy_token_logps,), eps=1e-6, atol=1e-8, rtol=1e-6, fast_mode=True
+        )
 
 
 def test_no_gradient_reaches_the_reference(name: str) -> None:
     method = load_method(name)
-    batch = random_batch(method, seed=1, size=3)
-    for options in option_variants(method.options):
+    for options in option_variants(method):
+        batch = random_batch(method, seed=1, size=3, options=options)
         output = method.objective(batch, options)
         assert all(not m.values.requires_grad for m in output.metrics.values())
         assert output.terms[0].values.requires_grad
@@ -174,14 +182,15 @@ def test_metrics_are_those_documented(name: str) -> None:
     method = load_method(name)
     batch = random_batch(method, seed=2, size=3)
     assert set(method.objective(batch, method.options()).metrics) == set(method.metrics)
-    for options in option_variants(method.options):
+    for options in option_variants(method):
+        batch = random_batch(method, seed=2, size=3, options=options)
         assert set(method.objective(batch, options).metrics) <= set(method.metrics)
 
 
 def test_mean_is_what_the_bridge_minimises(name: str) -> None:
     method = load_method(name)
-    batch = random_batch(method, seed=3, size=3)
-    for options in option_variants(method.options):
+    for options in option_variants(method):
+        batch = random_batch(method, seed=3, size=3, options=options)
         output = method.objective(batch, options)
         torch.testing.assert_close(output.mean(), batch_loss(output, batch), rtol=1e-12, atol=1e-12)
 

@@ -11,7 +11,7 @@ import pytest
 from alignkit.arguments import StrictParser, non_negative_float, non_negative_int, positive_int
 from alignkit.errors import ConfigError
 
-SCRIPTS = ("evaluate", "merge_adapter", "push_to_hub", "compare_runs")
+SCRIPTS = ("evaluate", "merge_adapter", "push_to_hub", "compare_runs", "sample_candidates", "token_rewards")
 
 
 @pytest.fixture

@@ -1,0 +1,68 @@
+"""One thing wrong with one row, and the checks of a single text or conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Problem(NamedTuple):
+    """One thing wrong with one row.
+
+    Attributes:
+        kind: What is wrong and what to do; equal for all rows with the same trouble.
+        shown: The offending value, shortened.
+        fatal: False when the row is well formed but prefers nothing; such rows can be dropped.
+    """
+
+    kind: str
+    shown: str
+    fatal: bool = True
+
+
+def value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
+    """Everything wrong with one text or one list of messages.
+
+    Args:
+        column: What it is called; a prompt may end in an empty message, anything else may not.
+        value: The value.
+        messages: Whether it should be messages.
+    """
+    if value is None:
+        return [Problem(f"{column} is null: every row needs one", "null")]
+    if messages:
+        return _message_problems(column, value)
+    if not isinstance(value, str):
+        return [Problem(f"{column} is {type(value).__name__}, expected text", shorten(value))]
+    return [Problem(f"{column} is empty: it needs at least one character", shorten(value))] if is_blank(value) else []
+
+
+def _message_problems(column: str, value: Any) -> list[Problem]:
+    expected = 'expected a list of messages {"role": ..., "content": ...}'
+    if not isinstance(value, list):
+        return [Problem(f"{column} is {type(value).__name__}, {expected}", shorten(value))]
+    if not value:
+        return [Problem(f"{column} is empty: it needs at least one message", "[]")]
+    for message in value:
+        if not isinstance(message, Mapping):
+            return [Problem(f"{column} holds {type(message).__name__}, {expected}", shorten(message))]
+        if not isinstance(message.get("role"), str):
+            return [Problem(f"{column} has a message without role, {expected}", shorten(message))]
+        # An assistant turn may carry tool calls in place of content.
+        if message.get("content") is None and not message.get("tool_calls"):
+            return [Problem(f"{column} has a message without content, {expected}", shorten(message))]
+    last = value[-1]
+    if column != "prompt" and is_blank(last.get("content") or "") and not last.get("tool_calls"):
+        return [Problem(f"{column} ends in an empty message: there is nothing to learn", shorten(last))]
+    return []
+
+
+def is_blank(value: str | list[Any]) -> bool:
+    """Whether a prompt or completion holds nothing: no messages, or only white space."""
+    return not (value.strip() if isinstance(value, str) else value)
+
+
+def shorten(value: Any, length: int = 60) -> str:
+    """``repr(value)`` cut in the middle to at most ``length`` characters."""
+    text, half = repr(value), (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"

@@ -1,0 +1,47 @@
+"""Rows that carry a reward for every completion token: what can be wrong with them before they are tokenised.
+
+Whether a list is as long as its completion has tokens is known after tokenisation: :mod:`alignkit.data.convert`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from alignkit.data.problems import Problem, shorten
+from alignkit.data.schema import RowKind
+
+
+def reward_problems(row: Mapping[str, Any], kind: RowKind) -> list[Problem]:
+    """Everything wrong with the token rewards of one row; empty when it has none, or none that are wrong.
+
+    Args:
+        row: The row, with the columns of ``kind``.
+        kind: The form of the dataset.
+    """
+    if not kind.token_rewards:
+        return []
+    if not kind.lists:
+        return [problem for column in kind.reward_columns for problem in _vector_problems(column, row[column])]
+    (column,) = kind.reward_columns
+    rewards, completions = row[column], row["completions"]
+    if not isinstance(rewards, list):
+        return _vector_problems(column, rewards)
+    if isinstance(completions, list) and len(rewards) != len(completions):
+        shown = f"{len(completions)} completions, {len(rewards)} lists"
+        return [Problem(f"{column} and completions differ in number: give each completion one list", shown)]
+    return [problem for vector in rewards for problem in _vector_problems(column, vector)]
+
+
+def _vector_problems(column: str, rewards: Any) -> list[Problem]:
+    if rewards is None:
+        return [Problem(f"{column} is null: give every completion token rewards, or none", "null")]
+    if not isinstance(rewards, list):
+        return [Problem(f"{column} holds {type(rewards).__name__}, expected lists of numbers", shorten(rewards))]
+    for reward in rewards:
+        if isinstance(reward, bool) or not isinstance(reward, (int, float)):
+            return [Problem(f"{column} holds something that is not a number", shorten(reward))]
+        if not math.isfinite(reward):
+            return [Problem(f"{column} holds NaN or infinity: every token reward must be finite", repr(reward))]
+    return []
