@@ -184,7 +184,8 @@ def test_finished_runs_are_not_run_again_and_a_cut_line_is(tmp_path: Path, monke
     assert len(read_records(tmp_path / "runs.jsonl")) == len(lines) - 1
     source = {"D": Source(tmp_path, lambda _: [], None)}  # type: ignore[arg-type]
     run_all(source, 2, tmp_path, tmp_path)
-    assert asked == [keys("D", 0)[-1], *keys("D", 1)]
+    assert set(asked) == {keys("D", 0)[-1], *keys("D", 1)} and len(asked) == 1 + len(keys("D", 1))
+    assert [key[3] for key in asked].index(0.2) == len(asked) - len(METHODS) - 1, "the last stage comes last"
 
 
 def test_shares_are_what_the_page_names() -> None:

@@ -64,8 +64,10 @@ RUNS = {
     "flex_dpo full": Run({"method": "flex_dpo", "eta": 0.2}, "pairs", "full", "loss/sft"),
     "flex_dpo lora": Run({"method": "flex_dpo", "eta": 0.2}, "pairs", "lora", "loss/sft"),
     # Lists of different lengths, and an anchor that has moved before the second step.
-    "adpo ema lora": Run({"method": "adpo", "anchor": "ema", "anchor_decay": 0.5, "eta": 0.1}, "lists", "lora"),
-    "adpo ema full": Run({"method": "adpo", "anchor": "ema", "anchor_decay": 0.5}, "lists", "full"),
+    "adpo ema lora": Run(
+        {"method": "adpo", "beta": 0.1, "anchor": "ema", "anchor_decay": 0.5, "eta": 0.1}, "lists", "lora"
+    ),
+    "adpo ema full": Run({"method": "adpo", "beta": 0.1, "anchor": "ema", "anchor_decay": 0.5}, "lists", "full"),
     # Rewards are made by the run itself, each rank making its share.
     "treg lora": Run({"method": "treg"}, "pairs", "lora", "loss/token_regularizer"),
     "d2o lora": Run({"method": "d2o"}, "negatives", "lora"),
