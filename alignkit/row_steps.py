@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import PartialState
@@ -13,6 +12,7 @@ from trl import DPOConfig
 
 from alignkit.config import PreferenceConfig
 from alignkit.data.contrast import ContrastPrompts, load_contrast_prompts
+from alignkit.data.negatives import lack_samples
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import DataError
 from alignkit.evals.sampling import SampleSettings
@@ -22,11 +22,6 @@ from alignkit.methods.method import load_method
 from alignkit.model_steps import load_policy
 
 Rows = Dataset | IterableDataset
-
-
-def lack_samples(splits: Mapping[str, Rows]) -> bool:
-    """Whether rows hold a prompt and a rejected answer alone."""
-    return any("completions" not in (rows.column_names or ()) for rows in splits.values())
 
 
 def contrast_prompts(config: PreferenceConfig) -> ContrastPrompts | None:
@@ -41,11 +36,16 @@ def contrast_prompts(config: PreferenceConfig) -> ContrastPrompts | None:
 def with_samples(
     config: PreferenceConfig, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Rows]
 ) -> dict[str, Rows]:
-    """Rows of prompt and rejected with answers sampled from the starting model, kept in the cache; a collective.
+    """Rows of prompt and rejected given answers of the starting model, kept in the cache; others as they are.
+
+    A collective.
 
     Raises:
-        DataError: The model is sharded or the rows are streamed.
+        DataError: Samples are missing, and the model is sharded or the rows are streamed.
     """
+    wanting = [name for name, rows in splits.items() if lack_samples(rows, name)]
+    if not wanting:
+        return splits
     advice = "run scripts/sample_candidates.py first, and train on what it writes"
     if is_deepspeed_zero3_enabled() or launched_with_fsdp():
         raise DataError("these rows have no samples", [f"a sharded model cannot draw any here: {advice}"])
@@ -63,16 +63,16 @@ def with_samples(
     )
     model = load_policy(config)
     weights = weights_fingerprint(model, "default" if config.adapter is not None else None)
-    model = model.to(args.device).eval()
-    sampled = {}
-    for name, rows in splits.items():
-        result = self_samples(
-            rows, model, tokenizer, settings, default_cache_dir().parent / "samples", weights=weights, name=name
-        )
+    # Quantised weights stand where they were loaded.
+    model = (model if config.quantization != "none" else model.to(args.device)).eval()
+    sampled: dict[str, Rows] = {}
+    for name in wanting:
+        cache = default_cache_dir().with_name("samples")
+        result = self_samples(splits[name], model, tokenizer, settings, cache, weights=weights, name=name)
         if PartialState().is_main_process:
             print(result.report)
         sampled[name] = Dataset.from_list(result.rows)
-    return sampled
+    return splits | sampled
 
 
 def check_negatives(rows: Rows, name: str) -> None:

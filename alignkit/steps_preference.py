@@ -22,7 +22,7 @@ from alignkit.gradients._hook import chosen_rule
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.method import load_method
 from alignkit.model_steps import load_negative_reference, load_policy, load_reference, new_adapter
-from alignkit.row_steps import check_negatives, contrast_prompts, lack_samples, with_samples
+from alignkit.row_steps import check_negatives, contrast_prompts, with_samples
 from alignkit.run_directory import RunDirectory
 
 
@@ -57,7 +57,7 @@ def prepare_data(
     method = load_method(config.method)
     with args.main_process_first(desc="data"):
         splits = steps.load_splits(config)
-    if method.rows == "negatives" and lack_samples(splits):
+    if method.rows == "negatives":
         splits = with_samples(config, args, tokenizer, splits)
     convert = partial(
         to_candidate_rows,

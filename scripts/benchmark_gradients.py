@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -116,6 +116,8 @@ def build(name: str, directory: str, options: argparse.Namespace) -> Any:
     from alignkit.parametrizations.lora import lora_config
 
     side, method = SIDES[name], load_method("dpo")
+    adapter = lora_config(r=16, alpha=32, dropout=0.0, target_modules="all-linear")
+    is_lora = options.parametrization == "lora"
     trainer = PreferenceTrainer(
         load_model(directory),
         DPOConfig(
@@ -138,10 +140,8 @@ def build(name: str, directory: str, options: argparse.Namespace) -> Any:
         train_dataset=rows(options),
         processing_class=AutoTokenizer.from_pretrained(directory),
         # Never run, the values are in the rows; without an adapter TRL wants one.
-        ref_model=None if options.parametrization == "lora" else load_model(directory),
-        peft_config=lora_config(r=16, alpha=32, dropout=0.0, target_modules="all-linear")
-        if options.parametrization == "lora"
-        else None,
+        ref_model=None if is_lora else load_model(directory),
+        peft_config=adapter if is_lora else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -178,8 +178,9 @@ def measure_memory(name: str, directory: str, options: argparse.Namespace) -> No
     trainer = build(name, directory, options)
     trainer.train()
     trainable = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"peak": peak, "trainable": trainable / MIB}))
+    # Not getrusage: its maximum outlives exec, so a child would start from the size of its parent.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    print(json.dumps({"peak": int(peak) / 1024, "trainable": trainable / MIB}))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

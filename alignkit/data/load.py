@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from alignkit.data.columns import RowFamily, nearest_name
+from alignkit.data.columns import LIST_REWARD_COLUMNS, PAIR_REWARD_COLUMNS, RowFamily, nearest_name
 from alignkit.data.mixture import mix
 from alignkit.data.readers import Source, is_csv, open_source, parse_json_cells
 from alignkit.data.schema import preference_rows
@@ -234,7 +234,8 @@ def rename_columns(
 
 
 def _parse_csv_lists(dataset: Dataset | IterableDataset, columns: Sequence[str], name: str) -> Any:
-    lists = [column for column in ("completions", "scores") if column in columns]
+    listed = ("completions", "scores", *PAIR_REWARD_COLUMNS, *LIST_REWARD_COLUMNS)
+    lists = [column for column in listed if column in columns]
     if not lists:
         return dataset
     # The parsed cells replace columns of text: removing those lets datasets infer the new types.

@@ -51,28 +51,3 @@ def self_samples(
     title = f"Sampling for {len(prompts.rows)} {name} rows"
     records = sample_candidates(prompts, engine, settings, store=store, prompt_limit=limit, state=state, progress=title)
     return on_first_process(lambda: candidate_lists(prompts, records), state)
-
-
-def with_self_samples(
-    dataset: Dataset,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: SampleSettings,
-    directory: Path,
-    *,
-    weights: str,
-    name: str = "train",
-) -> Dataset:
-    """The rows of :func:`self_samples` as a dataset.
-
-    Args:
-        dataset: As there.
-        model: As there.
-        tokenizer: As there.
-        settings: As there.
-        directory: As there.
-        weights: As there.
-        name: As there.
-    """
-    sampled = self_samples(dataset, model, tokenizer, settings, directory, weights=weights, name=name)
-    return Dataset.from_list(sampled.rows)

@@ -80,10 +80,17 @@ class StartKeeper(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse an optimizer that was not made here."""
-        if not self.decay.is_attached:
-            problem = "`gradient_rule: decay_to_init`: the optimizer is made by DeepSpeed. Remove it from its config"
+        """Attach to the optimizer that will really step, which DeepSpeed may have put in the place of another."""
+        optimizer = kwargs["optimizer"]
+        while "optimizer" in vars(optimizer):
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            problem = (
+                f"`gradient_rule: decay_to_init`: {type(optimizer).__name__} is no torch optimizer and cannot be asked "
+                "before it steps. Write optim: adamw_torch"
+            )
             raise ConfigError("the gradient rule cannot be used in this run", [problem])
+        self.decay.attach(optimizer)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write this rank's file."""

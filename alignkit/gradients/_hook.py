@@ -79,7 +79,6 @@ class GradientRuleHook(Trainer):
     gradient_rule: ChosenRule | None = None
 
     _kept: dict[str, Tensor] | None = None
-    _decay: DecayToStart | None = None
     _start: Mapping[str, Tensor]
     _drawn: tuple[int, int] = (-1, 0)
 
@@ -242,15 +241,8 @@ class GradientRuleHook(Trainer):
                 self._start = self._starting_weights(tensors)
             if self.gradient_rule.rule.decay is not None:
                 coef = self.gradient_rule.rule.decay(self.gradient_rule.options)
-                self._set_decay(coef, resume_from_checkpoint)
+                self._add_decay(coef, resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **inherited)
-
-    def create_optimizer(self, *given: Any, **named: Any) -> torch.optim.Optimizer:
-        """The host's optimizer, with decay to the starting weights where the rule asks for it."""
-        optimizer = super().create_optimizer(*given, **named)
-        if self._decay is not None:
-            self._decay.attach(optimizer)
-        return optimizer
 
     def _starting_weights(self, tensors: Sequence[Trainable]) -> dict[str, Tensor]:
         """Copies of the trainable weights by name; LoRA factors, whose update starts at 0, are left out."""
@@ -259,10 +251,10 @@ class GradientRuleHook(Trainer):
         weights = whole_weights(others) if others else []
         return {tensor.name: weight.clone() for tensor, weight in zip(others, weights, strict=True)}
 
-    def _set_decay(self, coef: float, resume_from_checkpoint: str | bool | None) -> None:
+    def _add_decay(self, coef: float, resume_from_checkpoint: str | bool | None) -> None:
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
         starts = read_starts(Path(checkpoint), self.args.process_index) if checkpoint else None
-        self._decay = DecayToStart(coef, starts)
-        self.callback_handler.callbacks.insert(0, StartKeeper(self._decay))
+        # Before the callback that declares a checkpoint complete.
+        self.callback_handler.callbacks.insert(0, StartKeeper(DecayToStart(coef, starts)))

@@ -129,7 +129,8 @@ class _GradientSource(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output.to(gradient.dtype)).to(ctx.dtype), None
+        # In place: the edited gradient is used once, and another copy may be as large as the model.
+        return gradient.mul_(grad_output).to(ctx.dtype), None
 
 
 def zero_with_gradients(

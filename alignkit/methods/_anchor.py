@@ -175,6 +175,6 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def _gathered(parameter: nn.Parameter, modifier_rank: int | None) -> Any:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([parameter], modifier_rank=modifier_rank)
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)

@@ -61,9 +61,9 @@ def _named_weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str,
             continue
         plain_name = name.replace(".base_layer", "").replace(".original_module", "")
         if "ds_id" in vars(tensor):
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            with GatheredParameters([tensor]):
+            with deepspeed.zero.GatheredParameters([tensor]):
                 yield plain_name, tensor
         else:
             yield plain_name, tensor

@@ -139,9 +139,10 @@ class ReferenceScoring(DPOTrainer):
         """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
         if "reference" not in self.needs:
             return dataset
-        weights = reference.weights_fingerprint(self._reference_model(), self._reference_adapter())
+        unwrap = self.accelerator.unwrap_model
+        weights = reference.weights_fingerprint(unwrap(self._reference_model()), self._reference_adapter())
         if self.settings.negative_reference is not None:
-            weights += reference.weights_fingerprint(self._placed_negative_reference(), None)
+            weights += reference.weights_fingerprint(unwrap(self._placed_negative_reference()), None)
         precision = compute_precision(self.model, self.accelerator.mixed_precision)
         cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
         return reference.with_reference(
@@ -167,7 +168,7 @@ class ReferenceScoring(DPOTrainer):
             if "better_prompt_ids" not in rows.column_names:
                 self.token_reward_reports[name] = token_reward_report(rows)
                 continue
-            model = self._reference_model()
+            model = self.accelerator.unwrap_model(self._reference_model())
             refuse_long_sequences(rows, model, name)
             verify = not is_deepspeed_zero3_enabled()
             layout = choose_pass_layout(self.settings.layout, model, rows, verify=verify)

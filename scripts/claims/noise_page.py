@@ -173,10 +173,10 @@ def write_section(records: Sequence[Record], names: Sequence[str], num_seeds: in
         num_seeds: Seeds planned.
         plot: Where the drawing goes.
     """
-    draw(records, names, plot)
+    starts = {r["data"]: r["figures"] for r in records if r["method"] == START}
+    draw(records, list(starts), plot)
     sections = []
-    for data in names:
-        start = next(r["figures"] for r in records if r["data"] == data and r["method"] == START)
+    for data, start in starts.items():
         sections.append(
             SECTION.format(
                 data=data,

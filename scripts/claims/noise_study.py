@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from noise_rows import LabelledRow, Question, draw_rows, flip, gsm8k_questions, 
 from noise_runs import METHODS, measure, run
 from noise_task import Budget, Task, draw_samples, prepare_task, token_rewards
 
-SHARES = (0.0, 0.4, 0.2)
-"""Shares of flipped labels, in the order in which they are run."""
+STAGES = ((0.0, 0.4), (0.2,))
+"""Shares of flipped labels; all seeds of a stage are run before the next, so that an unfinished study has intervals."""
+SHARES = tuple(share for stage in STAGES for share in stage)
 START = "start"
 """Name of the record of the untrained model."""
 REWARDS = "token rewards"
@@ -82,8 +84,8 @@ def run_all(given: Mapping[str, Source], num_seeds: int, model: Path, directory:
     directory.mkdir(parents=True, exist_ok=True)
     done = {key_of(record) for record in read_records(path)}
     for data, source in given.items():
-        for seed in range(num_seeds):
-            missing = [key for key in keys(data, seed) if key not in done]
+        for stage, seed in product(STAGES, range(num_seeds)):
+            missing = [key for key in keys(data, seed) if key[3] in stage and key not in done]
             if missing:
                 _run_seed(missing, source, model, directory)
     return read_records(path)

@@ -40,7 +40,7 @@ def truth(answer: str) -> bool:
     return answer[0] in "rs"
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.2, 8), (0.4, 16), (1.0, 40), (0.33, 13)])
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.2, 8), (0.4, 16), (1.0, 40), (0.37, 15)])
 def test_exactly_the_stated_share_is_flipped(share: float, expected: int) -> None:
     rows = draw_rows(QUESTIONS, seed=0)
     flipped = flip(rows, share, seed=0)
@@ -170,8 +170,9 @@ def test_tables_aggregate_over_seeds() -> None:
 
 def test_the_page_of_an_unfinished_study_says_so(tmp_path: Path) -> None:
     records = [r for r in finished() if not (r["method"] == "d2o" and r["share"] == 0.2)]
-    section = write_section(records, ["D"], num_seeds=3, plot=tmp_path / "plot.png")
-    assert "66 of 69 runs finished" in section and "not run" in section and (tmp_path / "plot.png").is_file()
+    section = write_section(records, ["D", "not begun"], num_seeds=3, plot=tmp_path / "plot.png")
+    assert "66 of 138 runs finished" in section and "### D" in section and "### not begun" not in section
+    assert "not run" in section and (tmp_path / "plot.png").is_file()
     assert section.count("| D | ") == 3 and "| +0.0200 | 0.0100 | +2.0 |" in section
     assert "{" not in section.replace("{origin}", "")
 
@@ -184,7 +185,8 @@ def test_finished_runs_are_not_run_again_and_a_cut_line_is(tmp_path: Path, monke
     assert len(read_records(tmp_path / "runs.jsonl")) == len(lines) - 1
     source = {"D": Source(tmp_path, lambda _: [], None)}  # type: ignore[arg-type]
     run_all(source, 2, tmp_path, tmp_path)
-    assert asked == [keys("D", 0)[-1], *keys("D", 1)]
+    assert set(asked) == {keys("D", 0)[-1], *keys("D", 1)} and len(asked) == 1 + len(keys("D", 1))
+    assert [key[3] for key in asked].index(0.2) == len(asked) - len(METHODS) - 1, "the last stage comes last"
 
 
 def test_shares_are_what_the_page_names() -> None:

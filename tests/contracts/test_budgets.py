@@ -18,7 +18,11 @@ FILE_LINES, TEST_FILE_LINES = 300, 400
 FUNCTION_LINES, TEST_FUNCTION_LINES = 40, 60
 PARAMETERS = 8
 
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("alignkit/data/convert.py::to_candidate_rows", "parameters"): (
+        "contrast prompts are tokenised with everything else, once"
+    ),
+}
 """(path or path::function, budget) to the reason. Budgets: file, function, parameters."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -1,6 +1,6 @@
 """A gradient rule in every process layout: the same micro-batches give the same step, by ``accelerate launch``.
 
-With ``direction: local`` a rule sees one micro-batch at a time, so layouts agree that cut a step into the same ones; with
+With ``direction: local`` a rule sees one micro-batch at a time, so layouts agree that cut a step alike; with
 ``direction: global`` it sees the mean over processes, so a step of four pairs may be shared in any way.
 """
 
@@ -105,7 +105,8 @@ def test_layouts_agree(run: Any, rule: str, direction: str | None, base: str, na
     )
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     for ours, theirs in zip(steps, expected, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-6)
+        # Steps a hundred times as long as in test_process_layouts.py, so rounding shows a little earlier.
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=5e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-5, rel=1e-4)
         for key in theirs.keys() & {"gradient/cosine", "gradient/sharpness_gap", "gradient/weight_norm"}:
             assert ours[key] == pytest.approx(theirs[key], abs=2e-5, rel=1e-4), key

@@ -27,7 +27,7 @@ from alignkit.evals.sampling import (
 from alignkit.evals.sampling_engines import HuggingFaceEngine, Request
 from alignkit.evals.sampling_scorer import Scorer, load_scorer
 from alignkit.evals.sampling_store import ChunkStore, source_identity, write_rows
-from alignkit.evals.self_samples import self_samples, with_self_samples
+from alignkit.evals.self_samples import self_samples
 from alignkit.parametrizations.files import read_adapter
 from alignkit.parametrizations.loading import ModelSource
 from tests.scripts.tiny import byte_tokenizer, save_adapter, save_model, tiny_model
@@ -255,10 +255,10 @@ def test_a_model_samples_for_its_own_training(tmp_path: Path, monkeypatch: pytes
     assert plain.rows != sampled.rows
     calls: list[int] = []
     monkeypatch.setattr(HuggingFaceEngine, "__call__", lambda self, requests: calls.append(len(requests)) or [])
-    dataset = with_self_samples(*words, settings, tmp_path / "cache", weights="w0")
+    dataset = self_samples(*words, settings, tmp_path / "cache", weights="w0").rows
     assert list(dataset) == sampled.rows and calls == []
     _, report = to_candidate_rows(dataset, words[2], max_length=None, num_candidates=None)
     assert report.candidates_per_row == {4: 3}
     with pytest.raises(ValueError, match="zip"):
-        with_self_samples(*words, settings, tmp_path / "cache", weights="w1")
+        self_samples(*words, settings, tmp_path / "cache", weights="w1")
     assert calls == [9]

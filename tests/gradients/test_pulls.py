@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.callbacks.checkpoints import CheckpointGuard
 from alignkit.errors import CheckpointError, ConfigError
-from alignkit.gradients._decay import DecayToStart
+from alignkit.gradients._decay import DecayToStart, StartKeeper
 from tests.gradients.conftest import chosen, lora, weights
 from tests.methods.conftest import flat_weights, logged
 
@@ -65,7 +66,6 @@ def test_decay_through_the_trainer_follows_the_plain_steps(make_trainer: Any, ki
         peft_config=lora() if kind == "lora" else None,
     )
     start, expected, compared = vectors(trainer), [vectors(trainer)], []
-    optimizer = trainer.create_optimizer()
 
     def before(stepper: torch.optim.Optimizer, *unused: Any) -> None:
         compared.append(vectors(trainer))
@@ -74,7 +74,7 @@ def test_decay_through_the_trainer_follows_the_plain_steps(make_trainer: Any, ki
         now = [w - rate * COEF * (w - w_0) for w, w_0 in zip(compared[-1], start, strict=True)]
         expected.append([w - rate * g for w, g in zip(now, grads, strict=True)])
 
-    optimizer.register_step_pre_hook(before)
+    trainer.create_optimizer().register_step_pre_hook(before)
     trainer.train()
     compared.append(vectors(trainer))
     assert len(compared) == len(expected) == 5
@@ -160,11 +160,17 @@ def test_starting_weights_of_another_layout_are_refused() -> None:
         stepper.step()
 
 
-def test_an_optimizer_made_elsewhere_is_refused(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(gradient_rule=chosen("decay_to_init"))
-    monkeypatch.setattr(DecayToStart, "attach", lambda self, optimizer: None)
-    with pytest.raises(ConfigError, match="made by DeepSpeed"):
-        trainer.train()
+def test_the_optimizer_inside_all_wrappers_is_asked() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    inner = torch.optim.SGD([weight], lr=0.5)
+    zero = SimpleNamespace(optimizer=inner)
+    keeper = StartKeeper(DecayToStart(1.0, [torch.zeros(2)]))
+    keeper.on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=zero))
+    weight.grad = torch.zeros(2)
+    inner.step()
+    assert weight.tolist() == [0.5, 0.5]
+    with pytest.raises(ConfigError, match="SimpleNamespace is no torch optimizer"):
+        keeper.on_train_begin(None, None, None, optimizer=SimpleNamespace())
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

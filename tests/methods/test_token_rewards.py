@@ -123,8 +123,8 @@ def test_golden_values_antisymmetry_and_range() -> None:
     assert torch.equal(token_rewards_of(better - 4, worse - 4), token_rewards_of(better, worse))
     extreme = token_rewards_of(torch.tensor([0.0, -80.0]), torch.tensor([-80.0, 0.0]))
     assert extreme.abs().max() <= 0.5
-    halves = token_rewards_of(better.half(), worse.half())
-    assert halves.dtype == torch.float32, "the difference is taken in float32"
+    first, second = torch.linspace(-6.1, -0.3, 50).half(), torch.linspace(-0.7, -5.2, 50).half()
+    assert torch.equal(token_rewards_of(first, second), token_rewards_of(first.float(), second.float())), "in float32"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -352,6 +352,7 @@ def test_the_heat_map_shows_every_token_escaped(tmp_path: Path) -> None:
     shown = "".join(parsed.texts)
     assert page.count("<h2>") == 2 and "chosen, mean" in page and "rejected, mean" in page
     assert texts[0] + "<|endoftext|>" in shown and "naïve 😀↵\n{braces}<|endoftext|>" in shown
+    assert page.count("&lt;|endoftext|&gt;</span>") == 4 and "<|endoftext|>" not in page and "&amp;" in page
     assert not {tag for tag, _ in parsed.tags} & {"script", "link", "img", "b"} and "http" not in page
     styles = [(attributes["title"], attributes["style"]) for tag, attributes in parsed.tags if tag == "span"]
     assert ("+0.1000", "background:rgba(37,99,235,0.600)") in styles

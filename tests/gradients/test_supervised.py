@@ -1,0 +1,51 @@
+"""Gradient rules under the supervised objective: the same hook, packed rows and token counts included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gradients.conftest import chosen
+from tests.gradients.steps import expected_gradients, micro_batches, step_gradients
+from tests.methods import supervised
+from tests.methods.conftest import flat_weights
+
+RHO = 0.3
+
+
+def trainer_with(tmp_path: Path, rule: Any, **changes: Any) -> Any:
+    rows = supervised.token_rows(supervised.completions(), max_length=64)
+    trainer = supervised.make(tmp_path / "run", rows, **changes)
+    trainer.gradient_rule = rule
+    return trainer
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("peft", [False, True])
+def test_strength_zero_is_bitwise_no_rule(tmp_path: Path, peft: bool, packing: bool) -> None:
+    runs = []
+    for rule in (None, chosen("glad", rho=0.0)):
+        changes = {"gradient_accumulation_steps": 2, "max_steps": 3, "packing": packing, "max_length": 64}
+        trainer = trainer_with(tmp_path, rule, peft=peft, **changes)
+        trainer.train()
+        runs.append((flat_weights(trainer.model), trainer.state.log_history[:3]))
+    (expected, history), (weights, ours) = runs
+    assert torch.equal(weights, expected)
+    for entry, theirs in zip(ours, history, strict=True):
+        assert "num_tokens" in theirs
+        assert {key: entry[key] for key in theirs} == theirs
+
+
+@pytest.mark.parametrize("name", ["glad", "sam", "perpgrad"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_gradient_equals_the_one_computed_by_writing_weights(tmp_path: Path, name: str, peft: bool) -> None:
+    rule = chosen(name, **({} if name == "perpgrad" else {"rho": RHO}))
+    trainer = trainer_with(tmp_path, rule, peft=peft)
+    batches, counts = micro_batches(trainer, 2)
+    ours = step_gradients(trainer, batches, counts)
+    parts = [expected_gradients(trainer, rule, batch, counts) for batch in batches]
+    for x, y in zip(ours, [a + b for a, b in zip(*parts, strict=True)], strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-5, atol=5e-6)
