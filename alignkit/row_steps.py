@@ -12,7 +12,7 @@ from trl import DPOConfig
 
 from alignkit.config import PreferenceConfig
 from alignkit.data.contrast import ContrastPrompts, load_contrast_prompts
-from alignkit.data.negatives import lack_samples
+from alignkit.data.negatives import check_prompts, lack_samples
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import DataError
 from alignkit.evals.sampling import SampleSettings
@@ -61,6 +61,8 @@ def with_samples(
         batch_size=config.per_device_eval_batch_size,
         instruction=options.sampling_instruction,
     )
+    for name in wanting:
+        check_prompts(list(splits[name]), name=name)
     model = load_policy(config)
     weights = weights_fingerprint(model, "default" if config.adapter is not None else None)
     # Quantised weights stand where they were loaded.

@@ -104,7 +104,7 @@ def load_model(directory: str) -> Any:
 
 
 def build(name: str, directory: str, options: argparse.Namespace) -> Any:
-    """A preference trainer on the saved model."""
+    """A preference trainer on the saved model; its reference never runs, its values are in the rows."""
     from transformers import AutoTokenizer
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig
@@ -139,7 +139,6 @@ def build(name: str, directory: str, options: argparse.Namespace) -> Any:
         gradient_rule=chosen_rule(side.rule, load_rule(side.rule).options(**side.options) if side.rule else None),
         train_dataset=rows(options),
         processing_class=AutoTokenizer.from_pretrained(directory),
-        # Never run, the values are in the rows; without an adapter TRL wants one.
         ref_model=None if is_lora else load_model(directory),
         peft_config=adapter if is_lora else None,
     )

@@ -149,7 +149,7 @@ class GradientRuleHook(Trainer):
         weights = whole_weights(tensors)
         device = weights[0].device
         state = random_state(device)
-        loss, gradients = self._evaluate(batch, tensors, weights, record=True)
+        loss, gradients = self._evaluate_at(batch, tensors, weights, record=True)
         targets = [i for i in gradients if options.rule_targets == "all" or tensors[i].is_lora]
         found = {tensors[i]: (weights[i], gradients[i]) for i in targets}
         first = self._first_evaluation(batch, found, loss, chosen)
@@ -159,7 +159,7 @@ class GradientRuleHook(Trainer):
             for i, displacement in zip(targets, rule.displacement(first, options), strict=True):
                 moved[i] = weights[i] + displacement
             with replayed(state, device):
-                loss_s, gradients_s = self._evaluate(batch, tensors, moved, record=False)
+                loss_s, gradients_s = self._evaluate_at(batch, tensors, moved, record=False)
             g_s = [gradients_s[i] if i in gradients_s else torch.zeros_like(weights[i]) for i in targets]
             there = [moved[i] for i in targets]
             evaluations.append(replace(first, loss=loss_s, weights=there, gradient=self._averaged(g_s, options)))
@@ -190,7 +190,7 @@ class GradientRuleHook(Trainer):
             seed=self._next_seed(chosen.options),
         )
 
-    def _evaluate(
+    def _evaluate_at(
         self, batch: _MicroBatch, tensors: Sequence[Trainable], weights: Sequence[Tensor], *, record: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss at these weights, detached, and the gradients of the tensors it depends on, by position."""

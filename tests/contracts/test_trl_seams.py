@@ -58,7 +58,7 @@ def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
 
 # Not ours to name: what alignkit/gradients overrides of the Trainer is asserted with its own tests.
 OWN_HOOKS = {
-    PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"},
+    PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed", "train"},
     SupervisedTrainer: set(),
 }
 SHARED_HOOKS = {"compute_loss", "get_batch_samples", "evaluate", "log", "create_model_card"}
