@@ -245,3 +245,12 @@ def test_the_loader_refuses_what_is_refused_here(content: Any, name: str) -> Non
 
     with pytest.raises(DataError):
         load_rows(as_file(content, name)["data"])
+
+
+@pytest.mark.usefixtures("workspace")
+def test_rows_without_samples_are_enough_for_a_method_of_negatives() -> None:
+    negatives = as_file([{"prompt": "a", "rejected": "c"}], "a.jsonl")
+    load({"method": "d2o"} | negatives)
+    assert "column 'chosen' is missing" in problems_of({"method": "dpo"} | negatives)[0]
+    without_prompt = as_file([{"chosen": "ab", "rejected": "ac"}], "b.jsonl")
+    assert any("prompt" in problem for problem in problems_of({"method": "d2o"} | without_prompt))

@@ -20,6 +20,7 @@ from alignkit.methods.method import load_method
 from alignkit.parametrizations.loading import ModelSource, load_model
 from tests.gradients.conftest import chosen, lora
 from tests.methods.conftest import logged
+from tests.methods.test_preference_trainer import rows_for
 from tests.methods.test_quantized import wide_model
 
 __all__ = ["wide_model"]
@@ -111,8 +112,7 @@ def test_shadows_leave_no_trace_even_after_an_error() -> None:
     assert module.weight is weight and vars(module) == before
 
 
-@pytest.mark.parametrize("method", ["dpo", "flex_dpo"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(("kind", "method"), [("nf4", "flex_dpo"), ("nf4", "treg"), ("nf4", "adpo"), ("int8", "dpo")])
 def test_glad_on_a_quantised_base(make_trainer: Any, wide_model: str, rows: Any, kind: str, method: str) -> None:
     pytest.importorskip("bitsandbytes")
     trainer = make_trainer(
@@ -121,12 +121,13 @@ def test_glad_on_a_quantised_base(make_trainer: Any, wide_model: str, rows: Any,
         gradient_rule=chosen("glad", rho=0.1, rule_targets="lora"),
         arguments={"max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 8},
         model=load_model(ModelSource(wide_model, quantization=kind)),
-        train_dataset=rows.select(range(8)),
+        train_dataset=rows_for(method, rows.select(range(8))),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
     )
     trainer.train()
-    assert logged(trainer, "loss")[0] == pytest.approx(0.6931, abs=5e-3)
-    assert logged(trainer, "loss")[-1] < 0.75 * logged(trainer, "loss")[0]
+    losses = logged(trainer, "loss/preference")
+    assert losses[0] == pytest.approx(0.6931, abs=5e-3)
+    assert losses[-1] < 0.75 * losses[0]
     assert logged(trainer, "gradient/displacement_norm") == pytest.approx([0.1] * 12, rel=1e-3)
     assert min(logged(trainer, "gradient/sharpness_gap")) > 0
 
