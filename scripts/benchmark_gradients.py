@@ -106,7 +106,6 @@ def load_model(directory: str) -> Any:
 def build(name: str, directory: str, options: argparse.Namespace) -> Any:
     """A preference trainer on the saved model; its reference never runs, its values are in the rows."""
     from transformers import AutoTokenizer
-    from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig
 
     from alignkit.gradients._hook import chosen_rule
@@ -116,8 +115,8 @@ def build(name: str, directory: str, options: argparse.Namespace) -> Any:
     from alignkit.parametrizations.lora import lora_config
 
     side, method = SIDES[name], load_method("dpo")
-    adapter = lora_config(r=16, alpha=32, dropout=0.0, target_modules="all-linear")
     is_lora = options.parametrization == "lora"
+    adapter = lora_config(r=16, alpha=32, dropout=0.0, target_modules="all-linear") if is_lora else None
     trainer = PreferenceTrainer(
         load_model(directory),
         DPOConfig(
@@ -140,9 +139,8 @@ def build(name: str, directory: str, options: argparse.Namespace) -> Any:
         train_dataset=rows(options),
         processing_class=AutoTokenizer.from_pretrained(directory),
         ref_model=None if is_lora else load_model(directory),
-        peft_config=adapter if is_lora else None,
+        peft_config=adapter,
     )
-    trainer.remove_callback(PrinterCallback)
     return trainer
 
 

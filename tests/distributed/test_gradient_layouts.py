@@ -65,7 +65,7 @@ def run(
             config = ["--config_file", str(accelerate_config(layout.config, output.parent, repository))]
         options = {
             "model": inputs["model"],
-            "data": inputs["data"],
+            "data": inputs["pairs"],
             "output_dir": output,
             "method": "flex_dpo",
             "eta": 0.2,

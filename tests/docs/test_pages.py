@@ -13,6 +13,7 @@ import pytest
 
 from alignkit.config import load_config
 from alignkit.config.yaml_schema import parse_yaml
+from alignkit.data.negative_schema import detect_prompt_kind, prompt_problems
 from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.supervised_schema import detect_supervised_kind, supervised_row_problems
 from alignkit.methods.method import load_method
@@ -141,7 +142,9 @@ def test_yaml_is_a_valid_config(block: Block, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", blocks("json"), ids=by_place)
 def test_json_is_a_valid_row(block: Block) -> None:
     row = json.loads(block.text)
-    if {"chosen", "completions"} & set(row):
+    if set(row) == {"prompt", "rejected"}:
+        assert prompt_problems(row, detect_prompt_kind(list(row), [row], name=block.where)) == []
+    elif {"chosen", "completions"} & set(row):
         assert row_problems(row, detect_kind(list(row), [row], name=block.where)) == []
     else:
         kind = detect_supervised_kind(list(row), [row], name=block.where)
