@@ -26,7 +26,7 @@ def treg_loss(
 ) -> LossOutput:
     r"""T-REG on a batch of (chosen, rejected) pairs whose tokens carry a reward.
 
-    Equation (Zhou et al. 2025, "T-REG", arXiv 2412.02685), for ``form="dpo"``::
+    Equation (Zhou et al. 2025, "T-REG", arXiv 2412.02685; for ``form="dpo"``)::
 
         z        = beta * (rho_w - rho_l),      rho = log pi(y|x) - log pi_ref(y|x)
         L_reg(y) = - sum_t beta * r_hat(y_t) * log pi(y_t | x, y_<t)

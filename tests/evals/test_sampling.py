@@ -255,7 +255,7 @@ def test_a_model_samples_for_its_own_training(tmp_path: Path, monkeypatch: pytes
     assert plain.rows != sampled.rows
     calls: list[int] = []
     monkeypatch.setattr(HuggingFaceEngine, "__call__", lambda self, requests: calls.append(len(requests)) or [])
-    dataset = self_samples(*words, settings, tmp_path / "cache", weights="w0").rows
+    dataset = Dataset.from_list(self_samples(*words, settings, tmp_path / "cache", weights="w0").rows)
     assert list(dataset) == sampled.rows and calls == []
     _, report = to_candidate_rows(dataset, words[2], max_length=None, num_candidates=None)
     assert report.candidates_per_row == {4: 3}

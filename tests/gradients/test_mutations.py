@@ -108,8 +108,8 @@ TRAINING: dict[str, tuple[Mutate, Callable[[Any, Any], None]]] = {
     "metrics recorded twice": (
         lambda patch: patch.setattr(
             _hook.GradientRuleHook,
-            "_evaluate",
-            lambda self, *a, record, original=_hook.GradientRuleHook._evaluate: original(self, *a, record=True),
+            "_evaluate_at",
+            lambda self, *a, record, original=_hook.GradientRuleHook._evaluate_at: original(self, *a, record=True),
         ),
         lambda make, watch: hook.test_exactly_the_documented_metrics_are_logged_and_the_loss_is_that_of_the_weights(
             make, "sam"

@@ -33,7 +33,7 @@ def survives(mutant: Mutant, name: str) -> bool:
 def users_of_modules() -> dict[str, list[str]]:
     """Module of the layer to the methods whose loss is built from it."""
     users: dict[str, list[str]] = {}
-    for name in PREFERENCE_METHODS:
+    for name in [*PREFERENCE_METHODS, "sft"]:
         importlib.import_module(f"alignkit.losses.{name}")
         for module in building_blocks(f"alignkit.losses.{name}"):
             users.setdefault(module, []).append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignkit.losses.sft import sft_loss
-from alignkit.losses.types import TokenBatch
+from alignkit.losses.types import LossOutput, TokenBatch
 
 TOKENS = st.tuples(st.floats(-50, 0), st.booleans())
 ROWS = st.lists(st.lists(TOKENS, min_size=3, max_size=3), min_size=1, max_size=4)
@@ -30,6 +31,20 @@ def test_it_is_the_mean_over_trained_tokens(rows: list[list[tuple[float, bool]]]
     assert result.mean().item() == pytest.approx(expected, abs=1e-12)
     (term,) = result.terms
     assert (term.name, term.item, int(term.num_items), term.weight) == ("nll", "token", len(trained), 1.0)
+
+
+def check_loss(loss: Callable[[TokenBatch], LossOutput]) -> None:
+    """The definition on rows whose masked tokens carry a number too; tests/losses/test_mutations.py calls this."""
+    logps = torch.tensor([[-1.0, -2.5, -4.0], [-0.5, -3.0, -7.0]], dtype=torch.float64)
+    result = loss(TokenBatch(logps, torch.tensor([[True, False, True], [False, True, False]])))
+    (term,) = result.terms
+    assert (term.name, term.item, int(term.num_items), term.weight) == ("nll", "token", 3, 1.0)
+    assert term.values.tolist() == [1.0, 0.0, 4.0, 0.0, 3.0, 0.0]
+    assert result.mean().item() == pytest.approx(8 / 3, abs=1e-12)
+
+
+def test_the_loss_on_given_rows() -> None:
+    check_loss(sft_loss)
 
 
 def test_uniform_guesses_cost_log_v() -> None:

@@ -123,13 +123,13 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
 
 def test_full_training_on_completions_continues_as_a_model(launcher: Launcher, place: Path) -> None:
     write_rows(place / "answers.jsonl", [{"prompt": r["prompt"], "completion": r["rejected"]} for r in pairs(20)])
-    config = {**CONFIG, "method": "sft", "data": "answers.jsonl", "parametrization": "full", "output_dir": "full"}
-    write_config(place / "full.yaml", {**config, "max_steps": 2})
-    assert launcher.run("--config", "full.yaml", directory=place, program=SFT).exit_code == 0
-    again = ["--config", "full.yaml", "--model", "full", "--output_dir", "again", "--parametrization", "lora"]
+    config = {**CONFIG, "method": "sft", "data": "answers.jsonl", "parametrization": "full", "output_dir": "answers"}
+    write_config(place / "answers.yaml", {**config, "max_steps": 2})
+    assert launcher.run("--config", "answers.yaml", directory=place, program=SFT).exit_code == 0
+    again = ["--config", "answers.yaml", "--model", "answers", "--output_dir", "again", "--parametrization", "lora"]
     ended = launcher.run(*again, directory=place, program=SFT)
     assert ended.exit_code == 0, ended.errors[-3000:]
-    assert "A LoRA adapter for the local model `full`" in (place / "again" / "README.md").read_text()
+    assert "A LoRA adapter for the local model `answers`" in (place / "again" / "README.md").read_text()
 
 
 def test_real_rows_on_a_trained_model(launcher: Launcher, tmp_path: Path) -> None:
