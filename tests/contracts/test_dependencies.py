@@ -12,6 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+CLAIMS = Path(__file__).resolve().parents[2] / "scripts" / "claims"
+"""Its scripts, and their tests, import each other by bare name."""
+
 
 def declared(repository: Path) -> list[Requirement]:
     """Requirements of pyproject.toml, extras included, without references to alignkit's own extras."""
@@ -55,7 +58,7 @@ def test_what_the_bridges_lean_on_is_held_to_one_minor(name: str, repository: Pa
 def imported(folder: Path) -> Iterator[str]:
     """Top-level packages outside the standard library that the files of a folder import."""
     for path in folder.rglob("*.py"):
-        siblings = {file.stem for file in path.parent.glob("*.py")}
+        siblings = {file.stem for file in (*path.parent.glob("*.py"), *CLAIMS.glob("*.py"))}
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
