@@ -87,3 +87,16 @@ def non_negative_float(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
     return value
+
+
+def column_pair(text: str) -> tuple[str, str]:
+    """An argparse type: ``ours=theirs``."""
+    ours, equals, theirs = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS such as prompt=question, got {text!r}")
+    return ours, theirs
+
+
+def pick(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Some of the options, to hand on."""
+    return {name: getattr(arguments, name) for name in names}

@@ -16,7 +16,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.arguments import StrictParser, non_negative_float, non_negative_int, positive_int
+from alignkit.arguments import (
+    StrictParser,
+    column_pair,
+    non_negative_float,
+    non_negative_int,
+    pick,
+    positive_int,
+)
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.parametrizations.files import AdapterFiles, find_model, model_problem
 from alignkit.programs import run_program
@@ -91,11 +98,6 @@ def report(
         print(f"written to {arguments.output}")
 
 
-def pick(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Some of the options, to hand on."""
-    return {name: getattr(arguments, name) for name in names}
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = StrictParser(*__doc__.split("\n\n", 1))
@@ -148,14 +150,6 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
     if problems:
         raise ConfigError(Path(sys.argv[0]).name, problems)
     return found
-
-
-def column_pair(text: str) -> tuple[str, str]:
-    """An argparse type: ``ours=theirs``."""
-    ours, equals, theirs = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS such as prompt=question, got {text!r}")
-    return ours, theirs
 
 
 if __name__ == "__main__":

@@ -20,7 +20,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.arguments import StrictParser, non_negative_float, non_negative_int, positive_int
+from alignkit.arguments import (
+    StrictParser,
+    column_pair,
+    non_negative_float,
+    non_negative_int,
+    pick,
+    positive_int,
+)
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.parametrizations.files import AdapterFiles, find_model, sha256
 from alignkit.programs import run_program
@@ -132,11 +139,6 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
-def pick(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Some of the options, to hand on."""
-    return {name: getattr(arguments, name) for name in names}
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = StrictParser(*__doc__.split("\n\n", 1))
@@ -222,14 +224,6 @@ def engine_problems(arguments: argparse.Namespace) -> list[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("--engine vllm runs in one process: start it without a launcher, or write --engine hf")
     return problems
-
-
-def column_pair(text: str) -> tuple[str, str]:
-    """An argparse type: ``ours=theirs``."""
-    ours, equals, theirs = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS such as prompt=question, got {text!r}")
-    return ours, theirs
 
 
 def file_and_function(text: str) -> tuple[Path, str]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.arguments import StrictParser, positive_int
+from alignkit.arguments import StrictParser, column_pair, positive_int
 from alignkit.data.contrast import load_contrast_prompts
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.parametrizations.files import AdapterFiles, find_model
@@ -205,14 +205,6 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
     if problems or contrast is None:
         raise ConfigError(Path(sys.argv[0]).name, problems)
     return *found, contrast
-
-
-def column_pair(text: str) -> tuple[str, str]:
-    """An argparse type: ``ours=theirs``."""
-    ours, equals, theirs = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS such as prompt=question, got {text!r}")
-    return ours, theirs
 
 
 if __name__ == "__main__":
