@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "claims"))
 
 import glad_study as study
 from glad_adapt import Arm, Budget, edited_gradient, evaluate, train

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from alignkit.gradients._family import Evaluation
 from alignkit.gradients.perpgrad import PerpGradConfig, edit
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "claims"))
-
 from perpgrad_addition import ARMS, Budget, addition, initial_parameters, logits, train
 
 
