@@ -19,8 +19,9 @@ The inner products are taken over all tensors together or one tensor at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,13 +44,15 @@ class Evaluation:
     """A micro-batch evaluated at some weights.
 
     Attributes:
-        weights: The weights, whole, one entry a tensor.
+        weights: The weights that train, whole, one entry a tensor; not the displaced ones, which are not kept.
         gradient: Gradient of the micro-batch's part of the loss, one entry a tensor.
         loss: That part of the loss, a detached scalar.
         share: What part of the step's mean loss that is: one over the number of accumulation steps.
         start: The weights at the start of training, where the rule asked for them; entries of ``pairs`` are None.
         pairs: The LoRA updates among the tensors.
         seed: A number that is another one for every micro-batch, and the same when a run is repeated.
+        displacement_norm: l2 norm of what was added to the weights, as far as their precision holds it; None where
+            nothing was.
     """
 
     weights: Sequence[Tensor]
@@ -59,6 +62,12 @@ class Evaluation:
     start: Sequence[Tensor | None] = ()
     pairs: Sequence[LowRankPair] = ()
     seed: int = 0
+    displacement_norm: Tensor | None = None
+
+    @cached_property
+    def with_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``<w, w>``, ``<w, g>`` and ``<g, g>``, each [n], one tensor at a time."""
+        return inner_products(self.weights, self.gradient)
 
 
 @dataclass(frozen=True)
@@ -97,15 +106,20 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.dot(x.flatten(), y.flatten())
 
 
+def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """``<x, x>``, ``<x, y>`` and ``<y, y>``, each [n], one tensor at a time."""
+    each = [(dot(x, x), dot(x, y), dot(y, y)) for x, y in zip(xs, ys, strict=True)]
+    xx, xy, yy = (torch.stack(column) for column in zip(*each, strict=True))
+    return xx, xy, yy
+
+
 def products(g: Sequence[Tensor], g_s: Sequence[Tensor]) -> Products:
     """Inner products, one tensor at a time [n]."""
-    pairs = list(zip(g, g_s, strict=True))
-    stacked = [[dot(x, x), dot(x, y), dot(y, y)] for x, y in pairs]
-    return Products(*(torch.stack(column) for column in zip(*stacked, strict=True)))
+    return Products(*inner_products(g, g_s))
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """l2 norm over all tensors together."""
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """l2 norm over all tensors together; one at a time, so that they may be made as they are asked for."""
     return torch.stack([dot(x, x) for x in tensors]).sum().sqrt()
 
 
@@ -120,7 +134,7 @@ def combine(evaluations: Sequence[Evaluation], coefficients: Coefficients, *, pe
     a, total = coefficients(each if per_tensor else each.total())
     a, total = a.expand_as(each.gg), total.expand_as(each.gg)
     return [
-        torch.lerp(x, y, (1 - a[i]).to(x.dtype)) + (total[i] - 1).to(x.dtype) * y
+        torch.lerp(x, y, (1 - a[i]).to(x.dtype)).addcmul_(y, (total[i] - 1).to(x.dtype))
         for i, (x, y) in enumerate(zip(g, g_s, strict=True))
     ]
 
@@ -157,25 +171,21 @@ ROUNDING = 1e-6
 
 def orthogonal_to_weights(evaluation: Evaluation) -> list[Tensor]:
     """``g_perp * ||g|| / ||g_perp||`` tensor by tensor; g where the weights are 0 (perpGrad)."""
-    return [_perpendicular(w, g) for w, g in zip(evaluation.weights, evaluation.gradient, strict=True)]
-
-
-def _perpendicular(w: Tensor, g: Tensor) -> Tensor:
-    ww = dot(w, w)
-    radial = torch.where(ww == 0, 0.0, dot(w, g) / ww)
-    perpendicular = torch.addcmul(g, radial.to(g.dtype), w, value=-1)
-    length, kept = dot(g, g).sqrt(), dot(perpendicular, perpendicular).sqrt()
+    ww, wg, gg = evaluation.with_weights
+    radial = torch.where(ww == 0, 0.0, wg / ww)
+    pairs = zip(evaluation.weights, evaluation.gradient, radial, strict=True)
+    perpendicular = [torch.addcmul(g, share.to(g.dtype), w, value=-1) for w, g, share in pairs]
+    length, kept = gg.sqrt(), torch.stack([dot(x, x) for x in perpendicular]).sqrt()
     is_rounding = kept < ROUNDING * length
     scale = torch.where((radial == 0) | (kept == 0) | is_rounding, 1.0, length / kept)
-    return perpendicular.mul_(scale.to(g.dtype))
+    return [x.mul_(factor.to(x.dtype)) for x, factor in zip(perpendicular, scale, strict=True)]
 
 
 def radial_share(evaluation: Evaluation) -> Tensor:
     """Part of ``||g||^2`` that points along the weights, tensor by tensor, over all of them."""
-    pairs = list(zip(evaluation.weights, evaluation.gradient, strict=True))
-    whole = torch.stack([dot(g, g) for _, g in pairs])
-    along = torch.stack([dot(w, g) ** 2 / dot(w, w).clamp(min=EPSILON) for w, g in pairs])
-    return along.sum() / whole.sum().clamp(min=torch.finfo(whole.dtype).tiny)
+    ww, wg, gg = evaluation.with_weights
+    along = wg**2 / ww.clamp(min=EPSILON)
+    return along.sum() / gg.sum().clamp(min=torch.finfo(gg.dtype).tiny)
 
 
 def pulled_to_start(evaluation: Evaluation, coef: float) -> list[Tensor]:

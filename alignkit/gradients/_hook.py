@@ -30,12 +30,13 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from alignkit.gradients._decay import DecayToStart, StartKeeper, read_starts
-from alignkit.gradients._family import Evaluation, LowRankPair
+from alignkit.gradients._family import Evaluation, LowRankPair, norm
 from alignkit.gradients._measures import measure
 from alignkit.gradients._replay import random_state, replayed
 from alignkit.gradients._support import check_supported
 from alignkit.gradients._weights import (
     Trainable,
+    all_tensors,
     evaluated_at,
     low_rank_pairs,
     trainable_tensors,
@@ -65,10 +66,20 @@ def chosen_rule(name: str | None, options: Any) -> ChosenRule | None:
 
 
 @dataclass(frozen=True)
+class _Known:
+    """What is inside a wrapped model; kept, since finding out takes as long as a small step."""
+
+    model: nn.Module
+    inner: nn.Module
+    tensors: Sequence[Trainable]
+
+
+@dataclass(frozen=True)
 class _MicroBatch:
     """What both evaluations of a micro-batch are given."""
 
     inner: nn.Module
+    tensors: Sequence[Trainable]
     inputs: Mapping[str, Tensor]
     num_items_in_batch: Tensor | None
 
@@ -80,6 +91,7 @@ class GradientRuleHook(Trainer):
 
     _kept: dict[str, Tensor] | None = None
     _start: Mapping[str, Tensor]
+    _known: _Known | None = None
     _drawn: tuple[int, int] = (-1, 0)
 
     # --- what the trainer implements -------------------------------------------------------------------------------
@@ -106,7 +118,9 @@ class GradientRuleHook(Trainer):
         """
         if self.gradient_rule is None or not torch.is_grad_enabled() or not self._rule_is_on():
             return self.batch_loss(model, inputs, num_items_in_batch, record=True)
-        batch = _MicroBatch(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
+        known = self._known_of(model)
+        tensors = [tensor for tensor in known.tensors if tensor.trains]
+        batch = _MicroBatch(known.inner, tensors, inputs, num_items_in_batch)
         with self._evaluated_twice():
             loss, gradients = self._edited_gradients(batch, self.gradient_rule)
         return loss + zero_with_gradients(model, batch.inner, gradients, loss)
@@ -123,6 +137,12 @@ class GradientRuleHook(Trainer):
         if name not in self._kept:
             self._kept[name] = compute()
         return self._kept[name]
+
+    def _known_of(self, model: nn.Module) -> _Known:
+        if self._known is None or self._known.model is not model:
+            inner = self.accelerator.unwrap_model(model)
+            self._known = _Known(model, inner, all_tensors(inner))
+        return self._known
 
     @contextlib.contextmanager
     def _evaluated_twice(self) -> Iterator[None]:
@@ -145,24 +165,26 @@ class GradientRuleHook(Trainer):
 
     def _edited_gradients(self, batch: _MicroBatch, chosen: ChosenRule) -> tuple[Tensor, dict[Trainable, Tensor]]:
         """The loss, detached, and the gradient of every tensor that has one; those that are no target keep theirs."""
-        rule, options, tensors = chosen.rule, chosen.options, trainable_tensors(batch.inner)
+        rule, options, tensors = chosen.rule, chosen.options, batch.tensors
         weights = whole_weights(tensors)
         device = weights[0].device
         state = random_state(device)
-        loss, gradients = self._evaluate_at(batch, tensors, weights, record=True)
+        loss, gradients = self._evaluate_at(batch, weights, record=True)
         targets = [i for i in gradients if options.rule_targets == "all" or tensors[i].is_lora]
         found = {tensors[i]: (weights[i], gradients[i]) for i in targets}
-        first = self._first_evaluation(batch, found, loss, chosen)
-        evaluations = [first]
+        evaluations = [self._first_evaluation(batch, found, loss, chosen)]
         if rule.displacement is not None:
             moved = list(weights)
-            for i, displacement in zip(targets, rule.displacement(first, options), strict=True):
+            for i, displacement in zip(targets, rule.displacement(evaluations[0], options), strict=True):
                 moved[i] = weights[i] + displacement
+            length = norm(moved[i] - weights[i] for i in targets)
             with replayed(state, device):
-                loss_s, gradients_s = self._evaluate_at(batch, tensors, moved, record=False)
+                loss_s, gradients_s = self._evaluate_at(batch, moved, record=False)
             g_s = [gradients_s[i] if i in gradients_s else torch.zeros_like(weights[i]) for i in targets]
-            there = [moved[i] for i in targets]
-            evaluations.append(replace(first, loss=loss_s, weights=there, gradient=self._averaged(g_s, options)))
+            g_s = self._averaged(g_s, options)
+            evaluations.append(replace(evaluations[0], loss=loss_s, gradient=g_s, displacement_norm=length))
+            # As large as everything that trains, as the edited gradient will be.
+            del moved, gradients_s
         assert rule.edit is not None
         edited = dict(zip(targets, rule.edit(evaluations, options), strict=True))
         for name, metric in measure(rule, options, evaluations).items():
@@ -191,10 +213,10 @@ class GradientRuleHook(Trainer):
         )
 
     def _evaluate_at(
-        self, batch: _MicroBatch, tensors: Sequence[Trainable], weights: Sequence[Tensor], *, record: bool
+        self, batch: _MicroBatch, weights: Sequence[Tensor], *, record: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss at these weights, detached, and the gradients of the tensors it depends on, by position."""
-        with evaluated_at(tensors, weights) as leaves:
+        with evaluated_at(batch.tensors, weights) as leaves:
             loss = self.batch_loss(batch.inner, batch.inputs, batch.num_items_in_batch, record=record)
             # Not autograd.grad, which checkpointing in its older, re-entrant form does not allow. The leaves are the
             # only ones that require a gradient, so nothing reaches the parameters.

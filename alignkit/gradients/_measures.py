@@ -18,7 +18,7 @@ def measure(rule: GradientRule, options: Any, evaluations: Sequence[Evaluation])
     Args:
         rule: The rule in use.
         options: Its options.
-        evaluations: At the weights, and where the rule displaces them at the displaced weights.
+        evaluations: At the weights, and where the rule displaces them once more there.
     """
     if len(evaluations) == 2:
         return two_gradient_metrics(*evaluations)
@@ -31,11 +31,11 @@ def two_gradient_metrics(first: Evaluation, second: Evaluation) -> dict[str, Met
     cosine = each.total().cosine
     is_defined = cosine.isfinite().to(cosine.dtype)
     in_conflict = (each.gs < 0).to(each.gs.dtype)
-    moved = [there - here for here, there in zip(first.weights, second.weights, strict=True)]
+    assert second.displacement_norm is not None
     return {
         "gradient/cosine": Metric(cosine.nan_to_num(0.0, 0.0, 0.0), is_defined),
         "gradient/conflict_rate": Metric(in_conflict),
-        "gradient/displacement_norm": _single(norm(moved)),
+        "gradient/displacement_norm": _single(second.displacement_norm),
         "gradient/weight_norm": _single(norm(first.weights)),
         "gradient/sharpness_gap": _single((second.loss - first.loss) / first.share),
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ LORA_PREFIX = "lora_"
 
 @dataclass(frozen=True)
 class Trainable:
-    """One trainable tensor and every place that reads it; a tied weight has several.
+    """One tensor that trains, or may, and every place that reads it; a tied weight has several.
 
     Attributes:
         name: Full name of its first place.
@@ -39,6 +40,11 @@ class Trainable:
     places: tuple[tuple[nn.Module, str], ...]
 
     @property
+    def trains(self) -> bool:
+        """Whether it requires a gradient at this moment."""
+        return self.parameter.requires_grad
+
+    @cached_property
     def is_lora(self) -> bool:
         """Whether it is part of a LoRA adapter; modules saved beside one are not."""
         return any(part.startswith(LORA_PREFIX) for part in self.name.split("."))
@@ -50,16 +56,20 @@ class Trainable:
         return torch.float32 if self.is_lora and dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def trainable_tensors(model: nn.Module) -> list[Trainable]:
-    """All tensors of ``model`` that require a gradient, in the order of its modules."""
+def all_tensors(model: nn.Module) -> list[Trainable]:
+    """All tensors of ``model``, frozen ones too, in the order of its modules."""
     names: dict[nn.Parameter, str] = {}
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.requires_grad:
-                names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
-                places.setdefault(parameter, []).append((module, name))
+            names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+            places.setdefault(parameter, []).append((module, name))
     return [Trainable(name, parameter, tuple(places[parameter])) for parameter, name in names.items()]
+
+
+def trainable_tensors(model: nn.Module) -> list[Trainable]:
+    """All tensors of ``model`` that require a gradient at this moment."""
+    return [tensor for tensor in all_tensors(model) if tensor.trains]
 
 
 def whole_weights(tensors: Sequence[Trainable]) -> list[Tensor]:
@@ -122,14 +132,13 @@ class _GradientSource(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = parameter.dtype
+        ctx.gradient, ctx.dtype = gradient, parameter.dtype
         return parameter.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        # In place: the edited gradient is used once, and another copy may be as large as the model.
+        # Used once, given away and changed in place: another copy may be as large as the model.
+        gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(grad_output).to(ctx.dtype), None
 
 

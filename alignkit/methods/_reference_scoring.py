@@ -53,6 +53,8 @@ class ReferenceScoring(DPOTrainer):
     _precompute_engine: nn.Module | None
     anchor: MovingAnchor | None = None
     _negative_reference: nn.Module | None = None
+    # Unwrapping a model makes accelerate look its dependencies up on disk: 10 ms of every batch.
+    _ready_reference: tuple[nn.Module, str] | None = None
 
     def _set_up_anchor(self, schedule: AnchorSchedule | None) -> None:
         """Let the reference follow the policy; after TRL's constructor, before anything is sharded.
@@ -117,10 +119,13 @@ class ReferenceScoring(DPOTrainer):
                 "the policy has been trained and there is no reference model left to score these rows with"
             )
         model = self.ref_model or self.model
-        base = base_model(self.accelerator.unwrap_model(model))
-        support_packed_rows(base)
-        if self.layout.layout == "shared_prefix":
-            use_packed_attention(base)
+        key = (model, self.layout.layout)
+        if key != self._ready_reference:
+            base = base_model(self.accelerator.unwrap_model(model))
+            support_packed_rows(base)
+            if self.layout.layout == "shared_prefix":
+                use_packed_attention(base)
+            self._ready_reference = key
         return model
 
     @contextlib.contextmanager

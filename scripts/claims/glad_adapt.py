@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignkit.gradients._family import Evaluation, along_gradient
+from alignkit.gradients._family import Evaluation, along_gradient, norm
 from alignkit.gradients._hook import ChosenRule, chosen_rule
 from alignkit.gradients._measures import two_gradient_metrics
 from alignkit.gradients.rule import load_rule
@@ -68,7 +68,8 @@ def evaluate(base: Weights, adapters: Weights, tokens: Tensor, seed: int = 0) ->
 
 def displaced(base: Weights, first: Evaluation, moves: Weights, tokens: Tensor) -> Evaluation:
     """The evaluation at displaced adapters."""
-    return evaluate(base, [w + m for w, m in zip(first.weights, moves, strict=True)], tokens, first.seed)
+    there = evaluate(base, [w + m for w, m in zip(first.weights, moves, strict=True)], tokens, first.seed)
+    return replace(there, weights=first.weights, displacement_norm=norm(moves))
 
 
 def edited_gradient(

@@ -42,6 +42,7 @@ class Seen:
     """What a rule was given and what it returned, a micro-batch at a time."""
 
     evaluations: list[list[Evaluation]] = field(default_factory=list)
+    displacements: list[list[Tensor]] = field(default_factory=list)
     edited: list[list[Tensor]] = field(default_factory=list)
 
 
@@ -59,7 +60,13 @@ def watched() -> Callable[..., tuple[ChosenRule, Seen]]:
             seen.edited.append([x.clone() for x in result])
             return result
 
-        return ChosenRule(replace(original.rule, edit=edit), original.options), seen
+        def displacement(evaluation: Any, options: Any) -> list[Tensor]:
+            result = original.rule.displacement(evaluation, options)
+            seen.displacements.append([x.clone() for x in result])
+            return result
+
+        watched = {"edit": edit} | ({} if original.rule.displacement is None else {"displacement": displacement})
+        return ChosenRule(replace(original.rule, **watched), original.options), seen
 
     def clone(evaluation: Evaluation) -> Evaluation:
         return replace(
