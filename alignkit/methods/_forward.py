@@ -4,6 +4,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - ``trl.trainer.utils.add_fused_lm_head(model, ..., outputs=...)`` and its ``fused_lm_head`` / ``shift_labels`` inputs
 - ``FusedCausalLMOutput.log_probs / entropy / is_top1 / aux_loss``
 - 4-D attention masks and ``BlockMask`` pass through ``transformers.masking_utils`` untouched
+- transformers ``PreTrainedModel._supports_flex_attn`` and ``set_attn_implementation``
 """
 
 from __future__ import annotations
@@ -140,13 +141,29 @@ def support_packed_rows(base: nn.Module) -> None:
         _PACKED_BACKBONES.add(backbone)
 
 
-def use_packed_attention(base: nn.Module) -> None:
-    """Replace scaled-dot-product attention by the one that skips what no branch looks at, where that is known to pay.
+def packed_attention(base: nn.Module) -> str:
+    """The attention to run packed rows with, as long as nothing has been measured.
 
-    On a GPU, where it has not been measured, dense masks stay.
+    In place of scaled-dot-product attention it is, on a CPU, the one that skips what no branch looks at.
     """
-    if base.config.get_text_config()._attn_implementation == "sdpa" and PartialState().device.type == "cpu":
-        base.set_attn_implementation(_packed_attention.NAME)
+    own: str = base.config.get_text_config()._attn_implementation
+    return _packed_attention.NAME if own == "sdpa" and PartialState().device.type == "cpu" else own
+
+
+def use_packed_attention(base: nn.Module, attention: str | None = None) -> None:
+    """Make a model ready for packed rows.
+
+    Args:
+        base: The model, without its PEFT wrapper.
+        attention: The implementation to take in place of sdpa, which this model may not have if it was chosen for
+            another one; None is :func:`packed_attention`.
+    """
+    own = base.config.get_text_config()._attn_implementation
+    is_lacking = attention == "flex_attention" and not base._supports_flex_attn
+    is_fixed = own not in ("sdpa", _packed_attention.NAME)
+    chosen = packed_attention(base) if attention is None or is_lacking or is_fixed else attention
+    if chosen != own:
+        base.set_attn_implementation(chosen)
 
 
 def completion_forward(

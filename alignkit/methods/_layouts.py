@@ -17,7 +17,13 @@ from torch import nn
 
 from alignkit.data.prefix import IGNORE_INDEX, CandidateCollator, Layout, packed_length
 from alignkit.errors import ModelError
-from alignkit.methods._forward import LOGP_TOLERANCE, PACKED_ATTENTION, base_model, compute_precision
+from alignkit.methods._forward import (
+    LOGP_TOLERANCE,
+    PACKED_ATTENTION,
+    base_model,
+    compute_precision,
+    packed_attention,
+)
 
 SAMPLED_ROWS = 256
 CHECKED_TOKENS = 16
@@ -25,10 +31,17 @@ CHECKED_TOKENS = 16
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """The layout of a run and the sentence that explains it."""
+    """The layout of a run.
+
+    Attributes:
+        layout: Which.
+        reason: The sentence that explains it.
+        attention: The attention packed rows are run with; None where they cannot be.
+    """
 
     layout: Layout
     reason: str
+    attention: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,16 +90,18 @@ def choose_layout(
         difference, tolerance = layout_difference(model, sample[0]), LOGP_TOLERANCE[compute_precision(model)]
         if not difference <= tolerance:
             obstacle = f"the layouts differ by {difference:.2g} nats a token on this model (tolerance {tolerance})"
+    attention = packed_attention(base_model(model))
     if requested == "shared_prefix":
         if obstacle:
             advice = "Write `layout: auto` or `layout: padded`."
             raise ModelError(f"layout: shared_prefix cannot be used: {obstacle}. {advice}")
-        return LayoutChoice("shared_prefix", "asked for")
+        return LayoutChoice("shared_prefix", "asked for", attention)
     if obstacle:
         return LayoutChoice("padded", obstacle)
     gain = expected_cost(base_model(model).config.get_text_config(), sample, batch_size=batch_size).speedup
     layout: Layout = "shared_prefix" if gain > 1.0 else "padded"
-    return LayoutChoice(layout, f"shared_prefix is expected to cost {1 / gain:.2f} x the FLOPs of padded on these rows")
+    reason = f"shared_prefix is expected to cost {1 / gain:.2f} x the FLOPs of padded on these rows"
+    return LayoutChoice(layout, reason, attention)
 
 
 def shared_prefix_obstacle(model: nn.Module, *, longest: int, aux_loss: bool = False) -> str | None:

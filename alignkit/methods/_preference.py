@@ -12,7 +12,8 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from alignkit.methods._forward import (
     support_packed_rows,
     use_packed_attention,
 )
+from alignkit.methods._layout_timing import MICRO_BATCHES, choose_fastest, time_ways, ways_of
 from alignkit.methods._layouts import LayoutChoice, choose_layout
 from alignkit.methods._reference_scoring import ReferenceScoring
 from alignkit.methods.method import Method
@@ -97,6 +99,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
     ) -> None:
         self.method, self.method_options, self.settings = method, options, settings
         self.needs = method.needs(options)
+        self.data_collator: CandidateCollator
         self.layout: LayoutChoice = self._choose_layout(model, args, train_dataset)
         self.prepare_bridge(gradient_rule)
         tokenizer = inherited["processing_class"]
@@ -108,6 +111,8 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         self._vocabulary_size: int = base_model(model).config.get_text_config().vocab_size
         # TRL's own head also computes the mean logits, which nothing here reads.
         add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
+        if self._measures_layout():
+            self._take_fastest_layout()
         if "token_rewards" in self.needs:
             self._add_token_rewards()
         if args.precompute_ref_log_probs:
@@ -132,6 +137,32 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         if choice.layout == "shared_prefix":
             use_packed_attention(base_model(model))
         return choice
+
+    def _measures_layout(self) -> bool:
+        """Whether layouts are timed: on accelerators, whose kernels decide, where there is a choice to make."""
+        is_sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
+        is_open = self.settings.layout == "auto" and self.layout.attention is not None
+        return is_open and not is_sharded and self.accelerator.device.type != "cpu"
+
+    def _take_fastest_layout(self) -> None:
+        """Run some rows in every way there is and go on in the fastest; a collective, all processes take the same."""
+        model, device, size = self.model, self.accelerator.device, self.args.per_device_train_batch_size
+        if next(model.parameters()).device.type != device.type:
+            model.to(device)
+        timings = time_ways(
+            model,
+            ways_of(model),
+            list(islice(self.train_dataset, MICRO_BATCHES * size)),
+            batch_size=size,
+            collator=self.data_collator,
+            autocast=self.accelerator.autocast,
+        )
+        seconds = torch.tensor([timing.seconds for timing in timings.values()], device=device)
+        means = self.accelerator.reduce(seconds, reduction="mean").tolist()
+        merged = {way: replace(timings[way], seconds=mean) for way, mean in zip(timings, means, strict=True)}
+        self.layout = choose_fastest(merged, self.layout)
+        self.data_collator = replace(self.data_collator, layout=self.layout.layout)
+        base_model(model).set_attn_implementation(self.layout.attention)
 
     # --- objective -------------------------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class ReferenceScoring(DPOTrainer):
             model = self.settings.negative_reference
             add_completion_head(model)
             if self.layout.layout == "shared_prefix":
-                use_packed_attention(base_model(model))
+                use_packed_attention(base_model(model), self.layout.attention)
             if self.is_deepspeed_enabled:
                 model = prepare_deepspeed(model, self.accelerator)
             elif self.is_fsdp_enabled:
@@ -124,7 +124,7 @@ class ReferenceScoring(DPOTrainer):
             base = base_model(self.accelerator.unwrap_model(model))
             support_packed_rows(base)
             if self.layout.layout == "shared_prefix":
-                use_packed_attention(base)
+                use_packed_attention(base, self.layout.attention)
             self._ready_reference = key
         return model
 

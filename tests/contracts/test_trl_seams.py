@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Trainer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from trl import DPOTrainer, SFTTrainer
@@ -139,6 +139,16 @@ def test_fused_head_scores_shift_labels_and_only_log_probs_and_entropy_carry_gra
     assert output.log_probs.requires_grad
     assert output.entropy.requires_grad
     assert not output.mean_logits.requires_grad
+
+
+def test_models_say_whether_they_run_flex_attention_and_change_their_attention() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", num_hidden_layers=1, hidden_size=16))
+    assert model._supports_flex_attn
+    model.set_attn_implementation("flex_attention")
+    assert model.config._attn_implementation == "flex_attention"
+    assert not AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", n_layer=1, hidden_size=16)
+    )._supports_flex_attn
 
 
 @pytest.mark.parametrize("attention", ["sdpa", _packed_attention.NAME])
