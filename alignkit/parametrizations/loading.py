@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from alignkit.errors import ModelError
 from alignkit.parametrizations.files import AdapterFiles, check_tensors, model_problem
-from alignkit.parametrizations.quantization import quantization_config
+from alignkit.parametrizations.quantization import keep_trainable_on_cpu, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,6 +76,8 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
             f"the checkpoint of {source.model!r} lacks {len(missing)} weights, such as {missing[0]}; they would be "
             "random. Give a causal language model with all its weights."
         )
+    if source.quantization == "nf4":
+        keep_trainable_on_cpu(model)
     is_placed = device is None or source.quantization != "none"
     return model.eval() if is_placed else model.to(device).eval()
 

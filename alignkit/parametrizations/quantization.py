@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 
@@ -23,3 +24,20 @@ def quantization_config(kind: Literal["nf4", "int8"], compute_dtype: torch.dtype
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def keep_trainable_on_cpu(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking nf4 weights for inference on the CPU.
+
+    Where the processor has AVX512-BF16, bitsandbytes 0.50 does so at the first forward pass in evaluation mode. The
+    product with repacked weights has no gradient with respect to its input, so in training afterwards no gradient gets
+    through a quantised layer, and nothing says so.
+
+    Args:
+        model: A model loaded with nf4 weights.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
