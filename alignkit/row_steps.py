@@ -14,7 +14,8 @@ from alignkit.config import PreferenceConfig
 from alignkit.data.contrast import ContrastPrompts, load_contrast_prompts
 from alignkit.data.negatives import check_prompts, lack_samples
 from alignkit.environment import launched_with_fsdp
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
+from alignkit.evals.resampling import Resampler
 from alignkit.evals.sampling import SampleSettings
 from alignkit.evals.self_samples import self_samples
 from alignkit.methods._reference import default_cache_dir, weights_fingerprint
@@ -47,20 +48,11 @@ def with_samples(
     if not wanting:
         return splits
     advice = "run scripts/sample_candidates.py first, and train on what it writes"
-    if is_deepspeed_zero3_enabled() or launched_with_fsdp():
+    if _is_sharded():
         raise DataError("these rows have no samples", [f"a sharded model cannot draw any here: {advice}"])
     if config.streaming:
         raise DataError("these rows have no samples", [f"streamed rows cannot be given any: {advice}"])
-    options = config.method_options
-    settings = SampleSettings(
-        num_samples=options.num_samples_per_prompt,
-        max_new_tokens=options.sampling_max_new_tokens,
-        temperature=options.sampling_temperature,
-        top_p=options.sampling_top_p,
-        seed=config.seed,
-        batch_size=config.per_device_eval_batch_size,
-        instruction=options.sampling_instruction,
-    )
+    settings = _sample_settings(config)
     for name in wanting:
         check_prompts(list(splits[name]), name=name)
     model = load_policy(config)
@@ -75,6 +67,35 @@ def with_samples(
             print(result.report)
         sampled[name] = Dataset.from_list(result.rows)
     return splits | sampled
+
+
+def refresh_steps(config: PreferenceConfig) -> int:
+    """Interval at which self-samples are drawn anew, optimizer steps; 0 for never."""
+    has_samples = load_method(config.method).rows == "negatives"
+    return config.method_options.sample_refresh_steps if has_samples else 0
+
+
+def check_refresh(config: PreferenceConfig) -> None:
+    """Refuse to draw samples from a policy that is in pieces; once the arguments of the run have been made.
+
+    Raises:
+        ConfigError: The launcher shards the policy.
+    """
+    if refresh_steps(config) and _is_sharded():
+        advice = "Write sample_refresh_steps: 0, or launch with DDP or ZeRO-2"
+        why = f"`sample_refresh_steps: {refresh_steps(config)}`: such a policy cannot draw samples. {advice}"
+        raise ConfigError("the launcher shards the policy (ZeRO-3 or FSDP)", [why])
+
+
+def resampler(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, lists: Dataset) -> Resampler:
+    """What draws the samples of the training rows anew.
+
+    Args:
+        config: The config.
+        tokenizer: The tokenizer of the model.
+        lists: The candidate lists that the training rows were made of.
+    """
+    return Resampler.of_lists(lists, tokenizer, _sample_settings(config), config.max_length)
 
 
 def check_negatives(rows: Rows, name: str) -> None:
@@ -92,3 +113,20 @@ def check_negatives(rows: Rows, name: str) -> None:
             f"{name}: {len(bad)} rows are not samples and one negative, the first is row {bad[0]}",
             [f"scores {rows[bad[0]]['scores']}: {advice}"],
         )
+
+
+def _sample_settings(config: PreferenceConfig) -> SampleSettings:
+    options = config.method_options
+    return SampleSettings(
+        num_samples=options.num_samples_per_prompt,
+        max_new_tokens=options.sampling_max_new_tokens,
+        temperature=options.sampling_temperature,
+        top_p=options.sampling_top_p,
+        seed=config.seed,
+        batch_size=config.per_device_eval_batch_size,
+        instruction=options.sampling_instruction,
+    )
+
+
+def _is_sharded() -> bool:
+    return bool(is_deepspeed_zero3_enabled()) or launched_with_fsdp()

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from alignkit import steps
 from alignkit.callbacks.probe import DispersionProbe
+from alignkit.callbacks.sample_refresh import SampleRefresh
 from alignkit.config import PreferenceConfig
 from alignkit.data.convert import to_candidate_rows
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError
 from alignkit.evals.token_rewards import NUM_SHOWN, write_heatmap
 from alignkit.gradients._hook import chosen_rule
+from alignkit.methods._late_rows import LateRowsTrainer
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.method import load_method
 from alignkit.model_steps import load_negative_reference, load_policy, load_reference, new_adapter
-from alignkit.row_steps import check_negatives, contrast_prompts, with_samples
+from alignkit.row_steps import check_negatives, check_refresh, contrast_prompts, refresh_steps, resampler, with_samples
 from alignkit.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class PreparedLists(steps.PreparedData):
+    """Tokenised rows of a run, and what they were made of.
+
+    Attributes:
+        source: The training rows as text, samples included.
+    """
+
+    source: Dataset | IterableDataset
 
 
 def training_arguments(config: PreferenceConfig) -> DPOConfig:
@@ -43,12 +56,13 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
         max_length=None,
     )
     steps.check_device(config, args)
+    check_refresh(config)
     return args
 
 
 def prepare_data(
     config: PreferenceConfig, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, directory: RunDirectory
-) -> steps.PreparedData:
+) -> PreparedLists:
     """Load, check, tokenise and report on the rows; rank 0 first, so that the others read its cache.
 
     Raises:
@@ -76,14 +90,14 @@ def prepare_data(
     prompts: list[tuple[int, ...]] = []
     if isinstance(evaluation, Dataset):
         prompts = list(dict.fromkeys(tuple(ids) for ids in evaluation["prompt_ids"]))[: config.num_samples]
-    return steps.PreparedData(converted["train"][0], evaluation, prompts)
+    return PreparedLists(converted["train"][0], evaluation, prompts, splits["train"])
 
 
 def build_trainer(
     config: PreferenceConfig,
     args: DPOConfig,
     tokenizer: PreTrainedTokenizerBase,
-    data: steps.PreparedData,
+    data: PreparedLists,
     directory: RunDirectory,
 ) -> PreferenceTrainer:
     """Load the models and put the trainer together with its callbacks."""
@@ -91,7 +105,8 @@ def build_trainer(
     cache = None if config.reference_cache is None else Path(config.reference_cache)
     layout: Any = config.layout
     negative_reference = load_negative_reference(config, tokenizer)
-    trainer = PreferenceTrainer(
+    refreshed = refresh_steps(config)
+    trainer = (LateRowsTrainer if refreshed else PreferenceTrainer)(
         model,
         args,
         method=load_method(config.method),
@@ -108,6 +123,8 @@ def build_trainer(
     if data.evaluation is not None and config.probe_rows and config.probe_steps:
         probe = trainer.eval_dataset.select(range(min(config.probe_rows, len(data.evaluation))))
         trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))
+    if refreshed:
+        trainer.add_callback(SampleRefresh(trainer, resampler(config, tokenizer, data.source), refreshed))
     if "token_rewards" in trainer.needs and args.process_index == 0:
         _report_token_rewards(trainer, directory)
     if args.process_index == 0:

@@ -30,7 +30,7 @@ from alignkit.evals.generation import Sample
 from alignkit.evals.sampling_engines import Drawing, Engine, Request
 from alignkit.evals.sampling_report import SamplingReport, make_report
 from alignkit.evals.sampling_scorer import Scorer, score_samples
-from alignkit.evals.sampling_store import ChunkStore, RowSamples, fingerprint, on_first_process
+from alignkit.evals.sampling_store import ChunkStore, MemoryStore, RowSamples, fingerprint, on_first_process
 
 EMPTY, NEGATIVE, DUPLICATE, UNFINISHED = "empty", "identical to the negative", "duplicate", "did not stop"
 TOO_LONG, NO_SAMPLES, ONE_SAMPLE = "the prompt leaves no room", "no sample is left", "fewer than 2 samples"
@@ -143,7 +143,7 @@ def sample_candidates(
     engine: Engine,
     settings: SampleSettings,
     *,
-    store: ChunkStore,
+    store: ChunkStore | MemoryStore,
     prompt_limit: int | None = None,
     scorer: Scorer | None = None,
     state: PartialState,

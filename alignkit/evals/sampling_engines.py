@@ -195,16 +195,24 @@ class HuggingFaceEngine:
         ]
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+
+
 class VllmEngine:
     """vLLM's offline ``LLM.generate``, which batches by itself; in one process.
 
-    Not exercised by the test suite, which has no vLLM.
+    **Never run**: there is no vLLM where this is developed. Every name and argument was read against vLLM's source of
+    2026: ``entrypoints/llm.py`` at commit 10fdb8f, ``entrypoints/offline_utils.py`` at 904f21b, ``sampling_params.py``
+    at 00388f6, ``outputs.py`` at 003d3ee, ``config/lora.py`` at 01230b4. The tests have a stand-in as strict as those.
 
     Args:
-        source: The model.
+        source: The model. vLLM's ``auto`` dtype runs float32 weights in half precision.
         adapter: A LoRA adapter, or None.
         tokenizer: The tokenizer.
         drawing: How samples are drawn.
+
+    Raises:
+        ModelError: vLLM cannot run the adapter as it is.
     """
 
     def __init__(
@@ -226,8 +234,7 @@ class VllmEngine:
         }
         self.lora = None
         if adapter is not None:
-            rank = json.loads((adapter.directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
-            options |= {"enable_lora": True, "max_lora_rank": rank}
+            options |= {"enable_lora": True, "max_lora_rank": vllm_lora_rank(adapter)}
             self.lora = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 1, str(adapter.directory))
         self.tokenizer, self.drawing, self.params = tokenizer, drawing, vllm.SamplingParams
         self.stops = sorted({*generation_stop_ids(source.model, source.revision), tokenizer.eos_token_id} - {None})
@@ -244,11 +251,30 @@ class VllmEngine:
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.lora)
         samples = []
-        for request, output in zip(requests, outputs, strict=True):
-            answer = output.outputs[0]
+        for request, answer in zip(requests, (output.outputs[0] for output in outputs), strict=True):
+            if answer.finish_reason not in ("stop", "length"):
+                raise ModelError(f"vLLM broke off a sample ({answer.finish_reason}). Repeat the call to continue.")
+            # The stop token is the last of token_ids already; a second one changes nothing.
             ended = self.stops[:1] if answer.finish_reason == "stop" else []
             samples.append(sample_of(request.prompt_ids, [*answer.token_ids, *ended], self.stops, self.tokenizer))
         return samples
+
+
+def vllm_lora_rank(adapter: AdapterFiles) -> int:
+    """The smallest ``max_lora_rank`` of vLLM that holds ``adapter``.
+
+    Raises:
+        ModelError: It has what vLLM refuses (modules saved whole, DoRA, biases) or passes over (ranks by module).
+    """
+    config = json.loads((adapter.directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    found = [key for key in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
+    found += ["bias"] if config.get("bias", "none") != "none" else []
+    ranks = [rank for rank in VLLM_RANKS if rank >= config.get("r", VLLM_RANKS[-1] + 1)]
+    if found or not ranks:
+        why = ", ".join(found) or f"{adapter.kind} of rank {config.get('r')}, where LoRA up to {VLLM_RANKS[-1]} works"
+        advice = "Write --engine hf, or merge the adapter first (scripts/merge_adapter.py)."
+        raise ModelError(f"vLLM cannot run the adapter {str(adapter.directory)!r}: {why}. {advice}")
+    return ranks[0]
 
 
 def sample_of(

@@ -108,6 +108,30 @@ class ChunkStore:
         shutil.rmtree(self.directory)
 
 
+class MemoryStore:
+    """Finished chunks of samples that nobody will want to continue."""
+
+    def __init__(self) -> None:
+        self._records: list[RowSamples] = []
+
+    def done(self) -> set[int]:
+        """No chunk is there from before."""
+        return set()
+
+    def write(self, number: int, records: Sequence[RowSamples]) -> None:
+        """Add a chunk.
+
+        Args:
+            number: Its number, not used.
+            records: Its rows.
+        """
+        self._records += records
+
+    def read(self) -> list[RowSamples]:
+        """The rows of all chunks, in the order of the rows."""
+        return sorted(self._records, key=lambda record: record.row)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as jsonl or parquet, by the ending of the name; the file appears whole or not at all.
 

@@ -49,6 +49,14 @@ class D2OConfig:
         help="Text put before each prompt while sampling, such as a rule of conduct. Log-probs, here and in the loss, "
         "are those under the plain prompt.",
     )
+    sample_refresh_steps: int = option(
+        0,
+        ge=0,
+        help="Every so many optimizer steps the samples of all training rows are drawn anew from the policy of that "
+        "moment; 0 keeps those of the starting model. Samples of the current policy hold nothing: keep 0, or refresh "
+        "rarely.",
+        source="alignkit: frozen, as the anchor needs (when the paper samples anew is not known to us)",
+    )
 
 
 def objective(batch: CandidateBatch, options: D2OConfig) -> LossOutput:
@@ -112,6 +120,20 @@ METHOD = Method(
             lambda c: c.helpful_reference_model is not None and c.helpful_reference_model == _reference_of(c),
             "the reference is under the negatives anyway; naming it again only loads it twice",
             "Remove helpful_reference_model",
+        ),
+        Conflict(
+            "refreshed samples with a precomputed reference",
+            ("sample_refresh_steps", "reference"),
+            lambda c: c.sample_refresh_steps > 0 and c.reference == "precomputed",
+            "new samples need reference log-probs that were not computed before training",
+            "Write reference: auto, or sample_refresh_steps: 0",
+        ),
+        Conflict(
+            "refreshed samples of streamed rows",
+            ("sample_refresh_steps", "streaming"),
+            lambda c: c.sample_refresh_steps > 0 and c.streaming,
+            "rows of a stream are seen once and cannot be given new samples",
+            "Write streaming: false, or sample_refresh_steps: 0",
         ),
     ),
 )

@@ -109,6 +109,14 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "d2o", "helpful_reference_model": "base"},
         {"helpful_reference_model": "org/other"},
     ),
+    "refreshed samples with a precomputed reference": (
+        {"method": "d2o", "sample_refresh_steps": 50, "reference": "precomputed"},
+        {"reference": "auto"},
+    ),
+    "refreshed samples of streamed rows": (
+        STREAM | {"method": "d2o", "sample_refresh_steps": 50},
+        {"sample_refresh_steps": 0},
+    ),
     # --- treg ---
     "gamma without simpo": ({"method": "treg", "gamma": 1.0}, {"form": "simpo"}),
     "gradient through a static weight": (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, make_dataclass, replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -26,6 +28,7 @@ from alignkit.evals.sampling_engines import (
     VllmEngine,
     draw_tokens,
     sample_of,
+    vllm_lora_rank,
 )
 from alignkit.parametrizations.files import read_adapter
 from alignkit.parametrizations.loading import ModelSource
@@ -174,32 +177,122 @@ def test_a_sample_keeps_its_leading_space() -> None:
     assert sample_of([0], [1], [2], tokenizer).finished is False
 
 
-def test_what_vllm_is_asked(tokenizer: PreTrainedTokenizerBase, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+VLLM_OPTIONS = frozenset(
+    "runner convert tokenizer tokenizer_mode skip_tokenizer_init trust_remote_code tensor_parallel_size dtype revision "
+    "quantization tokenizer_revision seed gpu_memory_utilization enforce_eager hf_overrides max_model_len enable_lora "
+    "generation_config max_loras max_lora_rank max_cpu_loras lora_dtype".split()
+)
+"""Keyword arguments of ``LLM`` and, through it, of ``EngineArgs`` that somebody might want here."""
+SAMPLING_FIELDS = (
+    "n presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids "
+    "ignore_eos max_tokens min_tokens logprobs prompt_logprobs detokenize skip_special_tokens"
+)
+SamplingParams = make_dataclass("SamplingParams", [(name, Any, None) for name in SAMPLING_FIELDS.split()])
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """As in vLLM: an id from 1, and a path."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+    base_model_name: str | None = None
+    load_inplace: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.lora_int_id >= 1 and self.lora_path
+
+
+class StandIn:
+    """A vLLM that checks what it is asked as strictly as the real one (an unknown keyword is a TypeError).
+
+    An answer ends with its stop token where it stopped.
+    """
+
+    def __init__(self, reasons: Sequence[str] = ("stop", "length")) -> None:
+        seen = self.seen = SimpleNamespace()
+
+        class LLM:
+            def __init__(self, model: str, **options: Any) -> None:
+                if unknown := options.keys() - VLLM_OPTIONS:
+                    raise TypeError(f"EngineArgs got an unexpected keyword argument {unknown.pop()!r}")
+                assert options.get("max_lora_rank", 16) in (1, 8, 16, 32, 64, 128, 256, 320, 512)
+                assert options["dtype"] in ("auto", "half", "float16", "bfloat16", "float", "float32")
+                seen.model, seen.options = model, options
+
+            def generate(
+                self,
+                prompts: Any,
+                sampling_params: Any = None,
+                *,
+                use_tqdm: Any = True,
+                lora_request: Any = None,
+                priority: list[int] | None = None,
+                tokenization_kwargs: dict[str, Any] | None = None,
+            ) -> list[Any]:
+                assert len(prompts) == len(sampling_params) and all(p.keys() == {"prompt_token_ids"} for p in prompts)
+                assert all(isinstance(p, SamplingParams) and 0 <= p.temperature <= 2 for p in sampling_params)
+                assert all(type(p.seed) is int and type(p.stop_token_ids) is list for p in sampling_params)
+                assert lora_request is None or isinstance(lora_request, LoRARequest)
+                seen.prompts, seen.params, seen.lora, seen.use_tqdm = prompts, sampling_params, lora_request, use_tqdm
+                ends = {"stop": [1], "length": []}
+                answers = [
+                    SimpleNamespace(index=0, token_ids=[70, 71, *ends.get(r, [])], finish_reason=r, stop_reason=None)
+                    for r in reasons
+                ]
+                return [SimpleNamespace(outputs=[answer], finished=True) for answer in answers]
+
+        vllm, lora, request = (ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request"))
+        vars(vllm).update(LLM=LLM, SamplingParams=SamplingParams)
+        vars(request).update(LoRARequest=LoRARequest)
+        self.modules = {module.__name__: module for module in (vllm, lora, request)}
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_what_vllm_is_asked(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_adapter: bool
+) -> None:
     """A stand-in for vLLM: only our side of the call is tested."""
-    seen: dict[str, Any] = {}
-
-    class LLM:
-        def __init__(self, **options: Any) -> None:
-            seen["options"] = options
-
-        def generate(self, prompts: Sequence[Any], params: Sequence[Any], **options: Any) -> list[Any]:
-            seen.update(prompts=prompts, params=params, call=options)
-            answers = [SimpleNamespace(token_ids=(70, 71), finish_reason=reason) for reason in ("stop", "length")]
-            return [SimpleNamespace(outputs=[answer]) for answer in answers]
-
-    vllm, request = ModuleType("vllm"), ModuleType("vllm.lora.request")
-    vars(vllm).update(LLM=LLM, SamplingParams=lambda **options: options)
-    vars(request).update(LoRARequest=lambda *words: words)
-    for name, module in (("vllm", vllm), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", request)):
+    vllm = StandIn()
+    for name, module in vllm.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     base = save_model(tmp_path / "base")
-    adapter = read_adapter(save_adapter(base, tmp_path / "adapter"))
+    adapter = read_adapter(save_adapter(base, tmp_path / "adapter")) if with_adapter else None
     engine = VllmEngine(ModelSource(str(base), dtype="auto"), adapter, tokenizer, DRAWING)
     samples = engine([Request(0, 0, 0, [9, 8]), Request(0, 1, 0, [9, 8])])
     assert [(sample.num_tokens, sample.finished) for sample in samples] == [(2, True), (2, False)]
-    assert seen["options"]["model"] == str(base) and seen["options"]["max_lora_rank"] == 4
-    assert seen["prompts"] == [{"prompt_token_ids": [9, 8]}] * 2
-    assert seen["call"]["lora_request"] == ("adapter", 1, str(tmp_path / "adapter"))
-    first, second = seen["params"]
-    assert first.pop("seed") != second.pop("seed") and first == second
-    assert first == {"temperature": 0.9, "top_p": 0.95, "max_tokens": 12, "stop_token_ids": [1]}
+    seen = vllm.seen
+    assert seen.model == str(base) and seen.options["generation_config"] == "vllm" and seen.use_tqdm is False
+    assert seen.options.get("max_lora_rank") == (8 if with_adapter else None), "4 is none that vLLM takes"
+    assert seen.prompts == [{"prompt_token_ids": [9, 8]}] * 2
+    assert seen.lora == (LoRARequest("adapter", 1, str(tmp_path / "adapter")) if with_adapter else None)
+    first, second = seen.params
+    assert first.seed != second.seed and replace(first, seed=0) == replace(second, seed=0)
+    assert replace(first, seed=0) == SamplingParams(
+        temperature=0.9, top_p=0.95, max_tokens=12, stop_token_ids=[1], seed=0
+    )
+
+
+def test_what_vllm_would_refuse_or_pass_over(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = read_adapter(save_adapter(save_model(tmp_path / "base"), tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    plain = json.loads(file.read_text())
+    for rank, taken in ((1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512)):
+        file.write_text(json.dumps(plain | {"r": rank}))
+        assert vllm_lora_rank(adapter) == taken
+    changes = {"modules_to_save": ["embed_tokens"], "use_dora": True, "rank_pattern": {"q_proj": 8}, "bias": "all"}
+    for key, value in changes.items():
+        file.write_text(json.dumps(plain | {key: value}))
+        with pytest.raises(ModelError, match=f"{key}. Write --engine hf, or merge"):
+            vllm_lora_rank(adapter)
+    file.write_text(json.dumps(plain | {"r": 513}))
+    with pytest.raises(ModelError, match="LORA of rank 513, where LoRA up to 512 works"):
+        vllm_lora_rank(adapter)
+    for name, module in StandIn(["stop", "abort"]).modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    engine = VllmEngine(ModelSource(str(tmp_path / "base")), None, tokenizer, DRAWING)
+    with pytest.raises(ModelError, match=r"broke off a sample \(abort\)"):
+        engine([Request(0, 0, 0, [9, 8]), Request(0, 1, 0, [9, 8])])
