@@ -13,6 +13,7 @@ import ast
 import inspect
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -191,7 +192,17 @@ def rules() -> str:
     )
 
 
+def compositions() -> str:
+    """Methods by gradient rules as the tests run them, and what the config refuses."""
+    # The tests are in every checkout, which is where pages are written, but not on the path of a script.
+    sys.path.insert(0, str(REPOSITORY))
+    from tests.gradients.compositions import matrix, refusals
+
+    return table(*matrix()) + "\n" + "".join(f"- {line}\n" for line in refusals())
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
+    "compositions": compositions,
     "keys": all_keys,
     "method-docstring": method_docstring,
     "method-head": method_head,

@@ -2,6 +2,7 @@
 
 A hook of the torch optimizer sees its own parameters just before it steps: the weights themselves on one process and
 under DDP, this process's flat float32 partitions under ZeRO. What it sees first is what training starts from.
+Where DeepSpeed steps weights by other means, ``_support.py`` refuses the run.
 """
 
 from __future__ import annotations

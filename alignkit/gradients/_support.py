@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
@@ -49,15 +49,49 @@ def check_supported(
             problems.append(f"{name} with fp16: its gradients are taken without loss scaling. Use bf16 or float32")
         if args.n_gpu > 1:
             problems.append(f"{name}: one process drives {args.n_gpu} GPUs. Start with `accelerate launch`")
-        if args.torch_compile:
-            problems.append(f"{name}: a compiled model does not see displaced weights. Remove torch_compile")
+        if args.torch_compile or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            problems.append(
+                f"{name}: a compiled model does not see displaced weights. Remove torch_compile, or the launcher's "
+                "dynamo_backend"
+            )
         if is_deepspeed_zero3_enabled() and not isinstance(model, PeftModel):
             problems.append(
                 f"{name} under ZeRO-3 without an adapter would gather the whole model on every process. Write "
                 "parametrization: lora, or launch with ZeRO-2"
             )
+    if rule.decay is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        problems += [f"{name} {why}" for why in _stepped_elsewhere(accelerator.state.deepspeed_plugin.deepspeed_config)]
     if isinstance(options, EditOptions) and options.rule_targets == "lora":
         if not any(tensor.is_lora for tensor in tensors):
             problems.append("`rule_targets: lora`: no LoRA factor trains. Write rule_targets: all")
     if problems:
         raise ConfigError("the gradient rule cannot be used in this run", problems)
+
+
+def _stepped_elsewhere(deepspeed_config: Mapping[str, Any]) -> list[str]:
+    """Ways to offload in which weights are stepped where the hook of the torch optimizer does not see them.
+
+    As read in DeepSpeed 0.19.8. Plain offloading, to the processor or to NVMe, steps the one torch optimizer with the
+    weights in place, and so does every ZeRO stage without offloading.
+    """
+    # Slow to import, and only wanted where DeepSpeed is at work anyway.
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+
+    zero, problems = DeepSpeedZeroConfig(**deepspeed_config["zero_optimization"]), []
+    if offload := zero.offload_optimizer:
+        if offload.super_offload and zero.stage == 3:
+            problems.append(
+                "with `super_offload: true` of DeepSpeed: another process steps the weights. Remove super_offload"
+            )
+        elif offload.device != OffloadDeviceEnum.none and offload.ratio < 1:
+            problems.append(
+                f"with `ratio: {offload.ratio}` in DeepSpeed's offload_optimizer: a second optimizer steps what is not "
+                "offloaded. Remove ratio, which offloads all of it"
+            )
+    if zero.zenflow is not None:
+        problems.append(
+            "with `zenflow` of DeepSpeed: optimizers of its own step the weights, partly in another process. Remove "
+            "zenflow"
+        )
+    return problems

@@ -10,6 +10,7 @@ from alignkit.config import find_recipe, load_config
 from alignkit.config.names import _ELSEWHERE, is_launcher_key
 from alignkit.config.yaml_schema import parse_yaml
 from alignkit.errors import ConfigError
+from alignkit.gradients.glad import GLADConfig
 from alignkit.methods.method import load_method
 from alignkit.shipped import configs_dir, recipe_names, recipe_path
 
@@ -30,6 +31,37 @@ def test_recipe_opens_with_its_launch_command(name: str) -> None:
     assert recipe_path(name).read_text().startswith("#")
     header = [line for line in recipe_path(name).read_text().splitlines() if line.startswith("#")]
     assert any(name in line and ("accelerate launch" in line or "alignkit train" in line) for line in header)
+
+
+def values_of(recipe: str) -> dict[str, Any]:
+    return parse_yaml(recipe_path(recipe).read_text())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "plain", "added"),
+    [
+        ("preference/flex_dpo_qlora_glad", "preference/flex_dpo_qlora", {"gradient_rule", "rho", "scope"}),
+        ("sft/full_decay_to_init", "sft/full", {"gradient_rule", "decay_coef"}),
+    ],
+)
+def test_a_gradient_rule_is_a_few_lines_more(recipe: str, plain: str, added: set[str]) -> None:
+    """All else is the plain recipe's, so that the two can be compared."""
+    ruled, without = values_of(recipe), values_of(plain)
+    assert ruled.pop("output_dir") != without.pop("output_dir")
+    assert set(ruled) - set(without) == added
+    assert {key: ruled[key] for key in without} == without
+
+
+def test_recipes_with_glad_take_its_published_options() -> None:
+    for program, recipe in [("preference", "preference/flex_dpo_qlora_glad"), ("sft", "sft/lora_glad")]:
+        assert load_config(program, recipe, check_files=False).config.gradient_options == GLADConfig()
+
+
+def test_the_control_of_the_few_shot_recipe_is_one_word_away() -> None:
+    header = recipe_path("sft/lora_glad").read_text().partition("model:")[0]
+    words = next(line for line in header.splitlines() if "control" in line).partition(": ")[2].split()
+    control = load_config("sft", "sft/lora_glad", words, check_files=False).config
+    assert (control.gradient_rule, control.gradient_options.rho) == ("random_perturbation", GLADConfig().rho)
 
 
 def keys_of(value: Any) -> set[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType, TorchDynamoPlugin
 from peft import LoraConfig
 from torch import nn
 
@@ -29,20 +30,31 @@ __all__ = ["wide_model"]
 class Layout:
     """Stands in for an accelerator in another process layout."""
 
-    def __init__(self, distributed_type: DistributedType = DistributedType.NO, mixed_precision: str = "no") -> None:
+    def __init__(
+        self,
+        distributed_type: DistributedType = DistributedType.NO,
+        mixed_precision: str = "no",
+        plugin: Any = None,
+        dynamo_backend: str = "no",
+    ) -> None:
         self.distributed_type, self.mixed_precision = distributed_type, mixed_precision
+        self.state = SimpleNamespace(deepspeed_plugin=plugin, dynamo_plugin=TorchDynamoPlugin(backend=dynamo_backend))
+
+
+def check(trainer: Any, rule: Any, layout: Layout | None = None, args: Any = None) -> None:
+    _support.check_supported(
+        rule.rule,
+        rule.options,
+        model=trainer.model,
+        tensors=trainable_tensors(trainer.model),
+        accelerator=layout or Layout(),
+        args=args or trainer.args,
+    )
 
 
 def refusal(trainer: Any, rule: Any, layout: Layout | None = None, args: Any = None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        _support.check_supported(
-            rule.rule,
-            rule.options,
-            model=trainer.model,
-            tensors=trainable_tensors(trainer.model),
-            accelerator=layout or Layout(),
-            args=args or trainer.args,
-        )
+        check(trainer, rule, layout, args)
     return caught.value.problems
 
 
@@ -66,12 +78,64 @@ def test_zero3_without_adapter_is_refused(full: Any, monkeypatch: pytest.MonkeyP
     assert "ZeRO-3 without an adapter" in refusal(full, chosen("glad"))[0]
 
 
+def deepspeed(stage: int, **zero: Any) -> Layout:
+    """A launch with this DeepSpeed config, parsed by accelerate as it parses a file named by the launcher."""
+    pytest.importorskip("deepspeed")
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": stage, **zero}}
+    return Layout(DistributedType.DEEPSPEED, plugin=DeepSpeedPlugin(hf_ds_config=config))
+
+
+OFFLOAD: dict[str, tuple[int, dict[str, Any], str | None]] = {
+    "none": (3, {"reduce_bucket_size": "auto"}, None),
+    "of the optimizer": (2, {"offload_optimizer": {"device": "cpu"}}, None),
+    "to NVMe": (3, {"offload_optimizer": {"device": "nvme", "nvme_path": "x"}}, None),
+    "ratio without offloading": (3, {"offload_optimizer": {"device": "none", "ratio": 0.5}}, None),
+    "partial": (3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "`ratio: 0.5`"),
+    "partial, to NVMe": (3, {"offload_optimizer": {"device": "nvme", "nvme_path": "x", "ratio": 0.0}}, "`ratio: 0.0`"),
+    "SuperOffload": (3, {"offload_optimizer": {"device": "cpu", "super_offload": True}}, "`super_offload: true`"),
+    "ZenFlow": (2, {"offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1}}, "`zenflow`"),
+    "ZenFlow under ZeRO-3": (3, {"offload_optimizer": {"device": "cpu"}, "zenflow": {}}, "`zenflow`"),
+}
+
+
+@pytest.mark.parametrize("title", OFFLOAD)
+def test_offloading_whose_steps_the_decay_would_not_see_is_refused(full: Any, title: str) -> None:
+    """Parsed configs of the real libraries; rules that edit gradients do not depend on who steps the weights."""
+    stage, zero, named = OFFLOAD[title]
+    layout = deepspeed(stage, **zero)
+    for name, expected in [("decay_to_init", named), ("l2_sp", None)]:
+        if expected is None:
+            check(full, chosen(name), layout)
+        else:
+            (problem,) = refusal(full, chosen(name), layout)
+            assert f"`gradient_rule: {name}` with {expected}" in problem and " Remove " in problem
+
+
+def test_zenflow_steps_past_the_hook_of_the_torch_optimizer() -> None:
+    """Why it is refused. Should this fail after an upgrade of DeepSpeed, the refusal may have become needless."""
+    adam = pytest.importorskip("deepspeed.ops.adam")
+    seen: list[Any] = []
+    weight = nn.Parameter(torch.ones(3))
+    weight.selected_grad = weight.grad = torch.ones(3)
+    for optimizer, is_seen in [(torch.optim.AdamW, True), (adam.ZenFlowSelectiveAdamW, False)]:
+        before, stepper = weight.detach().clone(), optimizer([weight], lr=0.1)
+        stepper.register_step_pre_hook(lambda *unused: seen.append(unused))
+        stepper.step()
+        assert not torch.equal(weight, before)
+        assert bool(seen) == is_seen
+        seen.clear()
+
+
 def test_data_parallel_and_compile_are_refused(full: Any) -> None:
     class Arguments:
         n_gpu, torch_compile = 2, True
 
     problems = refusal(full, chosen("sam"), args=Arguments())
     assert "drives 2 GPUs" in problems[0] and "compiled model" in problems[1]
+
+
+def test_compilation_by_the_launcher_is_refused(full: Any) -> None:
+    assert "the launcher's dynamo_backend" in refusal(full, chosen("sam"), Layout(dynamo_backend="inductor"))[0]
 
 
 def test_frozen_parameters_are_refused_before_training(make_trainer: Any) -> None:
@@ -112,7 +176,7 @@ def test_shadows_leave_no_trace_even_after_an_error() -> None:
     assert module.weight is weight and vars(module) == before
 
 
-@pytest.mark.parametrize(("kind", "method"), [("nf4", "flex_dpo"), ("nf4", "treg"), ("nf4", "adpo"), ("int8", "dpo")])
+@pytest.mark.parametrize(("kind", "method"), [("nf4", "flex_dpo"), ("int8", "dpo")])
 def test_glad_on_a_quantised_base(make_trainer: Any, wide_model: str, rows: Any, kind: str, method: str) -> None:
     pytest.importorskip("bitsandbytes")
     trainer = make_trainer(
