@@ -3,9 +3,11 @@
     python scripts/benchmark_gradients.py                       # LoRA on the default model, every rule below
     python scripts/benchmark_gradients.py --parametrization full --rounds 9 --sides glad perpgrad
 
-Runs take turns, round after round, in one process with one thread, and processor time is counted, so that what else the
-machine does disturbs little. Reference log-probs are in the rows: a step is one forward and one backward pass of the
-policy, and nothing else hides what a rule adds. Memory is the peak of a process of its own for each side.
+Runs take turns, round after round, in one process with one thread that keeps its memory, and processor time is counted,
+so that what else the machine does disturbs little. Rows are those of scripts/benchmark.py; reference log-probs are in
+them, so that a step is one forward and one backward pass of the policy, and nothing else hides what a rule adds. Memory
+is the peak of a process of its own for each side, on a wider model and shorter rows, so that what a rule holds shows
+beside activations.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.programs import run_program
+from benchmark import KEPT_MEMORY
 
 MIB = 2**20
+MEMORY_SHAPE = {"width": 768, "prompt": 48, "completion": 16, "steps": 2}
 
 
 @dataclass(frozen=True)
@@ -162,11 +166,17 @@ def timed(name: str, directory: str, options: argparse.Namespace) -> float:
     return (marks[-1] - marks[0]) / options.steps
 
 
-def peak_memory(name: str, directory: str, arguments: list[str]) -> dict[str, float]:
-    """Peak memory of a process that trains this side, and the size of what trains, both in MiB."""
-    command = [sys.executable, __file__, *arguments, "--measure_memory", name, directory]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def peak_memory(sides: list[str], arguments: list[str]) -> dict[str, dict[str, float]]:
+    """Of each side, the peak memory of a process that trains it, and the size of what trains, both in MiB."""
+    shape = [word for key, value in MEMORY_SHAPE.items() for word in (f"--{key}", str(value))]
+    environment = {key: value for key, value in os.environ.items() if key not in KEPT_MEMORY}
+    measured = {}
+    with tempfile.TemporaryDirectory() as directory:
+        save_model(directory, parse([*arguments, *shape]))
+        for name in sides:
+            command = [sys.executable, __file__, *arguments, *shape, "--measure_memory", name, directory]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            measured[name] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
@@ -186,7 +196,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--parametrization", choices=("lora", "full"), default="lora")
     for name, default in (
-        ("rounds", 5), ("steps", 8), ("batch_size", 2), ("prompt", 96), ("completion", 64), ("width", 192),
+        ("rounds", 5), ("steps", 4), ("batch_size", 2), ("prompt", 384), ("completion", 128), ("width", 192),
         ("layers", 4), ("vocabulary", 2048),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -203,6 +213,8 @@ def main() -> int:
     if options.measure_memory:
         measure_memory(*options.measure_memory, options)
         return 0
+    if not KEPT_MEMORY.items() <= os.environ.items():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT_MEMORY)
     sides = list(dict.fromkeys(["none", *options.sides]))
     with tempfile.TemporaryDirectory() as directory:
         save_model(directory, options)
@@ -210,14 +222,14 @@ def main() -> int:
         for turn in range(options.rounds):
             for name in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
                 seconds[name].append(timed(name, directory, options))
-        memory = {} if options.no_memory else {name: peak_memory(name, directory, arguments) for name in sides}
+    memory = {} if options.no_memory else peak_memory(sides, arguments)
     return report(seconds, memory, options)
 
 
 def report(seconds: dict[str, list[float]], memory: dict[str, dict[str, float]], options: argparse.Namespace) -> int:
     """The table; ratios are medians over rounds of the ratio to the plain step of the same round."""
     print(f"{platform.processor() or platform.machine()}, one thread, {options.parametrization}, {vars(options)}")
-    print("| side | s a step | ratio | claim | peak MiB | more than none, in copies of what trains |")
+    print("| side | s a step | ratio | claim | peak MiB | above none, in copies of what trains |")
     print("| --- " * 6 + "|")
     missed = False
     for name, values in seconds.items():
