@@ -126,7 +126,7 @@ def draw(records: Sequence[Record], names: Sequence[str], path: Path) -> None:
         axis.set(title=data, xlabel="flipped labels, %", xticks=[100 * share for share in shares])
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("held-out accuracy by log-ratio")
-    axes[0, -1].legend(fontsize=8, loc="upper right")
+    figure_.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure_.savefig(path, dpi=110)
     plt.close(figure_)
 
