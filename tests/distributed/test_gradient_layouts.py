@@ -6,89 +6,44 @@ With ``direction: local`` a rule sees one micro-batch at a time, so layouts agre
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+import functools
 from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.test_process_layouts import LAYOUTS, Layout, environment, inputs, saved_weights
-
-__all__ = ["environment", "inputs"]
+from tests.distributed.conftest import Launch
+from tests.distributed.layouts import LAYOUTS, logged_steps, record_of, saved_weights
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.slow]
 
 STEPS = 3
-LAYOUTS = LAYOUTS | {
-    "1x2 accumulation 2": Layout(None, 2, 2, 1, ""),
-    "zero1 2x2": Layout("cpu_zero1", 2, 1, 2, "DeepSpeedEngine", 1),
-}
 SHARED = ["ddp 2x2", "zero1 2x2", "zero2 2x2", "zero3 2x2"]
 CASES = [("glad", "global", "1x4", name) for name in SHARED]
 CASES += [("glad", "local", "1x2 accumulation 2", name) for name in ("ddp 2x2", "zero3 2x2")]
 CASES += [("decay_to_init", None, "1x4", name) for name in ("zero2 2x2", "zero3 2x2")]
 
 
-def accelerate_config(name: str, folder: Path, repository: Path) -> Path:
-    """The shipped config; ZeRO-1 is ZeRO-2 with another stage, and partitions even tensors as small as these."""
-    source = repository / "configs" / "accelerate" / f"{name.replace('zero1', 'zero2')}.yaml"
-    if name != "cpu_zero1":
-        return source
-    target = folder / "cpu_zero1.yaml"
-    target.write_text(source.read_text().replace("zero_stage: 2", "zero_stage: 1"))
-    return target
-
-
 @pytest.fixture(scope="session")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], inputs: dict[str, str], repository: Path
-) -> Any:
-    """Launch a rule in a layout once; returns run.json, the logged steps and the saved tensors."""
-    finished: dict[tuple[str, ...], Any] = {}
+def run(launch: Launch, inputs: dict[str, str]) -> Any:
+    """Train with a rule in a layout once; returns run.json, the logged steps and the saved tensors."""
 
-    def launch(rule: str, direction: str | None, name: str) -> Any:
-        key = (rule, str(direction), name)
-        if key not in finished:
-            output = tmp_path_factory.mktemp("run") / "out"
-            launch_program(LAYOUTS[name], rule, direction, output)
-            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-            record = json.loads((output / "run.json").read_text())
-            finished[key] = record, [line for line in lines if "loss" in line], saved_weights(str(output))
-        return finished[key]
-
-    def launch_program(layout: Layout, rule: str, direction: str | None, output: Path) -> None:
-        config = ["--num_processes", "1"]
-        if layout.config is not None:
-            config = ["--config_file", str(accelerate_config(layout.config, output.parent, repository))]
+    @functools.cache
+    def train(rule: str, direction: str | None, name: str) -> Any:
         options = {
             "model": inputs["model"],
             "data": inputs["pairs"],
-            "output_dir": output,
             "method": "flex_dpo",
             "eta": 0.2,
             "gradient_rule": rule,
-            "max_length": 192,
             "max_steps": STEPS,
             "learning_rate": 1e-2,
-            # Adam divides a gradient by its own size, so where it is almost 0 it would compare rounding, not layouts.
-            "adam_epsilon": 1e-3,
-            "logging_steps": 1,
-            "num_samples": 0,
-            "per_device_train_batch_size": layout.batch_size,
-            "gradient_accumulation_steps": layout.accumulation,
-            "use_cpu": "true",
+            **({"decay_coef": 10.0} if direction is None else {"rho": 0.3, "direction": direction}),
         }
-        options |= {"decay_coef": 10.0} if direction is None else {"rho": 0.3, "direction": direction}
-        arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        program = str(repository / "trainers" / "preference.py")
-        command = [sys.executable, "-m", "accelerate.commands.launch", *config, program, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=420, cwd=output.parent)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        output = launch(LAYOUTS[name], options)
+        return record_of(output), logged_steps(output), saved_weights(output)
 
-    return launch
+    return train
 
 
 @pytest.mark.parametrize(("rule", "direction", "base", "name"), CASES)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREFERENCE = REPOSITORY / "trainers" / "preference.py"
 SFT = REPOSITORY / "trainers" / "sft.py"
-TIMEOUT = 120.0
+TIMEOUT, RUN_TIMEOUT = 120.0, 420.0
 
 
 @dataclass(frozen=True)
@@ -72,48 +75,97 @@ class Running:
 
 
 class Launcher:
-    """Runs programs in forked children of one process that has imported the libraries already.
+    """Runs programs in forked children of processes that have imported the libraries already.
 
     Args:
         directory: Where the output of the programs is written.
         environment: Variables of all of them.
+        command: What starts a Python program: the interpreter, or ``accelerate launch`` with its options.
+        processes: How many processes the command starts.
     """
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        environment: Mapping[str, str],
+        command: Sequence[str] = (sys.executable,),
+        processes: int = 1,
+    ) -> None:
         self.directory, self.count = directory, 0
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(environment),
-        )
+        ranks: dict[int, Any] = {}
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(1.0)
+            program = [str(Path(__file__).with_name("zygote.py")), str(server.getsockname()[1])]
+            self.process = subprocess.Popen([*command, *program], env=dict(environment))
+            for _ in range(processes):
+                with self._accept(server) as connection:
+                    lines = connection.makefile("rw")
+                ranks[int(lines.readline())] = lines
+        self.connections = [ranks[rank] for rank in range(processes)]
+
+    def _accept(self, server: socket.socket) -> socket.socket:
+        limit = time.monotonic() + RUN_TIMEOUT
+        while True:
+            assert self.process.poll() is None, "the command has ended before its processes were ready"
+            assert time.monotonic() < limit, "waited too long for the processes of the command"
+            with contextlib.suppress(TimeoutError):
+                connection, _ = server.accept()
+                connection.settimeout(None)
+                return connection
 
     def start(
         self, *arguments: str, directory: Path, program: Path = PREFERENCE, environment: Mapping[str, str] | None = None
-    ) -> Running:
-        """Start a program in ``directory``; one at a time."""
+    ) -> list[Running]:
+        """Start a program in ``directory``, one at a time; returns its processes by rank."""
         self.count += 1
-        output, errors = (self.directory / f"{self.count}.{name}" for name in ("out", "err"))
-        job = {
-            "program": str(program),
-            "arguments": list(arguments),
-            "directory": str(directory),
-            "environment": dict(environment or {}),
-            "output": str(output),
-            "errors": str(errors),
-        }
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return Running(int(self.process.stdout.readline()), output, errors, self.process.stdout)
+        running = []
+        variables = dict(environment or {})
+        if len(self.connections) > 1:
+            # The store of the launch is used up by the first run; every run has one of its own.
+            variables |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": free_port()}
+        for rank, connection in enumerate(self.connections):
+            output, errors = (self.directory / f"{self.count}.{rank}.{name}" for name in ("out", "err"))
+            job = {
+                "program": str(program),
+                "arguments": list(arguments),
+                "directory": str(directory),
+                "environment": variables,
+                "output": str(output),
+                "errors": str(errors),
+            }
+            print(json.dumps(job), file=connection, flush=True)
+            running.append(Running(int(connection.readline()), output, errors, connection))
+        return running
 
     def run(self, *arguments: str, directory: Path, **options: Any) -> Ended:
-        """Run a program to its end."""
-        return self.start(*arguments, directory=directory, **options).wait()
+        """Run a program to its end; the first process that fails ends the others, as under a launcher."""
+        running = self.start(*arguments, directory=directory, **options)
+        with ThreadPoolExecutor(len(running)) as threads:
+            waiting = {threads.submit(process.wait): process for process in running}
+            code = 0
+            try:
+                for future in as_completed(waiting, RUN_TIMEOUT):
+                    code = future.result().exit_code
+                    if code:
+                        break
+            finally:
+                for future, process in waiting.items():
+                    if not future.done():
+                        os.kill(process.pid, signal.SIGKILL)
+            ended = [future.result() for future in waiting]
+        return Ended(code, "".join(one.output for one in ended), "".join(one.errors for one in ended))
 
     def close(self) -> None:
-        """End the process all programs were forked from."""
-        self.process.kill()
-        self.process.wait()
+        """End the processes all programs were forked from."""
+        for connection in self.connections:
+            connection.close()
+        self.process.wait(TIMEOUT)
+
+
+def free_port() -> str:
+    """A port nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def write_config(path: Path, values: Mapping[str, Any]) -> Path:

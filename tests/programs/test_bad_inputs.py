@@ -18,6 +18,9 @@ import pytest
 from tests.programs.conftest import CONFIG, WORDS, pairs, save_model, write_rows
 from tests.programs.launching import PREFERENCE, Ended, Launcher, run_json, write_config
 
+# One worker runs all of this folder: its programs are forked from one process, and its finished runs made once.
+pytestmark = pytest.mark.xdist_group("programs")
+
 CONVERSATION = {"prompt": [{"role": "user", "content": "w1"}], "chosen": [{"role": "assistant", "content": "w2"}]}
 LISTS = [{"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]]} for row in pairs(20)]
 

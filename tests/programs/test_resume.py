@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 from tests.programs.conftest import CONFIG
 from tests.programs.launching import PREFERENCE, Launcher, Running, read_lines, run_json, write_config
 
+# One worker runs all of this folder: its programs are forked from one process, and its finished runs made once.
+pytestmark = pytest.mark.xdist_group("programs")
+
 WATCHED = {
     **CONFIG,
     "eta": 0.1,
@@ -123,7 +126,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
 ) -> None:
     variant, wait_for_the_moment = KILLS[kill]
     whole, run = whole_run(variant), tmp_path / "run"
-    running = launcher.start(*arguments(whole, run), directory=workplace)
+    (running,) = launcher.start(*arguments(whole, run), directory=workplace)
     wait_for_the_moment(running, run)
     assert running.kill().exit_code == -9
     assert not (run / "checkpoint-8" / "complete.json").exists() and run_json(run)["status"] == "running"

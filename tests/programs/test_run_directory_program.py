@@ -15,6 +15,9 @@ from alignkit.methods.method import load_method
 from tests.programs.conftest import CONFIG, save_model, write_rows
 from tests.programs.launching import Ended, Launcher, read_lines, run_json, write_config
 
+# One worker runs all of this folder: its programs are forked from one process, and its finished runs made once.
+pytestmark = pytest.mark.xdist_group("programs")
+
 SECTIONS = {
     "alignkit_run", "batch_layout", "config", "data", "environment", "health", "health_state", "process_layout",
     "results", "samples", "saved", "sessions", "status", "trainable",

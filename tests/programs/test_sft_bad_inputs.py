@@ -14,6 +14,9 @@ from tests.programs.conftest import CONFIG, pairs
 from tests.programs.launching import SFT, Launcher, run_json
 from tests.programs.test_bad_inputs import Bad, check, config_of, rows_in
 
+# One worker runs all of this folder: its programs are forked from one process, and its finished runs made once.
+pytestmark = pytest.mark.xdist_group("programs")
+
 ANSWERS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(20)]
 TALKS = [
     {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}]}

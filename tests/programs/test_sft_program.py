@@ -19,6 +19,9 @@ from alignkit.methods._supervised import METRICS
 from tests.programs.conftest import CONFIG, pairs, write_rows
 from tests.programs.launching import REPOSITORY, SFT, Ended, Launcher, read_lines, run_json, write_config
 
+# One worker runs all of this folder: its programs are forked from one process, and its finished runs made once.
+pytestmark = pytest.mark.xdist_group("programs")
+
 SHARED = REPOSITORY.parent / "shared"
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim }} <eos>"

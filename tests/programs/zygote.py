@@ -1,7 +1,11 @@
 """A process that has imported the heavy libraries and forks a fresh child for every run of a program.
 
 Importing torch, transformers and trl costs several seconds; a fork costs nothing. The child is a real process with its
-own exit code, output and signals, in which nothing has run yet. Each line of standard input is one job::
+own exit code, output and signals, in which nothing has run yet. Under ``accelerate launch`` every process of the launch
+is one, so that the launcher, its config and its environment are real and their cost is shared.
+
+The only argument is a port of this machine, to which the process connects. It sends its rank; each line it receives is
+one job::
 
     {"program": path, "arguments": [...], "directory": path, "environment": {...}, "output": path, "errors": path}
 
@@ -10,26 +14,38 @@ and is answered by two lines: the child's process id when it starts, its exit co
 
 from __future__ import annotations
 
+import gc
+import importlib
+import importlib.util
 import json
 import os
 import runpy
+import socket
 import sys
 from typing import Any
 
-import alignkit.results
-import alignkit.run  # noqa: F401
+IMPORTED = ["alignkit.run", "alignkit.results", "transformers.models.qwen3.modeling_qwen3"]
+if importlib.util.find_spec("deepspeed"):
+    # accelerate imports it in every run, to ask whether a model is wrapped by it.
+    IMPORTED.append("deepspeed")
+for name in IMPORTED:
+    importlib.import_module(name)
+# What is there before a fork never becomes garbage: a collection in a child, which a run asks for, need not look at it.
+gc.freeze()
 
 
-def next_job() -> dict[str, Any]:
-    """Return once in every forked child, with its job; the parent ends with its standard input."""
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            return json.loads(line)
-        print(child, flush=True)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-    sys.exit(0)
+def next_job(port: int) -> dict[str, Any]:
+    """Return once in every forked child, with its job; the parent ends with its connection."""
+    with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rw") as lines:
+        print(os.environ.get("RANK", "0"), file=lines, flush=True)
+        for line in lines:
+            child = os.fork()
+            if child == 0:
+                return json.loads(line)
+            print(child, file=lines, flush=True)
+            _, status = os.waitpid(child, 0)
+            print(os.waitstatus_to_exitcode(status), file=lines, flush=True)
+    os._exit(0)
 
 
 def redirect(path: str, descriptor: int) -> None:
@@ -40,7 +56,7 @@ def redirect(path: str, descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    job = next_job()
+    job = next_job(int(sys.argv[1]))
     redirect(os.devnull, 0)
     redirect(job["output"], 1)
     redirect(job["errors"], 2)

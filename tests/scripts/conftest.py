@@ -6,15 +6,27 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from alignkit.programs import run_program
+from tests.programs.launching import Launcher
 from tests.scripts.tiny import candidate_lists, chat_pairs, save_adapter, save_model, write_rows
 
 Script = Callable[..., int]
+ACCELERATE = "accelerate.commands.launch"
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all tests that launch a script, so that they share what is launched."""
+    for item in items:
+        if item.path.parent == HERE and isinstance(item, pytest.Function) and "launch" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("launched scripts"))
 
 
 @pytest.fixture(scope="session")
@@ -47,15 +59,47 @@ def run_script(monkeypatch: pytest.MonkeyPatch) -> Script:
     return run
 
 
+@pytest.fixture(scope="session")
+def launches(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Callable[..., Launcher]]:
+    """One ``accelerate launch`` for each of its configs, from whose processes scripts are forked."""
+    started: dict[tuple[str, ...], Launcher] = {}
+
+    def launcher(words: tuple[str, ...]) -> Launcher:
+        if words not in started:
+            config = yaml.safe_load(Path(words[words.index("--config_file") + 1]).read_text())
+            variables = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+            folder, command = tmp_path_factory.mktemp("launch"), (sys.executable, *words)
+            started[words] = Launcher(folder, variables, command, config["num_processes"])
+        return started[words]
+
+    yield launcher
+    for one in started.values():
+        one.close()
+
+
 @pytest.fixture
-def launch(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a command line of Python in a process of its own."""
+def launch(repository: Path, launches: Callable[..., Launcher]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command line of Python in processes of its own; those of ``accelerate launch`` share their start."""
 
     def start(*words: str | Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+        texts = tuple(map(str, words))
+        if ACCELERATE in texts:
+            script = next(i for i, text in enumerate(texts) if text.endswith(".py"))
+            variables = {"ALIGNKIT_CACHE": os.environ["ALIGNKIT_CACHE"], **environment}
+            program, arguments = repository / texts[script], texts[script + 1 :]
+            ended = launches(texts[:script]).run(
+                *arguments, directory=repository, program=program, environment=variables
+            )
+            return subprocess.CompletedProcess(texts, ended.exit_code, ended.output, ended.errors)
         variables = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", **environment}
-        command = [sys.executable, *map(str, words)]
         return subprocess.run(
-            command, cwd=repository, env=variables, capture_output=True, text=True, timeout=timeout, check=False
+            [sys.executable, *texts],
+            cwd=repository,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     return start

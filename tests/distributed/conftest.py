@@ -1,0 +1,171 @@
+"""Launches of the programs in every process layout, and the rows they train on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.data.synthetic import make_corpus, make_preferences, tiny_model, train_tokenizer
+from tests.distributed.layouts import OPTIONS, Layout
+from tests.programs.launching import REPOSITORY, RUN_TIMEOUT, Ended, Launcher
+
+BUILD_COMMUNICATION = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+Launch = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Environment of the launched programs, with DeepSpeed's CPU communication built once, outside any time limit.
+
+    DeepSpeed compiles it on first use, and a process killed while compiling leaves a lock that later ones wait for.
+    """
+    pytest.importorskip("deepspeed")
+    extensions = Path(sys.prefix) / "torch_extensions"
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    for lock in extensions.glob("*/lock"):
+        lock.unlink()
+    subprocess.run(
+        [sys.executable, "-c", BUILD_COMMUNICATION], check=True, env=environment, capture_output=True, timeout=600
+    )
+    return environment
+
+
+def accelerate(config: str | None) -> list[str]:
+    """``accelerate launch`` with a shipped config, or for one process."""
+    options = ["--num_processes", "1"]
+    if config is not None:
+        file = REPOSITORY / "configs" / "accelerate" / f"{config}.yaml"
+        options = ["--config_file", str(file), "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options]
+
+
+@pytest.fixture(scope="session")
+def launchers(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Any]:
+    """One launch of each config, made when first asked for; its runs are forked from its processes."""
+    started: dict[str | None, Launcher] = {}
+
+    def launcher(layout: Layout) -> Launcher:
+        if layout.config not in started:
+            folder = tmp_path_factory.mktemp("launch")
+            started[layout.config] = Launcher(folder, environment, accelerate(layout.config), layout.world_size)
+        return started[layout.config]
+
+    yield launcher
+    for one in started.values():
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def launch(launchers: Any, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Run a program in a layout and return the run directory.
+
+    The run is forked from the processes of a launch that all runs of the layout's config share; ``direct`` launches
+    the program itself, as a user would. ``resume`` is a run directory to continue.
+    """
+
+    def run(
+        layout: Layout,
+        options: Mapping[str, Any],
+        program: str = "preference",
+        direct: bool = False,
+        resume: Path | None = None,
+    ) -> Path:
+        output = resume or tmp_path_factory.mktemp("run") / "out"
+        options = {**OPTIONS, **options, "output_dir": output}
+        options |= {
+            "per_device_train_batch_size": layout.batch_size,
+            "gradient_accumulation_steps": layout.accumulation,
+        }
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        words += ["--resume"] if resume else []
+        path = REPOSITORY / "trainers" / f"{program}.py"
+        # Nothing cached by another run may help.
+        variables = {**layout.environment, "ALIGNKIT_CACHE": str(output.parent / "cache")}
+        if direct:
+            command = [*accelerate(layout.config), str(path), *words]
+            done = subprocess.run(
+                command, env=environment | variables, capture_output=True, text=True, timeout=RUN_TIMEOUT,
+                cwd=output.parent, check=False,
+            )  # fmt: skip
+            ended = Ended(done.returncode, done.stdout, done.stderr)
+        else:
+            ended = launchers(layout).run(*words, directory=output.parent, program=path, environment=variables)
+        assert ended.exit_code == 0, ended.output[-2000:] + ended.errors[-4000:]
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, str]:
+    """The trained model and GSM8K rows of the shared folder; in a bare clone a random model and synthetic rows."""
+    folder = tmp_path_factory.mktemp("distributed_inputs")
+    shared = repository.parent / "shared"
+    solutions = shared / "data" / "gsm8k" / "example_model_solutions.jsonl"
+    if solutions.is_file():
+        model, rows = str(shared / "models" / "gsm-tiny"), gsm8k_pairs(solutions, 24)
+    else:
+        corpus = make_corpus(200, 0)
+        tokenizer = train_tokenizer(corpus)
+        model, rows = str(folder / "model"), make_preferences(24, 0)
+        tiny_model(tokenizer, 0).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    paths = {"model": model}
+    for name, form in (("pairs", rows), ("lists", lists_of(rows)), ("negatives", negatives_of(rows))):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in form))
+        paths[name] = str(path)
+    return paths
+
+
+def lists_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lists of three and two candidates in turn; the third is the rejected answer of the next row."""
+    rows = []
+    for i, pair in enumerate(pairs):
+        third = [pairs[(i + 1) % len(pairs)]["rejected"]] * (i % 2)
+        completions = [pair["rejected"], pair["chosen"], *third]
+        rows.append(
+            {"prompt": pair["prompt"], "completions": completions, "scores": [0.3, 1.0, 0.1][: len(completions)]}
+        )
+    return rows
+
+
+def negatives_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two answers in place of samples, then the negative."""
+    nexts = [*pairs[1:], pairs[0]]
+    return [
+        {
+            "prompt": pair["prompt"],
+            "completions": [pair["chosen"], other["chosen"], pair["rejected"]],
+            "scores": [1, 1, 0],
+        }
+        for pair, other in zip(pairs, nexts, strict=True)
+    ]
+
+
+def gsm8k_pairs(path: Path, count: int) -> list[dict[str, Any]]:
+    """A correct against a wrong solution of the same question."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines():
+        question = json.loads(line)
+        solutions = [value for value in question.values() if isinstance(value, dict)]
+        right = [s["solution"] for s in solutions if s["is_correct"]]
+        wrong = [s["solution"] for s in solutions if not s["is_correct"]]
+        if right and wrong and len(rows) < count:
+            prompt = [{"role": "user", "content": question["question"]}]
+            answers = {"chosen": right[0], "rejected": wrong[0]}
+            rows.append({"prompt": prompt, **{k: [{"role": "assistant", "content": v}] for k, v in answers.items()}})
+    return rows
