@@ -31,7 +31,7 @@ from alignkit.programs import run_program
 from benchmark import KEPT_MEMORY
 
 MIB = 2**20
-MEMORY_SHAPE = {"width": 768, "prompt": 48, "completion": 16, "steps": 2}
+MEMORY_SHAPE = {"width": 768, "prompt": 48, "completion": 16, "steps": 4}
 
 
 @dataclass(frozen=True)

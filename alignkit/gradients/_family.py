@@ -191,12 +191,15 @@ def radial_share(evaluation: Evaluation) -> Tensor:
 def pulled_to_start(evaluation: Evaluation, coef: float) -> list[Tensor]:
     """The gradient plus that of ``coef`` times :func:`squared_distance`, as large a part of it as of the loss."""
     factor, w = 2 * coef * evaluation.share, evaluation.weights
-    pull = {i: w[i] - start for i, start in enumerate(evaluation.start) if start is not None}
+    edited = list(evaluation.gradient)
+    for i, start in enumerate(evaluation.start):
+        if start is not None:
+            edited[i] = torch.add(edited[i], w[i] - start, alpha=factor)
     for pair in evaluation.pairs:
-        a, b = w[pair.a], w[pair.b]
-        pull[pair.a] = pair.scale**2 * ((b.T @ b) @ a)
-        pull[pair.b] = pair.scale**2 * (b @ (a @ a.T))
-    return [g + factor * pull[i] if i in pull else g for i, g in enumerate(evaluation.gradient)]
+        a, b, scale = w[pair.a], w[pair.b], factor * pair.scale**2
+        edited[pair.a] = torch.add(edited[pair.a], (b.T @ b) @ a, alpha=scale)
+        edited[pair.b] = torch.add(edited[pair.b], b @ (a @ a.T), alpha=scale)
+    return edited
 
 
 def squared_distance(evaluation: Evaluation) -> Tensor:
