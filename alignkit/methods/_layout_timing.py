@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
@@ -61,22 +62,24 @@ def time_ways(
     batch_size: int,
     collator: CandidateCollator,
     autocast: Callable[[], AbstractContextManager[Any]],
+    mixed_precision: str = "no",
 ) -> dict[Way, Timing]:
-    """Time each way on the first ``MICRO_BATCHES`` micro-batches. Nothing of the model is changed by it.
+    """Time each way on micro-batches of ``rows``. Nothing of the model is changed by it.
 
     Args:
         model: With its completion head, on its device, neither sharded nor wrapped.
         ways: What to compare.
-        rows: Candidate rows.
+        rows: Candidate rows, ``MICRO_BATCHES`` times ``batch_size`` or fewer.
         batch_size: Rows of a micro-batch.
         collator: Whose padding is used; its layout is not.
         autocast: Makes the context of a forward pass.
+        mixed_precision: accelerate's name of what ``autocast`` does.
 
     Returns:
         A timing for each way. One whose log-probs are not those of padded rows has a problem, however fast it is.
     """
-    cuts = range(0, min(len(rows), MICRO_BATCHES * batch_size), batch_size)
-    device = next(model.parameters()).device
+    cuts = range(0, len(rows), batch_size)
+    device, tolerance = next(model.parameters()).device, LOGP_TOLERANCE[compute_precision(model, mixed_precision)]
     timings = {}
     for way in ways:
         collate = CandidateCollator(collator.pad_token_id, way.layout, collator.pad_to_multiple_of)
@@ -84,7 +87,13 @@ def time_ways(
         with _as_it_was(model, device):
             try:
                 _set_attention(model, way.attention)
-                timings[way] = _checked(model, rows[0]) or Timing(_seconds(model, batches, device, autocast))
+                with autocast():
+                    difference = 0.0 if way.layout == "padded" else _difference(model, rows[0])
+                if difference <= tolerance:
+                    timings[way] = Timing(_seconds(model, batches, device, autocast))
+                else:
+                    problem = f"is {difference:.2g} nats a token off (tolerance {tolerance})"
+                    timings[way] = Timing(math.inf, problem)
             # Kernels that this device, these lengths or this memory do not allow.
             except (RuntimeError, ValueError, ImportError) as error:
                 reason = str(error).strip().splitlines() or [""]
@@ -93,16 +102,19 @@ def time_ways(
     return timings
 
 
-def choose_fastest(timings: Mapping[Way, Timing], otherwise: LayoutChoice) -> LayoutChoice:
-    """The way that took least time, and the figures as its reason.
+def agreed(timings: Mapping[Way, Timing]) -> dict[Way, Timing]:
+    """Mean times over processes, and a problem where one of them had one; a collective."""
+    everyone = gather_object([[(timing.seconds, timing.problem) for timing in timings.values()]])
+    merged = {}
+    for way, column in zip(timings, zip(*everyone, strict=True), strict=True):
+        problem = next((problem for _, problem in column if problem), "")
+        merged[way] = Timing(sum(seconds for seconds, _ in column) / len(column), problem)
+    return merged
 
-    Args:
-        timings: Of the same micro-batches.
-        otherwise: What is chosen if none of them could run.
-    """
+
+def choose_fastest(timings: Mapping[Way, Timing]) -> LayoutChoice:
+    """The way that took least time, and the figures as its reason; padded rows if none could run."""
     best = min(timings, key=lambda way: timings[way].seconds)
-    if timings[best].seconds == math.inf:
-        return otherwise
     figures = [
         f"{way} {timing.problem or f'{1000 * timing.seconds:.0f} ms'}"
         for way, timing in sorted(timings.items(), key=lambda item: item[1].seconds)
@@ -121,13 +133,11 @@ def _set_attention(model: nn.Module, attention: str) -> None:
     base.set_attn_implementation(attention)
 
 
-def _checked(model: nn.Module, row: Mapping[str, Any]) -> Timing | None:
-    """A problem where packed rows do not give the log-probs of padded ones."""
+def _difference(model: nn.Module, row: Mapping[str, Any]) -> float:
     model.eval()
-    difference, tolerance = layout_difference(model, row), LOGP_TOLERANCE[compute_precision(model)]
+    difference = layout_difference(model, row)
     model.train()
-    is_equal = difference <= tolerance
-    return None if is_equal else Timing(math.inf, f"is {difference:.2g} nats a token off (tolerance {tolerance})")
+    return difference
 
 
 def _seconds(
@@ -158,7 +168,7 @@ def _now(device: torch.device) -> float:
 @contextmanager
 def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Training mode inside; mode, attention, gradients and random state afterwards as before."""
-    attention, was_training = _attention_of(model), model.training
+    attention, modes = _attention_of(model), {module: module.training for module in model.modules()}
     model.train()
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
@@ -166,4 +176,5 @@ def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         _set_attention(model, attention)
         model.zero_grad(set_to_none=True)
-        model.train(was_training)
+        for module, is_training in modes.items():
+            module.training = is_training

@@ -11,8 +11,10 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -37,11 +39,12 @@ from alignkit.methods._forward import (
     support_packed_rows,
     use_packed_attention,
 )
-from alignkit.methods._layout_timing import MICRO_BATCHES, choose_fastest, time_ways, ways_of
+from alignkit.methods._layout_timing import MICRO_BATCHES, agreed, choose_fastest, time_ways, ways_of
 from alignkit.methods._layouts import LayoutChoice, choose_layout
 from alignkit.methods._reference_scoring import ReferenceScoring
 from alignkit.methods.method import Method
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 METRICS: Mapping[str, str] = {
     "entropy": "entropy of the next-token distribution over completion tokens, nats",
     "mean_token_accuracy": "share of the first (chosen) candidate's tokens that are the most likely one",
@@ -142,27 +145,42 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         """Whether layouts are timed: on accelerators, whose kernels decide, where there is a choice to make."""
         is_sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
         is_open = self.settings.layout == "auto" and self.layout.attention is not None
-        return is_open and not is_sharded and self.accelerator.device.type != "cpu"
+        return is_open and not (is_sharded or self.args.torch_compile) and self.accelerator.device.type != "cpu"
 
     def _take_fastest_layout(self) -> None:
         """Run some rows in every way there is and go on in the fastest; a collective, all processes take the same."""
         model, device, size = self.model, self.accelerator.device, self.args.per_device_train_batch_size
         if next(model.parameters()).device.type != device.type:
             model.to(device)
-        timings = time_ways(
-            model,
-            ways_of(model),
-            list(islice(self.train_dataset, MICRO_BATCHES * size)),
-            batch_size=size,
-            collator=self.data_collator,
-            autocast=self.accelerator.autocast,
-        )
-        seconds = torch.tensor([timing.seconds for timing in timings.values()], device=device)
-        means = self.accelerator.reduce(seconds, reduction="mean").tolist()
-        merged = {way: replace(timings[way], seconds=mean) for way, mean in zip(timings, means, strict=True)}
-        self.layout = choose_fastest(merged, self.layout)
+        rows, count = self.train_dataset, MICRO_BATCHES * size
+        if isinstance(rows, Dataset):
+            rows = rows.select(range(0, len(rows), max(len(rows) // count, 1)))
+        precision = self.accelerator.mixed_precision
+        with self._checkpointing():
+            timings = time_ways(
+                model,
+                ways_of(model),
+                list(islice(rows, count)),
+                batch_size=size,
+                collator=self.data_collator,
+                autocast=partial(torch.autocast, device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST),
+                mixed_precision=precision,
+            )
+        self.layout = choose_fastest(agreed(timings))
         self.data_collator = replace(self.data_collator, layout=self.layout.layout)
         base_model(model).set_attn_implementation(self.layout.attention)
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Activations are recomputed inside if they will be in training; transformers begins with it in ``train``."""
+        begins = self.args.gradient_checkpointing and not base_model(self.model).is_gradient_checkpointing
+        if begins:
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        try:
+            yield
+        finally:
+            if begins:
+                self.model.gradient_checkpointing_disable()
 
     # --- objective -------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from alignkit.data.prefix import CandidateCollator
 from alignkit.methods import _layout_timing, _preference
 from alignkit.methods._forward import add_completion_head
-from alignkit.methods._layout_timing import SPLIT, Timing, Way, choose_fastest, time_ways, ways_of
+from alignkit.methods._layout_timing import SPLIT, Timing, Way, agreed, choose_fastest, time_ways, ways_of
 from alignkit.methods._layouts import LayoutChoice
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from tests.methods.conftest import random_rows
@@ -83,15 +83,17 @@ def test_the_slower_way_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
         w: sum(CandidateCollator(0, w.layout)(ROWS[i : i + 2])["input_ids"].numel() for i in (0, 2, 4)) for w in timings
     }
     assert {way: timing.seconds for way, timing in timings.items()} == tokens
-    assert choose_fastest(timings, LayoutChoice("padded", "")).layout == "shared_prefix"
+    assert choose_fastest(timings).layout == "shared_prefix"
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model = ready_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
+    model.train()
+    model.model.embed_tokens.eval()
     timed(model, ALL)
-    assert not model.training
+    assert model.training and not model.model.embed_tokens.training
     assert model.config._attn_implementation == "sdpa"
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -105,19 +107,27 @@ def test_a_way_with_other_log_probs_is_left_out(monkeypatch: pytest.MonkeyPatch)
     model.model.rotary_emb.forward = lambda x, position_ids: original(x, torch.arange(x.shape[1])[None])
     timings = timed(model, [PADDED, DENSE])
     assert "nats a token off" in timings[DENSE].problem
-    assert choose_fastest(timings, LayoutChoice("padded", "")).layout == "padded"
+    assert not timings[PADDED].problem
+    assert choose_fastest(timings).layout == "padded"
 
 
 def test_the_choice_is_the_fastest_and_says_what_was_measured() -> None:
     timings = {PADDED: Timing(0.05), DENSE: Timing(0.03), SPLIT_WAY: Timing(0.02), FLEX: Timing(math.inf, "no kernel")}
-    choice = choose_fastest(timings, LayoutChoice("padded", "expected"))
+    choice = choose_fastest(timings)
     assert (choice.layout, choice.attention) == ("shared_prefix", SPLIT)
     assert choice.reason.endswith(
         f"shared_prefix with {SPLIT} 20 ms; shared_prefix with sdpa 30 ms; padded 50 ms; "
         "shared_prefix with flex_attention no kernel"
     )
-    otherwise = LayoutChoice("shared_prefix", "expected")
-    assert choose_fastest({way: Timing(math.inf, "out of memory") for way in timings}, otherwise) is otherwise
+    none = choose_fastest({way: Timing(math.inf, "out of memory") for way in timings})
+    assert none.layout == "padded" and none.reason.count("out of memory") == 4
+
+
+def test_processes_agree_on_mean_times_and_on_what_failed_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = [(3.0, ""), (1.0, ""), (math.inf, "out of memory")]
+    monkeypatch.setattr(_layout_timing, "gather_object", lambda own: [*own, other])
+    merged = agreed({PADDED: Timing(1.0), DENSE: Timing(2.0), SPLIT_WAY: Timing(0.5)})
+    assert merged == {PADDED: Timing(2.0), DENSE: Timing(1.5), SPLIT_WAY: Timing(math.inf, "out of memory")}
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------
@@ -155,6 +165,31 @@ def test_a_run_times_its_own_rows(make_trainer: Any, monkeypatch: pytest.MonkeyP
     assert trainer.layout.attention in ("sdpa", SPLIT)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_ways_are_timed_as_training_will_compute(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same autocast and recomputation, on rows from all over the data."""
+    seen: list[Any] = []
+
+    def watched(model: Any, ways: Any, rows: Any, **settings: Any) -> Any:
+        with settings["autocast"]():
+            dtype = torch.nn.functional.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype
+        seen.append((model.is_gradient_checkpointing, dtype, settings["mixed_precision"], rows))
+        return {PADDED: Timing(1.0)}
+
+    monkeypatch.setattr(PreferenceTrainer, "_measures_layout", lambda self: True)
+    monkeypatch.setattr(_preference, "time_ways", watched)
+    trainer = make_trainer(
+        settings=BridgeSettings("auto"),
+        arguments={"bf16": True, "gradient_checkpointing": True, "per_device_train_batch_size": 2},
+    )
+    assert not trainer.model.is_gradient_checkpointing, "until training begins"
+    (is_checkpointing, dtype, precision, rows) = seen[0]
+    assert is_checkpointing and dtype == torch.bfloat16 and precision == "bf16"
+    data = trainer.train_dataset
+    assert [row["prompt_ids"] for row in rows] == [data[i]["prompt_ids"] for i in range(0, len(data), len(data) // 6)][
+        :6
+    ]
 
 
 def test_only_an_open_choice_on_an_accelerator_is_measured(make_trainer: Any) -> None:
