@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignkit.errors import CheckpointError, ModelError
+from alignkit.errors import CheckpointError
 from alignkit.losses.types import Metric
 from alignkit.methods._metrics import MetricSums
 from alignkit.methods.method import AnchorSchedule
@@ -64,14 +64,13 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
         self.resume_from: Path | None = None
         self._drift = MetricSums()
         self._recent: deque[float] = deque(maxlen=schedule.window)
+        self._exact: dict[str, Tensor] = {}
         if isinstance(policy, PeftModel) and anchor is None:
             self._pairs = _adapter_pairs(policy)
         else:
             assert anchor is not None
             anchors = dict(anchor.named_parameters())
             self._pairs = {name: (p, anchors[name]) for name, p in policy.named_parameters() if p.requires_grad}
-        if schedule.kind == "ema":
-            self._refuse_rounding(1 - schedule.decay)
 
     def observe(self, drift: Metric) -> None:
         """Add the drift of one micro-batch."""
@@ -106,30 +105,34 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
         for name, (_, anchor) in self._pairs.items():
             with _whole(anchor):
                 if PartialState().is_main_process:
-                    tensors[name] = anchor.detach().cpu().clone().contiguous()
+                    tensors[name] = self._exact.get(name, anchor).detach().cpu().clone().contiguous()
         if PartialState().is_main_process:
             save_file(tensors, checkpoint / WEIGHTS_FILE)
             (checkpoint / STATE_FILE).write_text(json.dumps({"recent_drift": list(self._recent)}), encoding="utf-8")
         PartialState().wait_for_everyone()
 
-    def _refuse_rounding(self, share: float) -> None:
-        low = {str(a.dtype) for _, a in self._pairs.values() if a.dtype in (torch.float16, torch.bfloat16)}
-        if low:
-            raise ModelError(
-                f"anchor: ema needs float32 weights, these are {', '.join(sorted(low))}: a step of 1 - anchor_decay "
-                f"= {share:g} is below their rounding and would be lost. Write dtype: float32 (bf16: true still "
-                "computes in bfloat16), or anchor: periodic."
-            )
-
     @torch.no_grad()
     def _move(self, share: float) -> None:
         """anchor <- anchor + share * (policy - anchor); a collective."""
-        for policy, anchor in self._pairs.values():
+        for name, (policy, anchor) in self._pairs.items():
             with _whole(anchor, policy) as may_write:
                 if may_write and share == 1.0:
                     anchor.copy_(policy)
                 elif may_write:
-                    anchor.lerp_(policy.to(anchor.dtype), share)
+                    average = self._average(name, anchor)
+                    average.lerp_(policy.to(average.dtype), share)
+                    anchor.copy_(average)
+
+    def _average(self, name: str, anchor: Tensor) -> Tensor:
+        """What the average is taken in: the anchor, or a float32 copy of one whose precision would round steps away.
+
+        DeepSpeed casts what trains, and the anchor with it, to half precision when training begins.
+        """
+        if anchor.dtype not in (torch.float16, torch.bfloat16):
+            return anchor.detach()
+        if name not in self._exact:
+            self._exact[name] = anchor.detach().float()
+        return self._exact[name]
 
     @torch.no_grad()
     def _restore(self, checkpoint: Path) -> None:
@@ -144,6 +147,8 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
             with _whole(anchor) as may_write:
                 if may_write:
                     anchor.copy_(tensors[name])
+                    if tensors[name].dtype != anchor.dtype:
+                        self._exact[name] = tensors[name].to(anchor.device)
         self._recent.extend(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["recent_drift"])
 
 

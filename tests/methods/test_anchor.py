@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from alignkit.errors import CheckpointError, ModelError
+from alignkit.errors import CheckpointError
 from alignkit.methods.method import AnchorSchedule, Method, load_method
 from tests.methods.conftest import logged
 
@@ -150,7 +150,34 @@ def test_resuming_without_a_saved_anchor_is_refused(make_trainer: Any, tmp_path:
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
 
 
-def test_an_average_below_the_rounding_of_the_weights_is_refused(make_trainer: Any, model_path: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
-    with pytest.raises(ModelError, match="below their rounding"):
-        make_trainer(anchored(kind="ema"), model=model)
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_an_average_of_half_precision_weights_is_kept_in_float32(
+    make_trainer: Any, model_path: str, tmp_path: Path, parametrization: str
+) -> None:
+    """As DeepSpeed leaves them; its steps are below the rounding of bfloat16, and add up all the same."""
+    arguments = {"max_steps": 1, "learning_rate": 0.0, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(
+        anchored(kind="ema", decay=0.999), arguments=arguments, peft_config=PARAMETRIZATIONS[parametrization]
+    )
+    trainer.model.to(torch.bfloat16)
+    if trainer.ref_model is not None:
+        trainer.ref_model.to(torch.bfloat16)
+    anchor, pairs = trainer.anchor, trainer.anchor._pairs
+    with torch.no_grad():
+        for policy, _ in pairs.values():
+            policy.add_(0.1 * torch.ones_like(policy))
+    start = {name: a.detach().float() for name, (_, a) in pairs.items()}
+    for _ in range(400):
+        anchor._move(0.001)
+    for name, (policy, kept) in pairs.items():
+        expected = policy.float() + 0.999**400 * (start[name] - policy.float())
+        torch.testing.assert_close(anchor._exact[name], expected, rtol=1e-4, atol=1e-5)
+        assert kept.dtype == torch.bfloat16 and torch.equal(kept, anchor._exact[name].to(torch.bfloat16))
+    exact = {name: value.clone() for name, value in anchor._exact.items()}
+    checkpoint = tmp_path / "run" / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    anchor.on_save(trainer.args, TrainerState(global_step=7), TrainerControl())
+    anchor._exact.clear()
+    anchor._restore(checkpoint)
+    assert exact.keys() == anchor._exact.keys()
+    assert all(torch.equal(value, anchor._exact[name]) for name, value in exact.items())
