@@ -28,16 +28,16 @@ class DecayToStart:
 
     def __init__(self, coef: float, starts: Sequence[Tensor] | None = None) -> None:
         self.coef = coef
-        self.is_attached = False
+        self._attached: torch.optim.Optimizer | None = None
         self._saved = list(starts or ())
         self._is_resumed = starts is not None
         self._starts: dict[Tensor, Tensor] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Act before each step of ``optimizer``; a second time for the same one changes nothing."""
-        if not self.is_attached:
+        if self._attached is not optimizer:
             optimizer.register_step_pre_hook(self._before_step)
-            self.is_attached = True
+            self._attached = optimizer
 
     def starts(self) -> list[Tensor]:
         """The starting weights in the order the optimizer was seen to hold them."""

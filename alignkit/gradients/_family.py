@@ -51,8 +51,8 @@ class Evaluation:
         start: The weights at the start of training, where the rule asked for them; entries of ``pairs`` are None.
         pairs: The LoRA updates among the tensors.
         seed: A number that is another one for every micro-batch, and the same when a run is repeated.
-        displacement_norm: l2 norm of what was added to the weights, as far as their precision holds it; None where
-            nothing was.
+        displacement_norm: Length of what was added to the weights, as far as it is computed with: of what is left
+            after rounding, along itself. None where nothing was.
     """
 
     weights: Sequence[Tensor]

@@ -30,8 +30,8 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from alignkit.gradients._decay import DecayToStart, StartKeeper, read_starts
-from alignkit.gradients._family import Evaluation, LowRankPair, norm
-from alignkit.gradients._measures import measure
+from alignkit.gradients._family import Evaluation, LowRankPair
+from alignkit.gradients._measures import HeldDisplacement, measure
 from alignkit.gradients._replay import random_state, replayed
 from alignkit.gradients._support import check_supported
 from alignkit.gradients._weights import (
@@ -39,6 +39,7 @@ from alignkit.gradients._weights import (
     all_tensors,
     evaluated_at,
     low_rank_pairs,
+    starting_weights,
     trainable_tensors,
     whole_weights,
     zero_with_gradients,
@@ -90,9 +91,11 @@ class GradientRuleHook(Trainer):
     gradient_rule: ChosenRule | None = None
 
     _kept: dict[str, Tensor] | None = None
-    _start: Mapping[str, Tensor]
+    _start: Mapping[str, Tensor] | None = None
+    _keeper: StartKeeper | None = None
     _known: _Known | None = None
     _drawn: tuple[int, int] = (-1, 0)
+    _has_looked = False
 
     # --- what the trainer implements -------------------------------------------------------------------------------
 
@@ -170,19 +173,22 @@ class GradientRuleHook(Trainer):
         device = weights[0].device
         state = random_state(device)
         loss, gradients = self._evaluate_at(batch, weights, record=True)
+        if self._is_averaged(options):  # over the same tensors everywhere, also those this process had no use for
+            gradients = {i: gradients.get(i, torch.zeros_like(weight)) for i, weight in enumerate(weights)}
         targets = [i for i in gradients if options.rule_targets == "all" or tensors[i].is_lora]
         found = {tensors[i]: (weights[i], gradients[i]) for i in targets}
         evaluations = [self._first_evaluation(batch, found, loss, chosen)]
         if rule.displacement is not None:
-            moved = list(weights)
+            moved, held = list(weights), HeldDisplacement(self._autocast_dtype())
             for i, displacement in zip(targets, rule.displacement(evaluations[0], options), strict=True):
                 moved[i] = weights[i] + displacement
-            length = norm(moved[i] - weights[i] for i in targets)
+                held.add(weights[i], moved[i], displacement)
+            self._warn_once(held)
             with replayed(state, device):
                 loss_s, gradients_s = self._evaluate_at(batch, moved, record=False)
             g_s = [gradients_s[i] if i in gradients_s else torch.zeros_like(weights[i]) for i in targets]
             g_s = self._averaged(g_s, options)
-            evaluations.append(replace(evaluations[0], loss=loss_s, gradient=g_s, displacement_norm=length))
+            evaluations.append(replace(evaluations[0], loss=loss_s, gradient=g_s, displacement_norm=held.length()))
             # As large as everything that trains, as the edited gradient will be.
             del moved, gradients_s
         assert rule.edit is not None
@@ -190,6 +196,15 @@ class GradientRuleHook(Trainer):
         for name, metric in measure(rule, options, evaluations).items():
             self.record(name, metric)
         return loss, {tensors[i]: edited.get(i, gradient) for i, gradient in gradients.items()}
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        is_rounded = self.accelerator.native_amp and self.accelerator.mixed_precision == "bf16"
+        return torch.bfloat16 if is_rounded else None
+
+    def _warn_once(self, held: HeldDisplacement) -> None:
+        if not self._has_looked and self.accelerator.is_main_process and (problem := held.problem()):
+            print(problem)
+        self._has_looked = True
 
     def _first_evaluation(
         self, batch: _MicroBatch, found: Mapping[Trainable, tuple[Tensor, Tensor]], loss: Tensor, chosen: ChosenRule
@@ -199,6 +214,7 @@ class GradientRuleHook(Trainer):
         pairs: list[LowRankPair] = []
         start: list[Tensor | None] = []
         if chosen.rule.needs_start:
+            assert self._start is not None
             pairs = low_rank_pairs(batch.inner, list(found))
             factors = {i for pair in pairs for i in (pair.a, pair.b)}
             start = [None if i in factors else self._start[tensor.name] for i, tensor in enumerate(found)]
@@ -225,12 +241,15 @@ class GradientRuleHook(Trainer):
 
     def _averaged(self, gradient: list[Tensor], options: EditOptions) -> list[Tensor]:
         """The gradient a rule goes by: this process's own, or with ``direction: global`` the mean over processes."""
-        is_global = isinstance(options, DisplacedOptions) and options.direction == "global"
-        if not is_global or self.accelerator.num_processes == 1:
+        if not self._is_averaged(options):
             return gradient
         flat = self.accelerator.reduce(torch.cat([x.flatten() for x in gradient]), reduction="mean")
         pieces = flat.split([x.numel() for x in gradient])
-        return [piece.view_as(x) for piece, x in zip(pieces, gradient, strict=True)]
+        return [piece.view_as(x).to(x.dtype) for piece, x in zip(pieces, gradient, strict=True)]
+
+    def _is_averaged(self, options: EditOptions) -> bool:
+        is_global = isinstance(options, DisplacedOptions) and options.direction == "global"
+        return is_global and self.accelerator.num_processes > 1
 
     def _next_seed(self, options: EditOptions) -> int:
         """A seed for this micro-batch: another one in every step and on every process, unless all displace alike."""
@@ -259,19 +278,13 @@ class GradientRuleHook(Trainer):
                 accelerator=self.accelerator,
                 args=self.args,
             )
-            if self.gradient_rule.rule.needs_start:
-                self._start = self._starting_weights(tensors)
-            if self.gradient_rule.rule.decay is not None:
+            # Once: training that is taken up again has not started anew.
+            if self.gradient_rule.rule.needs_start and self._start is None:
+                self._start = starting_weights(self.model, tensors)
+            if self.gradient_rule.rule.decay is not None and self._keeper is None:
                 coef = self.gradient_rule.rule.decay(self.gradient_rule.options)
                 self._add_decay(coef, resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **inherited)
-
-    def _starting_weights(self, tensors: Sequence[Trainable]) -> dict[str, Tensor]:
-        """Copies of the trainable weights by name; LoRA factors, whose update starts at 0, are left out."""
-        factors = {i for pair in low_rank_pairs(self.model, tensors) for i in (pair.a, pair.b)}
-        others = [tensor for i, tensor in enumerate(tensors) if i not in factors]
-        weights = whole_weights(others) if others else []
-        return {tensor.name: weight.clone() for tensor, weight in zip(others, weights, strict=True)}
 
     def _add_decay(self, coef: float, resume_from_checkpoint: str | bool | None) -> None:
         checkpoint = resume_from_checkpoint
@@ -279,4 +292,5 @@ class GradientRuleHook(Trainer):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         starts = read_starts(Path(checkpoint), self.args.process_index) if checkpoint else None
         # Before the callback that declares a checkpoint complete.
-        self.callback_handler.callbacks.insert(0, StartKeeper(DecayToStart(coef, starts)))
+        self._keeper = StartKeeper(DecayToStart(coef, starts))
+        self.callback_handler.callbacks.insert(0, self._keeper)

@@ -61,6 +61,14 @@ def check_supported(
             )
     if rule.decay is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
         problems += [f"{name} {why}" for why in _stepped_elsewhere(accelerator.state.deepspeed_plugin.deepspeed_config)]
+    elif rule.decay is not None or not isinstance(model, PeftModel):
+        low = {str(tensor.parameter.dtype) for tensor in tensors} & {"torch.bfloat16", "torch.float16"}
+        if low:
+            problems.append(
+                f"{name}: what trains is held in {', '.join(sorted(low))}, whose rounding swallows steps as small as the "
+                "rule's. Write dtype: float32 (bf16: true still computes in bfloat16)"
+                + (", or gradient_rule: l2_sp, whose pull goes through the optimizer" if rule.decay else "")
+            )
     if isinstance(options, EditOptions) and options.rule_targets == "lora":
         if not any(tensor.is_lora for tensor in tensors):
             problems.append("`rule_targets: lora`: no LoRA factor trains. Write rule_targets: all")

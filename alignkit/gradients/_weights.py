@@ -97,9 +97,17 @@ def low_rank_pairs(model: nn.Module, tensors: Sequence[Trainable]) -> list[LowRa
         if isinstance(layer, LoraLayer):
             for adapter, factor in layer.lora_A.items():
                 a, b = positions.get((factor, "weight")), positions.get((layer.lora_B[adapter], "weight"))
-                if a is not None and b is not None:
+                if a is not None and b is not None and factor.weight.dim() == 2:
                     pairs.append(LowRankPair(a, b, layer.scaling[adapter]))
     return pairs
+
+
+def starting_weights(model: nn.Module, tensors: Sequence[Trainable]) -> dict[str, Tensor]:
+    """Copies of the weights by name; LoRA factors, whose update starts at 0, are left out."""
+    factors = {i for pair in low_rank_pairs(model, tensors) for i in (pair.a, pair.b)}
+    others = [tensor for i, tensor in enumerate(tensors) if i not in factors]
+    weights = whole_weights(others) if others else []
+    return {tensor.name: weight.clone() for tensor, weight in zip(others, weights, strict=True)}
 
 
 @contextlib.contextmanager

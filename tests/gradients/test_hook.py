@@ -319,7 +319,26 @@ def test_bf16_autocast_follows_float32(make_trainer: Any, kind: str) -> None:
         assert all(p.dtype == torch.float32 for p in trainable(trainer))
     for key in ("grad_norm", "gradient/cosine", "gradient/sharpness_gap"):
         assert entries[True][key] == pytest.approx(entries[False][key], rel=0.05)
-    assert entries[True]["gradient/displacement_norm"] == pytest.approx(0.1, rel=1e-4)
+    assert entries[True]["gradient/displacement_norm"] == pytest.approx(0.1, rel=0.02)
+
+
+def test_a_displacement_that_rounding_swallows_is_seen(make_trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights stored in bfloat16 stand on its grid; autocast rounds small displacements back to it."""
+    found = {}
+    for on_grid in (False, True):
+        trainer = make_trainer(
+            gradient_rule=chosen("sam", rho=3e-3), arguments={"bf16": True, "max_steps": 1, "learning_rate": 0.0}
+        )
+        with torch.no_grad():
+            for p in trainable(trainer):
+                p.copy_(p.bfloat16() if on_grid else p + 1e-3 * torch.rand_like(p))
+        trainer.train()
+        found[on_grid] = trainer.state.log_history[0]
+        printed = capsys.readouterr().out
+        assert (printed.count("rounding leaves") == 1) == on_grid
+    assert found[False]["gradient/displacement_norm"] == pytest.approx(3e-3, rel=0.1)
+    assert found[True]["gradient/displacement_norm"] < 1.5e-3
+    assert found[True]["gradient/sharpness_gap"] < 0.7 * found[False]["gradient/sharpness_gap"]
 
 
 def test_a_tensor_the_loss_does_not_reach_gets_no_gradient(make_trainer: Any) -> None:

@@ -57,6 +57,27 @@ def test_a_weight_without_gradient_is_left_alone() -> None:
     assert weight.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("name", ["decay_to_init", "l2_sp"])
+def test_training_taken_up_again_is_pulled_to_the_first_start_and_once(make_trainer: Any, name: str) -> None:
+    trainer = make_trainer(
+        gradient_rule=chosen(name),
+        arguments={"max_steps": 2, "learning_rate": 1e-2, "optim": "sgd"},
+    )
+    start = vectors(trainer)
+    trainer.train()
+    trainer.train()
+    if name == "l2_sp":
+        kept = list(trainer._start.values())
+    else:
+        keepers = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StartKeeper)]
+        assert len(keepers) == 1
+        assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 1
+        kept = keepers[0].decay.starts()
+    assert len(kept) == len(start)  # in the order of the optimizer's groups
+    assert all(any(torch.equal(ours, first) for ours in kept) for first in start)
+    assert any(not torch.equal(now, first) for now, first in zip(vectors(trainer), start, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_decay_through_the_trainer_follows_the_plain_steps(make_trainer: Any, kind: str) -> None:
     """With sgd, and the clipped gradient read off before each step, the recursion can be repeated by hand."""

@@ -126,6 +126,21 @@ def test_zenflow_steps_past_the_hook_of_the_torch_optimizer() -> None:
         seen.clear()
 
 
+@pytest.mark.parametrize("name", ["sam", "perpgrad", "decay_to_init"])
+def test_half_precision_weights_that_train_are_refused(make_trainer: Any, full: Any, name: str) -> None:
+    """Whatever the config said: dtype: auto takes what the checkpoint has, TRL casts the adapters of a 4-bit base."""
+    full.model.to(torch.bfloat16)
+    (problem,) = refusal(full, chosen(name))
+    assert "held in torch.bfloat16" in problem and "Write dtype: float32" in problem
+    adapted = make_trainer(peft_config=lora())
+    adapted.model.to(torch.bfloat16)
+    if name == "decay_to_init":
+        (problem,) = refusal(adapted, chosen(name))
+        assert "or gradient_rule: l2_sp" in problem
+    else:
+        check(adapted, chosen(name))
+
+
 def test_data_parallel_and_compile_are_refused(full: Any) -> None:
     class Arguments:
         n_gpu, torch_compile = 2, True
