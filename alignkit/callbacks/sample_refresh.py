@@ -6,22 +6,27 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator, PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignkit.data.conversion import BATCH_ROWS
 from alignkit.errors import CheckpointError
 from alignkit.evals.resampling import Resampler
 
 ROWS_FILE = "training_rows.parquet"
 
 WARNING = (
-    "warning: sample_refresh_steps {steps}: every {steps} steps the samples are drawn anew from the policy. Samples of "
-    "the current policy do not hold it: the expected gradient of their term is 0. Keep them frozen (0), or refresh "
-    "rarely. In a toy, drift was 5.4 nats with samples refreshed at every step, 0.56 with frozen ones "
-    "(docs/results/d2o.md)."
+    "warning: sample_refresh_steps {steps}: {when} the samples are drawn anew from the policy. Samples of the current "
+    "policy do not hold it: the expected gradient of their term is 0. Keep them frozen (0), or refresh rarely. In a "
+    "toy, drift was 5.4 nats with samples refreshed at every step, 0.56 with frozen ones (docs/results/d2o.md)."
+)
+NEVER = (
+    "warning: sample_refresh_steps {steps}: the samples are never drawn anew in this run, which has {max_steps} steps; "
+    "none are after the last one. Write sample_refresh_steps below {max_steps}, or 0 to keep them frozen."
 )
 
 
@@ -53,9 +58,15 @@ class SampleRefresh(TrainerCallback):
     ) -> None:
         """Warn, and continue with the rows of the checkpoint that training resumes from."""
         if PartialState().is_main_process:
-            print(WARNING.format(steps=self.steps))
+            print(self.warning(state.max_steps))
         if self.trainer.resumed_from is not None:
             self.trainer.train_dataset = read_rows(self.trainer.resumed_from, len(self.trainer.train_dataset))
+
+    def warning(self, max_steps: int) -> str:
+        """What refreshed samples do, or that a run of ``max_steps`` ends before they would be."""
+        if self.steps >= max_steps:
+            return NEVER.format(steps=self.steps, max_steps=max_steps)
+        return WARNING.format(steps=self.steps, when="every step" if self.steps == 1 else f"every {self.steps} steps")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         """Exchange the rows when their time has come; a collective."""
@@ -92,7 +103,9 @@ def read_rows(checkpoint: Path, count: int) -> Dataset:
     advice = "Resume the run as it was started, or start again."
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: this checkpoint was written with sample_refresh_steps: 0. {advice}")
-    rows = Dataset(pq.read_table(file))
+    # In batches, as a dataset is fingerprinted from copies of its tables.
+    batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS)
+    rows = concatenate_datasets([Dataset(pa.Table.from_batches([batch])) for batch in batches])
     if len(rows) != count:
         raise CheckpointError(f"{file} holds {len(rows)} rows, the data {count}. {advice}")
     return rows

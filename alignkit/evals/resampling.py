@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignkit.data.conversion import BATCH_ROWS
+from alignkit.data.conversion import BATCH_ROWS, rows_of
 from alignkit.data.negatives import REPLACED_COLUMNS, assemble_row
 from alignkit.data.schema import detect_kind
 from alignkit.data.tokenization import CANDIDATE_FEATURES, Settings, by_descending_score, convert_batch
@@ -69,9 +70,12 @@ class Resampler:
         Raises:
             DataError: The lists cannot be sampled for.
         """
-        rows = list(lists)
-        converted = _tokenised(rows, tokenizer, max_length)
-        kept = [_negative_of(row) for row, tokens in zip(rows, converted, strict=True) if tokens is not None]
+        conversion = _settings(lists, max_length)
+        kept: list[dict[str, Any]] = []
+        for start in range(0, len(lists), BATCH_ROWS):
+            batch = lists[start : start + BATCH_ROWS]
+            causes = convert_batch(batch, tokenizer, conversion)["cause"]
+            kept += [_negative_of(row) for row, cause in zip(rows_of(batch), causes, strict=True) if not cause]
         prompts = prepare_prompts(kept, tokenizer, instruction=settings.instruction, name="train")
         return cls(prompts, tokenizer, settings, max_length)
 
@@ -94,11 +98,18 @@ class Resampler:
             self.prompts, engine, settings, store=MemoryStore(), prompt_limit=limit, state=state
         )
         texts = on_first_process(lambda: {record.row: record.texts for record in records if record.texts}, state)
-        lists = [assemble_row(self.prompts.rows[row], samples, self.prompts.kind) for row, samples in texts.items()]
-        # Through a table, which gives all messages the same keys, as it did before training.
-        converted = _tokenised(list(Dataset.from_list(lists)), self.tokenizer, self.max_length)
-        renewed = {row: tokens for row, tokens in zip(texts, converted, strict=True) if tokens is not None}
-        return Resampled(_with(rows, renewed), len(renewed), sum(len(texts[row]) for row in renewed))
+        if not texts:
+            return Resampled(rows, 0, 0)
+        renewed, numbers = _with(rows, self._lists(texts), sorted(texts), self.tokenizer, self.max_length)
+        return Resampled(renewed, len(numbers), sum(len(texts[row]) for row in numbers))
+
+    def _lists(self, texts: Mapping[int, list[str]]) -> Dataset:
+        """The candidate lists of new samples by row, in the order of the rows.
+
+        They go through a table, which gives all messages the same keys, as it did before training.
+        """
+        prompts = self.prompts
+        return Dataset.from_list([assemble_row(prompts.rows[row], texts[row], prompts.kind) for row in sorted(texts)])
 
 
 def _negative_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,29 +119,42 @@ def _negative_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": row["prompt"], "rejected": negative, **carried}
 
 
-def _tokenised(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> list[dict[str, Any] | None]:
-    """The candidate columns of every list; None for a list that cannot be trained on."""
-    if not rows:
-        return []
-    kind = detect_kind(list(rows[0]), rows, name="train")
-    settings = Settings(kind, max_length, num_candidates=None, stop_token_ids=frozenset())
-    found: list[dict[str, Any] | None] = []
+def _settings(lists: Dataset, max_length: int | None) -> Settings:
+    """How candidate lists are tokenised."""
+    kind = detect_kind(lists.column_names, lists, name="train")
+    return Settings(kind, max_length, num_candidates=None, stop_token_ids=frozenset())
+
+
+def _with(
+    rows: Dataset, lists: Dataset, numbers: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[Dataset, list[int]]:
+    """The rows, some of them replaced, as tables that share no memory with the old ones.
+
+    Token ids are Python objects, which take many times the memory of a table, for one block of rows at a time.
+
+    Args:
+        rows: The rows as they are.
+        lists: Candidate lists to replace rows by.
+        numbers: The row that each list replaces, ascending.
+        tokenizer: The tokenizer of the model.
+        max_length: Limit on prompt + completion in tokens, or None.
+
+    Returns:
+        The new rows, and the numbers of those replaced: a list that cannot be trained on replaces none.
+    """
+    settings, schema = _settings(lists, max_length), CANDIDATE_FEATURES.arrow_schema
+    old, blocks, replaced = rows.with_format("arrow"), [], []
     for start in range(0, len(rows), BATCH_ROWS):
-        batch = rows[start : start + BATCH_ROWS]
-        columns = convert_batch({name: [row[name] for row in batch] for name in batch[0]}, tokenizer, settings)
-        found += [
-            None if cause else {name: columns[name][i] for name in CANDIDATE_FEATURES}
-            for i, cause in enumerate(columns["cause"])
-        ]
-    return found
-
-
-def _with(rows: Dataset, renewed: Mapping[int, Mapping[str, Any]]) -> Dataset:
-    """The rows, some of them replaced."""
-    columns = {name: list(rows[name]) for name in CANDIDATE_FEATURES}
-    for row, tokens in renewed.items():
-        for name, values in columns.items():
-            values[row] = tokens[name]
-    return Dataset.from_dict(columns, features=CANDIDATE_FEATURES)
+        block = old[start : start + BATCH_ROWS].select(schema.names).cast(schema)
+        source = np.arange(len(block))
+        first, last = np.searchsorted(numbers, [start, start + len(block)])
+        if first < last:
+            columns = convert_batch(lists[first:last], tokenizer, settings)
+            kept = [i for i, cause in enumerate(columns["cause"]) if not cause]
+            tokens = {name: [columns[name][i] for i in kept] for name in schema.names}
+            found = [numbers[first + i] for i in kept]
+            source[np.array(found, dtype=int) - start] = len(block) + np.arange(len(found))
+            block = pa.concat_tables([block, pa.table(tokens, schema=schema)])
+            replaced += found
+        blocks.append(Dataset(block.take(source)))
+    return concatenate_datasets(blocks), replaced

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -20,9 +22,11 @@ from alignkit.callbacks.durability import is_complete
 from alignkit.callbacks.sample_refresh import ROWS_FILE, SampleRefresh
 from alignkit.config import PreferenceConfig
 from alignkit.data.convert import to_candidate_rows
+from alignkit.data.tokenization import CANDIDATE_FEATURES
 from alignkit.errors import CheckpointError, ConfigError
-from alignkit.evals.resampling import Resampler
+from alignkit.evals.resampling import Resampled, Resampler
 from alignkit.evals.sampling import SampleSettings
+from alignkit.evals.sampling_store import RowSamples
 from alignkit.methods._late_rows import LateRowsTrainer
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.d2o import METHOD, D2OConfig
@@ -254,6 +258,68 @@ def test_a_row_without_new_samples_keeps_its_old_ones(tmp_path: Path) -> None:
             6 - len(kept),
             6,
         )
+
+
+def long_lists() -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": f"Say {i}.", "completions": ["yes" * 100, "no"], "scores": [1.0, 0.0]} for i in range(512)]
+    )
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most memory that Python objects took at once; tables are not among them."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_python_objects_are_made_of_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 512 rows are renewed, thrice; as objects, the ids of all took 58 bytes a token. One table is held."""
+    monkeypatch.setattr("alignkit.evals.resampling.BATCH_ROWS", 16)
+    texts = {3: ["fresh", "samples"], 400: ["others"], 401: ["no"]}
+    records = [RowSamples(row, texts=texts[row]) for row in (401, 400, 3)]
+    monkeypatch.setattr("alignkit.evals.resampling.sample_candidates", lambda *args, **options: records)
+    lists = long_lists()
+    resampler = Resampler.of_lists(lists, TOKENIZER, DRAWN, None)
+    ids = np.random.default_rng(0).integers(300, 100_000, size=(512, 4, 128)).tolist()
+    before = Dataset.from_dict(
+        {"prompt_ids": [[1, 2]] * 512, "completion_ids": ids, "scores": [[1.0, 0.5, 0.5, 0.0]] * 512},
+        features=CANDIDATE_FEATURES,
+    )
+    backwards = before.select(range(511, -1, -1))
+    model, results = tiny_model(), [Resampled(backwards, 0, 0)]
+
+    def refresh() -> None:
+        results[:] = [resampler(model, results[0].rows, step=1)]
+
+    refresh()
+    size, held = results[0].rows.data.nbytes, pa.total_allocated_bytes()
+    assert peak_bytes(refresh) < 10 * 512 * 4 * 128
+    refresh()
+    assert pa.total_allocated_bytes() - held < size // 10
+    (result,) = results
+    assert (result.num_renewed, result.num_samples) == (2, 3) and result.rows.features == CANDIDATE_FEATURES
+    expected = backwards.to_list()
+    for row in (3, 400):
+        expected[row] = converted_list(lists[row]["prompt"], texts[row])
+    assert result.rows.to_list() == expected
+
+
+def converted_list(prompt: str, samples: Sequence[str]) -> dict[str, Any]:
+    """The candidate row of samples against the negative ``no``."""
+    ends = [[*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id] for text in (*samples, "no")]
+    scores = [1.0] * len(samples) + [0.0]
+    return {"prompt_ids": TOKENIZER(prompt)["input_ids"], "completion_ids": ends, "scores": scores}
+
+
+def test_lists_are_tokenised_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of what is left are the rows of text to sample for; with the ids of all it was 17 bytes a token."""
+    lists = long_lists()
+    monkeypatch.setattr("alignkit.evals.resampling.BATCH_ROWS", 16)
+    assert peak_bytes(lambda: Resampler.of_lists(lists, TOKENIZER, DRAWN, None)) < 10 * 512 * 300
 
 
 def conversations() -> list[dict[str, Any]]:
