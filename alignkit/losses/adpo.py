@@ -49,7 +49,7 @@ def adpo_loss(
     batch: CandidateBatch,
     *,
     target: str = "listwise_zscore",
-    tau: float | AdaptiveTau = 1.0,
+    tau: float | int | AdaptiveTau = 1.0,
     beta_reward: float = 0.5,
     logp_reduction: str = "sum",
     anchor_kl_coef: float = 0.0,
@@ -83,8 +83,8 @@ def adpo_loss(
 
     Deviations: ``sum`` is the default of ``logp_reduction`` so that two candidates compare with DPO (``mean`` is the
     author's advice for long completions), and neither u nor the log-ratio is clipped. Equal rewards under
-    ``plackett_luce`` rival each other, and under ``pairwise_hard`` train nothing. A group with fewer than two
-    candidates is left out of the preference term.
+    ``plackett_luce`` share their places, q uniform over them, and under ``pairwise_hard`` train nothing. A group with
+    fewer than two candidates is left out of the preference term.
 
     Fidelity: author's text and code for the objective, the listwise targets, the temperature rule and the
     regulariser towards the anchor. ``kde`` is our reconstruction of a name; the pairwise targets follow from the
@@ -158,11 +158,11 @@ def adaptive_tau(
 
 
 def _temperature(
-    batch: CandidateBatch, scores: Float[Tensor, "B K"], exists: Bool[Tensor, "B K"], tau: float | AdaptiveTau
+    batch: CandidateBatch, scores: Float[Tensor, "B K"], exists: Bool[Tensor, "B K"], tau: float | int | AdaptiveTau
 ) -> Float[Tensor, " B"]:
-    if isinstance(tau, float):
-        return scores.new_full(scores.shape[:1], tau)
-    return adaptive_tau(batch, scores, exists, tau)
+    if isinstance(tau, AdaptiveTau):
+        return adaptive_tau(batch, scores, exists, tau)
+    return scores.new_full(scores.shape[:1], tau)
 
 
 def _logratio(batch: CandidateBatch, is_mean: bool) -> Float[Tensor, "B K"]:
@@ -193,14 +193,16 @@ def _target_metrics(
     values: Float[Tensor, " B"],
     exists: Bool[Tensor, "B K"],
 ) -> dict[str, Metric]:
-    """How far p is from q."""
+    """How far the loss is from the least it can be, and what is left of its gradient."""
     trains = exists.sum(-1) > 1
     entropy = masked_mean(choices.entropy, choices.valid)
-    distance = masked_mean(0.5 * (log_p.exp() - choices.q).abs().sum(-1), choices.valid)
+    # The gradient in u [B, K]: choices that pull a candidate to and fro cancel, so it is summed before it is measured.
+    pulls = (log_p.exp() - choices.q).mT
+    slope = masked_mean(pulls, choices.valid.unsqueeze(1).expand_as(pulls))
     return {
         "adpo/target_entropy": masked_metric(entropy, trains),
         "adpo/target_kl": masked_metric(values - entropy, trains),
-        "effective_weight": masked_metric(distance, trains),
+        "effective_weight": masked_metric(0.5 * slope.abs().sum(-1), trains),
     }
 
 

@@ -66,22 +66,30 @@ def listwise_raw(scores: Scores, exists: Exists, beta_reward: float) -> Choices:
 
 
 def listwise_zscore(scores: Scores, exists: Exists, beta_reward: float) -> Choices:
-    """q = softmax(A / beta_reward), A = (R - mean) / (std + 1e-8) within the group; the std is the unbiased one."""
+    """q = softmax(A / beta_reward), A = (R - mean) / (std + 1e-8) within the group; the std is the unbiased one.
+
+    R are the rewards divided by their range, so that q does not depend on their scale; 0 where all are equal.
+    """
+    best = scores.masked_fill(~exists, -torch.inf).amax(-1, keepdim=True)
+    worst = scores.masked_fill(~exists, torch.inf).amin(-1, keepdim=True)
+    span = (best - worst).clamp(min=torch.finfo(scores.dtype).tiny)
     # The softmax takes no notice of the mean.
-    return listwise_raw(scores / (_std(scores, exists).unsqueeze(-1) + 1e-8), exists, beta_reward)
+    ranged = ((scores - best) / span).masked_fill(~exists, 0.0)
+    return listwise_raw(ranged / (_std(ranged, exists).unsqueeze(-1) + 1e-8), exists, beta_reward)
 
 
 def plackett_luce(scores: Scores, exists: Exists, beta_reward: float) -> Choices:
     """For each candidate, q = 1 on it against all that are no better; the last one has no rivals and is no choice.
 
     Without ties these are the factors of Plackett and Luce: first place among all, second among the rest, and so on.
-    Candidates of equal reward are each other's rivals, whatever their order (Breslow's treatment of ties).
-    ``beta_reward`` has no part in it.
+    Candidates of equal reward are each other's rivals, whatever their order (Breslow's treatment of ties): each of them
+    stands for a choice among the same candidates, and q is uniform over them in all of these, which has the same loss
+    as q = 1 on each in turn, and says what that loss is least at. ``beta_reward`` has no part in it.
     """
     no_better = scores.unsqueeze(1) <= scores.unsqueeze(2)
     sets = no_better & exists.unsqueeze(1) & exists.unsqueeze(2)
-    winner = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    return Choices(sets, (winner & sets).to(scores.dtype))
+    tied = sets & (scores.unsqueeze(1) == scores.unsqueeze(2))
+    return Choices(sets, tied.to(scores.dtype) / tied.sum(-1, keepdim=True).clamp(min=1))
 
 
 def kde(scores: Scores, exists: Exists, beta_reward: float) -> Choices:

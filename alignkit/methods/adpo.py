@@ -152,9 +152,9 @@ METRICS = {
     "mean_logps/rejected": "log-likelihood of the worst candidates, nats a token",
     "logratio/chosen": "log pi - log pi_anchor of the best candidate, nats a sequence; left out under anchor: uniform",
     "logratio/rejected": "the same of the worst candidate; left out under anchor: uniform",
-    "effective_weight": "distance of p from its target, half of sum |p - q|, the share of the gradient that is left; "
-    "sigma(-z) for a hard pair",
-    "adpo/target_entropy": "H(q), the least the loss can be, nats; 0 for hard pairs and for rankings",
+    "effective_weight": "what is left of the gradient, half of sum |dL/du| over the candidates: the distance of p from "
+    "q for a list, sigma(-z) for a hard pair",
+    "adpo/target_entropy": "H(q), the least the loss can be, nats; 0 for hard pairs and for rankings without ties",
     "adpo/target_kl": "KL(q || p), the loss above that least, nats",
     "adpo/anchor_drift": "|l - l_ref|, mean over candidates, nats; the author calls it a KL, which it is not; left out "
     "under anchor: uniform",

@@ -118,16 +118,23 @@ def check_case(loss: Callable[..., LossOutput], rows: list[Row], case: Case) -> 
     ]
     targets = [list_oracles.adpo_choices([c.score for c in row], case.target, case.beta_reward) for row in existing]
     outcomes = [list_oracles.adpo(u, choices) for u, choices in zip(us, targets, strict=True)]
+    shares = [list_oracles.adpo(u, shared(choices)) for u, choices in zip(us, targets, strict=True)]
     check_terms(output, rows, case, [o.loss for o in outcomes])
-    check_metrics(output, expected_metrics(existing, us, outcomes, taus, case))
+    check_metrics(output, expected_metrics(existing, us, shares, taus, case))
     grad = torch.autograd.grad(batch_loss(output, batch), batch.policy_token_logps)[0].tolist()
     for b, row in enumerate(rows):
-        shares = iter(outcomes[b].gradient)
+        gradient = iter(outcomes[b].gradient)
         for k, one in enumerate(row):
-            share = next(shares) / taus[b] / list_oracles.length(one, case.reduction) if one.exists else 0.0
+            share = next(gradient) / taus[b] / list_oracles.length(one, case.reduction) if one.exists else 0.0
             wanted = [share / groups_of(rows) + e for e in extra_gradient(rows, case, b, k)]
             assert grad[b][k][: len(one.policy)] == pytest.approx(wanted, **TIGHT)
             assert not any(grad[b][k][len(one.policy) :])
+
+
+def shared(choices: list[dict[int, float]]) -> list[dict[int, float]]:
+    """The mean target of all choices among the same candidates, in the place of each: equals share a place."""
+    alike = [[other for other in choices if other.keys() == choice.keys()] for choice in choices]
+    return [{i: list_oracles.mean([one[i] for one in ones]) for i in ones[0]} for ones in alike]
 
 
 def groups_of(rows: list[Row]) -> int:
@@ -174,7 +181,7 @@ def expected_metrics(
     metrics = {
         "adpo/target_entropy": mean([outcomes[i].entropy for i in kept]),
         "adpo/target_kl": mean([outcomes[i].loss - outcomes[i].entropy for i in kept]),
-        "effective_weight": mean([outcomes[i].distance for i in kept]),
+        "effective_weight": mean([0.5 * math.fsum(map(abs, outcomes[i].gradient)) for i in kept]),
         "adpo/tau": mean([taus[i] for i in kept]),
         "rewards/margins": mean([us[i][0] - us[i][-1] for i in kept]),
     }
@@ -233,6 +240,13 @@ def test_moving_anchors_have_a_schedule() -> None:
         assert schedule is not None and schedule.kind == kind
         assert (schedule.decay, schedule.threshold, schedule.window) == (0.99, 0.1, 10)
         assert schedule.drift_metric == "adpo/anchor_drift"
+
+
+def test_a_whole_number_is_a_temperature() -> None:
+    rng = random.Random(2)
+    batch = list_batch([[candidate(rng, score) for score in (1.0, 0.5, 0.0)]])
+    whole, fraction = (adpo_loss(batch, tau=tau).mean().item() for tau in (2, 2.0))
+    assert whole == fraction != adpo_loss(batch).mean().item()
 
 
 def test_what_is_missing_is_named() -> None:

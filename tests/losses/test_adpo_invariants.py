@@ -115,6 +115,17 @@ def test_7_equal_rewards_pull_to_a_constant(target: str, score: float) -> None:
     assert grad_of(level, target=target) == pytest.approx([0.0] * 3, abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-3, 1e3, 1e30])
+def test_zscores_are_of_any_scale(scale: float, dtype: torch.dtype) -> None:
+    """The scores 1, 2, 0 have a mean of 1 and a std of 1: q is the softmax of 0, 2, -2. Equal scores stay level."""
+    exists = torch.tensor([[True, True, True, False], [True, True, True, False]])
+    scores = scale * torch.tensor([[1.0, 2.0, 0.0, 1e7], [1.0, 1.0, 1.0, 1e7]], dtype=dtype)
+    wanted = [list_oracles.softmax([0.0, 2.0, -2.0]), [1.0 / 3.0] * 3]
+    q = TARGETS["listwise_zscore"](scores, exists, 0.5).q[:, 0, :3]
+    torch.testing.assert_close(q, torch.tensor(wanted, dtype=dtype), rtol=1e-6, atol=1e-7)
+
+
 def test_8_one_hot_over_everything_is_the_likelihood() -> None:
     """With the uniform anchor and tau 1; over part of the support it is a contrast, and smaller."""
     logps = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).log_softmax(-1).tolist()
@@ -142,6 +153,27 @@ def test_9_plackett_luce_is_a_product_of_factors_in_the_order_of_the_scores() ->
     factors = [list_oracles.softmax([u[i] for i in places[k:]])[0] for k in range(4)]
     loss = adpo_loss(group(u, None, scores), target="plackett_luce").mean().item()
     assert loss == pytest.approx(-math.log(math.prod(factors)) / 4, **TIGHT)
+
+
+def test_9_a_tie_that_is_kept_is_at_its_least() -> None:
+    """Two equals at p = 1/2: gradient 0, so the loss log 2 is the least and nothing is left of the gradient."""
+    batch = group([-2.0, -2.0], None, [1.0, 1.0])
+    output = adpo_loss(batch, target="plackett_luce")
+    assert grad_of(batch, target="plackett_luce") == [0.0, 0.0]
+    assert output.mean().item() == pytest.approx(math.log(2), **TIGHT)
+    found = {name: metric_mean(metric) for name, metric in output.metrics.items()}
+    assert found["adpo/target_entropy"] == pytest.approx(math.log(2), **TIGHT)
+    assert found["adpo/target_kl"] == pytest.approx(0.0, abs=1e-14) and found["effective_weight"] == 0.0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_effective_weight_is_half_the_gradient_in_u(target: str) -> None:
+    """Where choices pull the middle candidate both ways, too, and where candidates are tied."""
+    tau = 0.7
+    batch = group([-3.0, -1.0, -2.5, -2.0], [-2.0, -2.5, -2.0, -1.0], [1.0, 0.5, 0.5, 0.0])
+    metrics = adpo_loss(batch, target=target, tau=tau).metrics
+    total = tau * math.fsum(map(abs, grad_of(batch, target=target, tau=tau)))
+    assert metric_mean(metrics["effective_weight"]) == pytest.approx(0.5 * total, **TIGHT)
 
 
 def test_10_kde_golden() -> None:
