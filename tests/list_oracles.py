@@ -90,8 +90,10 @@ def kde_logits(scores: list[float], bandwidth: float) -> list[float]:
 
 
 def zscores(scores: list[float]) -> list[float]:
-    """(R - mean) / (std + 1e-8), the std with P - 1."""
-    return [(r - statistics.mean(scores)) / (statistics.stdev(scores) + 1e-8) for r in scores]
+    """(R - mean) / (std + 1e-8), the std with P - 1, of rewards divided by their range."""
+    span = max(scores) - min(scores)
+    ranged = [r / span if span else 0.0 for r in scores]
+    return [(r - statistics.mean(ranged)) / (statistics.stdev(ranged) + 1e-8) for r in ranged]
 
 
 def adpo_choices(scores: list[float], target: str, beta_reward: float) -> list[Choice]:
@@ -118,17 +120,16 @@ def adpo_choices(scores: list[float], target: str, beta_reward: float) -> list[C
 
 @dataclass(frozen=True)
 class ADPOOutcome:
-    """Of one row: loss, its gradient in u, the entropy of the target and the distance from it."""
+    """Of one row: loss, its gradient in u and the entropy of the target."""
 
     loss: float
     gradient: list[float]
     entropy: float
-    distance: float
 
 
 def adpo(u: list[float], choices: list[Choice]) -> ADPOOutcome:
     """Mean over the choices of - sum q log p, p the softmax of u over the members; gradient p - q."""
-    losses, entropies, distances, gradient = [], [], [], [0.0] * len(u)
+    losses, entropies, gradient = [], [], [0.0] * len(u)
     for choice in choices:
         members = list(choice)
         p = dict(zip(members, softmax([u[i] for i in members]), strict=True))
@@ -136,10 +137,9 @@ def adpo(u: list[float], choices: list[Choice]) -> ADPOOutcome:
         normaliser = top + math.log(math.fsum(math.exp(u[i] - top) for i in members))
         losses.append(math.fsum(choice[i] * (normaliser - u[i]) for i in members))
         entropies.append(-math.fsum(q * math.log(q) for q in choice.values() if q > 0))
-        distances.append(0.5 * math.fsum(abs(p[i] - choice[i]) for i in members))
         for i in members:
             gradient[i] += (p[i] - choice[i]) / len(choices)
-    return ADPOOutcome(mean(losses), gradient, mean(entropies), mean(distances))
+    return ADPOOutcome(mean(losses), gradient, mean(entropies))
 
 
 def adaptive_taus(rows: list[Row], rule: tuple[float, float, float, float, float], vocabulary: int) -> list[float]:

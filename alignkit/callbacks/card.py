@@ -43,7 +43,7 @@ class CardContent:
         datasets: Paths and Hub ids of the training data.
         data: What there is to say about the rows, label to value.
         results: Columns of the result table, such as ``before`` and ``after``, each metric to value.
-        warnings: Verdicts of the health monitor, a line each.
+        warnings: Of token rewards and of the health monitor, a line each.
         figures: Files beside the card.
         versions: Distribution to version.
     """
@@ -93,7 +93,7 @@ def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
 
     Args:
         sections: ``config`` and, where recorded, ``environment``, ``data`` (the data report), ``results`` (metric to
-            value on held-out rows) and ``health`` (the verdicts).
+            value on held-out rows), ``token_rewards`` (the report of each split) and ``health`` (the verdicts).
         location: The run directory, or the Hub id it is published under.
     """
     config = sections["config"]
@@ -112,9 +112,18 @@ def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
         datasets=sources,
         data=_row_counts(sections.get("data", {}).get("splits", [])),
         results={"after": results} if results else {},
-        warnings=[f"{v['title']} ({v['name']}, step {v['step']}): {v['evidence']}" for v in sections.get("health", [])],
+        warnings=[*_reward_warnings(sections.get("token_rewards", {})), *map(_verdict, sections.get("health", []))],
         versions=sections.get("environment", {}).get("versions", {}),
     )
+
+
+def _reward_warnings(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is wrong with the token rewards of each split."""
+    return [f"token rewards, {name}: {report['warning']}" for name, report in reports.items() if report["warning"]]
+
+
+def _verdict(verdict: Mapping[str, Any]) -> str:
+    return f"{verdict['title']} ({verdict['name']}, step {verdict['step']}): {verdict['evidence']}"
 
 
 def _row_counts(splits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -179,9 +188,7 @@ def _introduction(content: CardContent) -> str:
         f"{method.summary}"
     )
     if content.warnings:
-        text += "\n\nThe health monitor warned while it was trained:\n\n" + "\n".join(
-            f"- {w}" for w in content.warnings
-        )
+        text += "\n\nThe run warned:\n\n" + "\n".join(f"- {w}" for w in content.warnings)
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,16 @@ class Panel:
 
 
 PER_TOKEN = "log-ratio a token"
+ANCHOR_DRIFT = "adpo/anchor_drift"
 LOSS_PANEL = Panel("Loss and gradient norm", "loss", (Curve("loss", "loss", BLUE),))
+RULE_PANELS = (
+    Panel(
+        "Gradient and displaced gradient", "cosine", (Curve("gradient/cosine", "cosine", PURPLE),), limits=(-1.03, 1.03)
+    ),
+    Panel(
+        "Loss at the displaced weights, above the loss", "loss", (Curve("gradient/sharpness_gap", "gap", BLUE),), (0.0,)
+    ),
+)
 PANELS = (
     Panel(
         "Likelihood",
@@ -91,15 +100,18 @@ PANELS = (
         (Curve("grad_ratio_log_per_token", "gradient ratio", PURPLE),),
         lines=(0.0,),
     ),
+    Panel("Distance from the anchor", "nats", (Curve(ANCHOR_DRIFT, "drift", PURPLE),)),
+    *RULE_PANELS,
     LOSS_PANEL,
 )
 SUPERVISED_PANELS = (
     Panel("Trained tokens that are the likeliest", "fraction", (Curve("mean_token_accuracy", "accuracy", BLUE),)),
     Panel("Entropy of the next token", "nats", (Curve("entropy", "entropy", PURPLE),)),
+    *RULE_PANELS,
     LOSS_PANEL,
 )
 PANELS_OF = {"preference": PANELS, "sft": SUPERVISED_PANELS}
-"""The panels of each program's figure; the gradient norm is drawn in the last."""
+"""The panels of each program's figure, where there is something to draw; the gradient norm is drawn in the last."""
 
 
 def plot_run(
@@ -110,30 +122,50 @@ def plot_run(
     marks: Mapping[str, int] | None = None,
     panels: Sequence[Panel] = PANELS,
 ) -> None:
-    """Draw ``plot.png`` from ``metrics.jsonl``; what was not logged is said to be missing.
+    """Draw ``plot.png`` from ``metrics.jsonl``; panels of what was not logged are left out.
 
     Args:
         metrics_path: The log of a run.
         output_path: PNG to write, atomically.
         title: Headline, such as the method and the model.
         marks: Labelled steps, such as the verdicts of the health monitor, drawn as vertical lines.
-        panels: What is drawn, three in a row.
+        panels: What may be drawn, three in a row; the last one always is.
     """
     entries = [with_ratios_per_token(entry) for entry in read_metrics(metrics_path)]
-    num_lines = len(panels) // 3
-    figure = Figure(figsize=(15, 4.1 * num_lines), layout="constrained")
+    shown = panels_of_log(panels, entries)
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(5 * columns, 4.1 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(num_lines, 3)
-    for panel, ax in zip(panels, axes.flat, strict=True):
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = grid[: len(shown)]
+    for unused in grid[len(shown) :]:
+        unused.remove()
+    for panel, ax in zip(shown, axes, strict=True):
         _draw_panel(ax, panel, entries)
         for step in (marks or {}).values():
             ax.axvline(step, color=RED, linewidth=1.0, linestyle="--", alpha=0.7)
-    _draw_gradient_norm(axes.flat[-1], entries)
-    _share_steps(list(axes.flat), entries)
+    _draw_gradient_norm(axes[-1], entries)
+    _share_steps(axes, entries)
     figure.suptitle("\n".join(filter(None, [title, _legend(entries, marks or {})])), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_whole(output_path, buffer.getvalue())
+
+
+def panels_of_log(panels: Sequence[Panel], entries: Sequence[Entry]) -> list[Panel]:
+    """The panels that have something to draw, and the last one.
+
+    A method that logs its distance from an anchor has log-ratios to that, which may move, and is said to.
+
+    Args:
+        panels: In the order they are drawn in.
+        entries: The log.
+    """
+    logged = {key.removeprefix("eval_") for entry in entries for key, value in entry.items() if value is not None}
+    if ANCHOR_DRIFT in logged:
+        panels = [replace(panel, title=panel.title.replace("the reference", "the anchor")) for panel in panels]
+    return [*(panel for panel in panels[:-1] if any(c.key in logged for c in panel.curves)), panels[-1]]
 
 
 def with_ratios_per_token(entry: Entry) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from alignkit.callbacks.trend import MIN_POINTS, Trend, trend
@@ -29,6 +29,8 @@ SOLVED_WEIGHT = 0.01
 """Share of the gradient that is left when a pair counts as solved: sigma(-z) with z = 4.6."""
 DOMINATION = 3.0
 """Nats a token: the rejected gradient is e^3 = 20 times the chosen one."""
+FAR = 0.5
+"""Share of the loss: five times the most that a displacement should add to it."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,29 @@ def rejected_dominates(series: LoggedSeries) -> Verdict | None:
     )
 
 
-CHECKS: tuple[Check, ...] = (degradation, dispersion, pinned, no_gradient, solved, rejected_dominates)
+def displaced_too_far(series: LoggedSeries) -> Verdict | None:
+    """The second gradient of a gradient rule is taken where the model is another one."""
+    gaps = series.window("gradient/sharpness_gap")
+    if len(gaps) < RECENT:
+        return None
+    gap, loss = fmean(gaps), fmean(series.window("loss")[-len(gaps) :])
+    if gap <= FAR * abs(loss):
+        return None
+    return Verdict(
+        "displaced_too_far",
+        series.step,
+        "the gradient rule looks too far from the weights",
+        f"gradient/sharpness_gap is {gap:.3g}, the loss {loss:.3g} (means of {len(gaps)} logs)",
+        "the displaced model is a much worse one, whose gradient says little about this one; 1 to 10 % of the loss is "
+        "usual",
+        ("rho: ...   # lower: a tenth, then read gradient/sharpness_gap again",),
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    *(degradation, dispersion, pinned, no_gradient, solved, rejected_dominates),
+    displaced_too_far,
+)
 
 
 def nonfinite(logs: Mapping[str, float]) -> list[str]:

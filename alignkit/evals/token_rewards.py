@@ -21,6 +21,8 @@ from alignkit.evals.estimates import row_sums
 
 MIN_SPREAD = 1e-3
 """Standard deviation below which the rewards say nothing whatever their gap."""
+MAX_REWARD = 0.5
+"""Largest magnitude of sigma(d) - 1/2."""
 NUM_SHOWN = 6
 PROMPT_SHOWN = 1500
 """Characters of a prompt in the heat map, its end."""
@@ -28,7 +30,7 @@ PROMPT_SHOWN = 1500
 
 @dataclass(frozen=True)
 class TokenRewardReport:
-    """Token rewards in figures; rewards lie in [-1/2, 1/2].
+    """Token rewards in figures; those that a reference gives lie in [-1/2, 1/2].
 
     Attributes:
         num_rows, num_tokens: What they are over.
@@ -36,6 +38,7 @@ class TokenRewardReport:
         share_positive: Share of tokens with a reward above 0.
         gap: Mean of chosen tokens minus mean of rejected tokens, averaged over rows.
         gap_standard_error: Its standard error over rows, None for a single row.
+        largest: Largest magnitude.
     """
 
     num_rows: int
@@ -45,10 +48,25 @@ class TokenRewardReport:
     share_positive: float
     gap: float
     gap_standard_error: float | None
+    largest: float
 
     @property
     def warning(self) -> str | None:
-        """Why these rewards look like noise, or None when they do not."""
+        """What is wrong with these rewards, or None."""
+        return "; ".join(self._warnings()) or None
+
+    def _warnings(self) -> list[str]:
+        return [problem for problem in (self._noise(), self._excess()) if problem is not None]
+
+    def _excess(self) -> str | None:
+        if self.largest <= MAX_REWARD:
+            return None
+        return (
+            f"the largest token reward is {self.largest:.3g} in magnitude, and they are defined in (-1/2, 1/2): where "
+            "alpha times it exceeds 1, a token is pushed the wrong way. Divide all of them by one number"
+        )
+
+    def _noise(self) -> str | None:
         if self.std < MIN_SPREAD:
             cause = f"all token rewards are nearly the same (standard deviation {self.std:.2g})"
         elif self.gap_standard_error is None or abs(self.gap) < 2 * self.gap_standard_error:
@@ -71,7 +89,7 @@ class TokenRewardReport:
             f"standard deviation {self.std:.4f}, {self.share_positive:.1%} positive",
             f"  chosen minus rejected {self.gap:+.4f}{error} (1.96 standard errors over rows)",
         ]
-        return "\n".join(lines + ([f"  warning: {self.warning}"] if self.warning else []))
+        return "\n".join(lines + [f"  warning: {problem}" for problem in self._warnings()])
 
 
 def token_reward_report(rows: Iterable[Mapping[str, Any]]) -> TokenRewardReport:
@@ -80,7 +98,7 @@ def token_reward_report(rows: Iterable[Mapping[str, Any]]) -> TokenRewardReport:
     Args:
         rows: Candidate rows with ``token_rewards`` [K][tokens] and ``scores`` [K]; at least one token.
     """
-    gaps, sums, squares, positive, count = [], [], [], 0, 0
+    gaps, sums, squares, positive, count, largest = [], [], [], 0, 0, 0.0
     for row in rows:
         best = max(row["scores"])
         sides: dict[bool, list[float]] = {True: [], False: []}
@@ -92,6 +110,7 @@ def token_reward_report(rows: Iterable[Mapping[str, Any]]) -> TokenRewardReport:
         sums.append(math.fsum(values))
         squares.append(math.fsum(value * value for value in values))
         positive += sum(value > 0 for value in values)
+        largest = max(largest, max(map(abs, values), default=0.0))
         count += len(values)
     mean = math.fsum(sums) / count
     spread = math.sqrt(max(math.fsum(squares) / count - mean * mean, 0.0))
@@ -104,6 +123,7 @@ def token_reward_report(rows: Iterable[Mapping[str, Any]]) -> TokenRewardReport:
         share_positive=positive / count,
         gap=0.0 if gap is None else gap.mean,
         gap_standard_error=None if gap is None else gap.standard_error,
+        largest=largest,
     )
 
 

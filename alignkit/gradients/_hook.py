@@ -33,6 +33,7 @@ from alignkit.gradients._decay import DecayToStart, StartKeeper, read_starts
 from alignkit.gradients._family import Evaluation, LowRankPair
 from alignkit.gradients._measures import HeldDisplacement, measure
 from alignkit.gradients._replay import random_state, replayed
+from alignkit.gradients._schedule import ScheduleCheck, acts
 from alignkit.gradients._support import check_supported
 from alignkit.gradients._weights import (
     Trainable,
@@ -158,13 +159,7 @@ class GradientRuleHook(Trainer):
     def _rule_is_on(self) -> bool:
         """Whether the rule edits the gradient of this optimizer step."""
         assert self.gradient_rule is not None
-        options, step = self.gradient_rule.options, self.state.global_step
-        if self.gradient_rule.rule.edit is None:
-            return False
-        if not isinstance(options, DisplacedOptions):
-            return True
-        warmup_steps = 0 if options.rule_in_warmup else self.args.get_warmup_steps(self.state.max_steps)
-        return step >= warmup_steps and step % options.every_k == 0
+        return self.gradient_rule.rule.edit is not None and acts(self.gradient_rule.options, self.args, self.state)
 
     def _edited_gradients(self, batch: _MicroBatch, chosen: ChosenRule) -> tuple[Tensor, dict[Trainable, Tensor]]:
         """The loss, detached, and the gradient of every tensor that has one; those that are no target keep theirs."""
@@ -278,6 +273,8 @@ class GradientRuleHook(Trainer):
                 accelerator=self.accelerator,
                 args=self.args,
             )
+            self.pop_callback(ScheduleCheck)
+            self.add_callback(ScheduleCheck(self.gradient_rule.rule.name, self.gradient_rule.options))
             # Once: training that is taken up again has not started anew.
             if self.gradient_rule.rule.needs_start and self._start is None:
                 self._start = starting_weights(self.model, tensors)

@@ -64,7 +64,7 @@ def adpo_loss(
 
     Targets q, with R the rewards of the group::
 
-        listwise_zscore   softmax(A / beta_r),  A = (R - mean) / (std + 1e-8), unbiased std
+        listwise_zscore   softmax(A / beta_r),  A = (R - mean) / (std + 1e-8), unbiased std, R divided by its range
         listwise_raw      softmax(R / beta_r)
         kde               softmax(logit(F(R)) / beta_r),  F a Gaussian kernel estimate of the group's rewards
         pairwise_hard     (1, 0) on every pair with R_i > R_j;  mean over the pairs
@@ -82,7 +82,8 @@ def adpo_loss(
     20 nats from above.
 
     Deviations: ``sum`` is the default of ``logp_reduction`` so that two candidates compare with DPO (``mean`` is the
-    author's advice for long completions), and neither u nor the log-ratio is clipped. Equal rewards under
+    author's advice for long completions), and neither u nor the log-ratio is clipped. Rewards are divided by their range
+    before z-scores are taken, so that the 1e-8 means the same whatever their scale. Equal rewards under
     ``plackett_luce`` share their places, q uniform over them, and under ``pairwise_hard`` train nothing. A group with
     fewer than two candidates is left out of the preference term.
 

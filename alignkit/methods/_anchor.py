@@ -80,7 +80,9 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        """Continue from the checkpoint that training resumes from."""
+        """Warn of an anchor that will not move, and continue from the checkpoint that training resumes from."""
+        if PartialState().is_main_process and (problem := still(self.schedule, state.max_steps)):
+            print(problem)
         if self.resume_from is not None:
             self._restore(self.resume_from)
 
@@ -150,6 +152,24 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
                     if tensors[name].dtype != anchor.dtype:
                         self._exact[name] = tensors[name].to(anchor.device)
         self._recent.extend(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["recent_drift"])
+
+
+def still(schedule: AnchorSchedule, max_steps: int) -> str | None:
+    """A warning where an anchor cannot move before the last step of a run; otherwise None.
+
+    Args:
+        schedule: When it moves.
+        max_steps: Optimizer steps of the run.
+    """
+    if schedule.kind == "ema":
+        return None
+    key, first = ("anchor_steps", schedule.steps) if schedule.kind == "periodic" else ("anchor_window", schedule.window)
+    if first < max_steps:
+        return None
+    return (
+        f"warning: anchor: {schedule.kind} never moves in this run: {key} is {first}, and the run has {max_steps} "
+        f"steps. Write {key} below {max_steps}, or anchor: fixed."
+    )
 
 
 def _adapter_pairs(model: PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:

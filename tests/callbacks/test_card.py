@@ -83,6 +83,13 @@ def test_metadata_of_a_local_base_is_silent_and_the_text_names_it(tmp_path: Path
     assert "None" not in card and str(tmp_path) not in card
 
 
+def test_what_the_run_warned_of_is_in_the_introduction() -> None:
+    reports = {"train": {"gap": 0.0, "warning": "the reference does not tell"}, "eval": {"gap": 0.1, "warning": None}}
+    card = render_card(content_of_run({**SECTIONS, "token_rewards": reports}, "name/my-model"))
+    listed = ["- token rewards, train: the reference does not tell", "- chosen falls (degradation, step 40): by 3 nats"]
+    assert "The run warned:\n\n" + "\n".join(listed) + "\n" in card
+
+
 def test_metadata_of_a_full_model(tmp_path: Path) -> None:
     card = render_card(content(parametrization="full"))
     found = metadata(card, tmp_path)

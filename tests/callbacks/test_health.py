@@ -11,11 +11,12 @@ import pytest
 import yaml
 from transformers import TrainerControl, TrainerState
 
+from alignkit.callbacks.durability import mark_complete
 from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.trend import trend
 from alignkit.errors import AlignkitError
 from tests.callbacks.logs import training_logs
-from tests.callbacks.saved import arguments
+from tests.callbacks.saved import arguments, write_checkpoint
 
 Logs = Iterator[tuple[int, dict[str, float]]]
 FLEX = {"method": "flex_dpo", "learning_rate": 3e-6, "beta_pos": 0.1, "beta_neg": 0.08, "eta": 0.0}
@@ -140,6 +141,14 @@ def test_dominating_rejected_gradient() -> None:
     assert names(constant(grad_ratio_log_per_token=2.0)) == []
 
 
+def test_a_gradient_rule_that_looks_too_far() -> None:
+    (verdict,) = judge(constant(loss=0.7, **{"gradient/sharpness_gap": 1.34})).verdicts
+    assert (verdict.name, verdict.step) == ("displaced_too_far", 50) and verdict.fixes[0].startswith("rho: ")
+    assert "gradient/sharpness_gap is 1.34, the loss 0.7" in verdict.evidence
+    assert names(constant(loss=0.7, **{"gradient/sharpness_gap": 0.34})) == [], "less than half"
+    assert names(constant(num_logs=4, loss=0.7, **{"gradient/sharpness_gap": 24.7})) == [], "too few logs"
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -203,6 +212,35 @@ def test_a_resumed_run_reaches_the_verdicts_of_the_uninterrupted_one(tmp_path: P
 def test_a_diverged_run_is_stopped_with_advice(key: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(AlignkitError, match=f"{key} is {value} at step 40.*now 3e-06; try 1e-06"):
         feed(HealthMonitor(), iter([(40, {"loss": 0.5, "grad_norm": 1.0, key: value})]), tmp_path)
+
+
+def divergence(tmp_path: Path, **options: object) -> str:
+    """What is said of a run that diverges in its first step."""
+    with pytest.raises(AlignkitError) as caught:
+        feed(HealthMonitor(), iter([(1, {"loss": math.nan})]), tmp_path, **options)
+    return str(caught.value)
+
+
+def test_the_advice_does_not_name_what_is_in_force(tmp_path: Path) -> None:
+    bare = divergence(tmp_path, max_grad_norm=0.0)
+    assert "max_grad_norm: 1.0 and some warmup_steps; then" in bare
+    assert "max_grad_norm: 1.0" in divergence(tmp_path, max_grad_norm=10.0)
+    held = divergence(tmp_path, max_grad_norm=1.0, warmup_steps=5)
+    assert "max_grad_norm" not in held and "try 1e-06) and more warmup_steps; then" in held
+
+
+def test_only_checkpoints_that_are_there_and_complete_are_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 4)
+    assert "checkpoint" not in divergence(tmp_path)
+    mark_complete(tmp_path / "checkpoint-4")
+    assert "checkpoint-4 is from before" in divergence(tmp_path)
+
+
+@pytest.mark.parametrize(("every", "steps", "advises"), [(10, 100, True), (1, 100, False), (2, 4, False)])
+def test_more_logs_are_advised_where_there_can_be(every: int, steps: int, advises: bool, tmp_path: Path) -> None:
+    monitor, state = HealthMonitor(), TrainerState(logging_steps=every, max_steps=steps)
+    monitor.on_train_begin(arguments(tmp_path), state, TrainerControl())
+    assert monitor.summary()["state"].endswith("lower logging_steps") == advises
 
 
 def test_fp16_may_overflow_a_few_times_while_it_finds_its_scale(tmp_path: Path) -> None:

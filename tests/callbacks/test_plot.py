@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from alignkit.callbacks.plot import PANELS, plot_run, with_ratios_per_token
+from alignkit.callbacks.plot import PANELS, PANELS_OF, panels_of_log, plot_run, with_ratios_per_token
+from alignkit.gradients.rule import TWO_GRADIENT_METRICS
 from alignkit.methods._pair_metrics import PAIR_METRICS
+from alignkit.methods.adpo import METRICS as ADPO_METRICS
 from tests.callbacks.logs import training_logs, write_metrics
 
 
@@ -65,7 +67,46 @@ def test_one_logged_point_is_visible(tmp_path: Path) -> None:
 def test_every_curve_is_of_a_metric_that_methods_return() -> None:
     keys = {curve.key for panel in PANELS for curve in panel.curves}
     beside = {"loss", "dispersion", "mean_logps/probe", "log-ratio a token/chosen", "log-ratio a token/rejected"}
-    assert keys - beside <= set(PAIR_METRICS)
+    assert keys - beside <= {*PAIR_METRICS, *ADPO_METRICS, *TWO_GRADIENT_METRICS}
+
+
+RULED = {"gradient/cosine": 0.9, "gradient/sharpness_gap": 0.02}
+RATIO = "Rejected over chosen gradient"
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone", "new"),
+    [
+        ({}, [], []),
+        (RULED, [], ["Gradient and displaced gradient", "Loss at the displaced weights, above the loss"]),
+        ({"grad_ratio_log_per_token": None}, [RATIO], []),
+        (
+            {"grad_ratio_log_per_token": None, "adpo/anchor_drift": 3.0},
+            [RATIO, "Likelihood against the reference"],
+            ["Likelihood against the anchor", "Distance from the anchor"],
+        ),
+    ],
+)
+def test_panels_are_those_of_what_was_logged(changes: dict[str, float], gone: list[str], new: list[str]) -> None:
+    logs = training_logs(chosen=lambda t: -5 * t, rejected=lambda t: -20 * t)
+    entries = [with_ratios_per_token({"step": step, **log, **changes}) for step, log in logs]
+    plain = [
+        *("Likelihood", "Likelihood against the reference", "Implicit rewards", "Pairs told apart, and gradient left"),
+        *(RATIO, "Loss and gradient norm"),
+    ]
+    shown = [panel.title for panel in panels_of_log(PANELS, entries)]
+    assert sorted(shown) == sorted({*plain, *new} - {*gone}) and shown[-1] == plain[-1]
+
+
+def test_a_supervised_run_shows_its_rule_and_leaves_no_empty_axes(tmp_path: Path) -> None:
+    lines = [{"step": i, "loss": 2.0, "entropy": 1.0, "mean_token_accuracy": 0.5, **RULED} for i in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "plot.png", panels=PANELS_OF["sft"])
+    ink = imread(tmp_path / "plot.png")[..., :3].min(-1) < 0.9
+    height, width = ink.shape
+    corner = ink[height // 2 :, 2 * width // 3 + 30 :]
+    assert not corner.any(), "five panels, so the sixth place is blank"
+    assert ink[height // 2 :, : width // 3].any()
 
 
 def test_log_ratios_are_divided_by_the_mean_length() -> None:

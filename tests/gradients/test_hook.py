@@ -341,6 +341,16 @@ def test_a_displacement_that_rounding_swallows_is_seen(make_trainer: Any, capsys
     assert found[True]["gradient/sharpness_gap"] < 0.7 * found[False]["gradient/sharpness_gap"]
 
 
+def test_a_rule_that_never_acts_is_announced(make_trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once each time training begins, and nothing of the rule is logged."""
+    arguments = {"max_steps": 2, "warmup_steps": 2}
+    trainer = make_trainer("dpo", gradient_rule=chosen("glad", rho=RHO), arguments=arguments)
+    for _ in range(2):
+        trainer.train()
+        assert capsys.readouterr().out.count("gradient_rule: glad never acts in this run") == 1
+    assert logged(trainer, "loss") and not logged(trainer, "gradient/cosine")
+
+
 def test_a_tensor_the_loss_does_not_reach_gets_no_gradient(make_trainer: Any) -> None:
     trainer = make_trainer(gradient_rule=chosen("glad", rho=RHO), peft_config=lora())
     trainer.model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))

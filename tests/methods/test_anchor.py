@@ -90,10 +90,15 @@ def test_decay_1_is_a_frozen_reference_and_decay_0_is_the_policy(make_trainer: A
     assert logged(fast, "loss") == pytest.approx([math.log(2)] * 6, abs=1e-5), "no step is left to the policy"
 
 
-def test_a_moving_anchor_that_does_not_move_changes_nothing(make_trainer: Any) -> None:
+def test_a_moving_anchor_that_does_not_move_changes_nothing(
+    make_trainer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = make_trainer("dpo", peft_config=LORA, arguments={"learning_rate": 5e-3})
     plain.train()
     still, _ = run(make_trainer, anchored(kind="periodic", steps=1000), "lora")
+    assert "anchor: periodic never moves in this run: anchor_steps is 1000, and the run has 6 steps" in (
+        capsys.readouterr().out
+    )
     assert logged(still, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-6)
 
 

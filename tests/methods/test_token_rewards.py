@@ -319,6 +319,17 @@ def test_the_warning_tells_noise_from_signal() -> None:
     assert reported(([1.0, 0.0], [[0.4], [-0.4]])).gap_standard_error is None
 
 
+def test_rewards_beyond_one_half_are_warned_of() -> None:
+    """Their sign does not matter, nor that the rewards tell better from worse."""
+    pairs = [([1.0, 0.0], [[0.5], [-0.5]]), ([1.0, 0.0], [[0.4], [-0.4]])]
+    assert reported(*pairs).warning is None and reported(*pairs).largest == 0.5
+    report = reported(*pairs, ([1.0, 0.0], [[0.4], [-3.0]]))
+    assert report.largest == 3.0
+    assert "  warning: the largest token reward is 3 in magnitude, and they are defined in (-1/2, 1/2)" in str(report)
+    both = reported(([1.0, 0.0], [[0.6], [0.6]]), ([1.0, 0.0], [[0.6], [0.6]]))
+    assert str(both).count("warning: ") == 2 and "; the largest" in both.to_dict()["warning"]
+
+
 class Spans(HTMLParser):
     """Texts of the coloured pieces, and every tag."""
 
