@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel
@@ -11,7 +13,7 @@ from alignkit.config import PreferenceConfig, SFTConfig
 from alignkit.errors import ModelError
 from alignkit.methods.method import load_method
 from alignkit.parametrizations import loading
-from alignkit.parametrizations.files import read_adapter
+from alignkit.parametrizations.files import model_problem, read_adapter
 from alignkit.parametrizations.lora import check_modules, lora_config
 
 RunConfig = PreferenceConfig | SFTConfig
@@ -43,42 +45,77 @@ def load_policy(config: RunConfig) -> PreTrainedModel | PeftModel:
     return loading.load_adapter(model, read_adapter(config.adapter), is_trainable=True)
 
 
-def load_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+def check_references(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse reference models of which it can be seen without loading them that they will not do.
+
+    Raises:
+        ModelError: There is no such model, or its token ids differ from the policy's.
+    """
+    for key, path in _other_models(config).items():
+        _check_other(config, tokenizer, key, path)
+
+
+def load_reference(config: PreferenceConfig) -> PreTrainedModel | None:
     """The reference where it is a model of its own; None where the policy's own weights serve.
 
     Raises:
-        ModelError: It cannot be loaded, or its token ids differ from the policy's.
+        ModelError: It cannot be loaded.
     """
+    if "reference_model" in (others := _other_models(config)):
+        return _load_other(config, "reference_model", others["reference_model"])
     wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
-    needs = load_method(config.method).needs(config.method_options)
-    if "reference" not in needs or not (wants_copy or config.reference_model):
+    if not wants_copy or "reference" not in load_method(config.method).needs(config.method_options):
         return None
-    if config.reference_model is None:
-        return load_model(config, config.model, config.model_revision)
-    return _load_other(config, tokenizer, "reference_model", config.reference_model)
+    return load_model(config, config.model, config.model_revision)
 
 
-def load_negative_reference(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+def load_negative_reference(config: PreferenceConfig) -> PreTrainedModel | None:
     """The model that scores the negative, where the method has one of its own (``helpful_reference_model`` of d2o).
 
     Raises:
-        ModelError: It cannot be loaded, or its token ids differ from the policy's.
+        ModelError: It cannot be loaded.
     """
-    if load_method(config.method).rows != "negatives" or config.method_options.helpful_reference_model is None:
-        return None
-    return _load_other(config, tokenizer, "helpful_reference_model", config.method_options.helpful_reference_model)
+    path = _other_models(config).get("helpful_reference_model")
+    return None if path is None else _load_other(config, "helpful_reference_model", path)
 
 
-def _load_other(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, key: str, path: str) -> PreTrainedModel:
-    """Another model than the policy. The policy's token ids must mean the same to it."""
-    theirs = loading.load_tokenizer(path, trust_remote_code=config.trust_remote_code).get_vocab()
+def _other_models(config: PreferenceConfig) -> dict[str, str]:
+    """The models beside the policy that the run loads, by the key that names them."""
+    method, options = load_method(config.method), config.method_options
+    models = {
+        "reference_model": config.reference_model if "reference" in method.needs(options) else None,
+        "helpful_reference_model": options.helpful_reference_model if method.rows == "negatives" else None,
+    }
+    return {key: path for key, path in models.items() if path is not None}
+
+
+def _load_other(config: PreferenceConfig, key: str, path: str) -> PreTrainedModel:
+    """Another model than the policy."""
+    with _naming(key, path):
+        return load_model(config, path)
+
+
+def _check_other(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, key: str, path: str) -> None:
+    """There must be such a model, and the policy's token ids must mean the same to it."""
+    with _naming(key, path):
+        if problem := model_problem(path):
+            raise ModelError(problem)
+        theirs = loading.load_tokenizer(path, trust_remote_code=config.trust_remote_code).get_vocab()
     different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
     if different:
         raise ModelError(
             f"the reference model {path!r} has other token ids than {config.model!r}: {len(different)} tokens differ, "
             f"such as {different[0]!r}. Write a {key} with the same tokenizer, or remove it to take the starting model."
         )
-    return load_model(config, path)
+
+
+@contextlib.contextmanager
+def _naming(key: str, path: str) -> Iterator[None]:
+    """Say which key of the config named the model that an error is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"`{key}: {path}`: {error}") from error
 
 
 def new_adapter(config: RunConfig, model: PreTrainedModel | PeftModel) -> Any:

@@ -24,7 +24,7 @@ TIMINGS = ("_runtime", "_per_second")
 
 
 def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[int]], directory: RunDirectory) -> None:
-    """Evaluate, save, look at what was saved, and report; a collective.
+    """Save, evaluate, answer prompts, look at what was saved, and report; a collective.
 
     Args:
         loaded: The configuration.
@@ -35,12 +35,14 @@ def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[in
     Raises:
         CheckpointError: The saved weights are empty or not finite.
     """
-    results = _evaluate(trainer)
-    samples = _sample_answers(loaded, trainer, prompts)
+    # First: whatever goes wrong in the report, the model is not lost.
     trainer.save_model()
     if trainer.is_world_process_zero():
         # PEFT also saves the frozen copy a continued adapter has for a reference; it belongs in checkpoints alone.
         shutil.rmtree(directory.path / "ref", ignore_errors=True)
+    results = _evaluate(trainer)
+    samples = _sample_answers(loaded, trainer, prompts)
+    if trainer.is_world_process_zero():
         _report(loaded, trainer, directory, results, samples)
     trainer.accelerator.wait_for_everyone()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -12,15 +15,20 @@ from trl import DPOConfig
 
 from alignkit.config import PreferenceConfig
 from alignkit.data.contrast import ContrastPrompts, load_contrast_prompts
-from alignkit.data.negatives import check_prompts, lack_samples
+from alignkit.data.load import HEAD_ROWS
+from alignkit.data.negatives import lack_samples
+from alignkit.data.problems import Problem
+from alignkit.data.schema import describe_problems
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError, DataError
 from alignkit.evals.resampling import Resampler
-from alignkit.evals.sampling import SampleSettings
-from alignkit.evals.self_samples import self_samples
+from alignkit.evals.sampling import SampleSettings, prepare_prompts
+from alignkit.evals.sampling_report import SamplingReport
+from alignkit.evals.sampling_room import check_room
+from alignkit.evals.self_samples import SETTING_NAMES, self_samples
 from alignkit.methods._reference import default_cache_dir, weights_fingerprint
 from alignkit.methods.method import load_method
-from alignkit.model_steps import load_policy
+from alignkit.model_steps import load_policy, new_adapter
 
 Rows = Dataset | IterableDataset
 
@@ -36,37 +44,52 @@ def contrast_prompts(config: PreferenceConfig) -> ContrastPrompts | None:
 
 def with_samples(
     config: PreferenceConfig, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Rows]
-) -> dict[str, Rows]:
-    """Rows of prompt and rejected given answers of the starting model, kept in the cache; others as they are.
+) -> tuple[dict[str, Rows], dict[str, SamplingReport]]:
+    """Rows of prompt and rejected given answers of the starting model, kept in the cache; others are checked.
 
-    A collective.
+    A collective. The form of all rows, the model and its adapter are checked before the first sample is drawn.
+
+    Returns:
+        The rows, and the account of the sampling for those sampled for.
 
     Raises:
-        DataError: Samples are missing, and the model is sharded or the rows are streamed.
+        DataError: The rows are malformed; or samples are missing, and the model is sharded or the rows are streamed.
+        ModelError: The model cannot be loaded, or cannot take the adapter of the config.
     """
     wanting = [name for name, rows in splits.items() if lack_samples(rows, name)]
+    splits = {name: rows if name in wanting else checked_lists(rows, name) for name, rows in splits.items()}
     if not wanting:
-        return splits
+        return splits, {}
+    _refuse_sampling(config)
+    settings = _sample_settings(config)
+    how = {"instruction": settings.instruction}
+    prompts = {name: prepare_prompts(list(splits[name]), tokenizer, name=name, **how) for name in wanting}
+    model = load_policy(config)
+    new_adapter(config, model)  # The trainer makes its own; here it is tried.
+    fit = {"max_dropped_fraction": config.max_dropped_fraction}
+    limits = {
+        name: check_room(prompts[name], settings, model.config, SETTING_NAMES, name=name, **fit) for name in wanting
+    }
+    weights = weights_fingerprint(model, "default" if config.adapter is not None else None)
+    # Quantised weights stand where they were loaded.
+    model = (model if config.quantization != "none" else model.to(args.device)).eval()
+    cache, reports = default_cache_dir().with_name("samples"), {}
+    for name in wanting:
+        place = {"weights": weights, "prompt_limit": limits[name], "name": name}
+        result = self_samples(prompts[name], model, tokenizer, settings, cache, **place)
+        if PartialState().is_main_process:
+            print(result.report.render(f"samples of {name}"))
+        splits[name], reports[name] = Dataset.from_list(result.rows), result.report
+    return splits, reports
+
+
+def _refuse_sampling(config: PreferenceConfig) -> None:
+    """Raise where no samples can be drawn before training."""
     advice = "run scripts/sample_candidates.py first, and train on what it writes"
     if _is_sharded():
         raise DataError("these rows have no samples", [f"a sharded model cannot draw any here: {advice}"])
     if config.streaming:
         raise DataError("these rows have no samples", [f"streamed rows cannot be given any: {advice}"])
-    settings = _sample_settings(config)
-    for name in wanting:
-        check_prompts(list(splits[name]), name=name)
-    model = load_policy(config)
-    weights = weights_fingerprint(model, "default" if config.adapter is not None else None)
-    # Quantised weights stand where they were loaded.
-    model = (model if config.quantization != "none" else model.to(args.device)).eval()
-    sampled: dict[str, Rows] = {}
-    for name in wanting:
-        cache = default_cache_dir().with_name("samples")
-        result = self_samples(splits[name], model, tokenizer, settings, cache, weights=weights, name=name)
-        if PartialState().is_main_process:
-            print(result.report)
-        sampled[name] = Dataset.from_list(result.rows)
-    return splits | sampled
 
 
 def refresh_steps(config: PreferenceConfig) -> int:
@@ -98,21 +121,40 @@ def resampler(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, list
     return Resampler.of_lists(lists, tokenizer, _sample_settings(config), config.max_length)
 
 
-def check_negatives(rows: Rows, name: str) -> None:
-    """K samples of one score, then one negative below them.
+def checked_lists(rows: Rows, name: str) -> Rows:
+    """Candidate lists, which must be K samples of one score and one negative below them; those of a stream when read.
+
+    Lists whose scores prefer nothing or are no numbers are left to the conversion.
 
     Raises:
         DataError: Rows are of another form.
     """
-    if isinstance(rows, IterableDataset):
-        return
-    bad = [i for i, scores in enumerate(rows["scores"]) if len({*scores[:-1]}) != 1 or not scores[-1] < scores[0]]
-    if bad:
-        advice = "give every sample the score 1 and the negative the score 0, or take adpo for ranked lists"
-        raise DataError(
-            f"{name}: {len(bad)} rows are not samples and one negative, the first is row {bad[0]}",
-            [f"scores {rows[bad[0]]['scores']}: {advice}"],
-        )
+    if isinstance(rows, Dataset):
+        _check_scores({"scores": rows["scores"]}, range(len(rows)), name)
+        return rows
+    options = {"batched": True, "batch_size": HEAD_ROWS, "with_indices": True, "features": rows.features}
+    return rows.map(_check_scores, fn_kwargs={"name": name}, **options)
+
+
+def _check_scores(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], name: str) -> Mapping[str, Sequence[Any]]:
+    """The batch as it is."""
+    kind = (
+        "scores are not those of samples and one negative: give every sample the score 1 and the negative the score 0, "
+        "or take adpo for ranked lists"
+    )
+    ranked = [(i, scores) for i, scores in zip(indices, batch["scores"], strict=True) if _are_ranks(scores)]
+    if ranked:
+        problems = describe_problems((i, Problem(kind, f"scores {scores}")) for i, scores in ranked)
+        raise DataError(f"{name}: rows that are not samples and one negative (the first row is row 0)", problems)
+    return batch
+
+
+def _are_ranks(scores: Any) -> bool:
+    """Whether there is a score between the highest and the lowest, or the lowest is there more than once."""
+    if not isinstance(scores, list) or not all(isinstance(s, (int, float)) and math.isfinite(s) for s in scores):
+        return False
+    ordered = sorted(scores)
+    return len({*ordered}) > 1 and ordered[1] != ordered[-1]
 
 
 def _sample_settings(config: PreferenceConfig) -> SampleSettings:

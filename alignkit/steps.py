@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from alignkit.callbacks.checkpoints import CheckpointGuard
 from alignkit.callbacks.health import HealthMonitor
@@ -32,6 +33,8 @@ from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.report import SplitReport, data_report
 from alignkit.environment import environment
 from alignkit.errors import ConfigError, ModelError
+from alignkit.gradients._support import RunLayout, check_layout
+from alignkit.gradients.rule import load_rule
 from alignkit.hub.upload import check_before_training
 from alignkit.model_steps import RunConfig
 from alignkit.parametrizations import loading
@@ -113,6 +116,17 @@ def common_arguments(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def check_bf16(config: RunConfig) -> None:
+    """Refuse bfloat16 mixed precision where transformers would, before it does so with a traceback.
+
+    Raises:
+        ConfigError: There is no accelerator for it, and the CPU has not been chosen.
+    """
+    if config.bf16 and not config.use_cpu and not is_torch_bf16_gpu_available() and not is_torch_xla_available():
+        problem = "`bf16: true` on the CPU has to be asked for. Write use_cpu: true as well, or remove bf16"
+        raise ConfigError("torch finds no accelerator with bfloat16 on this machine", [problem])
+
+
 def check_device(config: RunConfig, args: TrainingArguments) -> None:
     """Refuse what needs an accelerator where there is none.
 
@@ -123,12 +137,24 @@ def check_device(config: RunConfig, args: TrainingArguments) -> None:
         return
     problems = []
     if config.fp16:
-        problems.append("`fp16: true`: float16 mixed precision needs an accelerator. Write bf16: true, or remove it")
+        advice = "Write bf16: true and use_cpu: true, or remove it"
+        problems.append(f"`fp16: true`: float16 mixed precision needs an accelerator. {advice}")
     if config.attn_implementation in ACCELERATOR_ATTENTION:
         kernel = f"`attn_implementation: {config.attn_implementation}`"
         problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")
     if problems:
         raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
+
+
+def check_gradient_rule(config: RunConfig, args: TrainingArguments) -> None:
+    """Refuse a gradient rule that cannot work as the run was launched, before hours are spent on its rows.
+
+    Raises:
+        ConfigError: Lists what stands in the way.
+    """
+    if config.gradient_rule is not None:
+        has_adapter = config.parametrization == "lora"
+        check_layout(load_rule(config.gradient_rule), RunLayout.of_arguments(args), has_adapter=has_adapter)
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -238,4 +264,16 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
         is_done = state.global_step >= state.max_steps
         left = f": all {state.max_steps} steps are done, only the report is written again" if is_done else ""
         print(f"resuming from {checkpoint}{left}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        _end_bars(trainer)
+
+
+def _end_bars(trainer: Trainer) -> None:
+    """End the line of progress bars that an error left open, or its message would go on in that line."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback):
+            for bar in (callback.prediction_bar, callback.training_bar):
+                if bar is not None:
+                    bar.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from alignkit.config import PreferenceConfig
 from alignkit.data.convert import to_candidate_rows
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError
+from alignkit.evals.sampling_report import SamplingReport
 from alignkit.evals.token_rewards import NUM_SHOWN, write_heatmap
 from alignkit.gradients._hook import chosen_rule
 from alignkit.methods._late_rows import LateRowsTrainer
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.method import load_method
-from alignkit.model_steps import load_negative_reference, load_policy, load_reference, new_adapter
-from alignkit.row_steps import check_negatives, check_refresh, contrast_prompts, refresh_steps, resampler, with_samples
+from alignkit.model_steps import check_references, load_negative_reference, load_policy, load_reference, new_adapter
+from alignkit.row_steps import check_refresh, contrast_prompts, refresh_steps, resampler, with_samples
 from alignkit.run_directory import RunDirectory
 
 
@@ -48,6 +48,7 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
     if config.reference == "precomputed" and launched_with_fsdp():
         why = "`reference: precomputed`: FSDP shards the weights that the cache is keyed by. Write reference: auto"
         raise ConfigError("the launcher uses FSDP", [why])
+    steps.check_bf16(config)
     args = DPOConfig(
         **steps.common_arguments(config),
         disable_dropout=config.disable_dropout,
@@ -56,6 +57,7 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
         max_length=None,
     )
     steps.check_device(config, args)
+    steps.check_gradient_rule(config, args)
     check_refresh(config)
     return args
 
@@ -67,24 +69,25 @@ def prepare_data(
 
     Raises:
         DataError: The rows cannot be trained on; all kinds of problem together.
+        ModelError: A model that the config names will not do.
     """
-    method = load_method(config.method)
+    method, contrast = load_method(config.method), contrast_prompts(config)
+    check_references(config, tokenizer)
     with args.main_process_first(desc="data"):
         splits = steps.load_splits(config)
+    sampling: dict[str, SamplingReport] = {}
     if method.rows == "negatives":
-        splits = with_samples(config, args, tokenizer, splits)
-    convert = partial(
-        to_candidate_rows,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        num_candidates=method.num_candidates,
-        contrast=contrast_prompts(config),
-    )
+        splits, sampling = with_samples(config, args, tokenizer, splits)
+        if sampling:
+            directory.record(sampling={split: report.to_dict() for split, report in sampling.items()})
+
+    def convert(rows: Any, *, name: str, **shared: Any) -> Any:
+        lost = sampling[name].dropped_rows if name in sampling else {}
+        limits = {"max_length": config.max_length, "num_candidates": method.num_candidates}
+        return to_candidate_rows(rows, tokenizer, name=name, contrast=contrast, lost=lost, **limits, **shared)
+
     with args.main_process_first(desc="tokens"):
         converted = steps.convert_splits(config, splits, convert)
-    if method.rows == "negatives":
-        for name, (rows, _) in converted.items():
-            check_negatives(rows, name)
     steps.report_data(converted, tokenizer, args, directory)
     evaluation = converted["held-out"][0] if "held-out" in converted else None
     prompts: list[tuple[int, ...]] = []
@@ -104,7 +107,7 @@ def build_trainer(
     model = load_policy(config)
     cache = None if config.reference_cache is None else Path(config.reference_cache)
     layout: Any = config.layout
-    negative_reference = load_negative_reference(config, tokenizer)
+    negative_reference = load_negative_reference(config)
     refreshed = refresh_steps(config)
     trainer = (LateRowsTrainer if refreshed else PreferenceTrainer)(
         model,
@@ -116,7 +119,7 @@ def build_trainer(
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        ref_model=load_reference(config, tokenizer),
+        ref_model=load_reference(config),
         peft_config=new_adapter(config, model),
         callbacks=steps.run_callbacks(config, directory),
     )

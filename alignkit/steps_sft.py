@@ -22,8 +22,9 @@ def training_arguments(config: SFTConfig) -> SFTArguments:
     """TRL's arguments; creating them also sets up the processes (and ZeRO-3, before a model is loaded).
 
     Raises:
-        ConfigError: The config needs an accelerator and there is none.
+        ConfigError: The config needs an accelerator and there is none, or does not fit the launcher.
     """
+    steps.check_bf16(config)
     args = SFTArguments(
         **steps.common_arguments(config),
         packing=config.packing,
@@ -35,6 +36,7 @@ def training_arguments(config: SFTConfig) -> SFTArguments:
         dataset_num_proc=config.dataset_num_proc,
     )
     steps.check_device(config, args)
+    steps.check_gradient_rule(config, args)
     return args
 
 

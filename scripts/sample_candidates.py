@@ -28,15 +28,15 @@ from alignkit.arguments import (
     pick,
     positive_int,
 )
-from alignkit.errors import AlignkitError, ConfigError
+from alignkit.errors import AlignkitError, ConfigError, ModelError
 from alignkit.parametrizations.files import AdapterFiles, find_model, sha256
 from alignkit.programs import run_program
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from alignkit.evals.sampling import SampleSettings
+    from alignkit.evals.sampling import Prompts, SampleSettings
     from alignkit.evals.sampling_engines import Engine
     from alignkit.parametrizations.loading import ModelSource
 
@@ -52,9 +52,10 @@ def main() -> None:
     model_name, revision, adapter = check_inputs(arguments)
 
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
-    from alignkit.data.negatives import load_prompts
     from alignkit.evals import sampling as steps
     from alignkit.evals.evaluate import start_processes, tokenizer_for
+    from alignkit.evals.sampling_report import SettingNames
+    from alignkit.evals.sampling_room import check_room
     from alignkit.evals.sampling_scorer import load_scorer
     from alignkit.evals.sampling_store import ChunkStore, on_first_process, write_rows
     from alignkit.parametrizations.loading import ModelSource
@@ -65,28 +66,36 @@ def main() -> None:
     source = ModelSource(model_name, arguments.revision or revision, **how)
     tokenizer = tokenizer_for(source, adapter, arguments.chat_template)
     settings = steps.SampleSettings(**pick(arguments, *SETTINGS))
-    with state.main_process_first():
-        options = pick(arguments, "split", "max_rows")
-        rows = load_prompts(arguments.data, column_map=dict(arguments.column_map), **options)
-    prompts = steps.prepare_prompts(
-        rows, tokenizer, instruction=settings.instruction, negatives=not arguments.no_negative
-    )
+    prompts = read_prompts(arguments, tokenizer, state)
+    names = SettingNames("--max_new_tokens", "--max_prompt_length", "--drop_unfinished")
+    limit = check_room(prompts, settings, load_config(source), names)
     engine_name = choose_engine(arguments, state)
     identity = on_first_process(lambda: what_samples_depend_on(arguments, source, adapter, engine_name), state)
     store = ChunkStore(partial_folder(arguments.output), identity | asdict(settings) | prompts.settings())
     # Asked before the model is loaded, which takes longer.
     on_first_process(store.done, state)
-    engine, limit = load_engine(engine_name, source, adapter, tokenizer, settings, state)
+    engine = load_engine(engine_name, source, adapter, tokenizer, settings, state)
     records = steps.sample_candidates(
         prompts, engine, settings, store=store, prompt_limit=limit, scorer=scorer, state=state, progress="samples"
     )
     if state.is_main_process:
-        sampled = steps.candidate_lists(prompts, records)
+        sampled = steps.candidate_lists(prompts, records, names)
         write_rows(arguments.output, sampled.rows)
         store.remove()
         print(sampled.report.render())
         print(f"written to {arguments.output}")
     state.destroy_process_group()
+
+
+def read_prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, state: PartialState) -> Prompts:
+    """The rows to sample for, and what the model continues."""
+    from alignkit.data.negatives import load_prompts
+    from alignkit.evals.sampling import prepare_prompts
+
+    with state.main_process_first():
+        options = pick(arguments, "split", "max_rows")
+        rows = load_prompts(arguments.data, column_map=dict(arguments.column_map), **options)
+    return prepare_prompts(rows, tokenizer, instruction=arguments.instruction, negatives=not arguments.no_negative)
 
 
 def choose_engine(arguments: argparse.Namespace, state: PartialState) -> str:
@@ -103,21 +112,27 @@ def load_engine(
     tokenizer: PreTrainedTokenizerBase,
     settings: SampleSettings,
     state: PartialState,
-) -> tuple[Engine, int | None]:
-    """The engine with its model, and the longest prompt it takes."""
-    from transformers import AutoConfig
-
+) -> Engine:
+    """The engine with its model."""
     from alignkit.evals.sampling_engines import HuggingFaceEngine, VllmEngine
     from alignkit.parametrizations.loading import load_adapter, load_model
 
     if engine == "vllm":
-        options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-        limit = settings.prompt_limit(AutoConfig.from_pretrained(source.model, **options))
-        return VllmEngine(source, adapter, tokenizer, settings.drawing), limit
+        return VllmEngine(source, adapter, tokenizer, settings.drawing)
     model = load_model(source, state.device)
-    limit = settings.prompt_limit(model.config)
     model = model if adapter is None else load_adapter(model, adapter)
-    return HuggingFaceEngine(model, tokenizer, settings.drawing, state), limit
+    return HuggingFaceEngine(model, tokenizer, settings.drawing, state)
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The configuration of the model, without its weights."""
+    from transformers import AutoConfig
+
+    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(source.model, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the configuration of {source.model!r} cannot be read: {error}") from error
 
 
 def what_samples_depend_on(

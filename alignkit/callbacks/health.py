@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignkit.callbacks.durability import complete_checkpoints
 from alignkit.callbacks.trend import MIN_POINTS
 from alignkit.callbacks.verdicts import CHECKS, LoggedSeries, Verdict, nonfinite
 from alignkit.errors import AlignkitError
@@ -33,6 +35,7 @@ class HealthMonitor(TrainerCallback):
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
         self.verdicts: list[Verdict] = []
         self._settings = settings or {}
+        self._can_log_more = False
         self._reset()
 
     def _reset(self) -> None:
@@ -45,6 +48,7 @@ class HealthMonitor(TrainerCallback):
     ) -> None:
         """Start afresh, from the logs of the checkpoint when there is one."""
         self._reset()
+        self._can_log_more = state.logging_steps > 1 and state.max_steps >= MIN_POINTS
         for logs in state.log_history:
             self.observe(logs["step"], logs)
 
@@ -61,7 +65,7 @@ class HealthMonitor(TrainerCallback):
         Raises:
             AlignkitError: The loss or the gradient is no longer finite.
         """
-        self._stop_if_diverged(args, state.global_step, logs)
+        self._stop_if_diverged(args, state, logs)
         for verdict in self.observe(state.global_step, logs):
             if state.is_world_process_zero:
                 tqdm.write(str(verdict))
@@ -96,12 +100,13 @@ class HealthMonitor(TrainerCallback):
         if names:
             state = f"warnings: {names}"
         elif self._num_logs < MIN_POINTS:
-            state = f"nothing wrong seen, but {self._num_logs} logs are too few for trends; lower logging_steps"
+            advice = "; lower logging_steps" if self._can_log_more else ""
+            state = f"nothing wrong seen, but {self._num_logs} logs are too few for trends{advice}"
         else:
             state = f"healthy over {self._num_logs} logs"
         return {"state": state, "verdicts": [asdict(verdict) for verdict in self.verdicts]}
 
-    def _stop_if_diverged(self, args: TrainingArguments, step: int, logs: Mapping[str, float]) -> None:
+    def _stop_if_diverged(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, float]) -> None:
         bad = nonfinite(logs)
         if args.fp16 and bad == ["grad_norm"]:
             self._num_overflows += 1
@@ -111,10 +116,14 @@ class HealthMonitor(TrainerCallback):
             self._num_overflows = 0
             return
         rate = self._settings.get("learning_rate", args.learning_rate)
-        precision = " bf16: true in place of fp16: true," if args.fp16 else ""
+        fixes = [f"a lower learning_rate (now {rate:g}; try {rate / 3:.1g})"]
+        fixes += ["bf16: true in place of fp16: true"] if args.fp16 else []
+        fixes += [] if args.max_grad_norm and args.max_grad_norm <= 1 else ["max_grad_norm: 1.0"]
+        fixes.append("more warmup_steps" if args.get_warmup_steps(state.max_steps) else "some warmup_steps")
+        intact = [checkpoint.name for checkpoint in complete_checkpoints(Path(args.output_dir))]
         raise AlignkitError(
-            f"training has diverged: {' and '.join(f'{key} is {logs[key]}' for key in bad)} at step {step}, so the "
-            f"weights are no longer usable. Write a lower learning_rate (now {rate:g}; try {rate / 3:.1g}),{precision} "
-            "max_grad_norm: 1.0 and some warmup_steps; then start again with `overwrite: true`. The checkpoints of "
-            "earlier steps are intact."
+            f"training has diverged: {' and '.join(f'{key} is {logs[key]}' for key in bad)} at step "
+            f"{state.global_step}, so the weights are no longer usable. Write {', '.join(fixes[:-1])} and {fixes[-1]}; "
+            "then start again with `overwrite: true`."
+            + (f" {intact[-1]} is from before and can still be used; `overwrite: true` deletes it." if intact else "")
         )

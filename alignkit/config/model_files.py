@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from alignkit.config.conflicts import names_output_head
 from alignkit.config.settings import Settings
@@ -42,6 +43,7 @@ def check_model_files(settings: Settings) -> None:
     for key in ("model", "reference_model"):
         if settings.values.get(key) is not None:
             _check_model(settings, key)
+    _check_positions(settings)
     if settings.values.get("adapter") is not None:
         _check_adapter(settings, Path(settings.values["adapter"]))
     template = settings.values.get("chat_template")
@@ -72,7 +74,7 @@ def _check_model(settings: Settings, key: str) -> None:
 def _model_faults(path: Path) -> Iterator[tuple[str, str]]:
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            base = _adapter_config(path).get("base_model_name_or_path") or "BASE"
+            base = _json(path / "adapter_config.json").get("base_model_name_or_path") or "BASE"
             yield "is a LoRA adapter, not a model", f"Write model: {base} and adapter: {path}"
         else:
             yield "has no config.json", "Write a folder made by save_pretrained, or a Hub id"
@@ -83,13 +85,33 @@ def _model_faults(path: Path) -> Iterator[tuple[str, str]]:
         yield "has no tokenizer", f"Save the tokenizer beside the model: tokenizer.save_pretrained('{path}')"
 
 
+def _check_positions(settings: Settings) -> None:
+    """Report a ``max_length`` beyond what a model was made for; packed examples count their positions anew."""
+    if not settings.is_set("max_length") or settings.is_set("packing"):
+        return
+    names = (settings.values.get(key) for key in ("model", "reference_model"))
+    for path in (Path(name) for name in names if name is not None):
+        config = _json(path / "config.json")
+        config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+        key = "max_position_embeddings" if "max_position_embeddings" in config else "n_positions"
+        limit = config.get(key)
+        if isinstance(limit, int) and 0 < limit < settings.values.get("max_length", 0) and not _stretches(config):
+            why = f"is beyond the {limit} positions of {path} ({key} in its config.json)"
+            settings.report("max_length", why, f"Write max_length: {limit}, or less")
+
+
+def _stretches(config: dict[str, Any]) -> bool:
+    """Whether the rotary embedding is scaled, so that the stated number of positions may not be the limit."""
+    return '"factor"' in json.dumps([config.get("rope_scaling"), config.get("rope_parameters")])
+
+
 def _any_file(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(file.is_file() for pattern in patterns for file in path.glob(pattern))
 
 
-def _adapter_config(path: Path) -> dict[str, object]:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -103,10 +125,10 @@ def _check_adapter(settings: Settings, path: Path) -> None:
     elif not _any_file(path, ("adapter_model.safetensors", "adapter_model.bin")):
         settings.report("adapter", "has no adapter_model.safetensors", "Write the folder of an adapter saved by PEFT")
     else:
-        _check_adapter_config(settings, _adapter_config(path))
+        _check_adapter_config(settings, _json(path / "adapter_config.json"))
 
 
-def _check_adapter_config(settings: Settings, config: dict[str, object]) -> None:
+def _check_adapter_config(settings: Settings, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         settings.report("adapter", f"holds peft_type {kind}", "Only LoRA adapters can be continued; merge it first")

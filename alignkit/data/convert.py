@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data import conversion as engine
-from alignkit.data.candidate_report import ConversionReport
+from alignkit.data.candidate_report import EQUAL_AFTER_CUT, NO_ROOM, ConversionReport
 from alignkit.data.columns import PREFERENCE_FORMS, columns_of
 from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.load import first_rows
@@ -46,6 +46,7 @@ def to_candidate_rows(
     name: str = "train",
     stop_token_ids: Sequence[int] = (),
     contrast: ContrastPrompts | None = None,
+    lost: Mapping[str, int] | None = None,
 ) -> tuple[Dataset | IterableDataset, ConversionReport]:
     """Validate and tokenise rows. Of streamed rows the first are checked and counted now, the others when read.
 
@@ -61,6 +62,7 @@ def to_candidate_rows(
         stop_token_ids: Ids at which generation stops besides the tokenizer's EOS (from the generation config).
         contrast: Also tokenise the contrast prompts of every completion (columns ``better_prompt_ids`` and
             ``worse_prompt_ids``, each [K], and ``SOURCE_COLUMNS``); not done for rows that carry token rewards.
+        lost: Rows that were dropped while samples were drawn, by cause; they count as read and as dropped.
 
     Returns:
         Candidate rows, with ``token_rewards`` [K][tokens] where the rows carry them, and what happened on the way.
@@ -87,7 +89,9 @@ def to_candidate_rows(
     if contrast is not None:
         rows = rows.add_column(SOURCE_COLUMNS[0], engine.kept_rows(counts))
     report = _summarise(counts, conversion.settings, max_dropped_fraction, name, columns)
-    _refuse_drops(report, counts, max_dropped_fraction)
+    lost = dict(lost or {})
+    report = replace(report, num_rows_in=len(counts) + sum(lost.values()), dropped=lost | report.dropped)
+    _refuse_drops(report, counts, max_dropped_fraction, lost)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
 
 
@@ -153,17 +157,20 @@ def _length_quantiles(counts: pd.DataFrame) -> dict[str, dict[str, int]]:
     return engine.length_quantiles({"prompt": prompt, "completion": completion, "prompt + completion": total})
 
 
-def _refuse_drops(report: ConversionReport, counts: pd.DataFrame, max_dropped_fraction: float) -> None:
-    advice = "rows whose candidates or scores are equal prefer nothing"
+def _refuse_drops(
+    report: ConversionReport, counts: pd.DataFrame, max_dropped_fraction: float, lost: Mapping[str, int]
+) -> None:
+    advice = [f"rows dropped while samples were drawn: {cause}: {count}" for cause, count in lost.items()]
+    if report.num_without_preference:
+        equal = "rows whose candidates or scores are equal prefer nothing"
+        advice.append(f"{equal}: check that column_map names the right columns, or remove these rows")
     engine.refuse_drops(
         report,
         counts,
         max_dropped_fraction,
         shown=lambda row: _lengths_of(counts, row),
-        advice=[f"{advice}: check that column_map names the right columns, or remove these rows"]
-        if report.num_without_preference
-        else [],
-        too_long=report.num_dropped - report.num_without_preference,
+        advice=advice,
+        too_long=report.dropped.get(NO_ROOM, 0) + report.dropped.get(EQUAL_AFTER_CUT, 0),
     )
 
 

@@ -79,14 +79,16 @@ def generate_samples(
     """
     stops = stop_token_ids(model, tokenizer)
     config = generation_config(sampling, stops, tokenizer)
+    extra = forward_options(model)
 
     def answer(batches: list[list[int]]) -> list[Sample]:
         samples: list[Sample] = []
         for batch in tqdm(batches, desc=progress, disable=progress is None or not state.is_main_process):
-            inputs = left_padded([prompts[i] for i in batch], config.pad_token_id)
+            padded = left_padded([prompts[i] for i in batch], config.pad_token_id)
+            inputs = {name: tensor.to(state.device) for name, tensor in padded.items()}
             # Each batch has a seed of its own: its draws do not depend on which process it falls to.
             torch.manual_seed(sampling.seed + batch[0])
-            output = model.generate(**{k: v.to(state.device) for k, v in inputs.items()}, generation_config=config)
+            output = model.generate(**inputs, generation_config=config, **extra)
             answers = output[:, inputs["input_ids"].shape[1] :].tolist()
             samples += [_sample(ids, stops, tokenizer) for ids in answers]
         return samples
@@ -157,6 +159,19 @@ def generation_config(sampling: Sampling, stops: list[int], tokenizer: PreTraine
         pad_token_id=pad,
         **draws,
     )
+
+
+def forward_options(model: PreTrainedModel | PeftModel) -> dict[str, bool]:
+    """What ``generate`` is to hand on to every forward pass of this model.
+
+    A mixture of experts whose config asks for router logits computes its load-balancing loss from them, also while it
+    generates. That fails where prompts are padded: from the second token on the mask is longer than the input.
+
+    Args:
+        model: A causal language model.
+    """
+    asks = model.config.get_text_config().to_dict().get("output_router_logits", False)
+    return {"output_router_logits": False} if asks else {}
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

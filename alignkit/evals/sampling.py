@@ -28,13 +28,24 @@ from alignkit.data.schema import is_blank
 from alignkit.errors import DataError
 from alignkit.evals.generation import Sample
 from alignkit.evals.sampling_engines import Drawing, Engine, Request
-from alignkit.evals.sampling_report import SamplingReport, make_report
+from alignkit.evals.sampling_report import SamplingReport, SettingNames, make_report
 from alignkit.evals.sampling_scorer import Scorer, score_samples
 from alignkit.evals.sampling_store import ChunkStore, MemoryStore, RowSamples, fingerprint, on_first_process
 
 EMPTY, NEGATIVE, DUPLICATE, UNFINISHED = "empty", "identical to the negative", "duplicate", "did not stop"
-TOO_LONG, NO_SAMPLES, ONE_SAMPLE = "the prompt leaves no room", "no sample is left", "fewer than 2 samples"
+TOO_LONG, NO_SAMPLES = "the prompt leaves no room for a sample", "no sample is left"
+ONE_SAMPLE = "fewer than 2 samples"
 ALIKE, EQUAL_SCORES = "all samples are identical", "the scorer gave all completions the same score"
+
+
+def positions_of(config: Any) -> int | None:
+    """Positions of a model, or None where they are not limited.
+
+    Args:
+        config: Its configuration.
+    """
+    positions: int | None = config.get_text_config().to_dict().get("max_position_embeddings")
+    return positions
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class SampleSettings:
         Args:
             config: The configuration of the model.
         """
-        positions = config.get_text_config().to_dict().get("max_position_embeddings")
+        positions = positions_of(config)
         limits = [self.max_prompt_length, None if positions is None else max(0, positions - self.max_new_tokens)]
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -187,12 +198,13 @@ def sample_candidates(
     return store.read() if state.is_main_process else []
 
 
-def candidate_lists(prompts: Prompts, records: Sequence[RowSamples]) -> Sampled:
+def candidate_lists(prompts: Prompts, records: Sequence[RowSamples], names: SettingNames) -> Sampled:
     """The rows to train on, in the order of the prompts, and the report.
 
     Args:
         prompts: What was sampled for.
         records: What :func:`sample_candidates` returned on the first process.
+        names: What the settings are called.
 
     Raises:
         DataError: No row is left.
@@ -209,8 +221,9 @@ def candidate_lists(prompts: Prompts, records: Sequence[RowSamples]) -> Sampled:
         counted = [f"{cause}: {count} of {len(prompts.rows)} rows" for cause, count in dropped.items()]
         raise DataError("no row is left to train on", counted)
     note = ignored_note(prompts.rows)
+    notes = [note] if note else []
     report = make_report(
-        written, records, num_prompts=len(prompts.rows), dropped_rows=dropped, notes=[note] if note else []
+        written, records, num_prompts=len(prompts.rows), dropped_rows=dropped, notes=notes, names=names
     )
     rows = [assemble_row(prompts.rows[r.row], r.texts, prompts.kind, r.scores) for r in written]
     return Sampled(rows, report)

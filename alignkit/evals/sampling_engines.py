@@ -25,6 +25,7 @@ from alignkit.evals.generation import (
     Sample,
     Sampling,
     evaluating,
+    forward_options,
     generation_config,
     left_padded,
     repetition,
@@ -188,6 +189,7 @@ class HuggingFaceEngine:
             **{name: tensor.to(device) for name, tensor in inputs.items()},
             generation_config=self.config,
             logits_processor=processors,
+            **forward_options(self.model),
         )
         return [
             sample_of(request.prompt_ids, ids, self.stops, self.tokenizer)

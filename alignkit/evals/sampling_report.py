@@ -15,6 +15,21 @@ UNFINISHED_WARNING = 0.1
 
 
 @dataclass(frozen=True)
+class SettingNames:
+    """What the settings of the sampling are called where they are written; None for one that cannot be.
+
+    Attributes:
+        max_new_tokens: The longest sample.
+        max_prompt_length: The longest prompt.
+        drop_unfinished: What discards samples that were cut.
+    """
+
+    max_new_tokens: str
+    max_prompt_length: str | None = None
+    drop_unfinished: str | None = None
+
+
+@dataclass(frozen=True)
 class SamplingReport:
     """The account of one sampling.
 
@@ -50,8 +65,12 @@ class SamplingReport:
         """The report as plain data."""
         return asdict(self)
 
-    def render(self) -> str:
-        """The report as text."""
+    def render(self, title: str = "samples") -> str:
+        """The report as text.
+
+        Args:
+            title: What these samples are.
+        """
         rows = [
             ["prompts read", f"{self.num_prompts}"],
             *([f"  dropped: {cause}", f"{count}"] for cause, count in self.dropped_rows.items()),
@@ -65,7 +84,7 @@ class SamplingReport:
             ["samples drawn", f"{self.num_draws}"],
             *([f"  discarded: {cause}", f"{share:.1%}"] for cause, share in self.dropped_samples.items()),
         ]
-        return "\n".join([render_table(["samples", ""], rows), *(f"note: {note}" for note in self.notes)])
+        return "\n".join([render_table([title, ""], rows), *(f"note: {note}" for note in self.notes)])
 
 
 def make_report(
@@ -75,6 +94,7 @@ def make_report(
     num_prompts: int,
     dropped_rows: dict[str, int],
     notes: Sequence[str],
+    names: SettingNames,
 ) -> SamplingReport:
     """Count.
 
@@ -84,6 +104,7 @@ def make_report(
         num_prompts: Rows read.
         dropped_rows: Rows left out, by cause.
         notes: What the reader should know besides.
+        names: What the settings are called.
     """
     sizes = Counter(len(record.texts) for record in written)
     samples = sum(sizes[k] * k for k in sizes) or 1
@@ -95,9 +116,10 @@ def make_report(
     duplicates = sum(len(record.texts) - len({text.strip() for text in record.texts}) for record in written) / samples
     remarks = [*notes]
     if written and finished < 1 - UNFINISHED_WARNING:
+        ways_out = f", or drop them with {names.drop_unfinished}" if names.drop_unfinished else ""
         remarks.append(
-            f"{1 - finished:.1%} of the samples were cut at max_new_tokens; training will end them with a stop token "
-            "that the model did not choose. Raise --max_new_tokens, or drop them with --drop_unfinished"
+            f"{1 - finished:.1%} of the samples were cut for their length; training will end them with a stop token "
+            f"that the model did not choose. Raise {names.max_new_tokens}{ways_out}"
         )
     return SamplingReport(
         num_prompts=num_prompts,

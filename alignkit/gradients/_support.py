@@ -3,18 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError
 from alignkit.gradients._weights import Trainable
 from alignkit.gradients.rule import EditOptions, GradientRule
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """What a rule depends on and is known before a model is loaded.
+
+    Attributes:
+        is_fsdp: Whether the model is sharded by FSDP.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        is_compiled: Whether the model is compiled.
+        num_gpus: GPUs that one process drives.
+        deepspeed_config: The config of DeepSpeed, None where it is not at work.
+    """
+
+    is_fsdp: bool
+    mixed_precision: str
+    is_compiled: bool
+    num_gpus: int
+    deepspeed_config: Mapping[str, Any] | None
+
+    @classmethod
+    def of_arguments(cls, args: TrainingArguments) -> RunLayout:
+        """The layout as the arguments of a run and the launcher have it."""
+        return cls(
+            is_fsdp=launched_with_fsdp(),
+            mixed_precision=args.mixed_precision,
+            is_compiled=args.torch_compile or TorchDynamoPlugin().backend != DynamoBackend.NO,
+            num_gpus=args.n_gpu,
+            deepspeed_config=None if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config,
+        )
+
+    @classmethod
+    def of_accelerator(cls, accelerator: Accelerator, args: TrainingArguments) -> RunLayout:
+        """The layout as it came out in a trainer."""
+        uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        return cls(
+            is_fsdp=accelerator.distributed_type == DistributedType.FSDP,
+            mixed_precision=accelerator.mixed_precision,
+            is_compiled=args.torch_compile or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+            num_gpus=args.n_gpu,
+            deepspeed_config=accelerator.state.deepspeed_plugin.deepspeed_config if uses_deepspeed else None,
+        )
+
+
+def check_layout(rule: GradientRule, layout: RunLayout, *, has_adapter: bool) -> None:
+    """Refuse a run in whose layout the rule cannot work, before anything is loaded.
+
+    Args:
+        rule: The rule.
+        layout: Of the run.
+        has_adapter: Whether an adapter trains rather than the model itself.
+
+    Raises:
+        ConfigError: Lists what stands in the way.
+    """
+    _refuse(_layout_problems(rule, layout, has_adapter=has_adapter))
 
 
 def check_supported(
@@ -39,41 +97,55 @@ def check_supported(
     Raises:
         ConfigError: Lists what stands in the way.
     """
-    name, problems = f"`gradient_rule: {rule.name}`", []
-    if accelerator.distributed_type == DistributedType.FSDP:
-        problems.append(f"{name} under FSDP has not been tried. Launch with DDP or a DeepSpeed ZeRO stage instead")
+    layout, has_adapter = RunLayout.of_accelerator(accelerator, args), isinstance(model, PeftModel)
+    name, problems = _name(rule), _layout_problems(rule, layout, has_adapter=has_adapter)
     if not tensors:
         problems.append(f"{name}: the model has no tensor that trains. Let something train, or remove the rule")
-    if rule.edit is not None:
-        if accelerator.mixed_precision == "fp16":
-            problems.append(f"{name} with fp16: its gradients are taken without loss scaling. Use bf16 or float32")
-        if args.n_gpu > 1:
-            problems.append(f"{name}: one process drives {args.n_gpu} GPUs. Start with `accelerate launch`")
-        if args.torch_compile or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-            problems.append(
-                f"{name}: a compiled model does not see displaced weights. Remove torch_compile, or the launcher's "
-                "dynamo_backend"
-            )
-        if is_deepspeed_zero3_enabled() and not isinstance(model, PeftModel):
-            problems.append(
-                f"{name} under ZeRO-3 without an adapter would gather the whole model on every process. Write "
-                "parametrization: lora, or launch with ZeRO-2"
-            )
-    if rule.decay is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        problems += [f"{name} {why}" for why in _stepped_elsewhere(accelerator.state.deepspeed_plugin.deepspeed_config)]
-    elif rule.decay is not None or not isinstance(model, PeftModel):
+    if (rule.decay is None and not has_adapter) or (rule.decay is not None and layout.deepspeed_config is None):
         low = {str(tensor.parameter.dtype) for tensor in tensors} & {"torch.bfloat16", "torch.float16"}
         if low:
             problems.append(
-                f"{name}: what trains is held in {', '.join(sorted(low))}, whose rounding swallows steps as small as the "
-                "rule's. Write dtype: float32 (bf16: true still computes in bfloat16)"
+                f"{name}: what trains is held in {', '.join(sorted(low))}, whose rounding swallows steps as small as "
+                "the rule's. Write dtype: float32 (bf16: true still computes in bfloat16)"
                 + (", or gradient_rule: l2_sp, whose pull goes through the optimizer" if rule.decay else "")
             )
     if isinstance(options, EditOptions) and options.rule_targets == "lora":
         if not any(tensor.is_lora for tensor in tensors):
             problems.append("`rule_targets: lora`: no LoRA factor trains. Write rule_targets: all")
+    _refuse(problems)
+
+
+def _name(rule: GradientRule) -> str:
+    return f"`gradient_rule: {rule.name}`"
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise ConfigError("the gradient rule cannot be used in this run", problems)
+
+
+def _layout_problems(rule: GradientRule, layout: RunLayout, *, has_adapter: bool) -> list[str]:
+    name, problems = _name(rule), []
+    if layout.is_fsdp:
+        problems.append(f"{name} under FSDP has not been tried. Launch with DDP or a DeepSpeed ZeRO stage instead")
+    if rule.edit is not None:
+        if layout.mixed_precision == "fp16":
+            problems.append(f"{name} with fp16: its gradients are taken without loss scaling. Use bf16 or float32")
+        if layout.num_gpus > 1:
+            problems.append(f"{name}: one process drives {layout.num_gpus} GPUs. Start with `accelerate launch`")
+        if layout.is_compiled:
+            problems.append(
+                f"{name}: a compiled model does not see displaced weights. Remove torch_compile, or the launcher's "
+                "dynamo_backend"
+            )
+        if is_deepspeed_zero3_enabled() and not has_adapter:
+            problems.append(
+                f"{name} under ZeRO-3 without an adapter would gather the whole model on every process. Write "
+                "parametrization: lora, or launch with ZeRO-2"
+            )
+    if rule.decay is not None and layout.deepspeed_config is not None:
+        problems += [f"{name} {why}" for why in _stepped_elsewhere(layout.deepspeed_config)]
+    return problems
 
 
 def _stepped_elsewhere(deepspeed_config: Mapping[str, Any]) -> list[str]:

@@ -82,8 +82,8 @@ def adpo_loss(
     20 nats from above.
 
     Deviations: ``sum`` is the default of ``logp_reduction`` so that two candidates compare with DPO (``mean`` is the
-    author's advice for long completions), and neither u nor the log-ratio is clipped. Rewards are divided by their range
-    before z-scores are taken, so that the 1e-8 means the same whatever their scale. Equal rewards under
+    author's advice for long completions), and neither u nor the log-ratio is clipped. Rewards are divided by their
+    range before z-scores are taken, so that the 1e-8 means the same whatever their scale. Equal rewards under
     ``plackett_luce`` share their places, q uniform over them, and under ``pairwise_hard`` train nothing. A group with
     fewer than two candidates is left out of the preference term.
 
@@ -161,9 +161,9 @@ def adaptive_tau(
 def _temperature(
     batch: CandidateBatch, scores: Float[Tensor, "B K"], exists: Bool[Tensor, "B K"], tau: float | int | AdaptiveTau
 ) -> Float[Tensor, " B"]:
-    if isinstance(tau, AdaptiveTau):
-        return adaptive_tau(batch, scores, exists, tau)
-    return scores.new_full(scores.shape[:1], tau)
+    if isinstance(tau, (float, int)):
+        return scores.new_full(scores.shape[:1], tau)
+    return adaptive_tau(batch, scores, exists, tau)
 
 
 def _logratio(batch: CandidateBatch, is_mean: bool) -> Float[Tensor, "B K"]:

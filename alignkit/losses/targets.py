@@ -72,9 +72,8 @@ def listwise_zscore(scores: Scores, exists: Exists, beta_reward: float) -> Choic
     """
     best = scores.masked_fill(~exists, -torch.inf).amax(-1, keepdim=True)
     worst = scores.masked_fill(~exists, torch.inf).amin(-1, keepdim=True)
-    span = (best - worst).clamp(min=torch.finfo(scores.dtype).tiny)
-    # The softmax takes no notice of the mean.
-    ranged = ((scores - best) / span).masked_fill(~exists, 0.0)
+    # Less the best one, so that no difference is lost where rewards are large; the softmax takes no notice of it.
+    ranged = (scores - best) / (best - worst).clamp(min=torch.finfo(scores.dtype).tiny)
     return listwise_raw(ranged / (_std(ranged, exists).unsqueeze(-1) + 1e-8), exists, beta_reward)
 
 
@@ -89,7 +88,7 @@ def plackett_luce(scores: Scores, exists: Exists, beta_reward: float) -> Choices
     no_better = scores.unsqueeze(1) <= scores.unsqueeze(2)
     sets = no_better & exists.unsqueeze(1) & exists.unsqueeze(2)
     tied = sets & (scores.unsqueeze(1) == scores.unsqueeze(2))
-    return Choices(sets, tied.to(scores.dtype) / tied.sum(-1, keepdim=True).clamp(min=1))
+    return Choices(sets, masked_log_softmax(torch.zeros_like(tied, dtype=scores.dtype), tied).exp())
 
 
 def kde(scores: Scores, exists: Exists, beta_reward: float) -> Choices:

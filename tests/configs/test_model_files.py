@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from alignkit.config import model_files
-from tests.configs.cases import problems_of
+from tests.configs.cases import SUPERVISED, problems_of
 
 pytestmark = pytest.mark.usefixtures("workspace")
 
@@ -63,6 +63,38 @@ def test_revision_says_that_a_name_is_a_hub_id() -> None:
 
 def test_revision_of_a_local_model_is_refused() -> None:
     assert "would be ignored: base is a local folder" in problems_of({"model_revision": "main"})[0]
+
+
+POSITIONS = {
+    "stated": ({"max_position_embeddings": 64}, "max_position_embeddings in its config.json"),
+    "of the text model": ({"text_config": {"max_position_embeddings": 64}}, "the 64 positions of base"),
+    "learned": ({"n_positions": 64}, "n_positions in its config.json"),
+    "rope without a factor": (
+        {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "Write max_length: 64, or less",
+    ),
+    "stretched": ({"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, None),
+    "stretched, of old": ({"max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 4.0}}, None),
+    "none": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("config", "expected"), POSITIONS.values(), ids=POSITIONS.keys())
+def test_rows_longer_than_the_model_has_positions(config: dict[str, Any], expected: str | None) -> None:
+    Path("base/config.json").write_text(json.dumps(config))
+    assert problems_of({"max_length": 64}) == problems_of({}) == []
+    found = problems_of({"max_length": 65})
+    if expected is None:
+        assert found == []
+    else:
+        assert len(found) == 1 and found[0].startswith("command line: `max_length: 65` ") and expected in found[0]
+    assert problems_of({**SUPERVISED, "max_length": 65, "packing": True}) == []
+
+
+def test_a_reference_with_fewer_positions() -> None:
+    make("short", config__json={"max_position_embeddings": 32}, model__safetensors="x", tokenizer__json={})
+    (problem,) = problems_of({"max_length": 64, "reference_model": "short"})
+    assert "the 32 positions of short" in problem
 
 
 ADAPTERS = {

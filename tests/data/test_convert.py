@@ -18,6 +18,7 @@ from alignkit.data.candidate_report import (
     EQUAL_AFTER_CUT,
     EQUAL_SCORES,
     IDENTICAL,
+    LOST_PROMPT,
     NO_ROOM,
     NO_TOKENS,
     ConversionReport,
@@ -176,6 +177,35 @@ def test_a_completion_that_the_template_swallows(tokenizer: PreTrainedTokenizerF
     rows = [pair([message("user", "q")], [message("assistant", text)], [message("assistant", "b")]) for text in "xa"]
     _, report = converted(rows, silent, max_dropped_fraction=0.5)
     assert report.dropped == {NO_TOKENS: 1}
+
+
+def test_a_length_is_advised_for_rows_lost_to_the_length_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The template writes nothing but the last message, so no row begins with its prompt."""
+    forgetful = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token="<|endoftext|>",
+        chat_template="{{ messages[-1]['content'] }}",
+    )
+    row = pair([message("user", "q")], [message("assistant", "a")], [message("assistant", "b")])
+    text = message_of([row], forgetful, max_length=256)
+    assert LOST_PROMPT in text and "would do" not in text
+    swallowed = "{% for m in messages %}{{ m['content'] if m['content'] != 'x' }}{% endfor %}"
+    silent = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>", chat_template=swallowed
+    )
+    row = pair([message("user", "q")], [message("assistant", "x")], [message("assistant", "b")])
+    text = message_of([row], silent, max_length=256)
+    assert NO_TOKENS in text and "would do" not in text
+
+
+def test_rows_lost_while_sampling_count_as_read_and_as_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [pair("q", "a", "b"), pair("q", "same", "same")]
+    found, report = converted(rows, tokenizer, lost={"no sample is left": 1}, max_dropped_fraction=0.67)
+    assert (report.num_rows_in, report.num_rows, len(found)) == (3, 1, 1)
+    assert report.dropped == {"no sample is left": 1, IDENTICAL: 1} and report.num_dropped == 2
+    text = message_of(rows, tokenizer, lost={"no sample is left": 1}, max_dropped_fraction=0.66)
+    assert "2 of 3 rows are dropped, max_dropped_fraction 0.66 allows 1" in text
+    assert "rows dropped while samples were drawn: no sample is left: 1" in text and "would do" not in text
 
 
 def test_no_row_left_names_lengths_and_a_length_that_works(tokenizer: PreTrainedTokenizerFast) -> None:

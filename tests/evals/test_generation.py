@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from alignkit.evals.generation import Sampling, generate_samples, generation_sums, repetition, stop_token_ids
+from alignkit.evals.sampling_engines import Drawing, HuggingFaceEngine, Request
 from tests.scripts.tiny import byte_tokenizer, tiny_model
 
 PROMPTS = ["Hello", "What is 2 + 2? Tell me slowly.", "x", "Once upon a time"]
@@ -58,6 +60,36 @@ def test_padded_batches_give_what_each_prompt_gives_alone(
         )
         assert [(sample.num_tokens, sample.finished) for sample in samples] == [(len(i), f) for i, f in expected]
         assert [s.text for s in samples] == [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in expected]
+
+
+@pytest.fixture
+def mixture() -> PreTrainedModel:
+    """A mixture of experts that gives router logits unless told otherwise, as for its load-balancing loss."""
+    config = Qwen3MoeConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=512, initializer_range=0.3, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        output_router_logits=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_mixture_of_experts_answers_padded_prompts(
+    adapted: bool, mixture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """The load-balancing loss cannot be computed there; both ways of generating leave it out."""
+    expected = [one_by_one(mixture, prompt, 8) for prompt in prompts]
+    model = get_peft_model(mixture, LoraConfig(target_modules=["q_proj"])) if adapted else mixture
+    state, how = PartialState(), {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    answers = generate_samples(model, tokenizer, prompts, Sampling(**how, batch_size=4), state=state)
+    engine = HuggingFaceEngine(model, tokenizer, Drawing(**how, max_sequences=4), state)
+    samples = engine([Request(row, 0, 0, ids) for row, ids in enumerate(prompts)])
+    for found in (answers, samples):
+        assert [(s.num_tokens, s.finished) for s in found] == [(len(ids), finished) for ids, finished in expected]
+    assert [s.text for s in answers] == [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in expected]
+    assert model.config.output_router_logits
 
 
 def test_the_models_own_generation_defaults_are_not_used(

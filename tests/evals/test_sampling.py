@@ -25,15 +25,18 @@ from alignkit.evals.sampling import (
     sample_candidates,
 )
 from alignkit.evals.sampling_engines import HuggingFaceEngine, Request
+from alignkit.evals.sampling_report import SettingNames
+from alignkit.evals.sampling_room import check_room
 from alignkit.evals.sampling_scorer import Scorer, load_scorer
 from alignkit.evals.sampling_store import ChunkStore, source_identity, write_rows
-from alignkit.evals.self_samples import self_samples
+from alignkit.evals.self_samples import SETTING_NAMES, self_samples
 from alignkit.parametrizations.files import read_adapter
 from alignkit.parametrizations.loading import ModelSource
 from tests.scripts.tiny import byte_tokenizer, save_adapter, save_model, tiny_model
 
 SETTINGS = SampleSettings(num_samples=2, max_new_tokens=8, chunk_size=2, max_resamples=2)
 NEGATIVE = "bad "
+NAMES = SettingNames("--max_new_tokens", "--max_prompt_length", "--drop_unfinished")
 Script = dict[tuple[int, int, int], str]
 
 
@@ -73,10 +76,11 @@ def run(tmp_path: Path) -> Callable[..., Sampled]:
         **changes: Any,
     ) -> Sampled:
         prompts = prompts_of(count, negatives=negatives)
+        names = changes.pop("names", NAMES)
         place = store or ChunkStore(tmp_path / f"store{len(list(tmp_path.iterdir()))}", {})
         options: dict[str, Any] = {"store": place, "scorer": scorer, "prompt_limit": limit, "state": PartialState()}
         return candidate_lists(
-            prompts, sample_candidates(prompts, Written(script), replace(SETTINGS, **changes), **options)
+            prompts, sample_candidates(prompts, Written(script), replace(SETTINGS, **changes), **options), names
         )
 
     return start
@@ -124,7 +128,10 @@ def test_the_other_filters(run: Callable[..., Sampled]) -> None:
     report = plain.report
     assert report.share_duplicates == 2 / 6 and report.share_finished == 4 / 6 and report.mean_repetition == 0.5
     assert report.dropped_samples == {"empty": 1 / 7} and report.mean_tokens == (20 + 21 + 20 + 20 + 4 + 4) / 6
-    assert "33.3% of the samples were cut at max_new_tokens" in report.render() and "stopped by" in report.render()
+    assert "33.3% of the samples were cut for their length" in report.render() and "stopped by" in report.render()
+    assert report.render().endswith("Raise --max_new_tokens, or drop them with --drop_unfinished")
+    in_a_run = run(script, names=SETTING_NAMES).report.render("samples of train")
+    assert in_a_run.startswith("samples of train") and in_a_run.endswith("Raise sampling_max_new_tokens")
     strict = run(script, unique=True, drop_unfinished=True)
     assert [row["completions"][:-1] for row in strict.rows] == [
         ["row 0 sample 0 try 0"],
@@ -143,8 +150,8 @@ def test_greedy_answers_are_not_asked_for_again(run: Callable[..., Sampled]) -> 
 def test_prompts_that_leave_no_room_are_counted(run: Callable[..., Sampled]) -> None:
     found = run(limit=4)
     assert [row["id"] for row in found.rows] == [0, 1]
-    assert found.report.dropped_rows == {"the prompt leaves no room": 1} and found.report.num_prompts == 3
-    with pytest.raises(DataError, match="the prompt leaves no room: 3 of 3 rows"):
+    assert found.report.dropped_rows == {"the prompt leaves no room for a sample": 1} and found.report.num_prompts == 3
+    with pytest.raises(DataError, match="the prompt leaves no room for a sample: 3 of 3 rows"):
         run(limit=2)
 
 
@@ -153,6 +160,39 @@ def test_limits_of_the_model() -> None:
     assert SampleSettings(max_new_tokens=500).prompt_limit(config) == 12
     assert SampleSettings(max_new_tokens=600).prompt_limit(config) == 0
     assert SampleSettings(max_new_tokens=500, max_prompt_length=7).prompt_limit(config) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed", "expected"),
+    [
+        ({"max_new_tokens": 508}, 1.0, 4),
+        ({"max_new_tokens": 508}, 0.34, 4),
+        ({"max_new_tokens": 508}, 0.33, "1 of 3.*508 of the model's 512 positions.*3 to 5.* to 507 or less"),
+        ({"max_new_tokens": 510}, 1.0, "3 of 3.*takes 510 of the model's 512 .*set --max_new_tokens to 507 or less"),
+        (
+            {"max_prompt_length": 2},
+            1.0,
+            r"3 of 3[^\n]*: 1 problem\n.*--max_prompt_length is 2.*3 to 5 tokens: raise it",
+        ),
+    ],
+)
+def test_prompts_without_room_are_refused_with_figures(
+    settings: dict[str, int], allowed: float, expected: int | str
+) -> None:
+    """Prompts of 3, 4 and 5 tokens and 512 positions."""
+    words: tuple[Any, ...] = (prompts_of(3), SampleSettings(**settings), tiny_model().config, NAMES)
+    if isinstance(expected, int):
+        assert check_room(*words, max_dropped_fraction=allowed) == expected
+        return
+    with pytest.raises(DataError, match=rf"(?s)^rows: {expected}"):
+        check_room(*words, max_dropped_fraction=allowed, name="rows")
+
+
+def test_prompts_that_fill_the_model_cannot_all_be_kept() -> None:
+    rows = [{"prompt": "?" * length, "rejected": NEGATIVE} for length in (500, 512)]
+    prompts = prepare_prompts(rows, byte_tokenizer(), instruction=None)
+    with pytest.raises(DataError, match="500 to 512 tokens: leave out the longest rows, and lower --max_new_tokens"):
+        check_room(prompts, replace(SETTINGS, max_new_tokens=20), tiny_model().config, NAMES)
 
 
 def test_a_stopped_run_continues_and_gives_the_same_rows(run: Callable[..., Sampled], tmp_path: Path) -> None:
@@ -167,7 +207,7 @@ def test_a_stopped_run_continues_and_gives_the_same_rows(run: Callable[..., Samp
     (store.directory / ".chunk-000001.jsonl.partial").write_text('{"row": 1, "te')
     engine = Written(script)
     records = sample_candidates(prompts_of(5), engine, SETTINGS, **options)
-    assert candidate_lists(prompts_of(5), records) == whole
+    assert candidate_lists(prompts_of(5), records, NAMES) == whole
     assert engine.rounds[0] == [(2, 0, 0), (2, 1, 0), (1, 0, 0), (1, 1, 0)]
     assert not any(row > 2 for round_ in engine.rounds for row, _, _ in round_)
     again = Written(script)
@@ -247,17 +287,21 @@ def test_a_model_samples_for_its_own_training(tmp_path: Path, monkeypatch: pytes
         }
         for i in range(3)
     ]
-    words: tuple[Any, ...] = (Dataset.from_list(rows), tiny_model(), byte_tokenizer())
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    words: tuple[Any, ...] = (prepare_prompts(rows, tokenizer, instruction="Speak of zebras."), model, tokenizer)
     sampled = self_samples(*words, settings, tmp_path / "cache", weights="w0")
     assert "zebras" not in json.dumps(sampled.rows) and [len(row["completions"]) for row in sampled.rows] == [4] * 3
     assert [row["prompt"] for row in sampled.rows] == [row["prompt"] for row in rows]
-    plain = self_samples(*words, replace(settings, instruction=None), tmp_path / "cache", weights="w0")
+    uninstructed = prepare_prompts(rows, tokenizer, instruction=None)
+    plain = self_samples(
+        uninstructed, model, tokenizer, replace(settings, instruction=None), tmp_path / "cache", weights="w0"
+    )
     assert plain.rows != sampled.rows
     calls: list[int] = []
     monkeypatch.setattr(HuggingFaceEngine, "__call__", lambda self, requests: calls.append(len(requests)) or [])
     dataset = Dataset.from_list(self_samples(*words, settings, tmp_path / "cache", weights="w0").rows)
     assert list(dataset) == sampled.rows and calls == []
-    _, report = to_candidate_rows(dataset, words[2], max_length=None, num_candidates=None)
+    _, report = to_candidate_rows(dataset, tokenizer, max_length=None, num_candidates=None)
     assert report.candidates_per_row == {4: 3}
     with pytest.raises(ValueError, match="zip"):
         self_samples(*words, settings, tmp_path / "cache", weights="w1")

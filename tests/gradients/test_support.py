@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, TorchDynamoPlugin
 from peft import LoraConfig
 from torch import nn
 
+from alignkit import steps
+from alignkit.config import PreferenceConfig
 from alignkit.errors import ConfigError
 from alignkit.gradients import _support
 from alignkit.gradients._weights import low_rank_pairs, shadowed, trainable_tensors
@@ -19,6 +22,7 @@ from alignkit.losses.types import count_items
 from alignkit.methods._preference import BridgeSettings
 from alignkit.methods.method import load_method
 from alignkit.parametrizations.loading import ModelSource, load_model
+from tests.callbacks.saved import arguments
 from tests.gradients.conftest import chosen, lora
 from tests.methods.conftest import logged
 from tests.methods.test_preference_trainer import rows_for
@@ -151,6 +155,37 @@ def test_data_parallel_and_compile_are_refused(full: Any) -> None:
 
 def test_compilation_by_the_launcher_is_refused(full: Any) -> None:
     assert "the launcher's dynamo_backend" in refusal(full, chosen("sam"), Layout(dynamo_backend="inductor"))[0]
+
+
+LAUNCHES = {
+    "compiled": ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "a compiled model"),
+    "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "with fp16"),
+    "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, "under FSDP"),
+}
+
+
+@pytest.mark.parametrize(("variables", "expected"), LAUNCHES.values(), ids=LAUNCHES.keys())
+def test_the_launch_is_known_before_anything_is_loaded(
+    variables: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    layout = _support.RunLayout.of_arguments(arguments(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        _support.check_layout(chosen("sam").rule, layout, has_adapter=True)
+    assert len(caught.value.problems) == 1 and expected in caught.value.problems[0]
+
+
+def test_zero3_is_refused_by_the_parametrization_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_support, "is_deepspeed_zero3_enabled", lambda: True)
+    args, common = arguments(tmp_path), {"model": "m", "data": "d", "output_dir": "o", "gradient_rule": "sam"}
+    with pytest.raises(ConfigError, match="ZeRO-3 without an adapter"):
+        steps.check_gradient_rule(PreferenceConfig(**common, method="dpo", parametrization="full"), args)
+    steps.check_gradient_rule(PreferenceConfig(**common, method="dpo", parametrization="lora"), args)
+
+
+def test_the_layout_of_a_run_is_that_of_its_trainer(full: Any) -> None:
+    assert _support.RunLayout.of_arguments(full.args) == _support.RunLayout.of_accelerator(full.accelerator, full.args)
 
 
 def test_frozen_parameters_are_refused_before_training(make_trainer: Any) -> None:

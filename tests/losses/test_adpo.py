@@ -88,12 +88,17 @@ def check_loss(loss: Callable[..., LossOutput]) -> None:
     rows = awkward_rows(seed=30)
     for case in CASES:
         check_case(loss, rows, case)
-    of_equal_mean = zip(rows[:2], ((0.75, 0.5, 0.5, 0.25), (1.0, 0.0)), strict=True)
-    level = [
-        [Candidate(c.policy, c.ref, score) for c, score in zip(row, scores, strict=True)]
-        for row, scores in of_equal_mean
+    check_case(loss, scored(rows, (0.75, 0.5, 0.5, 0.25), (1.0, 0.0)), Case("listwise_raw", tau=RULE))
+    # A candidate with the score that padding has is not tied with padding.
+    check_case(loss, scored(rows, (0.75, 0.5, 0.5, 0.25), (0.0, -1.0)), Case("plackett_luce"))
+
+
+def scored(rows: list[Row], *scores: tuple[float, ...]) -> list[Row]:
+    """The first rows with other scores."""
+    return [
+        [Candidate(c.policy, c.ref, score) for c, score in zip(row, own, strict=True)]
+        for row, own in zip(rows, scores, strict=False)
     ]
-    check_case(loss, level, Case("listwise_raw", tau=RULE))
 
 
 def check_case(loss: Callable[..., LossOutput], rows: list[Row], case: Case) -> None:

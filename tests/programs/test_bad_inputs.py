@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.programs.conftest import CONFIG, WORDS, pairs, save_model, write_rows
-from tests.programs.launching import PREFERENCE, Ended, Launcher, run_json, write_config
+from tests.programs.launching import PREFERENCE, SFT, Ended, Launcher, run_json, write_config
 
 # One worker runs all of this folder: its programs are forked from one process, and its finished runs made once.
 pytestmark = pytest.mark.xdist_group("programs")
@@ -71,6 +71,9 @@ def misnamed(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": row["prompt"], "choosen": row["chosen"], "rejected": row["rejected"]}
 
 
+BFLOAT16 = Bad(
+    "bfloat16 on a CPU nobody chose", {"bf16": True, "use_cpu": False}, ("bf16: true", "Write use_cpu: true as well")
+)
 BAD_CONFIGS = (
     Bad("a typo in a key", {"learnin_rate": 1e-3}, ("c.yaml:11", "learnin_rate", "Did you mean learning_rate")),
     Bad("a wrong type", {"max_steps": "many"}, ("max_steps: many", "Write a whole number")),
@@ -88,6 +91,7 @@ BAD_CONFIGS = (
         {"attn_implementation": "flash_attention_2", "bf16": True, "use_cpu": False},
         ("flash_attn", "pip install flash-attn"),
     ),
+    Bad("longer rows than the model has positions", {"max_length": 257}, ("the 256 positions", "max_length: 256")),
     Bad("output_dir is a file", {"output_dir": "rows.jsonl"}, ("existing file", "Write a folder")),
     Bad("output_dir below a file", {"output_dir": "rows.jsonl/run"}, ("below rows.jsonl", "Write a folder")),
     Bad("a missing model", {"model": "./modell"}, ("./modell", "does not exist", "Did you mean model")),
@@ -196,7 +200,8 @@ BAD_RUNS = (
         {"attn_implementation": "flex_attention", "use_cpu": False},
         ("flex_attention", "Write attn_implementation: sdpa"),
     ),
-    Bad("float16 on the CPU", {"fp16": True, "use_cpu": False}, ("fp16: true", "Write bf16: true")),
+    Bad("float16 on the CPU", {"fp16": True, "use_cpu": False}, ("fp16: true", "Write bf16: true and use_cpu: true")),
+    BFLOAT16,
     Bad(
         "a reference with another vocabulary",
         {"reference_model": "other_words"},
@@ -278,6 +283,18 @@ def test_every_problem_is_said_at_once_and_soon(place: Path, environment: dict[s
         Ended(done.returncode, "", errors),
     )
     assert not re.search(r"\| +(torch|transformers|trl|datasets)$", done.stderr, re.MULTILINE)
+
+
+def test_a_gradient_rule_that_the_launch_excludes(launcher: Launcher, place: Path) -> None:
+    """Refused before the rows are read, which may take hours of token rewards or samples."""
+    write_config(place / "c.yaml", {**CONFIG, "gradient_rule": "sam"})
+    write_rows(place / "answers.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(9)])
+    other = ("--method", "sft", "--data", "answers.jsonl", "--output_dir", "sft")
+    for run, program, more in (("run", PREFERENCE, ()), ("sft", SFT, other)):
+        compiled = {"ACCELERATE_DYNAMO_BACKEND": "inductor"}
+        ended = launcher.run("--config", "c.yaml", *more, directory=place, program=program, environment=compiled)
+        check(Bad("", {}, ("gradient_rule: sam", "the launcher's dynamo_backend")), ended)
+        assert "data" not in run_json(place / run)
 
 
 def test_an_adapter_of_another_base(launcher: Launcher, place: Path) -> None:

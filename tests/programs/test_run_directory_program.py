@@ -10,8 +10,11 @@ from typing import Any
 import matplotlib.image
 import pytest
 
+from alignkit import results
 from alignkit.callbacks.checkpoints import verify_weights
+from alignkit.config import load_config
 from alignkit.methods.method import load_method
+from alignkit.run import train_preference
 from tests.programs.conftest import CONFIG, save_model, write_rows
 from tests.programs.launching import Ended, Launcher, read_lines, run_json, write_config
 
@@ -156,6 +159,21 @@ def test_weights_that_are_not_finite_are_never_called_finished(launcher: Launche
     write_config(workplace / "diverged.yaml", {**config, "output_dir": "diverged"})
     ended = launcher.run("--config", "diverged.yaml", directory=workplace)
     assert ended.exit_code == 2 and "Traceback" not in ended.errors
-    assert "learning_rate" in ended.message
+    assert "learning_rate" in ended.message and "max_grad_norm: 1.0" in ended.message
+    assert "checkpoint" not in ended.message, "none was written"
+    assert "\nerror: " in ended.errors, "the message begins a line, not in that of the progress bar"
     assert run_json(workplace / "diverged")["status"].startswith("failed: ")
     assert not (workplace / "diverged" / "README.md").exists()
+
+
+def test_an_answer_that_fails_does_not_cost_the_model(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*unused: Any, **unused_too: Any) -> None:
+        raise RuntimeError("no answer")
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(results, "generate_samples", fail)
+    names = {**CONFIG, "max_steps": 1, "eval_fraction": 0.2, "save_steps": 100, "output_dir": "unanswered"}
+    with pytest.raises(RuntimeError, match="no answer"):
+        train_preference(load_config("preference", None, [f"--{key}={value}" for key, value in names.items()]))
+    assert verify_weights(workplace / "unanswered").num_parameters > 0
+    assert run_json(workplace / "unanswered")["status"] == "failed: RuntimeError: no answer"

@@ -12,7 +12,7 @@ import pytest
 
 from tests.programs.conftest import CONFIG, pairs
 from tests.programs.launching import SFT, Launcher, run_json
-from tests.programs.test_bad_inputs import Bad, check, config_of, rows_in
+from tests.programs.test_bad_inputs import BFLOAT16, Bad, check, config_of, rows_in
 
 # One worker runs all of this folder: its programs are forked from one process, and its finished runs made once.
 pytestmark = pytest.mark.xdist_group("programs")
@@ -84,6 +84,7 @@ BAD_RUNS = (
             "{% endgeneration %} <eos> {% else %}{{ m['content'] }} {% endif %}{% endfor %}"
         ),
     ),
+    BFLOAT16,
     Bad("nothing trained is left", {"max_length": 2}, ("20 of 20 rows are dropped", "max_length is 2; 64 would do")),
     Bad(
         "nothing trained is left of a few",

@@ -178,7 +178,8 @@ def test_two_processes_write_the_same_file(
         (["--data", "{tmp}/none.jsonl"], ["none.jsonl: not found"]),
         (["--data", "{tmp}/broken.jsonl"], ["2 problems", "rejected is null", "prompt is empty"]),
         (["--data", "{tmp}/prompts.jsonl"], ["column 'rejected' is missing"]),
-        (["--max_prompt_length", "3"], ["no row is left to train on", "the prompt leaves no room: 7 of 7 rows"]),
+        (["--max_new_tokens", "505"], ["--max_new_tokens takes 505 of the model's 512 positions, prompts have"]),
+        (["--max_prompt_length", "3"], ["7 of 7 prompts are too long", "--max_prompt_length is 3, prompts have"]),
     ],
 )
 def test_what_cannot_be_sampled(
@@ -200,3 +201,5 @@ def test_what_cannot_be_sampled(
     err = capsys.readouterr().err
     assert all(part in err for part in expected), err
     assert err.count("error:") == 1 and "Traceback" not in err and not (tmp_path / "rows.jsonl").exists()
+    if "prompts are too long" in err:
+        assert not (tmp_path / "rows.jsonl.partial").exists(), "other settings would be refused"
