@@ -39,7 +39,7 @@ SHARDED = ["zero2 2x2", "zero3 2x2"]
 OPTIONS = {
     "max_length": 192,
     # Adam divides a gradient by its own size, so where it is almost 0 it would compare rounding, not layouts.
-    "adam_epsilon": 1e-3,
+    "adam_epsilon": 1e-2,
     "logging_steps": 1,
     "num_samples": 0,
     "use_cpu": "true",
