@@ -3,6 +3,8 @@
 What a layout costs on an accelerator depends on kernels more than on FLOPs: scaled-dot-product attention with a dense
 mask, the split attention of ``_packed_attention.py`` and FlexAttention all run packed rows, and which of them beats
 padded rows, if any, differs between devices, lengths and versions.
+
+Upstream names relied on: ``config._attn_implementation`` and ``set_attn_implementation`` of transformers.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from alignkit.methods._forward import LOGP_TOLERANCE, base_model, completion_for
 from alignkit.methods._layouts import LayoutChoice, layout_difference
 from alignkit.methods._packed_attention import NAME as SPLIT
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MICRO_BATCHES = 3
 REPEATS = 2
 
@@ -61,7 +65,6 @@ def time_ways(
     *,
     batch_size: int,
     collator: CandidateCollator,
-    autocast: Callable[[], AbstractContextManager[Any]],
     mixed_precision: str = "no",
 ) -> dict[Way, Timing]:
     """Time each way on micro-batches of ``rows``. Nothing of the model is changed by it.
@@ -72,14 +75,15 @@ def time_ways(
         rows: Candidate rows, ``MICRO_BATCHES`` times ``batch_size`` or fewer.
         batch_size: Rows of a micro-batch.
         collator: Whose padding is used; its layout is not.
-        autocast: Makes the context of a forward pass.
-        mixed_precision: accelerate's name of what ``autocast`` does.
+        mixed_precision: accelerate's ``no``, ``bf16`` or ``fp16``.
 
     Returns:
         A timing for each way. One whose log-probs are not those of padded rows has a problem, however fast it is.
     """
     cuts = range(0, len(rows), batch_size)
     device, tolerance = next(model.parameters()).device, LOGP_TOLERANCE[compute_precision(model, mixed_precision)]
+    lower = AUTOCAST.get(mixed_precision)
+    autocast = partial(torch.autocast, device.type, lower, enabled=lower is not None)
     timings = {}
     for way in ways:
         collate = CandidateCollator(collator.pad_token_id, way.layout, collator.pad_to_multiple_of)

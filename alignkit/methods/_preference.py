@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +43,6 @@ from alignkit.methods._layouts import LayoutChoice, choose_layout
 from alignkit.methods._reference_scoring import ReferenceScoring
 from alignkit.methods.method import Method
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 METRICS: Mapping[str, str] = {
     "entropy": "entropy of the next-token distribution over completion tokens, nats",
     "mean_token_accuracy": "share of the first (chosen) candidate's tokens that are the most likely one",
@@ -155,7 +153,6 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         rows, count = self.train_dataset, MICRO_BATCHES * size
         if isinstance(rows, Dataset):
             rows = rows.select(range(0, len(rows), max(len(rows) // count, 1)))
-        precision = self.accelerator.mixed_precision
         with self._checkpointing():
             timings = time_ways(
                 model,
@@ -163,8 +160,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
                 list(islice(rows, count)),
                 batch_size=size,
                 collator=self.data_collator,
-                autocast=partial(torch.autocast, device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST),
-                mixed_precision=precision,
+                mixed_precision=self.accelerator.mixed_precision,
             )
         self.layout = choose_fastest(agreed(timings))
         self.data_collator = replace(self.data_collator, layout=self.layout.layout)

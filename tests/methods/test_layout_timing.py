@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -25,9 +24,9 @@ SPLIT_WAY, FLEX = Way("shared_prefix", SPLIT), Way("shared_prefix", "flex_attent
 ALL = [PADDED, DENSE, SPLIT_WAY, FLEX]
 
 
-def timed(model: Any, ways: list[Way]) -> dict[Way, Timing]:
+def timed(model: Any, ways: list[Way], mixed_precision: str = "no") -> dict[Way, Timing]:
     collator = CandidateCollator(0, "padded")
-    return time_ways(model, ways, ROWS, batch_size=2, collator=collator, autocast=contextlib.nullcontext)
+    return time_ways(model, ways, ROWS, batch_size=2, collator=collator, mixed_precision=mixed_precision)
 
 
 def ready_model() -> Any:
@@ -66,6 +65,14 @@ def test_every_micro_batch_is_passed_forward_and_backward(monkeypatch: pytest.Mo
     monkeypatch.setattr(_layout_timing, "completion_forward", counted)
     timed(ready_model(), [PADDED])
     assert seen == [2, 0, 2, 0, 1, 0] * (1 + _layout_timing.REPEATS)
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_passes_are_made_in_the_precision_of_the_run(precision: str, computed: torch.dtype) -> None:
+    model, seen = ready_model(), set()
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    assert not timed(model, [PADDED, SPLIT_WAY], precision)[SPLIT_WAY].problem
+    assert seen == {computed}
 
 
 def test_the_slower_way_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +179,7 @@ def test_ways_are_timed_as_training_will_compute(make_trainer: Any, monkeypatch:
     seen: list[Any] = []
 
     def watched(model: Any, ways: Any, rows: Any, **settings: Any) -> Any:
-        with settings["autocast"]():
-            dtype = torch.nn.functional.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype
-        seen.append((model.is_gradient_checkpointing, dtype, settings["mixed_precision"], rows))
+        seen.append((model.is_gradient_checkpointing, settings["mixed_precision"], rows))
         return {PADDED: Timing(1.0)}
 
     monkeypatch.setattr(PreferenceTrainer, "_measures_layout", lambda self: True)
@@ -184,8 +189,8 @@ def test_ways_are_timed_as_training_will_compute(make_trainer: Any, monkeypatch:
         arguments={"bf16": True, "gradient_checkpointing": True, "per_device_train_batch_size": 2},
     )
     assert not trainer.model.is_gradient_checkpointing, "until training begins"
-    (is_checkpointing, dtype, precision, rows) = seen[0]
-    assert is_checkpointing and dtype == torch.bfloat16 and precision == "bf16"
+    (is_checkpointing, precision, rows) = seen[0]
+    assert is_checkpointing and precision == "bf16"
     data = trainer.train_dataset
     assert [row["prompt_ids"] for row in rows] == [data[i]["prompt_ids"] for i in range(0, len(data), len(data) // 6)][
         :6
