@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = ("alignkit", "trainers", "scripts")
-FILE_LINES, TEST_FILE_LINES = 300, 400
+FILE_LINES, TEST_FILE_LINES = 500, 500
 FUNCTION_LINES, TEST_FUNCTION_LINES = 40, 60
 PARAMETERS = 8
 
@@ -114,7 +114,7 @@ def test_every_source_file_is_seen() -> None:
 @pytest.mark.parametrize(
     ("source", "budget"),
     [
-        ("x = 1\n" * 301, "file"),
+        ("x = 1\n" * 501, "file"),
         ("def f():\n" + "    x = 1\n" * 40, "function"),
         ("def f(a, b, c, d, e, f, g, h, i): ...\n", "parameters"),
     ],
