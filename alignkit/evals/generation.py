@@ -6,8 +6,7 @@ again and again. Only generated text shows that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.evals.estimates import RowSums, row_sums
+from alignkit.evals.modes import evaluating
 from alignkit.evals.sharding import length_batches, map_batches
 
 NGRAM = 4
@@ -195,18 +195,3 @@ def _sample(ids: list[int], stops: list[int], tokenizer: PreTrainedTokenizerBase
     answer = ids if end is None else ids[:end]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return Sample(text, len(answer), end is not None, repetition(answer))
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Evaluation mode inside, the former mode after.
-
-    Args:
-        model: The model.
-    """
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -24,13 +24,13 @@ from alignkit.errors import ModelError
 from alignkit.evals.generation import (
     Sample,
     Sampling,
-    evaluating,
     forward_options,
     generation_config,
     left_padded,
     repetition,
     stop_token_ids,
 )
+from alignkit.evals.modes import evaluating
 from alignkit.evals.sharding import length_batches, map_batches
 from alignkit.parametrizations.files import ADAPTER_CONFIG, AdapterFiles
 from alignkit.parametrizations.loading import ModelSource, generation_stop_ids

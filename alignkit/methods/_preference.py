@@ -27,6 +27,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
+from alignkit.evals.modes import evaluating, switch_off_dropout
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_items
 from alignkit.methods._bridge import ObjectiveBridge, ratio
@@ -110,6 +111,8 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
             args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
         self._vocabulary_size: int = base_model(model).config.get_text_config().vocab_size
+        if args.disable_dropout:
+            switch_off_dropout(self.model)
         # TRL's own head also computes the mean logits, which nothing here reads.
         add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
         if self._measures_layout():
@@ -235,12 +238,9 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
     @torch.no_grad()
     def probe_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Policy token log-probs [B, K, T] in evaluation mode."""
-        self.model.eval()
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            with self.compute_loss_context_manager():
-                logps = completion_logps(self.model, inputs)
-        self.model.train()
-        return logps
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with evaluating(self.model), checkpointing, self.compute_loss_context_manager():
+            return completion_logps(self.model, inputs)
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from trl.trainer.utils import use_adapter
 
 from alignkit.data.prefix import Layout
 from alignkit.errors import ModelError
+from alignkit.evals.modes import evaluating
 from alignkit.evals.token_rewards import TokenRewardReport, token_reward_report
 from alignkit.methods import _reference as reference
 from alignkit.methods._anchor import MovingAnchor, add_anchor_adapter
@@ -130,7 +131,9 @@ class ReferenceScoring(DPOTrainer):
 
     @contextlib.contextmanager
     def _reference_mode(self) -> Iterator[None]:
+        """The reference in force and without dropout, which the policy it may live in keeps for its own passes."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model if self.ref_model is None else self.ref_model))
             stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
             if self.ref_model is None and isinstance(self.model, PeftModel):
                 stack.enter_context(use_adapter(self.model, adapter_name=self._reference_adapter()))
@@ -176,7 +179,8 @@ class ReferenceScoring(DPOTrainer):
             model = self.accelerator.unwrap_model(self._reference_model())
             refuse_long_sequences(rows, model, name)
             verify = not is_deepspeed_zero3_enabled()
-            layout = choose_pass_layout(self.settings.layout, model, rows, verify=verify)
+            with self._reference_mode():
+                layout = choose_pass_layout(self.settings.layout, model, rows, verify=verify)
             size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             rewarded, report = with_token_rewards(
                 rows,

@@ -1,0 +1,44 @@
+"""Where there is dropout: none while a model is looked at, and as before when training goes on; or none at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside (no dropout, no noise in routers), the mode of every single module again after.
+
+    ``model.train()`` would not do: it would also start what was kept in evaluation mode inside a model that trains.
+
+    Args:
+        *models: The models; wrappers are models too.
+    """
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every rate of dropout to 0: those of modules, and those that layers pass to functions.
+
+    TRL does the first alone. The attention of most models has a rate of its own, all of OPT does, and some skip whole
+    layers (``layerdrop``).
+
+    Args:
+        model: Changed.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
