@@ -20,7 +20,7 @@ from alignkit.data.negative_schema import PromptKind, detect_prompt_kind, prompt
 from alignkit.data.readers import open_source
 from alignkit.data.schema import describe_problems
 from alignkit.data.templates import require_template
-from alignkit.data.tokenization import template_arguments
+from alignkit.data.tokenization import rendered_ids, template_arguments, text_ids
 from alignkit.errors import DataError
 
 SEPARATOR = "\n\n"
@@ -126,9 +126,7 @@ def prompt_token_ids(
     require_template(tokenizer, conversational=kind.conversational, name=name)
     if not kind.conversational:
         before = "" if instruction is None else instruction + SEPARATOR
-        ids = tokenizer([before + row["prompt"] for row in rows], verbose=False)["input_ids"]
-        # Some tokenizers end every text with EOS; there would be nothing left to say.
-        return [i[:-1] if len(i) > 1 and i[-1] == tokenizer.eos_token_id else i for i in ids]
+        return text_ids([before + row["prompt"] for row in rows], tokenizer)
     try:
         texts = [_rendered(row, tokenizer, instruction) for row in rows]
     except TemplateError as error:
@@ -138,7 +136,7 @@ def prompt_token_ids(
     if instruction is not None and instruction.strip() not in texts[0]:
         advice = "the chat template leaves system messages out: put the instruction into --chat_template, or drop it"
         raise DataError(f"{name}: the instruction does not reach the model", [advice])
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return rendered_ids(texts, tokenizer)
 
 
 def negative_text(row: Mapping[str, Any], kind: PromptKind) -> str | None:

@@ -2,12 +2,13 @@
 
 Rows become, token for token, what ``trl.SFTTrainer`` 1.16 trains on (its ``_prepare_dataset``):
 
-- plain text gets EOS unless it ends in it; messages get what the chat template writes;
+- plain text gets one EOS unless it ends in it; messages get what the chat template writes;
 - prompt and prompt + completion are tokenised separately, and the completion starts where they part;
 - a label is -100 where nothing is trained: in prompts, and outside the assistant's turns if only these are trained;
 - a row is cut at ``max_length``, and dropped when no trained token is left of it.
 
-A row whose only trained token is its first is dropped too: no position predicts it.
+A row whose only trained token is its first is dropped too: no position predicts it. A tokenizer that ends every text in
+EOS adds none here, where TRL trains two of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from alignkit.data import conversion as engine
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED
 from alignkit.data.supervised_schema import SupervisedKind
 from alignkit.data.templates import has_doubled_token
-from alignkit.data.tokenization import endings, template_arguments, with_eos
+from alignkit.data.tokenization import endings, rendered_ids, template_arguments, text_ids, with_eos
 
 IGNORE_INDEX = -100
 TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
@@ -182,7 +183,7 @@ def encode(
     if not values:
         return [], []
     if isinstance(values[0], str):
-        ids = tokenizer(list(values), verbose=False)["input_ids"]
+        ids = text_ids(values, tokenizer)
         return ids, [[1] * len(sequence) for sequence in ids]
     how = {"chat_template": trained.chat_template, "add_generation_prompt": is_prompt}
     if trained.assistant_only:
@@ -196,8 +197,7 @@ def encode(
         tokenizer.apply_chat_template(messages, tokenize=False, **how, **template_arguments(row))
         for messages, row in zip(values, rows, strict=True)
     ]
-    # A chat template writes its own special tokens.
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = rendered_ids(texts, tokenizer)
     return ids, [[1] * len(sequence) for sequence in ids]
 
 

@@ -3,10 +3,12 @@
 Pairs become, token for token, what ``trl.DPOTrainer`` 1.16 trains on (its ``_prepare_dataset`` followed by
 ``DataCollatorForPreference`` with ``truncation_mode="keep_start"``):
 
-- plain text gets EOS unless it ends in it; messages get what the chat template writes;
+- plain text gets one EOS unless it ends in it; messages get what the chat template writes;
 - prompt and prompt + completion are tokenised separately, and the completions start where the first of them leaves the
   tokenised prompt, so that a token merged across the boundary is trained;
 - a completion is cut where prompt + completion reaches ``max_length``; a row whose prompt fills it is dropped.
+
+A tokenizer that ends every text in EOS adds none here: TRL trains two of them, and a prompt that ends in one.
 
 Beyond TRL, rows without a preference (identical candidates, equal scores) are dropped too, lists are sorted by
 descending score, token rewards are cut with their tokens, and contrast prompts are tokenised beside the plain ones.
@@ -123,9 +125,9 @@ def convert_batch(
     """
     rows = [_text_row(row, settings) for row in rows_of(batch)]
     texts = [_texts(row, tokenizer, settings) for row in rows]
-    # A chat template writes its own special tokens. One call for the whole batch is what makes this fast.
+    # One call for the whole batch is what makes this fast.
     flat = [text for row in texts for text in row]
-    encoded = iter(tokenizer(flat, add_special_tokens=not settings.kind.conversational, verbose=False)["input_ids"])
+    encoded = iter(rendered_ids(flat, tokenizer) if settings.kind.conversational else text_ids(flat, tokenizer))
     columns: dict[str, list[Any]] = {name: [] for name in [*settings.features, *COUNT_FEATURES]}
     for row, row_texts in zip(rows, texts, strict=True):
         ids = list(islice(encoded, len(row_texts)))
@@ -147,6 +149,27 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
 def with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Plain text with EOS at its end, unless it ends in it."""
     return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def rendered_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of what a chat template wrote, its special tokens included."""
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of plain texts, with a BOS that the tokenizer adds but without an EOS that it adds.
+
+    Where a text ends is for :func:`with_eos` to say: a prompt does not, and a completion that says so needs no second.
+
+    Args:
+        texts: Texts as they are to be read.
+        tokenizer: The tokenizer of the model.
+    """
+    ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    with_special, bare = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
+    adds_eos = with_special[-1] == tokenizer.eos_token_id != bare[-1]
+    return [sequence[:-1] for sequence in ids] if adds_eos else ids
 
 
 def _text_row(row: Mapping[str, Any], settings: Settings) -> TextRow:
@@ -232,8 +255,8 @@ def _convert_row(
 def _contrast_columns(prompts: list[list[int]], lost: list[int], count: int) -> dict[str, Any]:
     """The contrast prompts of every completion, without an end that the plain prompt lost to the completion as well.
 
-    Where a template opens the turn otherwise than it writes it, or a tokenizer ends every text in EOS, the completion
-    starts before the end of the tokenised prompt; it must follow the same header in all prompts.
+    Where a template opens the turn otherwise than it writes it, the completion starts before the end of the tokenised
+    prompt; it must follow the same header in all prompts.
     """
     cut = [ids[: len(ids) - common_prefix_length(ids[::-1], lost[::-1])] for ids in prompts]
     better, worse = cut[: len(cut) // 2], cut[len(cut) // 2 :]
