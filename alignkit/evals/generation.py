@@ -6,7 +6,9 @@ again and again. Only generated text shows that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +22,17 @@ from alignkit.evals.modes import evaluating
 from alignkit.evals.sharding import length_batches, map_batches
 
 NGRAM = 4
+NOT_ABOUT_WORDS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache",
+    "cache_implementation", "cache_config", "compile_config", "disable_compile", "return_dict_in_generate",
+    "output_scores", "output_logits", "output_attentions", "output_hidden_states", "max_length", "max_new_tokens",
+}  # fmt: skip
+"""Entries of a generation config that do not change which words come out, or that every caller sets."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are generated. The model's own generation defaults (penalties, top-k) are not used.
+    """How answers are generated. Of the model's own generation config only the stop tokens are used.
 
     Attributes:
         max_new_tokens: Longest answer.
@@ -79,6 +87,7 @@ def generate_samples(
     """
     stops = stop_token_ids(model, tokenizer)
     config = generation_config(sampling, stops, tokenizer)
+    tell_unused_settings(model.generation_config, state)
     extra = forward_options(model)
 
     def answer(batches: list[list[int]]) -> list[Sample]:
@@ -94,7 +103,7 @@ def generate_samples(
         return samples
 
     devices = [state.device] if state.device.type == "cuda" else []
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices):
+    with torch.no_grad(), evaluating(model), own_settings_alone(model), torch.random.fork_rng(devices):
         return map_batches(length_batches([len(ids) for ids in prompts], sampling.batch_size), answer, state)
 
 
@@ -136,7 +145,7 @@ def generation_sums(samples: Iterable[Sample]) -> dict[str, RowSums]:
 
 
 def generation_config(sampling: Sampling, stops: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What ``generate`` is told; nothing is left to the model's own generation config.
+    """What ``generate`` is told; to be used inside :func:`own_settings_alone`.
 
     Args:
         sampling: How answers are generated.
@@ -148,17 +157,51 @@ def generation_config(sampling: Sampling, stops: list[int], tokenizer: PreTraine
         pad = stops[0] if stops else 0
     drawn = sampling.temperature > 0
     draws = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if drawn else {}
-    # `generate` fills what is None here from the model's generation config; a value for each keeps its penalties out.
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=drawn,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         eos_token_id=stops or None,
         pad_token_id=pad,
         **draws,
     )
+
+
+@contextmanager
+def own_settings_alone(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Inside, ``generate`` does what it is told and nothing else.
+
+    It fills whatever it is not told from the generation config of the model: penalties, beams, forbidden words, stop
+    strings. That config is empty inside, and the model's own again after.
+
+    Args:
+        model: A causal language model.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def tell_unused_settings(config: GenerationConfig, state: PartialState) -> None:
+    """Say once what a model's generation config asks for and does not get.
+
+    Args:
+        config: The model's own.
+        state: This process among the others.
+    """
+    own = config.to_diff_dict().items()
+    asked = {name: value for name, value in own if name not in NOT_ABOUT_WORDS and not name.startswith("_")}
+    if asked and state.is_main_process:
+        shown = ", ".join(f"{name} {value}" for name, value in asked.items())
+        _tell(f"note: the model's generation_config asks for {shown}; answers are drawn without, as the settings say.")
+
+
+@functools.cache
+def _tell(note: str) -> None:
+    tqdm.write(note)
 
 
 def forward_options(model: PreTrainedModel | PeftModel) -> dict[str, bool]:

@@ -27,13 +27,15 @@ from alignkit.evals.generation import (
     forward_options,
     generation_config,
     left_padded,
+    own_settings_alone,
     repetition,
     stop_token_ids,
+    tell_unused_settings,
 )
 from alignkit.evals.modes import evaluating
 from alignkit.evals.sharding import length_batches, map_batches
 from alignkit.parametrizations.files import ADAPTER_CONFIG, AdapterFiles
-from alignkit.parametrizations.loading import ModelSource, generation_stop_ids
+from alignkit.parametrizations.loading import ModelSource, generation_stop_ids, saved_generation_config
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class HuggingFaceEngine:
     ) -> None:
         self.model, self.tokenizer, self.drawing, self.state = model, tokenizer, drawing, state
         self.stops = stop_token_ids(model, tokenizer)
+        tell_unused_settings(model.generation_config, state)
         self.config = generation_config(Sampling(max_new_tokens=drawing.max_new_tokens), self.stops, tokenizer)
 
     def __call__(self, requests: Sequence[Request]) -> list[Sample]:
@@ -171,7 +174,7 @@ class HuggingFaceEngine:
                 self._generate([requests[i] for i in batches[-1]])
             return samples
 
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model), own_settings_alone(self.model):
             return map_batches(batches, work, self.state)
 
     def _generate(self, requests: list[Request]) -> list[Sample]:
@@ -240,6 +243,7 @@ class VllmEngine:
             self.lora = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 1, str(adapter.directory))
         self.tokenizer, self.drawing, self.params = tokenizer, drawing, vllm.SamplingParams
         self.stops = sorted({*generation_stop_ids(source.model, source.revision), tokenizer.eos_token_id} - {None})
+        tell_unused_settings(saved_generation_config(source.model, source.revision), PartialState())
         self.llm = vllm.LLM(**options)
 
     def __call__(self, requests: Sequence[Request]) -> list[Sample]:

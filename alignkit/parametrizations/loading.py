@@ -113,11 +113,21 @@ def generation_stop_ids(model: str, revision: str | None = None) -> list[int]:
         model: Folder of a saved model, or Hub id.
         revision: Branch, tag or commit of a Hub model.
     """
-    try:
-        ids = GenerationConfig.from_pretrained(model, **({"revision": revision} if revision else {})).eos_token_id
-    except OSError:
-        return []
+    ids = saved_generation_config(model, revision).eos_token_id
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def saved_generation_config(model: str, revision: str | None = None) -> GenerationConfig:
+    """The generation config of a saved model; an empty one when it has none.
+
+    Args:
+        model: Folder of a saved model, or Hub id.
+        revision: Branch, tag or commit of a Hub model.
+    """
+    try:
+        return GenerationConfig.from_pretrained(model, **({"revision": revision} if revision else {}))
+    except OSError:
+        return GenerationConfig()
 
 
 def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable: bool = False) -> PeftModel:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from alignkit.evals.generation import Sampling, generate_samples, generation_sums, repetition, stop_token_ids
 from alignkit.evals.sampling_engines import Drawing, HuggingFaceEngine, Request
@@ -92,14 +93,60 @@ def test_a_mixture_of_experts_answers_padded_prompts(
     assert model.config.output_router_logits
 
 
-def test_the_models_own_generation_defaults_are_not_used(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+SETTINGS = {
+    "min_p": 0.9, "typical_p": 0.1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "top_h": 0.1, "top_k": 3, "top_p": 0.2,
+    "temperature": 5.0, "do_sample": True, "suppress_tokens": list(range(40, 120)), "bad_words_ids": [[101], [110]],
+    "begin_suppress_tokens": list(range(40, 120)), "sequence_bias": [[[101], -50.0], [[50], 90.0]],
+    "min_new_tokens": 8, "min_length": 60, "repetition_penalty": 9.0, "no_repeat_ngram_size": 2,
+    "encoder_repetition_penalty": 5.0, "encoder_no_repeat_ngram_size": 1, "guidance_scale": 2.0, "num_beams": 3,
+    "num_return_sequences": 2, "exponential_decay_length_penalty": (2, 1.5), "forced_eos_token_id": 7,
+    "forced_bos_token_id": 7, "length_penalty": 3.0, "stop_strings": ["a"], "max_length": 5, "max_time": 1e-9,
+    "remove_invalid_values": True, "renormalize_logits": True, "return_dict_in_generate": True, "output_scores": True,
+    "use_cache": False,
+}  # fmt: skip
+"""What a generation_config.json may ask for. Beams, several sequences and stop strings used to end in an error."""
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_models_own_generation_config_is_not_used(
+    adapted: bool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
-    expected = generate_samples(model, tokenizer, prompts, GREEDY, state=PartialState())
-    model.generation_config.update(
-        do_sample=True, temperature=5.0, top_k=3, top_p=0.2, repetition_penalty=9.0, no_repeat_ngram_size=2
-    )
-    assert generate_samples(model, tokenizer, prompts, GREEDY, state=PartialState()) == expected
+    """One setting after the other, greedy, drawn and as D2O draws: nothing changes, and the config stays."""
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapted else model
+    state, how = PartialState(), {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    prompts = prompts[:2]
+
+    def answers() -> list[Any]:
+        engine = HuggingFaceEngine(model, tokenizer, Drawing(**how, max_sequences=2), state)
+        drawn = engine([Request(row, 0, 0, ids) for row, ids in enumerate(prompts)])
+        greedy, sampled = (Sampling(8, temperature, batch_size=2) for temperature in (0.0, 1.0))
+        return [drawn, *(generate_samples(model, tokenizer, prompts, how, state=state) for how in (greedy, sampled))]
+
+    expected = answers()
+    assert [(s.num_tokens, s.finished) for s in expected[1]] == [
+        (len(ids), finished) for ids, finished in (one_by_one(model, prompt, 8) for prompt in prompts)
+    ]
+    own = model.get_base_model() if adapted else model
+    for name, value in list(SETTINGS.items())[:: 6 if adapted else 1]:
+        own.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+        setattr(own.generation_config, name, value)
+        assert answers() == expected, name
+        assert getattr(own.generation_config, name) == value
+
+
+def test_what_the_model_asks_for_is_said_once(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for _ in range(2):
+        generate_samples(model, tokenizer, prompts[:1], GREEDY, state=PartialState())
+    assert "generation_config" not in capsys.readouterr().out
+    model.generation_config.update(repetition_penalty=1.25, stop_strings=["###"])
+    for _ in range(2):
+        generate_samples(model, tokenizer, prompts[:1], GREEDY, state=PartialState())
+    assert capsys.readouterr().out.count("asks for stop_strings ['###'], repetition_penalty 1.25; answers") == 1
 
 
 def test_drawn_answers_depend_on_the_seed_alone(
