@@ -120,7 +120,9 @@ def _pair_metrics(pair: Pair, beta_pos: float, beta_neg: float, length_normalize
     }
     if beta_neg > 0:
         per_token = logp_w / len(pair.policy_chosen) - logp_l / len(pair.policy_rejected)
-        row["grad_ratio_log"] = math.log(beta_neg / beta_pos * math.exp(logp_w - logp_l))
+        # dl/dpi = (dl/dL) / pi, from the gradient in the log-probs rather than from the formula of the ratio.
+        grad_w, grad_l = flex_dpo_gradient(pair, beta_pos, beta_neg, length_normalize)
+        row["grad_ratio_log"] = math.log(abs((grad_l / math.exp(logp_l)) / (grad_w / math.exp(logp_w))))
         row["grad_ratio_log_per_token"] = math.log(beta_neg / beta_pos * math.exp(per_token))
     return row
 

@@ -68,5 +68,6 @@ def flex_dpo_loss(
         rejected_rewards=rejected_rewards,
         beta_pos=beta_pos,
         beta_neg=beta_neg,
+        length_normalized=length_normalize,
     )
     return LossOutput(tuple(terms), metrics)

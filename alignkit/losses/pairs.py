@@ -24,6 +24,7 @@ def pair_metrics(
     rejected_rewards: Float[Tensor, " B"],
     beta_pos: float,
     beta_neg: float,
+    length_normalized: bool = False,
 ) -> dict[str, Metric]:
     """Likelihoods, implicit rewards and the 3D diagnostics of a batch of pairs, detached.
 
@@ -31,8 +32,9 @@ def pair_metrics(
 
         log |(dl/dpi_l) / (dl/dpi_w)| = L_w - L_l + log(beta_neg / beta_pos)
 
-    It is a sensitivity analysis: the gradient in the parameters carries further factors of the softmax. The ratio is
-    left out when ``beta_neg`` is 0, where nothing pushes on the rejected response and its logarithm does not exist; the
+    where each coefficient is divided by its number of tokens if the log-ratios are, which adds log(n_w / n_l). It is a
+    sensitivity analysis: the gradient in the parameters carries further factors of the softmax. The ratio is left out
+    when ``beta_neg`` is 0, where nothing pushes on the rejected response and its logarithm does not exist; the
     log-ratios to the reference are left out when the batch carries none.
 
     Args:
@@ -41,6 +43,7 @@ def pair_metrics(
         rejected_rewards: The same of the rejected response.
         beta_pos: Coefficient of the chosen log-ratio.
         beta_neg: Coefficient of the rejected log-ratio.
+        length_normalized: Whether the rewards are made of log-ratios divided by their numbers of tokens.
     """
     mask, chosen, rejected = pair_mask(batch), batch.chosen, batch.rejected
     margins = chosen_rewards - rejected_rewards
@@ -60,7 +63,10 @@ def pair_metrics(
         # The 0 / 0 of a response without tokens is masked below, with the rest of its row.
         chosen_mean_logps = chosen.policy_logps / chosen.num_tokens
         rejected_mean_logps = rejected.policy_logps / rejected.num_tokens
-        per_pair["grad_ratio_log"] = chosen.policy_logps - rejected.policy_logps + constant
+        ratio = chosen.policy_logps - rejected.policy_logps + constant
+        if length_normalized:
+            ratio = ratio + (chosen.num_tokens.to(ratio.dtype) / rejected.num_tokens).log()
+        per_pair["grad_ratio_log"] = ratio
         per_pair["grad_ratio_log_per_token"] = chosen_mean_logps - rejected_mean_logps + constant
     metrics = {key: masked_metric(values, mask) for key, values in per_pair.items()}
     for role, side in (("chosen", chosen), ("rejected", rejected)):

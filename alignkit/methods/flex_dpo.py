@@ -52,7 +52,16 @@ METHOD = Method(
     summary="DPO with separate coefficients for chosen and rejected, and an SFT term, against likelihood collapse.",
     options=FlexDPOConfig,
     objective=objective,
-    metrics=PAIR_METRICS,
+    metrics={
+        **PAIR_METRICS,
+        "grad_ratio_log": (
+            "log of the rejected over the chosen gradient in probability space, L_w - L_l + log(beta_neg/beta_pos), "
+            "and log(n_w/n_l) of the lengths besides under length_normalize; left out when beta_neg is 0"
+        ),
+        "grad_ratio_log_per_token": (
+            "L_w/n_w - L_l/n_l + log(beta_neg/beta_pos), with or without length_normalize; left out when beta_neg is 0"
+        ),
+    },
     paper=Paper(
         title="3D-Properties: Identifying Challenges in DPO and Charting a Path Forward",
         arxiv_id="2406.07327",
