@@ -28,10 +28,11 @@ from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.metrics_log import MetricsLog
 from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
+from alignkit.callbacks.unmoved import UnmovedWeights
 from alignkit.config import LoadedConfig
 from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.report import SplitReport, data_report
-from alignkit.environment import environment
+from alignkit.environment import environment, launched_with_fsdp
 from alignkit.errors import ConfigError, ModelError
 from alignkit.gradients._support import RunLayout, check_layout
 from alignkit.gradients.rule import load_rule
@@ -51,6 +52,7 @@ _PASSED_THROUGH = (
 """Config keys that are TRL's own, handed on unchanged."""
 
 STREAM_BUFFER = 1000  # rows a stream is shuffled within; rows at hand are shuffled by the trainer, anew each epoch
+HALF_NAMES = ("bfloat16", "float16")
 ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
 
 Rows = Dataset | IterableDataset
@@ -144,6 +146,27 @@ def check_device(config: RunConfig, args: TrainingArguments) -> None:
         problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")
     if problems:
         raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
+
+
+def check_masters(config: RunConfig, args: TrainingArguments) -> None:
+    """Refuse weights that would be trained in half precision, before hours are spent on rows and models.
+
+    DeepSpeed keeps float32 masters of its own, and FSDP makes some of what trains in mixed precision.
+
+    Raises:
+        ConfigError: Nearly every step would be rounded away.
+    """
+    if config.parametrization != "full" or config.dtype not in HALF_NAMES:
+        return
+    if args.deepspeed_plugin is not None or (launched_with_fsdp() and args.mixed_precision != "no"):
+        return
+    problem = (
+        f"`dtype: {config.dtype}` with parametrization: full: weights held in {config.dtype} swallow nearly every step "
+        "as rounding (at a learning rate of 1e-5, those of weights above 0.004). Write dtype: float32 and bf16: true, "
+        "which computes in bfloat16 and keeps the weights in float32; or launch with DeepSpeed, which keeps float32 "
+        "copies of its own (configs/accelerate/zero2.yaml)"
+    )
+    raise ConfigError("the weights could not be trained in this precision", [problem])
 
 
 def check_gradient_rule(config: RunConfig, args: TrainingArguments) -> None:
@@ -249,6 +272,7 @@ def introduce(config: RunConfig, trainer: Trainer, directory: RunDirectory, **se
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
     trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
+    trainer.add_callback(UnmovedWeights(trainer))
     # Last: whatever belongs to a checkpoint is in it before it is called complete.
     trainer.add_callback(CheckpointGuard(config.save_total_limit))
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)

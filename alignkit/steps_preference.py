@@ -57,6 +57,7 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
         max_length=None,
     )
     steps.check_device(config, args)
+    steps.check_masters(config, args)
     steps.check_gradient_rule(config, args)
     check_refresh(config)
     return args

@@ -31,6 +31,8 @@ DOMINATION = 3.0
 """Nats a token: the rejected gradient is e^3 = 20 times the chosen one."""
 FAR = 0.5
 """Share of the loss: five times the most that a displacement should add to it."""
+UNMOVED = 0.5
+"""Share of the weights. In float32 it is next to 0 at any usual learning rate, in bfloat16 mostly above 0.9."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,26 @@ def pinned(series: LoggedSeries) -> Verdict | None:
     )
 
 
+def rounded_away(series: LoggedSeries) -> Verdict | None:
+    """Steps are smaller than the precision of the weights they are added to."""
+    shares = series.window("unmoved_weights")[-RECENT:]
+    if not shares or median(shares) < UNMOVED:
+        return None
+    return Verdict(
+        "rounded_away",
+        series.step,
+        "most steps are lost to rounding",
+        f"unmoved_weights is {median(shares):.3f} (median of {len(shares)} logs): that share of the weights, though it "
+        "has a gradient, is bit for bit what it was before the step",
+        "the update of a weight is smaller than half the distance to the next value its precision knows, so it is "
+        "rounded to nothing, every time. What is logged is the little that the smallest weights do",
+        (
+            "dtype: float32         # with bf16: true it still computes in bfloat16",
+            _rate(series.settings, 10, "if it is far below 1e-6"),
+        ),
+    )
+
+
 def no_gradient(series: LoggedSeries) -> Verdict | None:
     """The gradient is exactly zero."""
     norms = series.window("grad_norm")[-RECENT:]
@@ -265,7 +287,7 @@ def displaced_too_far(series: LoggedSeries) -> Verdict | None:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(degradation, dispersion, pinned, no_gradient, solved, rejected_dominates),
+    *(degradation, dispersion, pinned, rounded_away, no_gradient, solved, rejected_dominates),
     displaced_too_far,
 )
 

@@ -75,8 +75,8 @@ def trainable_tensors(model: nn.Module) -> list[Trainable]:
 def whole_weights(tensors: Sequence[Trainable]) -> list[Tensor]:
     """The weights of this moment, detached; copies where ZeRO-3 keeps only parts of them, otherwise mostly views.
 
-    LoRA factors in half precision (TRL makes those of a 4-bit base bfloat16) come as float32, or rounding would swallow
-    most of a displacement. PEFT computes in the precision of the factors, whatever the rest of the model is in.
+    LoRA factors in half precision, as DeepSpeed makes them, come as float32, or rounding would swallow most of a
+    displacement. PEFT computes in the precision of the factors, whatever the rest of the model is in.
 
     A collective under ZeRO-3.
     """

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alignkit.gradients._hook import ChosenRule, GradientRuleHook
 from alignkit.losses.types import LossOutput, Metric
 from alignkit.methods._metrics import MetricSums
+from alignkit.parametrizations.precision import hold_in_float32
 
 
 class ObjectiveBridge(GradientRuleHook):
@@ -45,6 +46,18 @@ class ObjectiveBridge(GradientRuleHook):
         self.gradient_rule = gradient_rule
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._loss_weights: dict[str, float] = {}
+
+    def hold_masters(self, start: Mapping[str, Tensor]) -> None:
+        """Hold what trains in float32, from the values it had before TRL's constructor; called right after that.
+
+        DeepSpeed steps float32 copies of its own, and FSDP's wrapping makes float32 of what trains in mixed precision.
+
+        Args:
+            start: From :func:`~alignkit.parametrizations.precision.trained_values`.
+        """
+        autocast = self.accelerator.mixed_precision != "no"
+        if not (self.is_deepspeed_enabled or (self.is_fsdp_enabled and autocast)):
+            hold_in_float32(self.model, start, autocast=autocast)
 
     # --- what a bridge says ----------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ from alignkit.methods._layout_timing import MICRO_BATCHES, agreed, choose_fastes
 from alignkit.methods._layouts import LayoutChoice, choose_layout
 from alignkit.methods._reference_scoring import ReferenceScoring
 from alignkit.methods.method import Method
+from alignkit.parametrizations.precision import trained_values
 
 METRICS: Mapping[str, str] = {
     "entropy": "entropy of the next-token distribution over completion tokens, nats",
@@ -109,7 +110,9 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
         if "reference" not in self.needs:
             args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
+        start = trained_values(model)
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
+        self.hold_masters(start)
         self._vocabulary_size: int = base_model(model).config.get_text_config().vocab_size
         if args.disable_dropout:
             switch_off_dropout(self.model)

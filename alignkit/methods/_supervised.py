@@ -35,6 +35,7 @@ from alignkit.losses.types import LossOutput, TokenBatch
 from alignkit.methods._bridge import ObjectiveBridge, ratio
 from alignkit.methods._forward import LOGP_TOLERANCE, base_model, compute_precision
 from alignkit.methods.method import Method
+from alignkit.parametrizations.precision import trained_values
 
 IGNORE_INDEX = -100
 METRICS: Mapping[str, str] = {
@@ -79,7 +80,9 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         self.method, self.method_options = method, options
         self.prepare_bridge(gradient_rule)
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
+        start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
+        self.hold_masters(start)
         if self.padding_free:
             self._refuse_contamination()
 

@@ -128,6 +128,14 @@ def test_zero_gradient() -> None:
     assert names(constant(grad_norm=1e-12)) == []
 
 
+def test_steps_that_are_rounded_away() -> None:
+    """After one log: nothing about it is noise."""
+    (verdict,) = judge(constant(num_logs=1, unmoved_weights=0.98)).verdicts
+    assert (verdict.name, verdict.step) == ("rounded_away", 10) and "unmoved_weights is 0.980" in verdict.evidence
+    assert verdict.fixes[0].startswith("dtype: float32")
+    assert names(constant(unmoved_weights=0.01)) == []
+
+
 def test_solved_pairs() -> None:
     (verdict,) = judge(constant(**{"rewards/accuracies": 1.0, "effective_weight": 0.001})).verdicts
     assert verdict.name == "solved" and verdict.fixes[0].startswith("max_steps: 50")

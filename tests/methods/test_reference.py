@@ -78,7 +78,8 @@ def test_other_rows_and_other_weights_are_not_served(
         model.model.norm.weight[0] += 1e-3
     run(make_trainer, cache, model=model)
     assert len(files(cache)) == 5
-    run(make_trainer, cache, model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16))
+    half = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    run(make_trainer, cache, model=half, peft_config=lora())
     assert len(files(cache)) == 6
 
 
