@@ -26,7 +26,7 @@ from alignkit.evals.sampling import SampleSettings, prepare_prompts
 from alignkit.evals.sampling_report import SamplingReport
 from alignkit.evals.sampling_room import check_room
 from alignkit.evals.self_samples import SETTING_NAMES, self_samples
-from alignkit.methods._reference import default_cache_dir, weights_fingerprint
+from alignkit.methods._reference import default_cache_dir, model_fingerprint
 from alignkit.methods.method import load_method
 from alignkit.model_steps import load_policy, new_adapter
 
@@ -70,7 +70,7 @@ def with_samples(
     limits = {
         name: check_room(prompts[name], settings, model.config, SETTING_NAMES, name=name, **fit) for name in wanting
     }
-    weights = weights_fingerprint(model, "default" if config.adapter is not None else None)
+    weights = model_fingerprint(model, "default" if config.adapter is not None else None)
     # Quantised weights stand where they were loaded.
     model = (model if config.quantization != "none" else model.to(args.device)).eval()
     cache, reports = default_cache_dir().with_name("samples"), {}

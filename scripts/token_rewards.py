@@ -119,7 +119,7 @@ def compute(
     return token_rewards.with_token_rewards(
         rows,
         cache=reference.ReferenceCache(arguments.cache or token_rewards.default_cache_dir()),
-        weights=reference.weights_fingerprint(model, adapter),
+        weights=reference.model_fingerprint(model, adapter),
         precision=compute_precision(model),
         layout=choice,
         score=score,

@@ -15,15 +15,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from alignkit.callbacks.durability import partial_path, write_whole
 from alignkit.data.schema import shorten
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.parametrizations.files import MODEL_CONFIG, AdapterFiles, sha256
+from alignkit.parametrizations.files import ADAPTER_CONFIG, MODEL_CONFIG, AdapterFiles, sha256
 from alignkit.parametrizations.loading import ModelSource
 
 SETTINGS = "settings.json"
 WEIGHT_FILES = (".safetensors", ".bin")
+CONFIG_FILES = (MODEL_CONFIG, GENERATION_CONFIG_NAME)
 
 Result = TypeVar("Result")
 
@@ -161,7 +163,10 @@ def fingerprint(value: Any) -> str:
 
 
 def source_identity(source: ModelSource, adapter: AdapterFiles | None) -> dict[str, Any]:
-    """Which weights these are: the commit of a Hub model, the hash of the files of a local one.
+    """Which model this is: the commit of a Hub model, the hash of the files of a local one.
+
+    Its config counts as much as its weights (``rope_theta``), as does an adapter's (``lora_alpha``), and its generation
+    config has stop tokens.
 
     Args:
         source: The model.
@@ -169,7 +174,7 @@ def source_identity(source: ModelSource, adapter: AdapterFiles | None) -> dict[s
     """
     folder = Path(source.model).expanduser()
     if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
+        files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES or path.name in CONFIG_FILES)
         weights = fingerprint([[path.name, sha256(path)] for path in files])
     else:
         # The cache keeps every commit in a folder of its name; this works offline too.
@@ -178,6 +183,7 @@ def source_identity(source: ModelSource, adapter: AdapterFiles | None) -> dict[s
         **asdict(source),
         "weights": weights,
         "adapter_weights": None if adapter is None else sha256(adapter.weights),
+        "adapter_config": None if adapter is None else sha256(adapter.directory / ADAPTER_CONFIG),
     }
 
 

@@ -37,7 +37,7 @@ def self_samples(
         tokenizer: Its tokenizer.
         settings: How.
         directory: Where samples are kept; those of the same rows, weights and settings are found there again.
-        weights: Identity of the weights, for instance ``weights_fingerprint``.
+        weights: Identity of the model, for instance ``model_fingerprint``.
         prompt_limit: Rows with longer prompts, tokens, are left out; None for no limit.
         name: What the rows are called in messages.
 

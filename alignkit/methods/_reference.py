@@ -1,7 +1,8 @@
 """Token log-probs of the reference, computed once and kept on disk.
 
-The cache key is exactly what the values depend on: the reference's weights, the precision they are run in and the token
-ids of the rows (which already carry template, tokenisation, truncation and order). The learning rate, the method, the
+The cache key is exactly what the values depend on: what the reference computes (its weights, its config, its adapter's
+config and the version of transformers), the precision it is run in and the token ids of the rows (which already carry
+template, tokenisation, truncation and order). The learning rate, the method, the
 layout, the number of processes and the way the model is sharded do not enter it.
 
 Upstream names relied on: ``deepspeed.zero.GatheredParameters`` and the ``ds_id`` attribute of partitioned parameters.
@@ -10,6 +11,7 @@ Upstream names relied on: ``deepspeed.zero.GatheredParameters`` and the ``ds_id`
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,12 +36,45 @@ Scores = list[list[list[float]]]
 """Per row, per candidate, per token."""
 
 COLUMN = "ref_token_logps"
+NOT_COMPUTED = {
+    "_name_or_path", "architectures", "use_cache", "output_router_logits", "router_aux_loss_coef", "bos_token_id",
+    "eos_token_id", "pad_token_id", "id2label", "label2id", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "auto_mapping",
+}  # fmt: skip
+"""Entries of a model's or an adapter's config that no log-prob depends on. Whatever is not listed is in the key."""
 CHECKED_ROWS = 4
 
 
 def default_cache_dir() -> Path:
     """``$ALIGNKIT_CACHE/reference``, by default ``~/.cache/alignkit/reference``."""
     return Path(os.environ.get("ALIGNKIT_CACHE", Path.home() / ".cache" / "alignkit")) / "reference"
+
+
+def model_fingerprint(model: nn.Module, adapter: str | None) -> str:
+    """Hash of all that decides what a model computes: its weights, its class and config, and its adapter's config.
+
+    The same weights mean another function under another ``rope_theta``, ``rms_norm_eps`` or ``lora_alpha``.
+
+    Args:
+        model: The model, plain or PEFT.
+        adapter: Name of the adapter in force, or None.
+    """
+    base: Any = base_model(model)
+    settings = [type(base).__qualname__, base.config.to_dict()]
+    if adapter is not None:
+        assert isinstance(model, PeftModel)
+        settings.append(model.peft_config[adapter].to_dict())
+    text = json.dumps(_computed(settings), sort_keys=True, default=str)
+    return hashlib.blake2b(f"{weights_fingerprint(model, adapter)} {text}".encode(), digest_size=16).hexdigest()
+
+
+def _computed(value: Any) -> Any:
+    """``value`` without the entries that nothing computed depends on, sets in a fixed order."""
+    if isinstance(value, Mapping):
+        return {str(name): _computed(entry) for name, entry in value.items() if name not in NOT_COMPUTED}
+    if isinstance(value, set):
+        return sorted(value)
+    return [_computed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def weights_fingerprint(model: nn.Module, adapter: str | None) -> str:
@@ -81,13 +117,13 @@ def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """Flat float32 vectors of token log-probs, one file a (weights, precision, rows) triple."""
+    """Flat float32 vectors of token log-probs, one file a (model, precision, rows) triple."""
 
     directory: Path
 
-    def path(self, weights: str, precision: str, rows: str) -> Path:
-        """File of the triple."""
-        key = hashlib.blake2b(f"{weights} {precision} {rows}".encode(), digest_size=16).hexdigest()
+    def path(self, model: str, precision: str, rows: str) -> Path:
+        """File of the triple, whose first is a :func:`model_fingerprint`."""
+        key = hashlib.blake2b(f"{model} {precision} {rows}".encode(), digest_size=16).hexdigest()
         return self.directory / f"{key}.safetensors"
 
     def load(self, path: Path, num_tokens: int) -> Tensor | None:

@@ -148,9 +148,9 @@ class ReferenceScoring(DPOTrainer):
         if "reference" not in self.needs:
             return dataset
         unwrap = self.accelerator.unwrap_model
-        weights = reference.weights_fingerprint(unwrap(self._reference_model()), self._reference_adapter())
+        weights = reference.model_fingerprint(unwrap(self._reference_model()), self._reference_adapter())
         if self.settings.negative_reference is not None:
-            weights += reference.weights_fingerprint(unwrap(self._placed_negative_reference()), None)
+            weights += reference.model_fingerprint(unwrap(self._placed_negative_reference()), None)
         precision = compute_precision(self.model, self.accelerator.mixed_precision)
         cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
         return reference.with_reference(
@@ -185,7 +185,7 @@ class ReferenceScoring(DPOTrainer):
             rewarded, report = with_token_rewards(
                 rows,
                 cache=reference.ReferenceCache(self.settings.token_reward_cache or token_reward_cache_dir()),
-                weights=reference.weights_fingerprint(model, self._reference_adapter()),
+                weights=reference.model_fingerprint(model, self._reference_adapter()),
                 precision=compute_precision(self.model, self.accelerator.mixed_precision),
                 layout=layout,
                 score=partial(self._score_over_ranks, batch_size=size, layout=layout.layout),

@@ -126,7 +126,7 @@ def with_token_rewards(
     Args:
         rows: Candidate rows with contrast prompts; these columns are removed.
         cache: The cache.
-        weights: Fingerprint of the reference.
+        weights: ``model_fingerprint`` of the reference.
         precision: Key of ``LOGP_TOLERANCE``.
         layout: What :func:`choose_pass_layout` returned.
         score: Scores rows in that layout.

@@ -25,7 +25,7 @@ from alignkit.methods._forward import (
     score_rows,
     use_packed_attention,
 )
-from alignkit.methods._reference import ReferenceCache, weights_fingerprint
+from alignkit.methods._reference import ReferenceCache, model_fingerprint
 from alignkit.methods._token_rewards import choose_pass_layout, refuse_long_sequences, with_token_rewards
 from alignkit.parametrizations.loading import ModelSource, load_model, load_tokenizer
 from noise_rows import LabelledRow, list_row, pair_row
@@ -159,7 +159,7 @@ def token_rewards(task: Task) -> tuple[Dataset, TokenRewardReport]:
     return with_token_rewards(
         rows,
         cache=ReferenceCache(task.directory / "token_rewards"),
-        weights=weights_fingerprint(model, None),
+        weights=model_fingerprint(model, None),
         precision=compute_precision(model),
         layout=layout,
         score=lambda planned, _: score(model, planned, task.tokenizer, layout.layout),

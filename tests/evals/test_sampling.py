@@ -231,7 +231,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         ChunkStore(tmp_path / "mine", {}).done()
 
 
-def test_weights_are_known_by_their_bytes(tmp_path: Path) -> None:
+def test_weights_and_configs_are_known_by_their_bytes(tmp_path: Path) -> None:
     adapter = read_adapter(save_adapter(save_model(tmp_path / "base"), tmp_path / "adapter"))
     source = ModelSource(str(tmp_path / "base"))
     first = source_identity(source, adapter)
@@ -239,6 +239,10 @@ def test_weights_are_known_by_their_bytes(tmp_path: Path) -> None:
     save_model(tmp_path / "base", seed=1)
     changed = source_identity(source, adapter)
     assert [name for name in first if first[name] != changed[name]] == ["weights"]
+    for folder, name, key in (("base", "config.json", "weights"), ("adapter", "adapter_config.json", "adapter_config")):
+        before, file = source_identity(source, adapter), tmp_path / folder / name
+        file.write_text(file.read_text().replace("{", '{"another": "function",', 1))
+        assert [k for k, v in source_identity(source, adapter).items() if v != before[k]] == [key]
 
 
 def test_scores(run: Callable[..., Sampled]) -> None:
