@@ -219,6 +219,9 @@ def score_rows(
 ) -> list[list[list[float]]]:
     """Score candidate rows without gradient.
 
+    Equal completions of a row are computed once and share every digit: rounding, which is another in every layout and
+    batch, must not decide which of the two is the likelier.
+
     Args:
         model: Model with a completion head; its train/eval mode is left alone.
         rows: Candidate rows; a ``Dataset`` is a sequence too.
@@ -239,9 +242,18 @@ def score_rows(
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc=progress, disable=progress is None):
         indices = order[start : start + batch_size]
-        inputs = collator([rows[i] for i in indices])
+        batch = [rows[i] for i in indices]
+        completions = [[tuple(completion) for completion in row["completion_ids"]] for row in batch]
+        distinct = [list(dict.fromkeys(row)) for row in completions]
+        inputs = collator([_to_score(row["prompt_ids"], ids) for row, ids in zip(batch, distinct, strict=True)])
         logps = completion_logps(model, {k: v.to(device) for k, v in inputs.items()}).float().cpu()
         for b, i in enumerate(indices):
-            kept = [logps[b, k][inputs["completion_mask"][b, k]] for k in range(len(rows[i]["completion_ids"]))]
-            results[i] = [tokens.tolist() for tokens in kept]
+            kept = [logps[b, k][inputs["completion_mask"][b, k]].tolist() for k in range(len(distinct[b]))]
+            scored = dict(zip(distinct[b], kept, strict=True))
+            results[i] = [scored[completion] for completion in completions[b]]
     return results
+
+
+def _to_score(prompt_ids: Sequence[int], completions: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    ids = [list(completion) for completion in completions]
+    return {"prompt_ids": prompt_ids, "completion_ids": ids, "scores": [0.0] * len(ids)}

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from alignkit.errors import ModelError
 from alignkit.evals import sharding
+from alignkit.evals.preference import preference_sums
 from alignkit.evals.sharding import length_batches, map_batches, score_over_ranks
 from alignkit.methods._forward import add_completion_head
 from tests.scripts.tiny import tiny_model
@@ -81,6 +82,29 @@ def test_scores_are_those_of_each_response_alone(layout: str) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert a == pytest.approx(b, abs=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_equal_completions_tie_in_every_layout(layout: str, batch_size: int) -> None:
+    """Candidates 0 and 2 are the same text: a tie in likelihood, which counts half, however the row is computed."""
+    torch.manual_seed(3)
+    draw = torch.randint(4, 200, (16, 3, 9)).tolist()
+    data = Dataset.from_list(
+        [{"prompt_ids": p[: 1 + i % 9], "completion_ids": [a, b, a], "scores": [2.0, 0.0, 1.0]}
+         for i, (p, a, b) in enumerate(draw)]
+    )  # fmt: skip
+    model = tiny_model()
+    add_completion_head(model)
+    found = score_over_ranks(
+        model, data, pad_token_id=0, layout=layout, batch_size=batch_size, state=PartialState(), progress="rows"
+    )
+    assert all(first == third for first, _, third in found)
+    # Of the pairs (0, 1), (2, 1) and (0, 2) the first two are right or wrong together and the third is a tie.
+    right = sum(sum(first) > sum(second) for first, second, _ in found)
+    assert 0 < right < len(found)
+    accuracy = preference_sums(data, found)["accuracy/logps"].estimate()
+    assert accuracy is not None and accuracy.mean == (2 * right + 0.5 * len(found)) / (3 * len(found))
 
 
 def test_a_broken_model_is_named_not_averaged() -> None:
