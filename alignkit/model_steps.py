@@ -25,24 +25,29 @@ def load_model(config: RunConfig, path: str, revision: str | None = None) -> Pre
     Raises:
         ModelError: It cannot be loaded; the message says why.
     """
-    return loading.load_model(
-        loading.ModelSource(
-            model=path,
-            revision=revision,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+    return loading.load_model(model_source(config, path, revision))
+
+
+def model_source(config: RunConfig, path: str, revision: str | None = None) -> loading.ModelSource:
+    """Which model a run loads, and how."""
+    return loading.ModelSource(
+        model=path,
+        revision=revision,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
     )
 
 
 def load_policy(config: RunConfig) -> PreTrainedModel | PeftModel:
     """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it."""
-    model = load_model(config, config.model, config.model_revision)
     if config.adapter is None:
-        return model
-    return loading.load_adapter(model, read_adapter(config.adapter), is_trainable=True)
+        return load_model(config, config.model, config.model_revision)
+    adapter = read_adapter(config.adapter)
+    loading.check_base(adapter, model_source(config, config.model, config.model_revision))
+    model = load_model(config, config.model, config.model_revision)
+    return loading.load_adapter(model, adapter, is_trainable=True)
 
 
 def check_references(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -51,7 +56,7 @@ def check_references(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBas
     Raises:
         ModelError: There is no such model, or its token ids differ from the policy's.
     """
-    for key, path in _other_models(config).items():
+    for key, path in other_models(config).items():
         _check_other(config, tokenizer, key, path)
 
 
@@ -61,7 +66,7 @@ def load_reference(config: PreferenceConfig) -> PreTrainedModel | None:
     Raises:
         ModelError: It cannot be loaded.
     """
-    if "reference_model" in (others := _other_models(config)):
+    if "reference_model" in (others := other_models(config)):
         return _load_other(config, "reference_model", others["reference_model"])
     wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
     if not wants_copy or "reference" not in load_method(config.method).needs(config.method_options):
@@ -75,11 +80,11 @@ def load_negative_reference(config: PreferenceConfig) -> PreTrainedModel | None:
     Raises:
         ModelError: It cannot be loaded.
     """
-    path = _other_models(config).get("helpful_reference_model")
+    path = other_models(config).get("helpful_reference_model")
     return None if path is None else _load_other(config, "helpful_reference_model", path)
 
 
-def _other_models(config: PreferenceConfig) -> dict[str, str]:
+def other_models(config: PreferenceConfig) -> dict[str, str]:
     """The models beside the policy that the run loads, by the key that names them."""
     method, options = load_method(config.method), config.method_options
     models = {

@@ -18,6 +18,7 @@ from alignkit.callbacks.plot import PANELS_OF, plot_run
 from alignkit.config import LoadedConfig
 from alignkit.evals.generation import Sample, Sampling, generate_samples
 from alignkit.hub.upload import plan_upload, push
+from alignkit.origin_steps import write_origin
 from alignkit.run_directory import RunDirectory
 
 TIMINGS = ("_runtime", "_per_second")
@@ -40,6 +41,7 @@ def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[in
     if trainer.is_world_process_zero():
         # PEFT also saves the frozen copy a continued adapter has for a reference; it belongs in checkpoints alone.
         shutil.rmtree(directory.path / "ref", ignore_errors=True)
+    write_origin(directory, directory.path)
     results = _evaluate(trainer)
     samples = _sample_answers(loaded, trainer, prompts)
     if trainer.is_world_process_zero():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignkit import results, steps, steps_preference, steps_sft
+from alignkit import origin_steps, results, steps, steps_preference, steps_sft
 from alignkit.config import LoadedConfig, PreferenceConfig, SFTConfig
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, option_keys
@@ -55,6 +55,7 @@ def _train(given: Any, own: Any) -> Any:
         args = own.training_arguments(config)
         tokenizer = steps.load_tokenizer(config)
         data = own.prepare_data(config, args, tokenizer, directory)
+        origin_steps.record_origin(config, tokenizer, data.train, directory)
         trainer = own.build_trainer(config, args, tokenizer, data, directory)
         steps.train(config, trainer, directory)
         results.finish(loaded, trainer, data.prompts, directory)

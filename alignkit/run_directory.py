@@ -28,7 +28,8 @@ _FORMAT = 1
 
 WRITTEN_BY_A_RUN = (
     "metrics.jsonl", "plot.png", "README.md", ".*.partial", "runs", "logs", "training_args.bin",
-    "adapter_config.json", "adapter_model.safetensors", "*/adapter_model.safetensors", "*/adapter_config.json",
+    "alignkit.json", "adapter_config.json", "adapter_model.safetensors",
+    "*/adapter_model.safetensors", "*/adapter_config.json",
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates",

@@ -38,6 +38,7 @@ from alignkit.gradients._support import RunLayout, check_layout
 from alignkit.gradients.rule import load_rule
 from alignkit.hub.upload import check_before_training
 from alignkit.model_steps import RunConfig
+from alignkit.origin_steps import OriginWriter
 from alignkit.parametrizations import loading
 from alignkit.parametrizations.lora import trainable_report
 from alignkit.run_directory import RunDirectory
@@ -273,6 +274,7 @@ def introduce(config: RunConfig, trainer: Trainer, directory: RunDirectory, **se
         trainer.add_callback(ShortProgress())
     trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
     trainer.add_callback(UnmovedWeights(trainer))
+    trainer.add_callback(OriginWriter(directory))
     # Last: whatever belongs to a checkpoint is in it before it is called complete.
     trainer.add_callback(CheckpointGuard(config.save_total_limit))
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)

@@ -68,7 +68,7 @@ def describe(upload: Upload) -> str:
         "\n  ".join(["card", *(f"{key}: {json.dumps(value)}" for key, value in upload.metadata.items())]),
     ]
     if upload.notes:
-        blocks.append("\n  ".join(["changed on the way", *upload.notes]))
+        blocks.append("\n  ".join(["changed on the way, or not checked", *upload.notes]))
     if upload.left_out:
         blocks.append("\n  ".join([f"stays here ({len(upload.left_out)} files)", *upload.left_out]))
     return "\n\n".join(blocks)

@@ -115,8 +115,10 @@ def load_engine(
 ) -> Engine:
     """The engine with its model."""
     from alignkit.evals.sampling_engines import HuggingFaceEngine, VllmEngine
-    from alignkit.parametrizations.loading import load_adapter, load_model
+    from alignkit.parametrizations.loading import check_base, load_adapter, load_model
 
+    if adapter is not None:
+        check_base(adapter, source)
     if engine == "vllm":
         return VllmEngine(source, adapter, tokenizer, settings.drawing)
     model = load_model(source, state.device)

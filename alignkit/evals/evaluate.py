@@ -28,7 +28,7 @@ from alignkit.evals.sharding import score_over_ranks
 from alignkit.methods._forward import add_completion_head
 from alignkit.methods._reference import rows_fingerprint
 from alignkit.parametrizations.files import AdapterFiles, sha256
-from alignkit.parametrizations.loading import ModelSource, load_adapter, load_model, load_tokenizer
+from alignkit.parametrizations.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,12 @@ def load_evaluated(
         source: The model.
         adapter: Put on it, or None.
         device: Where to.
+
+    Raises:
+        ModelError: It cannot be loaded, or the adapter was trained on another base.
     """
+    if adapter is not None:
+        check_base(adapter, source)
     model = load_model(source, device)
     # The head goes on before PEFT wraps the model.
     add_completion_head(model)

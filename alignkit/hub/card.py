@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from alignkit.callbacks.card import hub_id
 from alignkit.parametrizations.files import ADAPTER_CONFIG
+from alignkit.parametrizations.fingerprints import BaseFingerprint, base_fingerprint, read_origin
 
 CARD = "README.md"
 LIBRARIES = {"adapter": "peft", "model": "transformers"}
@@ -58,6 +59,8 @@ def prepare_card(root: Path, kind: Kind, base_model: str | None) -> CardCopy:
     base = _hub_base(base_model, card.data.base_model, trained_on)
     if base is None and kind == "adapter":
         copy.problems.append(no_base(card.data.base_model or trained_on))
+    if kind == "adapter" and base is not None:
+        _compare_base(root, base, config.get("revision"), copy)
     if base is not None:
         _name_base(card, base, trained_on, copy)
     if kind == "adapter" and base is not None and trained_on != base:
@@ -66,6 +69,23 @@ def prepare_card(root: Path, kind: Kind, base_model: str | None) -> CardCopy:
     copy.metadata.update(card.data.to_dict())
     copy.problems.extend(_metadata_problems(copy.metadata, kind))
     return copy
+
+
+def _compare_base(root: Path, base: str, revision: str | None, copy: CardCopy) -> None:
+    """Compare the base named with the one the adapter was trained on, as far as both are known here."""
+    origin = read_origin(root)
+    if origin is None:
+        return
+    try:
+        found = base_fingerprint(base, revision, local_files_only=True)
+    except (OSError, ValueError):
+        copy.notes.append(
+            f"{base} is not on this machine: not checked whether it is the base the adapter was trained on"
+        )
+        return
+    if differences := BaseFingerprint(**origin["base"]).differences(found):
+        problem = f"the adapter was trained on another base than {base}: {'; '.join(differences)}"
+        copy.problems.append(f"{problem}. Give the Hub id of the base it was trained on with --base_model")
 
 
 def id_fault(name: str) -> str | None:

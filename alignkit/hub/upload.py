@@ -76,7 +76,7 @@ class Upload:
         files: Every file.
         metadata: Metadata of the card as sent.
         left_out: Files of the directory that stay here.
-        notes: What is sent otherwise than it lies here, and why.
+        notes: What is sent otherwise than it lies here, and why; what could not be checked.
     """
 
     repo_id: str

@@ -25,7 +25,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.parametrizations.files import CARD_OF_THE_ADAPTER, AdapterFiles, is_local
-from alignkit.parametrizations.loading import DTYPES, ModelSource, load_adapter, load_model
+from alignkit.parametrizations.loading import DTYPES, ModelSource, check_base, load_adapter, load_model
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 """Largest admissible difference of a logit by the type of the merged weights; ours, some ten times the rounding errors
@@ -111,12 +111,14 @@ def merge_adapter(
         device: Where the models run.
 
     Raises:
-        ModelError: The output is not empty, the adapter does not fit or cannot be merged, or the models differ.
+        ModelError: The output is not empty, the adapter was trained on another base, does not fit or cannot be
+            merged, or the models differ.
     """
     check_output(output)
     dtype = checkpoint_dtype(source) if source.dtype == "auto" else source.dtype
     if tolerance is None:
         tolerance = TOLERANCES[dtype] if source.quantization == "none" else QUANTIZED_TOLERANCE
+    check_base(adapter, source)
     exact = replace(source, dtype="float32")
     tuned, effect = _reference_logits(adapter, exact, prompts, device)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from alignkit.errors import ModelError
 from alignkit.parametrizations.files import AdapterFiles, check_tensors, model_problem
+from alignkit.parametrizations.fingerprints import ORIGIN_FILE, BaseFingerprint, base_fingerprint, read_origin
 from alignkit.parametrizations.quantization import keep_trainable_on_cpu, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,6 +129,50 @@ def saved_generation_config(model: str, revision: str | None = None) -> Generati
         return GenerationConfig.from_pretrained(model, **({"revision": revision} if revision else {}))
     except OSError:
         return GenerationConfig()
+
+
+def fingerprint(source: ModelSource) -> BaseFingerprint:
+    """What a model is, without loading it; how it is loaded plays no part.
+
+    Args:
+        source: The model.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    if problem := model_problem(source.model):
+        raise ModelError(problem)
+    try:
+        return base_fingerprint(source.model, source.revision, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"the model {source.model!r} cannot be loaded: {_cause(source.model, error)}") from error
+
+
+def check_base(adapter: AdapterFiles, source: ModelSource) -> None:
+    """Compare a model with the base that an adapter was trained on, before either is loaded.
+
+    An adapter of which alignkit has no record, made by PEFT alone, is let through with a line that says so.
+
+    Args:
+        adapter: The adapter.
+        source: The model it is to be put on.
+
+    Raises:
+        ModelError: It is another base.
+    """
+    origin = read_origin(adapter.directory)
+    if origin is None:
+        if PartialState().is_main_process:
+            named = f"names {adapter.base!r}" if adapter.base else "names no base"
+            why = f"it {named} and has no {ORIGIN_FILE}, which alignkit writes"
+            print(f"adapter {str(adapter.directory)!r}: not checked whether {source.model!r} is its base: {why}")
+        return
+    if differences := BaseFingerprint(**origin["base"]).differences(fingerprint(source)):
+        raise ModelError(
+            f"the adapter {str(adapter.directory)!r} was trained on another base than {source.model!r}: "
+            f"{'; '.join(differences)}. Give the model it was trained on, which it calls {adapter.base!r}; or, to use "
+            f"it on this one all the same, remove {ORIGIN_FILE} beside it."
+        )
 
 
 def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable: bool = False) -> PeftModel:

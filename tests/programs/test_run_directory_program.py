@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("programs")
 
 SECTIONS = {
     "alignkit_run", "batch_layout", "config", "data", "environment", "health", "health_state", "process_layout",
-    "results", "samples", "saved", "sessions", "status", "trainable",
+    "origin", "results", "samples", "saved", "sessions", "status", "trainable",
 }  # fmt: skip
 HELD_OUT = {"eval_fraction": 0.2, "probe_rows": 4, "probe_steps": 2, "num_samples": 2, "sample_max_new_tokens": 4}
 
@@ -52,8 +52,8 @@ def record(run: Path) -> dict[str, Any]:
 
 def test_the_files(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-4", "metrics.jsonl", "plot.png",
-        "run.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "alignkit.json", "checkpoint-4",
+        "metrics.jsonl", "plot.png", "run.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin",
     }  # fmt: skip
 
 

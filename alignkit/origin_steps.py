@@ -1,0 +1,147 @@
+"""What a run is made of, in hashes: compared when it is resumed, and written beside every adapter it saves.
+
+A path says where something lies, not what it is. Base, reference models, starting adapter, tokenizer, chat template and
+training rows are looked at before training; ``run.json`` keeps what was found under ``origin``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignkit.callbacks.durability import write_whole
+from alignkit.config import PreferenceConfig
+from alignkit.errors import RunDirectoryError
+from alignkit.model_steps import RunConfig, model_source, other_models
+from alignkit.parametrizations.files import ADAPTER_CONFIG, read_adapter, sha256
+from alignkit.parametrizations.fingerprints import ORIGIN_FILE, BaseFingerprint, origin_text
+from alignkit.parametrizations.loading import fingerprint
+from alignkit.run_directory import RunDirectory
+
+_ROWS_AT_ONCE = 1000
+_NAMES = {
+    "rows": "the training rows",
+    "tokenizer": "the tokenizer's vocabulary",
+    "chat_template": "the chat template",
+    "adapter": "the adapter the run starts from",
+}
+
+
+def record_origin(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Dataset | IterableDataset, directory: RunDirectory
+) -> None:
+    """Write down what the run is made of; when it is resumed, compare that with what it was made of first.
+
+    Args:
+        config: The config.
+        tokenizer: The tokenizer of the model.
+        rows: The training rows, tokenised; those of a stream are not at hand and not compared.
+        directory: The run.
+
+    Raises:
+        ModelError: A model is not there.
+        RunDirectoryError: The run is resumed, and something is not what it was.
+    """
+    if not directory.is_main:
+        return
+    origin = _origin(config, tokenizer, rows)
+    recorded = directory.sections().get("origin")
+    if config.resume and recorded is None:
+        print(f"{directory.path} was begun before alignkit recorded what a run is made of: base and rows not compared")
+    elif config.resume and (differences := list(_differences(recorded, origin))):
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise RunDirectoryError(
+            f"{directory.path} cannot be resumed: under the same names lies something else than when it was begun, and "
+            f"the result would be neither run:\n{lines}\nPut back what was there; or start a new run from these "
+            f"weights in another output_dir, with `adapter: {directory.path}` under lora or `model: {directory.path}` "
+            "under full."
+        )
+    directory.record(origin=origin)
+
+
+def write_origin(directory: RunDirectory, folder: Path) -> None:
+    """Write ``alignkit.json`` beside an adapter saved in ``folder``, if one is there; the main process does.
+
+    Args:
+        directory: The run that saved it.
+        folder: The run directory or one of its checkpoints.
+    """
+    if directory.is_main and (folder / ADAPTER_CONFIG).is_file():
+        write_whole(folder / ORIGIN_FILE, origin_text(directory.sections()["origin"]))
+
+
+class OriginWriter(TrainerCallback):
+    """Writes ``alignkit.json`` into every checkpoint of an adapter.
+
+    Args:
+        directory: The run.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Into the checkpoint of this step, before it is marked complete."""
+        write_origin(self.directory, Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+def rows_fingerprint(rows: Dataset) -> str:
+    """Hash of all numbers in tokenised rows, in order: token ids, labels, scores, whatever type they are stored in.
+
+    Args:
+        rows: The rows.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in rows.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for name in sorted(batch.column_names):
+            for part in _numbers(batch.column(name).combine_chunks()):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _numbers(values: pa.Array) -> Iterator[bytes]:
+    """Lengths of the lists, then what they hold; nothing of a column of text."""
+    kind = values.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        yield pc.list_value_length(values).cast(pa.int64()).fill_null(-1).to_numpy().tobytes()
+        yield from _numbers(pc.list_flatten(values))
+    elif pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind):
+        wide = pa.float64() if pa.types.is_floating(kind) else pa.int64()
+        yield values.cast(wide).to_numpy(zero_copy_only=False).tobytes()
+
+
+def _origin(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Dataset | IterableDataset) -> dict[str, Any]:
+    """What the run is made of."""
+    template = tokenizer.chat_template
+    others = other_models(config) if isinstance(config, PreferenceConfig) else {}
+    return {
+        "base": asdict(fingerprint(model_source(config, config.model, config.model_revision))),
+        **{key: asdict(fingerprint(model_source(config, path))) for key, path in others.items()},
+        "adapter": None if config.adapter is None else sha256(read_adapter(config.adapter).weights),
+        "tokenizer": _hash(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])),
+        "chat_template": None if template is None else _hash(template),
+        "rows": rows_fingerprint(rows) if isinstance(rows, Dataset) else None,
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def _differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each thing that is not what it was."""
+    for key, value in now.items():
+        old = recorded.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            name = "the model" if key == "base" else f"the model of {key}"
+            yield from (f"{name}: {line}" for line in BaseFingerprint(**old).differences(BaseFingerprint(**value)))
+        elif old != value:
+            yield f"{_NAMES.get(key, key)}: not the same as when the run was begun"
