@@ -5,9 +5,27 @@ Used by configs, methods and every later part of a run, so it imports the standa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class DerivedDefault:
+    """A default that depends on another key; the option's own default, None, stands for it.
+
+    Attributes:
+        key: The other key.
+        values: What the default is, by the value of the other key.
+        sources: Where each comes from.
+    """
+
+    key: str
+    values: Mapping[Any, Any]
+    sources: Mapping[Any, str]
+
+    def __str__(self) -> str:
+        return "; ".join(f"under {value} {self.values[value]:g} ({self.sources[value]})" for value in self.values)
 
 
 @dataclass(frozen=True)
@@ -18,12 +36,14 @@ class OptionInfo:
         help: One sentence, shown by ``--help`` and in the JSON schema.
         source: Where the default comes from (a paper, TRL's default, or "alignkit" for a value of our own).
         choices: The admissible values, or None.
+        derived: What null stands for where that depends on another key.
         gt, ge, lt, le: Numeric bounds, each None where there is none.
     """
 
     help: str
     source: str
     choices: tuple[Any, ...] | None = None
+    derived: DerivedDefault | None = None
     gt: float | None = None
     ge: float | None = None
     lt: float | None = None
@@ -36,6 +56,7 @@ def option(
     help: str,
     source: str = "alignkit",
     choices: Iterable[Any] | None = None,
+    derived: DerivedDefault | None = None,
     default_factory: Any = MISSING,
     **bounds: float,
 ) -> Any:
@@ -46,10 +67,14 @@ def option(
         help: One sentence saying what the option does, with its unit.
         source: Provenance of the default.
         choices: Admissible values.
+        derived: What the default, None, stands for by the value of another key; it knows its sources.
         default_factory: As in :func:`dataclasses.field`, for mutable defaults.
         **bounds: Any of ``gt``, ``ge``, ``lt``, ``le``.
     """
-    info = OptionInfo(help=help, source=source, choices=tuple(choices) if choices is not None else None, **bounds)
+    admissible = tuple(choices) if choices is not None else None
+    info = OptionInfo(
+        help=help, source=str(derived) if derived else source, choices=admissible, derived=derived, **bounds
+    )
     return field(default=default, default_factory=default_factory, metadata={"option": info})
 
 

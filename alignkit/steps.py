@@ -30,6 +30,7 @@ from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
 from alignkit.callbacks.unmoved import UnmovedWeights
 from alignkit.config import LoadedConfig
+from alignkit.config.check import in_force
 from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.report import SplitReport, data_report
 from alignkit.environment import environment, launched_with_fsdp
@@ -108,7 +109,7 @@ def failures_recorded(directory: RunDirectory) -> Iterator[None]:
 def common_arguments(config: RunConfig) -> dict[str, Any]:
     """The arguments that TRL's trainers have in common."""
     return {
-        **{key: getattr(config, key) for key in _PASSED_THROUGH},
+        **{key: in_force(config)[key] for key in _PASSED_THROUGH},
         "prediction_loss_only": True,
         # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
         "save_total_limit": None,
@@ -256,7 +257,7 @@ def report_data(
 
 def run_callbacks(config: RunConfig, directory: RunDirectory) -> list[TrainerCallback]:
     """The log and the health monitor."""
-    health = HealthMonitor(asdict(config.method_options) | {"learning_rate": config.learning_rate})
+    health = HealthMonitor(asdict(config.method_options) | {"learning_rate": in_force(config)["learning_rate"]})
     return [MetricsLog(directory.metrics_path), health]
 
 

@@ -79,6 +79,15 @@ def flatten(config: ProgramConfig) -> dict[str, Any]:
     return values
 
 
+def in_force(config: ProgramConfig) -> dict[str, Any]:
+    """The values of :func:`flatten`, with what null stands for where a default depends on another key."""
+    values = flatten(config)
+    for name, key in base_keys(config.program).items():
+        if key.info.derived is not None and values[name] is None:
+            values[name] = key.info.derived.values[values[key.info.derived.key]]
+    return values
+
+
 def _check_class(settings: Settings, key: str, expected: type, argument: str, given: Any) -> None:
     """Options of another method or rule would be read as far as their names agree."""
     if not isinstance(given, expected):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.config.check import build_config, flatten
+from alignkit.config.check import build_config, flatten, in_force
 from alignkit.config.keys import Key, base_keys, method_keys, option_keys, program_methods, rule_keys
 from alignkit.config.overrides import UNSET, read_overrides
 from alignkit.config.recipes import find_recipe
@@ -36,7 +36,7 @@ class LoadedConfig:
 
     def effective(self) -> dict[str, dict[str, Any]]:
         """Every key with its value and source, for ``run.json``."""
-        return {key: {"value": value, "source": self.sources[key]} for key, value in flatten(self.config).items()}
+        return {key: {"value": value, "source": self.sources[key]} for key, value in in_force(self.config).items()}
 
     def to_yaml(self) -> str:
         """A config file that sets what was set here, and so loads to the same values."""
@@ -45,7 +45,7 @@ class LoadedConfig:
 
     def render(self) -> str:
         """A table of all keys, values and sources, by section."""
-        values = flatten(self.config)
+        values = in_force(self.config)
         own = option_keys(self.config.method, self.config.gradient_rule)
         keys = {**base_keys(self.config.program), **own}
         ordered = [key for section in _sections(keys) for key in values if keys[key].section == section]
@@ -55,7 +55,11 @@ class LoadedConfig:
         for key in ordered:
             if keys[key].section not in lines:
                 lines += ["", keys[key].section]
-            lines.append(f"  {key:<{key_width}}  {shown[key]:<{value_width}}  {self.sources[key]}")
+            source = self.sources[key]
+            if source == DEFAULT and (derived := keys[key].info.derived) is not None:
+                decisive = values[derived.key]
+                source = f"{DEFAULT} under {derived.key}: {decisive} ({derived.sources[decisive]})"
+            lines.append(f"  {key:<{key_width}}  {shown[key]:<{value_width}}  {source}")
         return "\n".join(lines[1:])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from alignkit.config.sections import TRANSFORMERS, TRL, Section
-from alignkit.options import option
+from alignkit.options import DerivedDefault, option
 
 OPTIMIZERS = (
     "adamw_torch",
@@ -20,6 +20,13 @@ OPTIMIZERS = (
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 INTERVALS = ("no", "steps", "epoch")
+TEN_TIMES = "10 times full: Schulman et al. 2025, LoRA Without Regret; TRL's PEFT guide"
+"""Found there to hold over ranks, models and tasks; with zero at the start of one factor, a short run can bear more."""
+
+
+def rate_by_parametrization(*, lora: float, full: float) -> DerivedDefault:
+    """The default learning rate: TRL's for all weights, ten times that for an adapter."""
+    return DerivedDefault("parametrization", {"lora": lora, "full": full}, {"lora": TEN_TIMES, "full": TRL})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +55,11 @@ class OptimizationSection(Section):
         8, ge=1, help="Rows (prompts with all their completions) per device and micro-batch.", source=TRANSFORMERS
     )
     gradient_accumulation_steps: int = option(1, ge=1, help="Micro-batches per optimizer step.", source=TRANSFORMERS)
-    learning_rate: float = option(
-        1e-6, gt=0, help="Peak learning rate. LoRA usually wants 10 to 100 times the default.", source=TRL
+    learning_rate: float | None = option(
+        None,
+        gt=0,
+        help="Peak learning rate; null is 1e-5 under lora, 1e-6 under full. Small models and short runs want more.",
+        derived=rate_by_parametrization(lora=1e-5, full=1e-6),
     )
     lr_scheduler_type: str = option("linear", choices=SCHEDULERS, help="Learning-rate schedule.", source=TRANSFORMERS)
     warmup_steps: float = option(
@@ -79,8 +89,11 @@ class SupervisedOptimizationSection(OptimizationSection):
     per_device_train_batch_size: int = option(
         8, ge=1, help="Rows per device and micro-batch; with packing, packed rows.", source=TRANSFORMERS
     )
-    learning_rate: float = option(
-        2e-5, gt=0, help="Peak learning rate. LoRA usually wants 10 times the default.", source=TRL
+    learning_rate: float | None = option(
+        None,
+        gt=0,
+        help="Peak learning rate; null is 2e-4 under lora, 2e-5 under full. Small models and short runs want more.",
+        derived=rate_by_parametrization(lora=2e-4, full=2e-5),
     )
 
 

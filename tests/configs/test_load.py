@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
+from trl import DPOConfig as DPOArguments
+from trl import SFTConfig as SFTArguments
 
 from alignkit.config import PreferenceConfig, load_config
 from alignkit.config.check import flatten
@@ -13,7 +15,8 @@ from alignkit.config.keys import base_keys, method_keys
 from alignkit.errors import ConfigError
 from alignkit.methods.dpo import DPOConfig
 from alignkit.methods.flex_dpo import FlexDPOConfig
-from tests.configs.cases import GOOD, load, load_text
+from alignkit.steps import common_arguments
+from tests.configs.cases import GOOD, SUPERVISED, load, load_text
 
 GOOD_TEXT = """\
 # a comment
@@ -69,6 +72,30 @@ def test_table_shows_every_key_once_with_its_source() -> None:
     assert ["beta_neg", "0.05", "c.yaml:6"] in rows
     assert ["eta", "0.1", "command", "line"] in rows
     assert ["bf16", "false", "default"] in rows
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(
+    ("method", "parametrization", "expected"),
+    [("dpo", "lora", 1e-5), ("dpo", "full", 1e-6), ("sft", "lora", 2e-4), ("sft", "full", 2e-5)],
+)
+def test_the_default_learning_rate_is_that_of_the_parametrization(
+    method: str, parametrization: str, expected: float
+) -> None:
+    """Full: TRL's own defaults, read here from TRL; LoRA: ten times as much. A file that says nothing learns."""
+    theirs = DPOArguments if method == "dpo" else SFTArguments
+    (full,) = (field.default for field in fields(theirs) if field.name == "learning_rate")
+    assert full * (10 if parametrization == "lora" else 1) == pytest.approx(expected, rel=1e-12)
+    changes = {"method": method, "parametrization": parametrization, **(SUPERVISED if method == "sft" else {})}
+    loaded = load(changes)
+    assert loaded.effective()["learning_rate"] == {"value": pytest.approx(expected), "source": "default"}
+    (line,) = [line for line in loaded.render().splitlines() if line.split()[:1] == ["learning_rate"]]
+    source = "TRL 1.16" if parametrization == "full" else "10 times full: Schulman et al. 2025"
+    assert f"default under parametrization: {parametrization} ({source}" in line
+    assert "learning_rate" not in loaded.to_yaml()
+    assert replace(loaded.config, learning_rate=3e-4).learning_rate == 3e-4
+    arguments = common_arguments(loaded.config)
+    assert arguments["learning_rate"] == pytest.approx(expected)
 
 
 @pytest.mark.usefixtures("workspace")

@@ -28,7 +28,7 @@ LINES = {
     "FSDP": ("fsdp_version: 2", "--config_file configs/accelerate/fsdp2.yaml trainers/preference.py"),
     "DeepSpeed file": ("deepspeed: ds.json", "configs/accelerate/zero2.yaml"),
     "mixed precision": ("mixed_precision: bf16", "in this file write bf16: true or fp16: true"),
-    "float in quotes": ('learning_rate: "1e-6"', "must be a number. Write 1e-6 without quotes"),
+    "float in quotes": ('learning_rate: "1e-6"', "must be a number or null. Write 1e-6 without quotes"),
     "text for a float": ("learning_rate: fast", "must be a number"),
     "bool for an int": ("seed: true", "must be a whole number"),
     "int for a bool": ("bf16: 1", "must be true or false"),

@@ -37,7 +37,9 @@ def test_every_key_is_described() -> None:
 def test_defaults_and_bounds_are_said() -> None:
     assert SCHEMA["properties"]["max_rows"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"type": "null"}]
     rate = SCHEMA["properties"]["learning_rate"]
-    assert (rate["type"], rate["exclusiveMinimum"], rate["default"]) == ("number", 0, 1e-6)
+    assert rate["anyOf"] == [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}] and rate["default"] is None
+    assert "under lora 1e-05 (10 times full: Schulman et al. 2025" in rate["description"]
+    assert "under full 1e-06 (TRL 1.16)" in rate["description"]
     assert SCHEMA["properties"]["attn_implementation"]["enum"][-1] is None
     assert "default" not in SCHEMA["properties"]["model"]
 

@@ -35,7 +35,7 @@ def test_keys_that_mean_nothing_here_are_not_there() -> None:
 def test_defaults_are_those_of_trl() -> None:
     config = load(SUPERVISED).config
     assert isinstance(config, SFTConfig)
-    assert (config.learning_rate, config.max_length, config.packing) == (2e-5, 1024, False)
+    assert (config.learning_rate, config.max_length, config.packing) == (None, 1024, False)
     assert config.completion_only_loss is None and config.packing_strategy == "bfd"
     assert json_schema("sft")["title"] == "alignkit sft config"
 
