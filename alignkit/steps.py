@@ -31,6 +31,7 @@ from alignkit.callbacks.progress import ShortProgress
 from alignkit.callbacks.unmoved import UnmovedWeights
 from alignkit.config import LoadedConfig
 from alignkit.config.check import in_force
+from alignkit.data.checks import Limits
 from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.report import SplitReport, data_report
 from alignkit.environment import environment, launched_with_fsdp
@@ -238,6 +239,7 @@ def convert_splits(
 
 
 def report_data(
+    config: RunConfig,
     converted: Mapping[str, tuple[Rows, SplitReport]],
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
@@ -248,7 +250,8 @@ def report_data(
     Raises:
         DataError: A check fails.
     """
-    report = data_report(converted, tokenizer)
+    limits = Limits(config.max_truncated_fraction, config.allow_overlap)
+    report = data_report(converted, tokenizer, limits=limits)
     if args.process_index == 0:
         report.print_to(sys.stdout)
     directory.record(data=report.to_dict())

@@ -89,7 +89,7 @@ def prepare_data(
 
     with args.main_process_first(desc="tokens"):
         converted = steps.convert_splits(config, splits, convert)
-    steps.report_data(converted, tokenizer, args, directory)
+    steps.report_data(config, converted, tokenizer, args, directory)
     evaluation = converted["held-out"][0] if "held-out" in converted else None
     prompts: list[tuple[int, ...]] = []
     if isinstance(evaluation, Dataset):

@@ -60,7 +60,7 @@ def prepare_data(
     with args.main_process_first(desc="data"):
         splits = steps.load_splits(config)
         converted = steps.convert_splits(config, splits, convert)
-    steps.report_data(converted, tokenizer, args, directory)
+    steps.report_data(config, converted, tokenizer, args, directory)
     if "held-out" not in converted:
         return steps.PreparedData(converted["train"][0], None, [])
     prompts = prompts_of(splits["held-out"], tokenizer, config.num_samples)

@@ -55,6 +55,14 @@ IGNORED: tuple[IgnoredKeys, ...] = (
         under=("packing",),
     ),
     IgnoredKeys(
+        "max_truncated_fraction where nothing is cut",
+        ("max_truncated_fraction",),
+        lambda c: c.packing and c.packing_strategy == "bfd_split",
+        "bfd_split cuts no row",
+        "write packing_strategy: bfd",
+        under=("packing", "packing_strategy"),
+    ),
+    IgnoredKeys(
         "options of eval_data without it",
         ("eval_split", "max_eval_rows"),
         lambda c: c.eval_data is None,
@@ -64,7 +72,7 @@ IGNORED: tuple[IgnoredKeys, ...] = (
     ),
     IgnoredKeys(
         "evaluation options without held-out rows",
-        ("per_device_eval_batch_size", "probe_rows"),
+        ("per_device_eval_batch_size", "probe_rows", "allow_overlap"),
         no_heldout_rows,
         "no rows are held out",
         "write eval_data: FILE or eval_fraction: 0.05",

@@ -131,6 +131,12 @@ class DataSection(Section):
     max_dropped_fraction: float = option(
         0.1, ge=0, le=1, help="Refuse to train when a larger share of the rows cannot be used."
     )
+    max_truncated_fraction: float = option(
+        0.5, ge=0, le=1, help="Refuse to train when a larger share of the rows is cut at max_length."
+    )
+    allow_overlap: bool = option(
+        False, help="Evaluate although held-out rows are trained on; they are compared token for token."
+    )
     dataset_num_proc: int | None = option(None, ge=1, help="Processes that tokenise; null is one.", source=TRL)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.repeats import Content, list_bytes, list_slices
 from alignkit.data.report import Spans, SplitReport
 from alignkit.data.templates import Check, check_conversion
 
@@ -28,6 +30,8 @@ class ConversionReport(SplitReport):
         candidates_per_row: Rows kept for each number of candidates.
         mean_score_gap: Mean over the rows kept of highest minus lowest score (1 for chosen/rejected pairs).
     """
+
+    has_preferences: ClassVar[bool] = True
 
     num_truncated_completions: int
     candidates_per_row: dict[int, int]
@@ -52,6 +56,14 @@ class ConversionReport(SplitReport):
     def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
         """The checks of candidate rows."""
         return check_conversion(self, tokenizer, rows)
+
+    def contents(self, table: pa.Table) -> Iterator[Content]:
+        """What each row trains: every completion behind the prompt."""
+        offsets, lists = list_slices(table["completion_ids"])
+        completions, scores = list(list_bytes(lists)), table["scores"].to_pylist()
+        for row, prompt in enumerate(list_bytes(table["prompt_ids"])):
+            answers = [prompt + completion for completion in completions[offsets[row] : offsets[row + 1]]]
+            yield Content(prompt, answers, scores[row])
 
     def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
         """Decode one candidate row, special tokens included."""

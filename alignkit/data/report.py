@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
 
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.checks import Limits, check_contradictions, check_duplicates, check_overlap, check_truncation
+from alignkit.data.problems import shorten
+from alignkit.data.repeats import Content, Prints, RepeatCounts, count_repeats, fingerprints
 from alignkit.data.templates import Check
 from alignkit.errors import DataError
 
 QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 
 ROWS_CHECKED = 4
+STREAMED_ROWS_CHECKED = 64
 TEXT_SHOWN = 800
 MARKS = ("[[", "]]")
 _COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m", "trained": "\033[36m"}
@@ -77,6 +82,9 @@ class SplitReport:
     num_doubled_tokens: int
     is_sample: bool = False
 
+    has_preferences: ClassVar[bool] = False
+    """Whether a row says which of its answers is better."""
+
     @property
     def num_dropped(self) -> int:
         """Rows dropped for any cause."""
@@ -99,6 +107,14 @@ class SplitReport:
         """
         raise NotImplementedError
 
+    def contents(self, table: pa.Table) -> Iterable[Content]:
+        """What rows train, to find those that are there more than once.
+
+        Args:
+            table: Converted rows.
+        """
+        raise NotImplementedError
+
     def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
         """A converted row as the model sees it.
 
@@ -116,11 +132,13 @@ class DataReport:
     Attributes:
         splits: One conversion report a split.
         checks: The checks of each split.
+        repeats: Rows of each split that are there more than once, or are trained on.
         example: The first row of the first split.
     """
 
     splits: tuple[SplitReport, ...]
     checks: dict[str, list[Check]]
+    repeats: dict[str, RepeatCounts]
     example: Example
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,19 +175,51 @@ class DataReport:
 
 
 def data_report(
-    splits: Mapping[str, tuple[Dataset | IterableDataset, SplitReport]], tokenizer: PreTrainedTokenizerBase
+    splits: Mapping[str, tuple[Dataset | IterableDataset, SplitReport]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limits: Limits | None = None,
 ) -> DataReport:
     """Check and describe converted splits.
 
     Args:
-        splits: Name to the converted rows and their report; the first one gives the example.
+        splits: Name to the converted rows and their report. The first are those trained on, with which all others are
+            compared; it also gives the example. Of streamed rows the first are looked at.
         tokenizer: The tokenizer it used.
+        limits: How much of what is found is refused; None for the defaults.
     """
-    rows = {name: list(islice(dataset, ROWS_CHECKED)) for name, (dataset, _) in splits.items()}
-    checks = {name: report.checks(tokenizer, rows[name]) for name, (_, report) in splits.items()}
-    name, (_, first) = next(iter(splits.items()))
-    example = first.example(rows[name][0], tokenizer)
-    return DataReport(tuple(report for _, report in splits.values()), checks, example)
+    limits = limits or Limits()
+    trained: tuple[SplitReport, Prints] | None = None
+    checks, repeats = {}, {}
+    for name, (dataset, report) in splits.items():
+        rows = _at_hand(dataset)
+        prints = fingerprints(rows, report.contents)
+        repeats[name] = counts = count_repeats(prints, None if trained is None else trained[1])
+        checks[name] = [*report.checks(tokenizer, list(rows.take(ROWS_CHECKED))), check_truncation(report, limits)]
+        checks[name].append(check_duplicates(report, counts))
+        if report.has_preferences:
+            checks[name].append(check_contradictions(report, counts))
+        if trained is None:
+            trained, example = (report, prints), report.example(rows[0], tokenizer)
+        else:
+            shown = _beginning(report, rows, counts.first_trained_on, tokenizer)
+            checks[name].append(check_overlap(report, trained[0], counts, limits, shown))
+    return DataReport(tuple(report for _, report in splits.values()), checks, repeats, example)
+
+
+def _at_hand(dataset: Dataset | IterableDataset) -> Dataset:
+    """The rows, of a stream the first."""
+    if isinstance(dataset, Dataset):
+        return dataset
+    return Dataset.from_list(list(islice(dataset, STREAMED_ROWS_CHECKED)), features=dataset.features)
+
+
+def _beginning(report: SplitReport, rows: Dataset, number: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a row begins, as text; nothing where there is no such row."""
+    if number is None:
+        return ""
+    _, spans = report.example(rows[number], tokenizer).labelled()[0]
+    return shorten("".join(text for text, _ in spans))
 
 
 def length_line(lengths: Mapping[str, int]) -> str:

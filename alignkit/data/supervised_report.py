@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.repeats import Content, list_bytes
 from alignkit.data.report import Spans, SplitReport
 from alignkit.data.templates import Check, check_rows
 
@@ -36,6 +39,13 @@ class SupervisedReport(SplitReport):
     def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
         """The checks that hold for rows of any family."""
         return check_rows(self)
+
+    def contents(self, table: pa.Table) -> Iterator[Content]:
+        """What each row trains: its trained tokens, behind the others."""
+        for ids, labels in zip(list_bytes(table["input_ids"]), list_bytes(table["labels"]), strict=True):
+            trained = np.frombuffer(labels, dtype=np.int32) >= 0
+            prompt = ids[: int(trained.argmax()) * np.int32().itemsize]
+            yield Content(prompt, [ids + trained.tobytes()], [1.0])
 
     def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> MarkedRow:
         """Decode a row in runs of trained and other tokens."""

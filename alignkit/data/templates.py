@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from alignkit.data.candidate_report import ConversionReport
     from alignkit.data.report import SplitReport
 
-TRUNCATION_WARNING = 0.05
-"""Share of rows cut by max_length above which a warning is given."""
-
 
 @dataclass(frozen=True)
 class Check:
@@ -105,7 +102,6 @@ def check_conversion(
         _check_prompt_prefix(report),
         _check_preference(report),
         _check_special_tokens(report),
-        _check_truncation(report),
     ]
 
 
@@ -119,7 +115,6 @@ def check_rows(report: SplitReport) -> list[Check]:
         _check_stop_token(report),
         _check_prompt_prefix(report),
         _check_special_tokens(report),
-        _check_truncation(report),
     ]
 
 
@@ -173,16 +168,3 @@ def _check_special_tokens(report: SplitReport) -> Check:
         return Check(name, "ok", "in every row")
     advice = "take BOS and EOS out of the texts (the tokenizer adds them), or out of the template"
     return Check(name, "warn", f"{report.num_doubled_tokens} rows begin with two BOS or end in two EOS; {advice}")
-
-
-def _check_truncation(report: SplitReport) -> Check:
-    name = "rows fit max_length"
-    if report.max_length is None or report.num_truncated_rows + report.num_dropped == 0:
-        return Check(name, "ok", "all of them")
-    share = report.num_truncated_rows / report.num_rows_in
-    found = (
-        f"{report.num_truncated_rows} of {report.num_rows_in} rows ({share:.1%}) are cut at {report.max_length} tokens"
-    )
-    if share <= TRUNCATION_WARNING:
-        return Check(name, "ok", found)
-    return Check(name, "warn", f"{found}; max_length {report.recommended_max_length} holds 95 % of the rows whole")

@@ -146,9 +146,13 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"reference": "precomputed"},
     ),
     "packing_strategy without packing": (SUPERVISED | {"packing_strategy": "bfd_split"}, {"packing": True}),
+    "max_truncated_fraction where nothing is cut": (
+        SUPERVISED | {"packing": True, "packing_strategy": "bfd_split", "max_truncated_fraction": 0.9},
+        {"packing_strategy": "bfd"},
+    ),
     "options of eval_data without it": ({"eval_split": "train", "max_eval_rows": 1}, {"eval_data": "rows.jsonl"}),
     "evaluation options without held-out rows": (
-        {"per_device_eval_batch_size": 8, "probe_rows": 32},
+        {"per_device_eval_batch_size": 8, "probe_rows": 32, "allow_overlap": True},
         HELD_OUT,
     ),
     "probe_steps without a probe": (HELD_OUT | {"probe_rows": 0, "probe_steps": 5}, {"probe_rows": 3}),

@@ -94,7 +94,7 @@ def test_no_whole_completion_leaves_the_stop_token_open(tokenizer: PreTrainedTok
     report = report_of([pair("1:", "2 3 4 5 6", "6 5 4 3 2")], tokenizer, max_length=4)
     assert check_of(report, STOP).status == "warn"
     assert "raise max_length to 64" in check_of(report, STOP).message
-    assert check_of(report, FIT).status == "warn"
+    assert check_of(report, FIT).status == "fail"
     assert "1 of 1 rows (100.0%) are cut at 4 tokens" in check_of(report, FIT).message
 
 

@@ -89,6 +89,7 @@ def run(launch: Launch, inputs: dict[str, str]) -> Callable[[str, str], Path]:
             # count.
             "eval_data": inputs[what.rows],
             "max_eval_rows": 7,
+            "allow_overlap": True,
             "per_device_eval_batch_size": 2,
             **({"probe_steps": 0} if what.program == "preference" else {}),
         }

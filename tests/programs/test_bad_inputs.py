@@ -187,6 +187,17 @@ BAD_RUNS = (
         ("no chat template", "Set chat_template"),
         rows_in("messages.jsonl", [{**CONVERSATION, "rejected": [{"role": "assistant", "content": "w3"}]}] * 9),
     ),
+    Bad(
+        "every row is cut",
+        {"data": "cut.jsonl", "max_length": 8},
+        ("9 of 9 rows .* are cut at 8 tokens", "max_length 64 holds", "max_truncated_fraction: 1"),
+        rows_in("cut.jsonl", [{"prompt": f"w{i} ", "chosen": "w1 " * 30, "rejected": "w2 " * 30} for i in range(9)]),
+    ),
+    Bad(
+        "held-out rows that are trained on",
+        {"eval_data": "rows.jsonl", "max_eval_rows": 7},
+        ("7 of 7 .* have an answer that is trained on", "write allow_overlap: true"),
+    ),
     Bad("too few rows to hold out", {"eval_fraction": 0.001}, ("change the fraction, or give eval_data",)),
     Bad(
         "an unknown LoRA target",
