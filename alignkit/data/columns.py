@@ -66,7 +66,7 @@ class RowFamily:
 
 
 _OTHER_NAMES = {
-    "prompt": ("question", "instruction", "query", "input", "context"),
+    "prompt": ("question", "instruction", "query", "input", "context", "conversations", "conversation"),
     "chosen": ("preferred", "winner", "accepted", "response_chosen", "chosen_response", "best"),
     "rejected": ("dispreferred", "loser", "response_rejected", "rejected_response", "worst"),
     "completion": ("response", "answer", "output", "target", "solution"),
@@ -75,6 +75,54 @@ _OTHER_NAMES = {
     "completions": ("responses", "candidates", "solutions", "answers", "generations"),
     "scores": ("rewards", "ratings", "labels", "ranks"),
 }
+
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def refused_columns(columns: Sequence[str]) -> list[str]:
+    """One problem for each column without which rows would mean something else, but which cannot be trained on.
+
+    Args:
+        columns: Names in the data.
+    """
+    return [
+        f"column {name!r}: alignkit trains on text alone, and would train these rows without what the column holds. "
+        f"Remove the rows that need it, and the column"
+        for name in columns
+        if name in _MEDIA
+    ]
+
+
+def _foreign_form(columns: Sequence[str]) -> str | None:
+    """What to do with rows of a form that alignkit has not, or None for any other rows."""
+    if {*COMPLETION_COLUMNS, "label"} <= set(columns):
+        return (
+            "rows of prompt, completion and label are unpaired, as KTO takes them; alignkit compares answers to one "
+            "prompt. Put the answers to each prompt into one row of prompt, completions and scores, with the score 1 "
+            "for label true and 0 for false; prompts with good answers alone can be trained with method sft "
+            "(trainers/sft.py, without the label column), those with bad ones alone with method d2o (prompt, rejected)"
+        )
+    if "input_ids" in columns:
+        return (
+            "rows of input_ids are tokenised already; alignkit tokenises text itself, so that it can check what is "
+            f"trained. Give the rows as text or messages. Columns present: {', '.join(map(repr, columns))}"
+        )
+    return None
+
+
+def unpaired_labels(columns: Sequence[str]) -> list[str]:
+    """The problem of supervised rows of which a label says which are good, as if all of them were.
+
+    Args:
+        columns: Names in the data.
+    """
+    if not {*COMPLETION_COLUMNS, "label"} <= set(columns):
+        return []
+    return [
+        "column 'label' beside prompt and completion: rows that it calls bad would be trained like the good ones. Keep "
+        "the rows to be imitated, and remove the column"
+    ]
 
 
 def nearest_name(wanted: str, available: Sequence[str]) -> str | None:
@@ -98,12 +146,16 @@ def missing_columns(
         forms: The forms there are.
         notes: What to say of a missing column that no other column looks like.
     """
+    if foreign := _foreign_form(columns):
+        return [foreign]
     known = columns_of(forms)
     spare = [name for name in columns if name not in known]
     near = {name: nearest_name(name, spare) for name in known}
 
     def share_found(form: Form) -> float:
-        return sum(name in columns or bool(near[name]) for name in form.columns) / len(form.columns)
+        # One column can be meant by one name.
+        found = {name if name in columns else near[name] for name in form.columns} - {None}
+        return len(found) / len(form.columns)
 
     wanted = max(forms, key=share_found)
     problems = []

@@ -20,7 +20,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.data.columns import LIST_COLUMNS, NEGATIVE_FORMS, PROMPT_FORM, Form, RowFamily, missing_columns
+from alignkit.data.columns import (
+    LIST_COLUMNS,
+    NEGATIVE_FORMS,
+    PROMPT_FORM,
+    Form,
+    RowFamily,
+    missing_columns,
+    refused_columns,
+)
 from alignkit.data.problems import Problem, shorten, value_problems
 from alignkit.data.schema import RowKind, detect_kind, first_value, preference_rows
 from alignkit.errors import DataError
@@ -66,6 +74,8 @@ def detect_prompt_kind(
     Raises:
         DataError: A column is missing, or the prompt and the rejected answer do not fit together.
     """
+    if refused := refused_columns(columns):
+        raise DataError(f"{name}: rows are not text alone", refused)
     form = NEGATIVE_FORMS[0] if negatives else PROMPT_FORM
     if not set(form.columns) <= set(columns):
         raise _unformed(name, columns, (form,))

@@ -51,10 +51,20 @@ def _message_problems(column: str, value: Any) -> list[Problem]:
         # An assistant turn may carry tool calls in place of content.
         if message.get("content") is None and not message.get("tool_calls"):
             return [Problem(f"{column} has a message without content, {expected}", shorten(message))]
+        if foreign := _foreign_part(message.get("content")):
+            advice = "alignkit trains on text alone, and would train the rest without it. Remove such rows"
+            return [Problem(f"{column} has content that is not text ({foreign}): {advice}", shorten(message))]
     last = value[-1]
     if column != "prompt" and is_blank(last.get("content") or "") and not last.get("tool_calls"):
         return [Problem(f"{column} ends in an empty message: there is nothing to learn", shorten(last))]
     return []
+
+
+def _foreign_part(content: Any) -> str | None:
+    """The type of the first part of a message's content that is not text, or None."""
+    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    types = [str(part.get("type") or "text") for part in parts]
+    return next((kind for kind in types if kind != "text"), None)
 
 
 def is_blank(value: str | list[Any]) -> bool:

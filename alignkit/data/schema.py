@@ -36,6 +36,7 @@ from alignkit.data.columns import (
     RowFamily,
     misnamed_prompt,
     missing_columns,
+    refused_columns,
 )
 from alignkit.data.problems import Problem, is_blank, shorten, value_problems
 from alignkit.errors import DataError
@@ -97,8 +98,10 @@ def detect_kind(
             for 2, lists for None.
 
     Raises:
-        DataError: Columns are missing, or the prompt and the completions do not fit together.
+        DataError: Columns are missing or cannot be trained on, or the prompt and the completions do not fit together.
     """
+    if refused := refused_columns(columns):
+        raise DataError(f"{name}: rows are not text alone", refused)
     kind = _detect_form(columns, head, name, num_candidates)
     given = [column for column in kind.reward_columns if column in columns]
     foreign = [column for column in PAIR_REWARD_COLUMNS + LIST_REWARD_COLUMNS if column in columns]

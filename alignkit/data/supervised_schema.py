@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from alignkit.data.columns import COMPLETION_COLUMNS, SUPERVISED_FORMS, RowFamily, missing_columns
+from alignkit.data.columns import (
+    COMPLETION_COLUMNS,
+    SUPERVISED_FORMS,
+    RowFamily,
+    missing_columns,
+    refused_columns,
+    unpaired_labels,
+)
 from alignkit.data.schema import Problem, first_value, value_problems
 from alignkit.errors import DataError
 
@@ -79,8 +86,10 @@ def detect_supervised_kind(
         assistant_only_loss: True where the assistant's turns alone shall be trained, which needs messages.
 
     Raises:
-        DataError: Columns are missing, or the rows cannot tell what shall be trained.
+        DataError: Columns are missing or cannot be trained on, or the rows cannot tell what shall be trained.
     """
+    if refused := refused_columns(columns) + unpaired_labels(columns):
+        raise DataError(f"{name}: rows would be trained as what they are not", refused)
     found = next((form.columns for form in SUPERVISED_FORMS if set(form.columns) <= set(columns)), None)
     if found is None:
         raise DataError(f"{name}: columns do not form supervised rows", missing_columns(columns, SUPERVISED_FORMS))

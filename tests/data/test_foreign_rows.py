@@ -1,0 +1,81 @@
+"""Rows as others write them: refused with advice that leads to something that works, or read as what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from alignkit.data.columns import RowFamily
+from alignkit.data.convert import to_candidate_rows
+from alignkit.data.load import load_rows
+from alignkit.data.negative_schema import negative_rows
+from alignkit.data.schema import preference_rows
+from alignkit.data.supervised import to_supervised_rows
+from alignkit.data.supervised_schema import supervised_rows
+from alignkit.errors import DataError
+from tests.data.rows import pair
+
+Write = Callable[[str, Sequence[Any]], str]
+
+FAMILIES = {
+    "preference": (preference_rows(), pair()),
+    "supervised": (supervised_rows(), {"prompt": "q", "completion": "a"}),
+    "negatives": (negative_rows(), {"prompt": "q", "rejected": "a"}),
+}
+KTO = [{"prompt": "q", "completion": "good", "label": True}, {"prompt": "q", "completion": "bad", "label": False}]
+
+
+def refusal(path: str, family: RowFamily, **options: Any) -> str:
+    with pytest.raises(DataError) as refused:
+        load_rows(path, family=family, **options)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("column", ["image", "images", "audio"])
+def test_columns_of_pictures_and_sound_are_refused(write_jsonl: Write, name: str, column: str) -> None:
+    family, row = FAMILIES[name]
+    assert len(load_rows(write_jsonl("text.jsonl", [row]), family=family)) == 1
+    text = refusal(write_jsonl("seen.jsonl", [{**row, column: "a.png"}]), family)
+    assert f"column {column!r}" in text and "would train these rows without what the column holds" in text
+
+
+def test_parts_of_a_message_that_are_not_text_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    def row(kind: str) -> dict[str, Any]:
+        content = [{"type": "text", "text": "What is it?"}, {"type": kind, kind: "a.png"}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [content[0]]}]}
+
+    with pytest.raises(DataError, match=r"content that is not text \(image_url\).*alignkit trains on text alone"):
+        to_supervised_rows(Dataset.from_list([row("image_url")]), tokenizer, max_length=None)
+
+
+def test_unpaired_rows_are_led_to_lists_and_to_sft(write_jsonl: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = refusal(write_jsonl("kto.jsonl", KTO), preference_rows(2))
+    assert "unpaired, as KTO takes them" in text and "prompt, completions and scores" in text
+    assert "Did you mean" not in text
+    # What the advice says, done:
+    lists = [{"prompt": "q", "completions": ["good", "bad"], "scores": [1, 0]}]
+    rows, _ = to_candidate_rows(
+        load_rows(write_jsonl("lists.jsonl", lists)), tokenizer, max_length=None, num_candidates=2
+    )
+    assert tokenizer.decode(rows[0]["completion_ids"][0]) == "good<|endoftext|>"
+    good = [{"prompt": row["prompt"], "completion": row["completion"]} for row in KTO if row["label"]]
+    assert len(load_rows(write_jsonl("good.jsonl", good), family=supervised_rows())) == 1
+    bad = [{"prompt": row["prompt"], "rejected": row["completion"]} for row in KTO if not row["label"]]
+    assert len(load_rows(write_jsonl("bad.jsonl", bad), family=negative_rows())) == 1
+
+
+def test_unpaired_rows_are_not_trained_as_if_all_were_good(write_jsonl: Write) -> None:
+    text = refusal(write_jsonl("kto.jsonl", KTO), supervised_rows())
+    assert "column 'label'" in text and "rows that it calls bad would be trained" in text
+
+
+@pytest.mark.parametrize("family", [preference_rows(), supervised_rows()], ids=["preference", "supervised"])
+def test_tokenised_rows_are_named_as_such(write_jsonl: Write, family: RowFamily) -> None:
+    row = {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}
+    text = refusal(write_jsonl("ids.jsonl", [row]), family)
+    assert "tokenised already" in text and "Give the rows as text or messages" in text and "Did you mean" not in text
