@@ -9,7 +9,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakSet
@@ -64,7 +64,7 @@ class _PackedRows:
     predict a completion token, so that the LM head never projects the prompt.
     """
 
-    attn_implementation: Callable[[], str]
+    config: Any
     positions: Tensor | None = field(default=None, init=False)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -73,7 +73,7 @@ class _PackedRows:
         segment_ids = kwargs.pop("segment_ids", None)
         if segment_ids is not None:
             dtype = next(module.parameters()).dtype
-            kwargs["attention_mask"] = _attention_mask(segment_ids, self.attn_implementation(), dtype)
+            kwargs["attention_mask"] = _attention_mask(segment_ids, self.config._attn_implementation, dtype)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -135,7 +135,8 @@ def support_packed_rows(base: nn.Module) -> None:
     """Register the backbone hooks of the ``shared_prefix`` layout, once; ``padded`` rows pass them untouched."""
     backbone = cast(nn.Module, base.base_model)
     if backbone not in _PACKED_BACKBONES:
-        hooks = _PackedRows(attn_implementation=lambda: base.config.get_text_config()._attn_implementation)
+        # The config alone: a hook that held the model itself would be followed in a circle by a compiler.
+        hooks = _PackedRows(base.config.get_text_config())
         backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
         backbone.register_forward_hook(hooks.after)
         _PACKED_BACKBONES.add(backbone)

@@ -77,7 +77,9 @@ def packed_attention(
     Returns:
         Output [B, S, heads, head size], and None for the weights.
     """
-    packed: PackedRows | None = None if attention_mask is None else vars(attention_mask).get("packed_rows")
+    # A compiler follows no attribute of a tensor; there the dense mask, which says the same, goes to the kernel.
+    is_plain = attention_mask is None or torch.compiler.is_compiling()
+    packed: PackedRows | None = None if is_plain else vars(attention_mask).get("packed_rows")
     if packed is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
@@ -103,6 +105,8 @@ def packed_attention(
 
 def mark_packed(mask: Tensor, segment_ids: Tensor) -> Tensor:
     """Attach the parts of the rows to their dense mask, which stays right for any other attention function."""
+    if torch.compiler.is_compiling():
+        return mask
     mask.packed_rows = PackedRows.of(segment_ids)  # type: ignore[attr-defined]
     return mask
 

@@ -69,10 +69,10 @@ class ReferenceScoring(DPOTrainer):
             raise ModelError(
                 "a moving anchor is not available under FSDP. Use DDP or DeepSpeed, or write anchor: fixed"
             )
-        policy = self.accelerator.unwrap_model(self.model)
+        policy = self._plain(self.model)
         if isinstance(policy, PeftModel) and self.ref_model is None:
             add_anchor_adapter(policy)
-        reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        reference = None if self.ref_model is None else self._plain(self.ref_model)
         self.anchor = MovingAnchor(schedule, self.accelerator, policy, reference)
         self.add_callback(self.anchor)
 
@@ -114,15 +114,21 @@ class ReferenceScoring(DPOTrainer):
             self._negative_reference = model.eval()
         return self._negative_reference
 
+    def _plain(self, model: nn.Module) -> nn.Module:
+        """The model inside whatever launches, shards or compiles it."""
+        plain: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return plain
+
     def _reference_model(self) -> nn.Module:
         if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
             raise ModelError(
                 "the policy has been trained and there is no reference model left to score these rows with"
             )
-        model = self.ref_model or self.model
+        # Not `or`, which asks a model for its length: a compiled one has none.
+        model = self.model if self.ref_model is None else self.ref_model
         key = (model, self.layout.layout)
         if key != self._ready_reference:
-            base = base_model(self.accelerator.unwrap_model(model))
+            base = base_model(self._plain(model))
             support_packed_rows(base)
             if self.layout.layout == "shared_prefix":
                 use_packed_attention(base, self.layout.attention)
@@ -147,10 +153,9 @@ class ReferenceScoring(DPOTrainer):
         """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
         if "reference" not in self.needs:
             return dataset
-        unwrap = self.accelerator.unwrap_model
-        weights = reference.model_fingerprint(unwrap(self._reference_model()), self._reference_adapter())
+        weights = reference.model_fingerprint(self._plain(self._reference_model()), self._reference_adapter())
         if self.settings.negative_reference is not None:
-            weights += reference.model_fingerprint(unwrap(self._placed_negative_reference()), None)
+            weights += reference.model_fingerprint(self._plain(self._placed_negative_reference()), None)
         precision = compute_precision(self.model, self.accelerator.mixed_precision)
         cache = reference.ReferenceCache(self.settings.reference_cache or reference.default_cache_dir())
         return reference.with_reference(
@@ -176,7 +181,7 @@ class ReferenceScoring(DPOTrainer):
             if "better_prompt_ids" not in rows.column_names:
                 self.token_reward_reports[name] = token_reward_report(rows)
                 continue
-            model = self.accelerator.unwrap_model(self._reference_model())
+            model = self._plain(self._reference_model())
             refuse_long_sequences(rows, model, name)
             verify = not is_deepspeed_zero3_enabled()
             with self._reference_mode():
