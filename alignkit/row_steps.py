@@ -29,6 +29,7 @@ from alignkit.evals.self_samples import SETTING_NAMES, self_samples
 from alignkit.methods._reference import default_cache_dir, model_fingerprint
 from alignkit.methods.method import load_method
 from alignkit.model_steps import load_policy, new_adapter
+from alignkit.parametrizations.vocabulary import check_token_ids
 
 Rows = Dataset | IterableDataset
 
@@ -65,6 +66,8 @@ def with_samples(
     how = {"instruction": settings.instruction}
     prompts = {name: prepare_prompts(list(splits[name]), tokenizer, name=name, **how) for name in wanting}
     model = load_policy(config)
+    asked = {f"a prompt of {name}": prompts[name].token_ids for name in wanting}
+    check_token_ids(model, tokenizer, asked, name=repr(config.model))
     new_adapter(config, model)  # The trainer makes its own; here it is tried.
     fit = {"max_dropped_fraction": config.max_dropped_fraction}
     limits = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from alignkit import steps
@@ -24,6 +26,7 @@ from alignkit.methods._late_rows import LateRowsTrainer
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from alignkit.methods.method import load_method
 from alignkit.model_steps import check_references, load_negative_reference, load_policy, load_reference, new_adapter
+from alignkit.parametrizations.vocabulary import check_token_ids
 from alignkit.row_steps import check_refresh, contrast_prompts, refresh_steps, resampler, with_samples
 from alignkit.run_directory import RunDirectory
 
@@ -108,7 +111,8 @@ def build_trainer(
     model = load_policy(config)
     cache = None if config.reference_cache is None else Path(config.reference_cache)
     layout: Any = config.layout
-    negative_reference = load_negative_reference(config)
+    negative_reference, reference = load_negative_reference(config), load_reference(config)
+    _check_vocabularies([model, reference, negative_reference], tokenizer, data)
     refreshed = refresh_steps(config)
     trainer = (LateRowsTrainer if refreshed else PreferenceTrainer)(
         model,
@@ -120,7 +124,7 @@ def build_trainer(
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        ref_model=load_reference(config),
+        ref_model=reference,
         peft_config=new_adapter(config, model),
         callbacks=steps.run_callbacks(config, directory),
     )
@@ -135,6 +139,16 @@ def build_trainer(
         print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
     steps.introduce(config, trainer, directory, batch_layout=asdict(trainer.layout))
     return trainer
+
+
+def _check_vocabularies(
+    models: Sequence[PreTrainedModel | PeftModel | None], tokenizer: PreTrainedTokenizerBase, data: PreparedLists
+) -> None:
+    """Refuse models that lack the embedding of a token of the rows."""
+    used = {"a training row": data.train, "a held-out row": data.evaluation}
+    for model in models:
+        if model is not None:
+            check_token_ids(model, tokenizer, used, name=repr(model.name_or_path))
 
 
 def _report_token_rewards(trainer: PreferenceTrainer, directory: RunDirectory) -> None:

@@ -15,6 +15,7 @@ from alignkit.gradients._hook import chosen_rule
 from alignkit.methods._supervised import SupervisedTrainer, template_with_marks
 from alignkit.methods.method import load_method
 from alignkit.model_steps import load_policy, new_adapter
+from alignkit.parametrizations.vocabulary import check_token_ids
 from alignkit.run_directory import RunDirectory
 
 
@@ -76,6 +77,8 @@ def build_trainer(
 ) -> SupervisedTrainer:
     """Load the model and put the trainer together with its callbacks."""
     model = load_policy(config)
+    used = {"a training row": data.train, "a held-out row": data.evaluation, "a prompt": data.prompts}
+    check_token_ids(model, tokenizer, used, name=repr(config.model))
     trainer = SupervisedTrainer(
         model,
         args,

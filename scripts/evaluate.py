@@ -58,6 +58,7 @@ def main() -> None:
         **pick(arguments, "max_rows", "max_length", "num_samples"),
     )
     model = steps.load_evaluated(source, adapter, state.device)
+    steps.check_vocabulary(model, tokenizer, data)
     layout = choose_layout(arguments.layout, model, data.rows, batch_size=arguments.batch_size).layout
     sampling = Sampling(**pick(arguments, "max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
     settings = {"layout": layout, "batch_size": arguments.batch_size, "sampling": sampling, "state": state}
@@ -69,6 +70,7 @@ def main() -> None:
             base = steps.evaluate_model(model, tokenizer, data, name="base", **settings)
     elif arguments.compare_base is not None:
         model = steps.load_evaluated(ModelSource(arguments.compare_base, **how), None, state.device)
+        steps.check_vocabulary(model, tokenizer, data)
         base = steps.evaluate_model(model, tokenizer, data, name="base", **settings)
     if state.is_main_process:
         report(arguments, record, evaluation, base, tokenizer, data)

@@ -74,7 +74,7 @@ def main() -> None:
     store = ChunkStore(partial_folder(arguments.output), identity | asdict(settings) | prompts.settings())
     # Asked before the model is loaded, which takes longer.
     on_first_process(store.done, state)
-    engine = load_engine(engine_name, source, adapter, tokenizer, settings, state)
+    engine = load_engine(engine_name, source, adapter, tokenizer, prompts, settings, state)
     records = steps.sample_candidates(
         prompts, engine, settings, store=store, prompt_limit=limit, scorer=scorer, state=state, progress="samples"
     )
@@ -110,12 +110,14 @@ def load_engine(
     source: ModelSource,
     adapter: AdapterFiles | None,
     tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
     settings: SampleSettings,
     state: PartialState,
 ) -> Engine:
     """The engine with its model."""
     from alignkit.evals.sampling_engines import HuggingFaceEngine, VllmEngine
     from alignkit.parametrizations.loading import check_base, load_adapter, load_model
+    from alignkit.parametrizations.vocabulary import check_token_ids
 
     if adapter is not None:
         check_base(adapter, source)
@@ -123,6 +125,7 @@ def load_engine(
         return VllmEngine(source, adapter, tokenizer, settings.drawing)
     model = load_model(source, state.device)
     model = model if adapter is None else load_adapter(model, adapter)
+    check_token_ids(model, tokenizer, {"a prompt": prompts.token_ids}, name=repr(source.model))
     return HuggingFaceEngine(model, tokenizer, settings.drawing, state)
 
 

@@ -45,6 +45,7 @@ def main() -> None:
     from alignkit.evals.sampling_store import write_rows
     from alignkit.evals.token_rewards import write_heatmap
     from alignkit.parametrizations.loading import ModelSource
+    from alignkit.parametrizations.vocabulary import check_token_ids
 
     state = steps.start_processes(use_cpu=arguments.use_cpu)
     how = ("dtype", "quantization", "attn_implementation", "trust_remote_code")
@@ -52,6 +53,7 @@ def main() -> None:
     tokenizer = steps.tokenizer_for(source, adapter, arguments.chat_template)
     given, rows = prepare_rows(arguments, tokenizer, contrast, state)
     model = steps.load_evaluated(source, adapter, state.device)
+    check_token_ids(model, tokenizer, {"a row": rows}, name=repr(source.model))
     rewarded, report = compute(arguments, model, None if adapter is None else "default", tokenizer, rows, state)
     if state.is_main_process:
         write_rows(arguments.output, list(with_rewards(given, rows, rewarded)))

@@ -29,6 +29,7 @@ from alignkit.methods._forward import add_completion_head
 from alignkit.methods._reference import rows_fingerprint
 from alignkit.parametrizations.files import AdapterFiles, sha256
 from alignkit.parametrizations.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
+from alignkit.parametrizations.vocabulary import check_token_ids
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,23 @@ def load_evaluated(
     # The head goes on before PEFT wraps the model.
     add_completion_head(model)
     return model if adapter is None else load_adapter(model, adapter)
+
+
+def check_vocabulary(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: EvaluationData
+) -> None:
+    """Refuse a model that lacks the embedding of a token of the rows or prompts.
+
+    Args:
+        model: What :func:`load_evaluated` returned.
+        tokenizer: The tokenizer of the rows.
+        data: What the model is to be evaluated on.
+
+    Raises:
+        ModelError: Names the token.
+    """
+    used = {"a held-out row": data.rows, "a probe row": data.probe, "a prompt": data.prompts}
+    check_token_ids(model, tokenizer, used, name=repr(model.name_or_path))
 
 
 def evaluate_model(

@@ -26,6 +26,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.errors import ModelError
 from alignkit.parametrizations.files import CARD_OF_THE_ADAPTER, AdapterFiles, is_local
 from alignkit.parametrizations.loading import DTYPES, ModelSource, check_base, load_adapter, load_model
+from alignkit.parametrizations.vocabulary import check_token_ids
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 """Largest admissible difference of a logit by the type of the merged weights; ours, some ten times the rounding errors
@@ -120,7 +121,7 @@ def merge_adapter(
         tolerance = TOLERANCES[dtype] if source.quantization == "none" else QUANTIZED_TOLERANCE
     check_base(adapter, source)
     exact = replace(source, dtype="float32")
-    tuned, effect = _reference_logits(adapter, exact, prompts, device)
+    tuned, effect = _reference_logits(adapter, exact, tokenizer, prompts, device)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         draft = Path(folder) / output.name
@@ -187,12 +188,17 @@ def logits_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Logi
 
 
 def _reference_logits(
-    adapter: AdapterFiles, source: ModelSource, prompts: Sequence[Sequence[int]], device: torch.device | str
+    adapter: AdapterFiles,
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device | str,
 ) -> tuple[list[Tensor], LogitsDifference]:
     """Logits of base + adapter as trained, and how far the adapter moves them."""
     wrapped = load_adapter(load_model(source, device), adapter)
     if wrapped.active_peft_config.is_prompt_learning:
         raise ModelError(f"an adapter of kind {adapter.kind} adds virtual tokens and no weights: it cannot be merged")
+    check_token_ids(wrapped, tokenizer, {"a compared text": prompts}, name=repr(source.model), pads=False)
     tuned = logits_of(wrapped, prompts, device)
     with wrapped.disable_adapter():
         return tuned, logits_difference(tuned, logits_of(wrapped, prompts, device))

@@ -1,0 +1,85 @@
+"""Whether a model has an embedding for every token it is to be given; without one, training ends in an IndexError."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.errors import ModelError
+
+TOKEN_COLUMNS = ("input_ids", "prompt_ids", "completion_ids", "better_prompt_ids", "worse_prompt_ids")
+BATCH_ROWS = 1000
+
+Tokens = Dataset | IterableDataset | Sequence[Sequence[int]] | None
+"""Converted rows, or lists of token ids; None where there are none."""
+
+
+def check_token_ids(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    used: Mapping[str, Tokens],
+    *,
+    name: str,
+    pads: bool = True,
+) -> None:
+    """Refuse a model that lacks the embedding of a token it is to be given.
+
+    A tokenizer may know more tokens than its model as long as nothing uses them; of streamed rows that cannot be known.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer of the rows.
+        used: What the model is to be given, by name.
+        name: What the model is called in the message.
+        pads: Whether what is given is padded to one length.
+
+    Raises:
+        ModelError: Names the first such token, and who uses it.
+    """
+    size = num_embeddings(model)
+    known = max(tokenizer.get_vocab().values())
+    if known < size:
+        return
+    beyond = f"the tokenizer goes beyond {name}, whose {size} embeddings are those of the ids 0 to {size - 1}"
+    advice = (
+        "Give the model an embedding for it (model.resize_token_embeddings(len(tokenizer)), then save the model, and "
+        "train the new row: it is random), or take the token out of"
+    )
+    padding: dict[str, Tokens] = {"padding": [[tokenizer.pad_token_id or 0]]} if pads else {}
+    for user, rows in (padding | {**used}).items():
+        if isinstance(rows, IterableDataset):
+            raise ModelError(f"{beyond}, and which tokens streamed rows use is not known. Write streaming: false")
+        largest = max(_largest_ids(rows), default=0)
+        if largest >= size:
+            token = f"{tokenizer.convert_ids_to_tokens(largest)!r} (id {largest})"
+            place = "the tokenizer (tokenizer.pad_token = tokenizer.eos_token)" if user == "padding" else "the rows"
+            raise ModelError(f"{beyond}, and {user} uses {token}. {advice} {place}")
+
+
+def num_embeddings(model: PreTrainedModel | PeftModel) -> int:
+    """Tokens that a model has an embedding for."""
+    embeddings = model.get_input_embeddings()
+    # The shape of the weight does not say: DeepSpeed shards it.
+    layer = embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings
+    size: int = layer.num_embeddings
+    return size
+
+
+def _largest_ids(rows: Dataset | Sequence[Sequence[int]] | None) -> Iterable[int]:
+    """The largest token id of every batch of rows."""
+    if not isinstance(rows, Dataset):
+        yield max(chain.from_iterable(rows or []), default=0)
+        return
+    columns = [column for column in TOKEN_COLUMNS if column in rows.column_names]
+    for table in rows.select_columns(columns).with_format("arrow").iter(BATCH_ROWS):
+        for column in columns:
+            values = table[column].combine_chunks()
+            while values.type.num_fields:  # lists, and lists of lists
+                values = values.flatten()
+            yield int(np.max(values.to_numpy(), initial=0))
