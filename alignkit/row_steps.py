@@ -15,7 +15,8 @@ from trl import DPOConfig
 
 from alignkit.config import PreferenceConfig
 from alignkit.data.contrast import ContrastPrompts, load_contrast_prompts
-from alignkit.data.load import HEAD_ROWS
+from alignkit.data.json_files import HEAD_ROWS
+from alignkit.data.json_values import dataset_of
 from alignkit.data.negatives import lack_samples
 from alignkit.data.problems import Problem
 from alignkit.data.schema import describe_problems
@@ -82,7 +83,7 @@ def with_samples(
         result = self_samples(prompts[name], model, tokenizer, settings, cache, **place)
         if PartialState().is_main_process:
             print(result.report.render(f"samples of {name}"))
-        splits[name], reports[name] = Dataset.from_list(result.rows), result.report
+        splits[name], reports[name] = dataset_of(result.rows), result.report
     return splits, reports
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.load import HEAD_ROWS
+from alignkit.data.json_files import HEAD_ROWS
 from alignkit.data.problems import Problem
 from alignkit.data.report import QUANTILES, SplitReport, length_line
 from alignkit.data.schema import describe_problems

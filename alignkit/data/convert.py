@@ -18,8 +18,9 @@ from alignkit.data import conversion as engine
 from alignkit.data.candidate_report import EQUAL_AFTER_CUT, NO_ROOM, ConversionReport
 from alignkit.data.columns import PREFERENCE_FORMS, columns_of
 from alignkit.data.contrast import ContrastPrompts
-from alignkit.data.load import first_rows
+from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
+from alignkit.data.readers import first_rows
 from alignkit.data.reward_rows import reward_problems
 from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.templates import require_template
@@ -71,6 +72,7 @@ def to_candidate_rows(
         DataError: Rows are malformed (every kind of problem, with examples), too many or all are dropped, or streamed
             rows without token rewards are to get contrast prompts.
     """
+    dataset = without_filled_nulls(dataset, columns_of(PREFERENCE_FORMS))
     head, columns = first_rows(dataset, name)
     kind = detect_kind(columns, head, name=name, num_candidates=num_candidates)
     require_template(tokenizer, conversational=kind.conversational, name=name)

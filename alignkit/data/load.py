@@ -10,22 +10,23 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 
 from alignkit.data.columns import LIST_REWARD_COLUMNS, PAIR_REWARD_COLUMNS, RowFamily, nearest_name
+from alignkit.data.json_values import map_values, without_filled_nulls
 from alignkit.data.mixture import mix
-from alignkit.data.readers import Source, is_csv, open_source, parse_json_cells
+from alignkit.data.readers import Source, first_rows, is_csv, list_of_cell, open_source
 from alignkit.data.schema import preference_rows
 from alignkit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-HEAD_ROWS = 64
-"""Rows looked at to recognise the form of a source, and checked up front when streaming."""
+MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "completions")
+"""Columns that may hold messages."""
 
 PREFERENCE_ROWS = preference_rows()
 
@@ -138,23 +139,6 @@ def split_held_out(
     return dataset.select([i for i in range(len(dataset)) if i not in chosen]), dataset.select(sorted(held_out))
 
 
-def first_rows(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows looked at up front, each with every column, and the columns.
-
-    Args:
-        dataset: Rows.
-        name: What they are called in an error.
-
-    Raises:
-        DataError: There is no row.
-    """
-    head = list(islice(dataset, HEAD_ROWS))
-    if not head:
-        raise DataError(f"{name}: no rows", ["the dataset is empty"])
-    columns = dataset.column_names or list(dict.fromkeys(column for row in head for column in row))
-    return [{column: row.get(column) for column in columns} for row in head], columns
-
-
 def _load_all(
     sources: Sequence[Source], column_map: Mapping[str, str], streaming: bool, family: RowFamily
 ) -> list[tuple[Dataset | IterableDataset, Any]]:
@@ -175,17 +159,45 @@ def _load_all(
 def _load_source(
     source: Source, column_map: Mapping[str, str], streaming: bool, family: RowFamily
 ) -> tuple[Dataset | IterableDataset, Any]:
-    dataset = open_source(source, streaming=streaming)
-    _, columns = first_rows(dataset, source.path)
+    dataset, columns = open_source(source, streaming=streaming, keep=wanted_columns(column_map, family.columns))
     dataset, columns = rename_columns(dataset, columns, column_map, source.path, family.columns)
+    used = [name for name in columns if name in family.columns]
+    if ignored := [name for name in columns if name not in used]:
+        logger.warning("%s: columns not used and dropped: %s", source.path, ", ".join(ignored))
+    if not used:
+        family.detect(columns, [], name=source.path)
     if is_csv(source.path):
         dataset = _parse_csv_lists(dataset, columns, source.path)
-    head, _ = first_rows(dataset, source.path)
-    kind = family.detect(columns, head, name=source.path)
-    ignored = [name for name in columns if name not in family.columns]
-    if ignored:
-        logger.warning("%s: columns not used and dropped: %s", source.path, ", ".join(ignored))
-    return dataset.remove_columns(ignored), kind
+    dataset = parse_messages(without_filled_nulls(dataset, used), source.path)
+    return dataset, family.detect(columns, first_rows(dataset, source.path)[0], name=source.path)
+
+
+def wanted_columns(column_map: Mapping[str, str], known: Sequence[str]) -> set[str]:
+    """The columns to read, as the data call them; one whose name of ours is claimed by another is not among them.
+
+    Args:
+        column_map: Our column name to the one in the data.
+        known: Our names.
+    """
+    return {column_map.get(ours, ours) for ours in known}
+
+
+def parse_messages(dataset: Dataset | IterableDataset, name: str) -> Any:
+    """The rows with messages that are stored as JSON text turned into messages.
+
+    A column is taken for such text where every value of the first rows is a list of messages written as JSON. A later
+    value that is not stays a text, and is reported as one by the checks of rows.
+
+    Args:
+        dataset: Rows under our column names.
+        name: What they are called in an error.
+
+    Raises:
+        DataError: There is no row.
+    """
+    head, columns = first_rows(dataset, name)
+    stored = [c for c in MESSAGE_COLUMNS if c in columns and _are_stored_messages([row[c] for row in head])]
+    return map_values(dataset, stored, _messages_of) if stored else dataset
 
 
 def rename_columns(
@@ -226,7 +238,7 @@ def rename_columns(
         raise DataError(f"{name}: column_map does not fit", problems)
     new_name = {theirs: ours for ours, theirs in column_map.items() if ours != theirs}
     kept = [column for column in columns if column in new_name or column not in new_name.values()]
-    dataset = dataset.remove_columns([column for column in columns if column not in kept])
+    dataset = dataset.remove_columns([column for column in dataset.column_names or [] if column not in kept])
     # Through unused names, so that two columns can be swapped.
     dataset = dataset.rename_columns({theirs: f"renamed:{theirs}" for theirs in new_name})
     dataset = dataset.rename_columns({f"renamed:{theirs}": ours for theirs, ours in new_name.items()})
@@ -236,8 +248,26 @@ def rename_columns(
 def _parse_csv_lists(dataset: Dataset | IterableDataset, columns: Sequence[str], name: str) -> Any:
     listed = ("completions", "scores", *PAIR_REWARD_COLUMNS, *LIST_REWARD_COLUMNS)
     lists = [column for column in listed if column in columns]
-    if not lists:
-        return dataset
-    # The parsed cells replace columns of text: removing those lets datasets infer the new types.
-    arguments = {"columns": lists, "name": name}
-    return dataset.map(parse_json_cells, batched=True, with_indices=True, fn_kwargs=arguments, remove_columns=lists)
+    return map_values(dataset, lists, partial(list_of_cell, name=name)) if lists else dataset
+
+
+def _are_stored_messages(values: Sequence[Any]) -> bool:
+    """Whether values, or the items of those that are lists, are all messages written as JSON."""
+    texts = [text for value in values if value is not None for text in (value if isinstance(value, list) else [value])]
+    return bool(texts) and all(isinstance(text, str) and isinstance(_messages_in(text), list) for text in texts)
+
+
+def _messages_of(value: Any, index: int, column: str) -> Any:
+    return [_messages_in(item) for item in value] if isinstance(value, list) else _messages_in(value)
+
+
+def _messages_in(text: Any) -> Any:
+    """The messages that a text holds as JSON; anything else as it is."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return text
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    is_messages = bool(found) and all(isinstance(message, dict) and "role" in message for message in found)
+    return found if is_messages else text

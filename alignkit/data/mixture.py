@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
+from alignkit.data.json_values import with_json_columns
 from alignkit.data.readers import Source
 from alignkit.errors import DataError
 
@@ -39,7 +40,7 @@ def mix(
         columns: Every column the rows may have.
 
     Raises:
-        DataError: The sources hold rows of different forms or types, or a weight leaves a source no row.
+        DataError: The sources hold rows of different forms, or a weight leaves a source no row.
     """
     datasets = _aligned(sources, loaded, columns)
     weights = np.array([source.weight or 0.0 for source in sources])
@@ -67,7 +68,7 @@ def mix(
 
 
 def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, Any]], columns: Sequence[str]) -> list[Any]:
-    """The datasets with the same column types; an error when their rows are of different forms."""
+    """The datasets with columns of the same types; an error when their rows are of different forms."""
     datasets = [dataset for dataset, _ in loaded]
     if len({kind for _, kind in loaded}) > 1:
         forms = [f"{source.path}: {kind}" for source, (_, kind) in zip(sources, loaded, strict=True)]
@@ -76,35 +77,10 @@ def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, Any]], colum
     if isinstance(datasets[0], IterableDataset):
         # Streams have no types to align: rows travel through the mixture as JSON, so any two may follow each other.
         return [d.map(_to_json, remove_columns=list(columns), features=_JSON_FEATURES) for d in datasets]
-    types: dict[str, Any] = {}
-    for source, dataset in zip(sources, datasets, strict=True):
-        for column, feature in dataset.features.items():
-            try:
-                types[column] = _common_type(types[column], feature) if column in types else feature
-            except TypeError as error:
-                headline = f"{source.path}: does not fit the other sources"
-                raise DataError(headline, [f"column {column!r}: {error}"]) from error
-    return [dataset.cast(Features({name: types[name] for name in dataset.column_names})) for dataset in datasets]
-
-
-def _common_type(first: Any, second: Any) -> Any:
-    """A feature type that holds the values of both."""
-    nothing = Value("null")
-    if first == second or second == nothing:
-        return first
-    if first == nothing:
-        return second
-    if isinstance(first, List) and isinstance(second, List):
-        return List(_common_type(first.feature, second.feature))
-    if isinstance(first, dict) and isinstance(second, dict):
-        shared = {key: _common_type(first[key], second[key]) for key in first.keys() & second.keys()}
-        return {**first, **second, **shared}
-    if isinstance(first, Value) and isinstance(second, Value):
-        if {first.dtype, second.dtype} <= {"string", "large_string"}:
-            return Value("string")
-        if all(value.dtype.startswith(("int", "uint", "float")) for value in (first, second)):
-            return Value("float64")
-    raise TypeError(f"{second} here, {first} in an earlier source")
+    # Columns of one type in all sources keep it; any other holds JSON values, each as its source has it.
+    names = dict.fromkeys(name for dataset in datasets for name in dataset.column_names)
+    mixed = [name for name in names if len({str(d.features[name]) for d in datasets if name in d.features}) > 1]
+    return [with_json_columns(dataset, mixed) for dataset in datasets]
 
 
 def _to_json(row: Mapping[str, Any]) -> dict[str, str]:

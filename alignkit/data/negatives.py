@@ -10,14 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.columns import LIST_COLUMNS, PREFERENCE_FORMS, TEMPLATE_COLUMNS, columns_of
-from alignkit.data.load import first_rows, parse_sources, rename_columns
+from alignkit.data.json_values import is_plain, without_filled_nulls
+from alignkit.data.load import parse_messages, parse_sources, rename_columns
 from alignkit.data.negative_schema import PromptKind, detect_prompt_kind, prompt_problems
-from alignkit.data.readers import open_source
+from alignkit.data.readers import first_rows, open_source
 from alignkit.data.schema import describe_problems
 from alignkit.data.templates import require_template
 from alignkit.data.tokenization import rendered_ids, template_arguments, text_ids
@@ -50,10 +51,11 @@ def load_prompts(
     """
     rows: list[dict[str, Any]] = []
     for source in parse_sources(list(sources), split):
-        dataset = open_source(source, streaming=False)
-        _, columns = first_rows(dataset, source.path)
-        dataset, _ = rename_columns(dataset, columns, column_map or {}, source.path, columns_of(PREFERENCE_FORMS))
-        carried = [name for name, feature in dataset.features.items() if _is_plain(feature)]
+        dataset, columns = open_source(source, streaming=False)
+        known = columns_of(PREFERENCE_FORMS)
+        dataset, _ = rename_columns(dataset, columns, column_map or {}, source.path, known)
+        dataset = parse_messages(without_filled_nulls(dataset, known), source.path)
+        carried = [name for name, feature in dataset.features.items() if is_plain(feature)]
         rows += dataset.select_columns(carried).select(range(min(max_rows or len(dataset), len(dataset))))
     return rows[:max_rows]
 
@@ -182,16 +184,6 @@ def _answer(text: str, conversational: bool) -> Any:
 def _finite(value: Any) -> Any:
     """JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_plain(feature: Any) -> bool:
-    """Whether JSON can hold the values of a column."""
-    if isinstance(feature, List):
-        return _is_plain(feature.feature)
-    if isinstance(feature, (dict, Features)):
-        return all(map(_is_plain, feature.values()))
-    plain = ("string", "large_string", "bool", "null", "int", "uint", "float")
-    return isinstance(feature, Value) and feature.dtype.startswith(plain)
 
 
 def _rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, instruction: str | None) -> str:

@@ -1,33 +1,49 @@
 """Open one source (a file, a folder or a Hub id) as a dataset, with errors that name the place in the file.
 
-Reading itself is left to ``datasets.load_dataset``. What is added: the line and text of malformed JSON, empty files,
-columns of a CSV kept as the text they are, and a clear word when a path or a Hub id leads nowhere.
+JSON is read by :mod:`alignkit.data.json_files`, wherever it lies, so that every row keeps its own types. Other formats
+have types of their own and are left to ``datasets.load_dataset``; what is added is cells of a CSV kept as the text they
+are, and a clear word when a path or a Hub id leads nowhere.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
 import difflib
 import json
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
+import pandas as pd
+from datasets import (
+    Dataset,
+    DatasetDict,
+    DownloadManager,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.packaged_modules.json.json import Json as JsonBuilder
 
+from alignkit.data.json_files import HEAD_ROWS, json_stream, json_table
 from alignkit.errors import DataError
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".jsonl.gz": "json",
+    ".json.gz": "json",
+}
 """File name endings that can be read, and the reader of each."""
-
-MALFORMED_SHOWN = 3
-
-# What it says of malformed JSON is said better by DataError.
-logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -47,12 +63,25 @@ class Source:
     config: str | None = None
 
 
-def open_source(source: Source, *, streaming: bool) -> Dataset | IterableDataset:
+class Opened(NamedTuple):
+    """A source that can be read.
+
+    Attributes:
+        rows: Its rows, with those of the wanted columns that there are.
+        columns: The names of all its columns, of a stream those of its first rows.
+    """
+
+    rows: Dataset | IterableDataset
+    columns: list[str]
+
+
+def open_source(source: Source, *, streaming: bool, keep: Collection[str] | None = None) -> Opened:
     """Open a source.
 
     Args:
         source: Where the rows are.
         streaming: Read lazily, without building a table on disk.
+        keep: Columns that are wanted, as the source calls them; None for all.
 
     Raises:
         DataError: The source does not exist, cannot be read, is malformed or holds no row.
@@ -60,29 +89,42 @@ def open_source(source: Source, *, streaming: bool) -> Dataset | IterableDataset
     path = Path(source.path).expanduser()
     if not path.exists():
         _refuse_missing_path(source.path, path)
-        return _open_hub(source, streaming=streaming)
+        return _reaching_hub(source, lambda: _open_hub(source, streaming, keep))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _open_saved(path, source, streaming=streaming)
+        return _typed(_open_saved(path, source, streaming=streaming), source.path, keep)
     files, builder = _data_files(path)
-    if streaming and "[" in source.split:
-        advice = f"split {source.split!r} takes a slice, which a stream cannot: set max_rows, or streaming: false"
-        raise DataError(f"{source.path}: cannot be streamed", [advice])
-    if streaming and builder == "json" and path.is_file():
-        # datasets' own reader would report a malformed line deep inside training, without the file or the line.
-        return IterableDataset.from_generator(_stream_json, gen_kwargs={"files": [str(path)]})
+    if streaming:
+        _refuse_slice(source)
+    if builder == "json":
+        splits = {_split_names(source)[0]: [str(path)]} if path.is_file() else None
+        return _open_json(splits or _splits_of_folder(path), source, streaming, keep)
     options: dict[str, Any] = {"split": source.split, "streaming": streaming}
-    if builder == "csv":
-        # Every cell is text: "007" stays "007", "NA" and "" are not turned into nulls.
-        options |= {"features": Features(dict.fromkeys(_csv_columns(files), Value("string"))), "na_filter": False}
     if path.is_file():
         options["data_files"] = {source.split.partition("[")[0]: str(path)}
     try:
-        if builder == "json" and not streaming:
-            _require_utf8(files)
-        return load_dataset(builder if path.is_file() else str(path), **options)
+        if builder == "csv":
+            # Every cell is text: "007" stays "007", "NA" and "" are not turned into nulls.
+            options |= {"features": Features(dict.fromkeys(_csv_columns(files), Value("string"))), "na_filter": False}
+        return _typed(load_dataset(builder if path.is_file() else str(path), **options), source.path, keep)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
-        problems = [line for file in files for line in find_malformed_json(file)] if builder == "json" else []
-        raise DataError(f"{source.path}: cannot be read", problems or [_cause(error)]) from error
+        raise DataError(f"{source.path}: cannot be read", [_cause(error)]) from error
+
+
+def first_rows(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows looked at up front, each with every column, and the columns.
+
+    Args:
+        dataset: Rows.
+        name: What they are called in an error.
+
+    Raises:
+        DataError: There is no row.
+    """
+    head = list(islice(dataset, HEAD_ROWS))
+    if not head:
+        raise DataError(f"{name}: no rows", ["the dataset is empty"])
+    columns = dataset.column_names or list(dict.fromkeys(column for row in head for column in row))
+    return [{column: row.get(column) for column in columns} for row in head], columns
 
 
 def is_csv(path: str) -> bool:
@@ -95,101 +137,90 @@ def is_csv(path: str) -> bool:
     return place.suffix == ".csv" or (place.is_dir() and any(place.rglob("*.csv")))
 
 
-def read_json_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Read a JSON Lines file, or a file holding one JSON array; blank lines are skipped.
+def list_of_cell(text: str, index: int, column: str, name: str) -> Any:
+    """The list that a cell of a CSV holds as JSON.
 
     Args:
-        path: The file.
-
-    Yields:
-        Line number (that of its beginning for an array), text, and the row or the error it caused.
-    """
-    with path.open("rb") as stream:
-        is_array = _first_byte(stream) == b"["
-        for number, line in enumerate([stream.read()] if is_array else stream, 1):
-            text = line.decode("utf-8-sig", errors="replace")
-            if not text.strip():
-                continue
-            try:
-                value = json.loads(line.rstrip())
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                value = error
-            for row in value if is_array and isinstance(value, list) else [value]:
-                yield number, text, row
-
-
-def find_malformed_json(path: Path) -> list[str]:
-    """Say of each line that is not a JSON object where it is and what is wrong; the first few and a count.
-
-    Args:
-        path: A JSON Lines file, or a file holding one JSON array.
-    """
-    faults = [_fault(path, number, text, row) for number, text, row in read_json_rows(path)]
-    found = [fault for fault in faults if fault] if faults else [f"{path} holds no row"]
-    more = [f"{path}: {len(found) - MALFORMED_SHOWN} more malformed lines"] if len(found) > MALFORMED_SHOWN else []
-    return found[:MALFORMED_SHOWN] + more
-
-
-def parse_json_cells(
-    rows: dict[str, list[Any]], indices: list[int], columns: Sequence[str], name: str
-) -> dict[str, list[Any]]:
-    """Turn cells of a CSV that hold lists written as JSON into lists.
-
-    Args:
-        rows: A batch of ``Dataset.map(batched=True, with_indices=True)``.
-        indices: Row numbers of the batch.
-        columns: The columns to parse.
+        text: The cell.
+        index: Number of its row.
+        column: Its column.
         name: What the file is called in an error.
+
+    Raises:
+        DataError: The cell holds no JSON.
     """
-    problems = []
-    parsed: dict[str, list[Any]] = {column: [] for column in columns}
-    for column in columns:
-        for index, text in zip(indices, rows[column], strict=True):
-            try:
-                parsed[column].append(json.loads(text))
-            except json.JSONDecodeError as error:
-                problems.append(
-                    f"row {index}: {column} is not a list written as JSON: {text!r:.60} ({error.msg}). Write "
-                    '["first", "second"] in the cell, or use a jsonl file'
-                )
-    if problems:
-        raise DataError(f"{name}: lists in a CSV are written as JSON", problems[:MALFORMED_SHOWN])
-    return parsed
-
-
-def _stream_json(files: list[str]) -> Iterator[dict[str, Any]]:
-    for file in files:
-        for number, text, row in read_json_rows(Path(file)):
-            fault = _fault(Path(file), number, text, row)
-            if fault:
-                raise DataError(f"{file}: cannot be read", [fault])
-            yield row
-
-
-def _fault(path: Path, number: int, text: str, row: Any) -> str | None:
-    """What is wrong with a row read by :func:`read_json_rows`, or None."""
-    expected = "write one JSON object a line, or one array of objects"
-    if isinstance(row, json.JSONDecodeError):
-        before, after = text[max(0, row.pos - 40) : row.pos], text[row.pos : row.pos + 20].rstrip("\n")
-        place = f"{path}:{number + row.lineno - 1}"
-        return f"{place}: malformed JSON ({row.msg}) after {before!r}, at {after!r}; {expected}"
-    if isinstance(row, UnicodeDecodeError):
-        return f"{path}:{number}: not UTF-8 text ({row.reason} at byte {row.start} of the line): {text!r:.60}"
-    if not isinstance(row, dict):
-        return f"{path}:{number}: got {row!r:.60}; {expected}"
-    return None
-
-
-def _first_byte(stream: BinaryIO) -> bytes:
-    """The first byte that is neither white space nor a byte order mark; the stream is rewound."""
-    start = stream.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    stream.seek(0)
-    return start
-
-
-def _open_hub(source: Source, *, streaming: bool) -> Dataset | IterableDataset:
     try:
-        return load_dataset(source.path, source.config, split=source.split, streaming=streaming)
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        advice = 'Write ["first", "second"] in the cell, or use a jsonl file'
+        problem = f"row {index}: {column} is not a list written as JSON: {text!r:.60} ({error.msg}). {advice}"
+        raise DataError(f"{name}: lists in a CSV are written as JSON", [problem]) from error
+
+
+def _typed(rows: Dataset | IterableDataset, name: str, keep: Collection[str] | None) -> Opened:
+    """Rows of a format that has types."""
+    _, columns = first_rows(rows, name)
+    return Opened(
+        rows.remove_columns([column for column in columns if keep is not None and column not in keep]), columns
+    )
+
+
+def _open_json(files: dict[str, list[str]], source: Source, streaming: bool, keep: Collection[str] | None) -> Opened:
+    """The asked split, or slices of splits, of JSON files by split."""
+    wanted = _split_names(source)
+    if unknown := [name for name in wanted if name not in files]:
+        found = f"unknown split {unknown[0]!r}; there are {list(files)}"
+        raise DataError(f"{source.path}: cannot be read", [found])
+    if streaming:
+        return Opened(*json_stream([file for name in wanted for file in files[name]], keep, source.path))
+    tables = {name: json_table(files[name], keep, source.path) for name in wanted}
+    columns = list(dict.fromkeys(column for _, found in tables.values() for column in found))
+    if list(tables) == [source.split]:
+        return Opened(tables[source.split][0], columns)
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute({n: len(rows) for n, (rows, _) in tables.items()})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{source.path}: cannot be read", [f"split {source.split!r}: {_cause(error)}"]) from error
+    chosen = [tables[part.splitname][0].select(range(part.from_, part.to)) for part in parts]
+    return Opened(concatenate_datasets(chosen), columns)
+
+
+def _open_hub(source: Source, streaming: bool, keep: Collection[str] | None) -> Opened:
+    builder = load_dataset_builder(source.path, source.config)
+    if not isinstance(builder, JsonBuilder):
+        rows = load_dataset(source.path, source.config, split=source.split, streaming=streaming)
+        return _typed(rows, source.path, keep)
+    addresses = {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
+    if streaming:
+        _refuse_slice(source)
+        return _open_json(addresses, source, True, keep)
+    manager = DownloadManager(dataset_name=builder.dataset_name)
+    wanted = {split: addresses[split] for split in _split_names(source) if split in addresses}
+    local = {split: list(manager.iter_files(manager.download_and_extract(found))) for split, found in wanted.items()}
+    return _open_json({**addresses, **local}, source, False, keep)
+
+
+def _split_names(source: Source) -> list[str]:
+    """The splits that are asked for, without their slices."""
+    return list(dict.fromkeys(part.partition("[")[0] for part in source.split.split("+")))
+
+
+def _splits_of_folder(path: Path) -> dict[str, list[str]]:
+    """Files of a folder by split, which ``datasets`` tells by their names, or by what a README says."""
+    found = load_dataset_builder(str(path)).config.data_files
+    return {str(split): list(map(str, files)) for split, files in found.items()}
+
+
+def _refuse_slice(source: Source) -> None:
+    if "[" in source.split:
+        advice = f"split {source.split!r} takes a slice, which a stream cannot: set max_rows, or streaming: false"
+        raise DataError(f"{source.path}: cannot be streamed", [advice])
+
+
+def _reaching_hub(source: Source, opened: Callable[[], Opened]) -> Opened:
+    """What ``opened`` returns, with errors of the Hub in words."""
+    try:
+        return opened()
     except DatasetNotFoundError as error:
         advice = (
             "neither a file or folder here nor a dataset on the Hub that you can see; private and gated ones need "
@@ -219,30 +250,25 @@ def _open_saved(path: Path, source: Source, *, streaming: bool) -> Dataset | Ite
 
 def _data_files(path: Path) -> tuple[list[Path], str]:
     """The files to read and their one format."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
-    endings = ", ".join(BUILDERS)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _format_of(file))
+    endings = ", ".join(FORMATS)
     if not files:
         raise DataError(f"{path}: cannot be read", [f"the folder holds no file ending in {endings}"])
-    if path.is_file() and path.suffix not in BUILDERS:
+    formats = sorted({_format_of(file) for file in files})
+    if formats == [""]:
         raise DataError(f"{path}: cannot be read", [f"the file ends in {path.suffix!r}; expected one of {endings}"])
-    builders = sorted({BUILDERS[file.suffix] for file in files})
-    if len(builders) > 1:
-        advice = f"the folder mixes formats ({', '.join(builders)}); name the files one by one"
+    if len(formats) > 1:
+        advice = f"the folder mixes formats ({', '.join(formats)}); name the files one by one"
         raise DataError(f"{path}: cannot be read", [advice])
     empty = [f"{file} is empty" for file in files if _is_blank_file(file)]
     if empty:
         raise DataError(f"{path}: no rows", empty)
-    return files, builders[0]
+    return files, formats[0]
 
 
-def _require_utf8(files: Sequence[Path]) -> None:
-    """Raise UnicodeDecodeError where datasets would pass bad bytes on, to fail much later."""
-    for file in files:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                decoder.decode(chunk)
-            decoder.decode(b"", final=True)
+def _format_of(path: Path) -> str:
+    """The format that a file's name ends in, or nothing."""
+    return next((name for ending, name in FORMATS.items() if path.name.endswith(ending)), "")
 
 
 def _is_blank_file(path: Path) -> bool:
@@ -254,17 +280,17 @@ def _csv_columns(files: Sequence[Path]) -> list[str]:
     """The header of the first file, after a look that every file has a row below its header."""
     headers = []
     for file in files:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.reader(stream)
-            headers.append(next(rows))
-            if next(rows, None) is None:
-                raise DataError(f"{file}: no rows", ["the file holds a header alone"])
+        # Not Python's csv, which takes no cell above 131,072 characters.
+        head = pd.read_csv(file, nrows=1, dtype=str, na_filter=False)
+        if head.empty:
+            raise DataError(f"{file}: no rows", ["the file holds a header alone"])
+        headers.append(list(head.columns))
     return headers[0]
 
 
 def _refuse_missing_path(given: str, path: Path) -> None:
     """Raise when ``given`` can only have been meant as a path: a Hub id is ``name`` or ``owner/name``."""
-    if path.suffix not in BUILDERS and not given.startswith((".", "/", "~")) and given.count("/") <= 1:
+    if not _format_of(path) and not given.startswith((".", "/", "~")) and given.count("/") <= 1:
         return
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data import conversion as engine
 from alignkit.data.columns import SUPERVISED_FORMS, columns_of
-from alignkit.data.load import first_rows
+from alignkit.data.json_values import without_filled_nulls
+from alignkit.data.readers import first_rows
 from alignkit.data.schema import Problem
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED, SupervisedReport
 from alignkit.data.supervised_schema import detect_supervised_kind, opening, supervised_row_problems
@@ -61,6 +62,7 @@ def to_supervised_rows(
     Raises:
         DataError: Rows are malformed (every kind of problem, with examples), or too many or all are dropped.
     """
+    dataset = without_filled_nulls(dataset, columns_of(SUPERVISED_FORMS))
     head, columns = first_rows(dataset, name)
     wanted = {"completion_only_loss": trained.completion_only, "assistant_only_loss": trained.assistant_only}
     kind = detect_supervised_kind(columns, head, name=name, **wanted)

@@ -129,7 +129,7 @@ def _convert_row(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: S
         "num_trained_kept": 0 if cause else sum(i < limit for i in trained_at),
         "needed_length": trained_at[0] + 1 if trained_at else 0,
         "is_cut": is_cut,
-        "cut_prompt_end": tokenizer.decode(tokens.prompt_ids[start:]),
+        "cut_prompt_end": tokenizer.decode(tokens.prompt_ids[start:]) if start < len(tokens.prompt_ids) else "",
         "doubled": has_doubled_token(input_ids[:start] or input_ids, input_ids[start:], tokenizer),
     }
     kept = 0 if cause else limit

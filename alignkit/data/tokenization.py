@@ -307,6 +307,7 @@ def endings(
     unstopped = next((c[-END_TOKENS:] for c, count in zip(completions, after, strict=True) if count is None), [])
     return {
         "num_stopped": sum(count is not None for count in after),
-        "text_after_stop": tokenizer.decode(trailing),
-        "unstopped_end": tokenizer.decode(unstopped),
+        # Decoding nothing takes as long as decoding a few tokens.
+        "text_after_stop": tokenizer.decode(trailing) if trailing else "",
+        "unstopped_end": tokenizer.decode(unstopped) if unstopped else "",
     }

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.conversion import BATCH_ROWS, rows_of
+from alignkit.data.json_values import dataset_of
 from alignkit.data.negatives import REPLACED_COLUMNS, assemble_row
 from alignkit.data.schema import detect_kind
 from alignkit.data.tokenization import CANDIDATE_FEATURES, Settings, by_descending_score, convert_batch
@@ -104,12 +105,9 @@ class Resampler:
         return Resampled(renewed, len(numbers), sum(len(texts[row]) for row in numbers))
 
     def _lists(self, texts: Mapping[int, list[str]]) -> Dataset:
-        """The candidate lists of new samples by row, in the order of the rows.
-
-        They go through a table, which gives all messages the same keys, as it did before training.
-        """
+        """The candidate lists of new samples by row, in the order of the rows."""
         prompts = self.prompts
-        return Dataset.from_list([assemble_row(prompts.rows[row], texts[row], prompts.kind) for row in sorted(texts)])
+        return dataset_of([assemble_row(prompts.rows[row], texts[row], prompts.kind) for row in sorted(texts)])
 
 
 def _negative_of(row: Mapping[str, Any]) -> dict[str, Any]:
