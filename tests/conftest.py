@@ -16,6 +16,27 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+GSM8K = REPOSITORY / "tests" / "data" / "gsm8k" / "model_solutions.jsonl"
+TRUTHFULQA = REPOSITORY / "tests" / "data" / "truthfulqa" / "TruthfulQA.csv"
+"""Real rows for tests; the README beside them says where they come from."""
+
+SHARED_VARIABLE = "ALIGNKIT_SHARED"
+"""Environment variable with the folder of trained checkpoints that are too large for the repository; unset, the tests
+marked ``shared`` are skipped."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs more than the repository holds, unless it is said where that is."""
+    if item.get_closest_marker("shared") and SHARED_VARIABLE not in os.environ:
+        pytest.skip(f"needs a trained checkpoint; set {SHARED_VARIABLE} to the folder with models/gsm-tiny")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with trained checkpoints and whole data sets; for tests marked ``shared`` alone."""
+    folder = Path(os.environ[SHARED_VARIABLE]).absolute()
+    assert (folder / "models" / "gsm-tiny").is_dir(), f"{SHARED_VARIABLE} names {folder}, without models/gsm-tiny"
+    return folder
 
 
 @pytest.fixture(scope="session")

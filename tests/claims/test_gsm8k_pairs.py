@@ -6,11 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from scripts.claims.gsm8k_pairs import SOLUTIONS, load_split, make_pairs, read_questions
-
-needs_solutions = pytest.mark.skipif(not SOLUTIONS.is_file(), reason=f"needs the GSM8K model solutions at {SOLUTIONS}")
+from scripts.claims.gsm8k_pairs import load_split, make_pairs, read_questions
+from tests.conftest import GSM8K
 
 
 def line(question: str, *marks: bool) -> dict[str, Any]:
@@ -58,12 +55,10 @@ def test_split_by_question(tmp_path: Path) -> None:
     assert held_out != {text(p) for p in other.held_out["prompt"]}
 
 
-@needs_solutions
 def test_on_the_real_solutions() -> None:
-    questions = {row["question"]: row for row in read_questions(SOLUTIONS)}
-    split = load_split(SOLUTIONS, seed=0)
-    assert len(split.train) + len(split.held_out) == 731
-    assert 0.18 < len(split.held_out) / 731 < 0.22
+    questions = {row["question"]: row for row in read_questions(GSM8K)}
+    split = load_split(GSM8K, seed=0)
+    assert (len(split.train), len(split.held_out)) == (29, 7)
     prompts = [[text(pair["prompt"]) for pair in part] for part in (split.train, split.held_out)]
     assert not set(prompts[0]) & set(prompts[1])
     assert len(set(prompts[0])) == len(prompts[0]) and len(set(prompts[1])) == len(prompts[1])
@@ -75,11 +70,10 @@ def test_on_the_real_solutions() -> None:
         assert marks[chosen] is True and marks[rejected] is False
 
 
-@needs_solutions
 def test_the_answers_bear_out_the_marks() -> None:
     """Independently of ``is_correct``: the chosen solution ends in the true answer, the rejected one does not."""
-    truth = {row["question"]: final_answer(row["ground_truth"]) for row in read_questions(SOLUTIONS)}
-    split = load_split(SOLUTIONS, seed=0)
+    truth = {row["question"]: final_answer(row["ground_truth"]) for row in read_questions(GSM8K)}
+    split = load_split(GSM8K, seed=0)
     pairs = [*split.train, *split.held_out]
     right = [final_answer(text(p["chosen"])) == truth[text(p["prompt"])] for p in pairs]
     wrong = [final_answer(text(p["rejected"])) != truth[text(p["prompt"])] for p in pairs]

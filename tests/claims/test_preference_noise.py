@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from scripts.claims.gsm8k_pairs import SOLUTIONS
 from scripts.claims.noise_page import accuracy_table, comparisons, likelihood_table, paired, write_section
 from scripts.claims.noise_rows import (
-    TRUTHFULQA,
     LabelledRow,
     Question,
     draw_rows,
@@ -27,6 +25,7 @@ from scripts.claims.noise_rows import (
 )
 from scripts.claims.noise_runs import METHODS, reward_accuracy, swapped
 from scripts.claims.noise_study import REWARDS, SHARES, START, Source, keys, read_records, run_all
+from tests.conftest import GSM8K, TRUTHFULQA
 
 QUESTIONS = [Question(f"q{i}", (f"r{i}", f"s{i}"), (f"v{i}", f"w{i}", f"x{i}")) for i in range(40)]
 
@@ -96,12 +95,11 @@ def test_truthfulqa_is_read_by_column(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.skipif(not TRUTHFULQA.is_file() or not SOLUTIONS.is_file(), reason=f"needs {TRUTHFULQA} and {SOLUTIONS}")
 def test_real_questions() -> None:
-    assert len(gsm8k_questions(SOLUTIONS)) == 731
-    assert all(len(q.right) + len(q.wrong) == 4 for q in gsm8k_questions(SOLUTIONS))
+    assert len(gsm8k_questions(GSM8K)) == 36
+    assert all(len(q.right) + len(q.wrong) == 4 for q in gsm8k_questions(GSM8K))
     questions = truthfulqa_questions(TRUTHFULQA)
-    assert len(questions) > 700 and all(not set(q.right) & set(q.wrong) for q in questions)
+    assert len(questions) == 22 and all(not set(q.right) & set(q.wrong) for q in questions)
 
 
 def test_swapped_pairs_keep_their_rewards() -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import datasets
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from alignkit.data.synthetic import make_corpus, train_tokenizer
-
-SHARED_MODEL = Path(__file__).resolve().parents[3] / "shared" / "models" / "gsm-tiny"
+from tests.conftest import GSM8K
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +34,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def shared_tokenizer() -> Any:
-    """The tokenizer of the small trained checkpoint; its template writes a newline after EOS."""
-    if not SHARED_MODEL.is_dir():
-        pytest.skip("the folder ../shared with the small trained checkpoint is absent")
-    return AutoTokenizer.from_pretrained(SHARED_MODEL)
+def gsm8k_tokenizer() -> PreTrainedTokenizerFast:
+    """Trained on GSM8K solutions, so another vocabulary, with a template that writes a newline after EOS."""
+    questions = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    tokenizer = train_tokenizer([[{"role": "user", "content": q["ground_truth"]}] for q in questions], vocab_size=600)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{%- endgeneration -%}", "{%- endgeneration -%}{{- '\\n' -}}"
+    )
+    return tokenizer
 
 
 @pytest.fixture

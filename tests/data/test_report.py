@@ -85,11 +85,6 @@ def test_template_text_after_the_stop_token_is_reported(tokenizer: PreTrainedTok
     assert check.status == "ok" and "then template text '\\n', kept as TRL does" in check.message
 
 
-def test_the_shared_template_writes_a_newline_after_eos(shared_tokenizer: Any) -> None:
-    check = check_of(report_of(TALK, shared_tokenizer), STOP)
-    assert check.status == "ok" and "'\\n'" in check.message
-
-
 def test_no_whole_completion_leaves_the_stop_token_open(tokenizer: PreTrainedTokenizerFast) -> None:
     report = report_of([pair("1:", "2 3 4 5 6", "6 5 4 3 2")], tokenizer, max_length=4)
     assert check_of(report, STOP).status == "warn"

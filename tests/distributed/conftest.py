@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from alignkit.data.synthetic import make_corpus, make_preferences, tiny_model, train_tokenizer
+from alignkit.data.synthetic import tiny_model, train_tokenizer
+from tests.conftest import GSM8K
 from tests.distributed.layouts import OPTIONS, Layout
 from tests.programs.launching import REPOSITORY, RUN_TIMEOUT, Ended, Launcher
 
 BUILD_COMMUNICATION = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 Launch = Callable[..., Path]
+ANSWERS = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="session")
@@ -110,25 +113,34 @@ def launch(launchers: Any, environment: dict[str, str], tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, str]:
-    """The trained model and GSM8K rows of the shared folder; in a bare clone a random model and synthetic rows."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """GSM8K rows, and a small model that has seen them for a moment; a random one gives them a thousand nats."""
     folder = tmp_path_factory.mktemp("distributed_inputs")
-    shared = repository.parent / "shared"
-    solutions = shared / "data" / "gsm8k" / "example_model_solutions.jsonl"
-    if solutions.is_file():
-        model, rows = str(shared / "models" / "gsm-tiny"), gsm8k_pairs(solutions, 24)
-    else:
-        corpus = make_corpus(200, 0)
-        tokenizer = train_tokenizer(corpus)
-        model, rows = str(folder / "model"), make_preferences(24, 0)
-        tiny_model(tokenizer, 0).save_pretrained(model)
-        tokenizer.save_pretrained(model)
+    model, rows = str(folder / "model"), gsm8k_pairs(GSM8K, 24)
+    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] + row["rejected"] for row in rows], vocab_size=2048)
+    fitted(tiny_model(tokenizer, 0), tokenizer, rows).save_pretrained(model)
+    tokenizer.save_pretrained(model)
     paths = {"model": model}
     for name, form in (("pairs", rows), ("lists", lists_of(rows)), ("negatives", negatives_of(rows))):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in form))
         paths[name] = str(path)
     return paths
+
+
+def fitted(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int = 60, batch_size: int = 4) -> Any:
+    """``model`` after a few steps on the chosen and rejected answers, in turn."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    texts = [tokenizer.apply_chat_template(row["prompt"] + row[key], tokenize=False) for row in rows for key in ANSWERS]
+    for step in range(steps):
+        batch = tokenizer([texts[(step * batch_size + i) % len(texts)] for i in range(batch_size)], padding=True)
+        tensors = {key: torch.tensor(batch[key]) for key in ("input_ids", "attention_mask")}
+        labels = tensors["input_ids"].masked_fill(tensors["attention_mask"] == 0, -100)
+        model(**tensors, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
 
 
 def lists_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -157,15 +169,18 @@ def negatives_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gsm8k_pairs(path: Path, count: int) -> list[dict[str, Any]]:
-    """A correct against a wrong solution of the same question."""
+    """The first line of a correct against that of a wrong solution of the same question.
+
+    Lines and not whole solutions, because the log-likelihoods of few tokens round less than those of many.
+    """
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         question = json.loads(line)
         solutions = [value for value in question.values() if isinstance(value, dict)]
-        right = [s["solution"] for s in solutions if s["is_correct"]]
-        wrong = [s["solution"] for s in solutions if not s["is_correct"]]
-        if right and wrong and len(rows) < count:
+        right = [s["solution"].partition("\n")[0] for s in solutions if s["is_correct"]]
+        wrong = [s["solution"].partition("\n")[0] for s in solutions if not s["is_correct"]]
+        if right and wrong and right[0] != wrong[0] and len(rows) < count:
             prompt = [{"role": "user", "content": question["question"]}]
-            answers = {"chosen": right[0], "rejected": wrong[0]}
-            rows.append({"prompt": prompt, **{k: [{"role": "assistant", "content": v}] for k, v in answers.items()}})
+            answers = zip(ANSWERS, (right[0], wrong[0]), strict=True)
+            rows.append({"prompt": prompt, **{k: [{"role": "assistant", "content": v}] for k, v in answers}})
     return rows

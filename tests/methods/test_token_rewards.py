@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.data.contrast import load_contrast_prompts
 from alignkit.data.convert import to_candidate_rows
+from alignkit.data.synthetic import make_corpus, train_tokenizer
 from alignkit.errors import CheckpointError, DataError
 from alignkit.evals.token_rewards import token_reward_report, write_heatmap
 from alignkit.methods import _reference as reference
 from alignkit.methods import _token_rewards as token_rewards
 from alignkit.methods._forward import add_completion_head, score_rows
 from alignkit.methods._token_rewards import choose_pass_layout, scored_rows, token_rewards_of, with_token_rewards
-from scripts.claims.gsm8k_pairs import MODEL, SOLUTIONS, make_pairs, read_questions
+from scripts.claims.gsm8k_pairs import make_pairs, read_questions
+from tests.conftest import GSM8K
 from tests.methods.conftest import VOCABULARY
 
 LAYOUTS = ("padded", "shared_prefix")
@@ -350,9 +352,7 @@ class Spans(HTMLParser):
 
 
 def test_the_heat_map_shows_every_token_escaped(tmp_path: Path) -> None:
-    if not MODEL.is_dir():
-        pytest.skip("the folder ../shared with the small trained checkpoint is absent")
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = train_tokenizer(make_corpus(50, seed=0), vocab_size=300)
     texts = ['<script>alert("x")</script> & 3 < 4', "naïve 😀\n{braces}"]
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     rewards = [[(-1) ** t * 0.1 for t in range(len(completion))] for completion in ids]
@@ -370,14 +370,13 @@ def test_the_heat_map_shows_every_token_escaped(tmp_path: Path) -> None:
     assert ("-0.1000", "background:rgba(220,38,38,0.600)") in styles
 
 
-def test_real_rows_packed_and_apart() -> None:
+@pytest.mark.shared
+def test_real_rows_packed_and_apart(shared: Path) -> None:
     """GSM8K pairs under the small trained model: the same rewards from both layouts; the gap is not asserted."""
-    if not (MODEL.is_dir() and SOLUTIONS.is_file()):
-        pytest.skip("the folder ../shared with the small trained checkpoint and GSM8K is absent")
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    trained = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "gsm-tiny")
+    trained = AutoModelForCausalLM.from_pretrained(shared / "models" / "gsm-tiny", dtype=torch.float32).eval()
     add_completion_head(trained)
-    pairs = Dataset.from_list(make_pairs(read_questions(SOLUTIONS), seed=0)[:3])
+    pairs = Dataset.from_list(make_pairs(read_questions(GSM8K), seed=0)[:3])
     options = {"max_length": None, "num_candidates": 2, "contrast": load_contrast_prompts()}
     rows, _ = to_candidate_rows(pairs, tokenizer, **options)
     rewards = []

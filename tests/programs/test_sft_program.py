@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from alignkit.callbacks.checkpoints import verify_weights
 from alignkit.methods._supervised import METRICS
 from tests.programs.conftest import CONFIG, pairs, write_rows
-from tests.programs.launching import REPOSITORY, SFT, Ended, Launcher, read_lines, run_json, write_config
+from tests.programs.launching import SFT, Ended, Launcher, read_lines, run_json, write_config
 
 # One worker runs all of this folder: its programs are forked from one process, and its finished runs made once.
 pytestmark = pytest.mark.xdist_group("programs")
 
-SHARED = REPOSITORY.parent / "shared"
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim }} <eos>"
     "{% endgeneration %}{% else %}{{ m['content'] | trim }} {% endif %}{% endfor %}"
@@ -135,11 +134,10 @@ def test_full_training_on_completions_continues_as_a_model(launcher: Launcher, p
     assert "A LoRA adapter for the local model `answers`" in (place / "again" / "README.md").read_text()
 
 
-def test_real_rows_on_a_trained_model(launcher: Launcher, tmp_path: Path) -> None:
+@pytest.mark.shared
+def test_real_rows_on_a_trained_model(launcher: Launcher, shared: Path, tmp_path: Path) -> None:
     """GSM8K on the model that has seen it: the report is clean, the loss low from the start."""
-    model, data = SHARED / "models" / "gsm-tiny", SHARED / "data" / "gsm8k"
-    if not model.is_dir() or not data.is_dir():
-        pytest.skip("the folder ../shared with the small trained checkpoint and GSM8K is absent")
+    model, data = shared / "models" / "gsm-tiny", shared / "data" / "gsm8k"
     for name in ("train", "test"):
         lines = (data / f"{name}.jsonl").read_text().splitlines()[:24]
         talks = [[(row["question"], "user"), (row["answer"], "assistant")] for row in map(json.loads, lines)]
