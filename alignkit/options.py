@@ -29,6 +29,30 @@ class DerivedDefault:
 
 
 @dataclass(frozen=True)
+class OnlyWith:
+    """What another option must be for this one to have an effect.
+
+    Attributes:
+        key: The other option.
+        values: Its values that give this one an effect; empty for any that is not null, false or zero.
+        example: A value to write in advice; the first of ``values`` where there are some.
+    """
+
+    key: str
+    values: tuple[Any, ...] = ()
+    example: Any = True
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` of the other option gives this one an effect."""
+        return value in self.values if self.values else bool(value)
+
+
+def only_with(key: str, *values: Any, example: Any = True) -> OnlyWith:
+    """``only_with("form", "simpo")``, or ``only_with("eta", example=0.1)`` for anything but null, false or zero."""
+    return OnlyWith(key, values, values[0] if values else example)
+
+
+@dataclass(frozen=True)
 class OptionInfo:
     """What is known of one option besides its name and type.
 
@@ -37,6 +61,8 @@ class OptionInfo:
         source: Where the default comes from (a paper, TRL's default, or "alignkit" for a value of our own).
         choices: The admissible values, or None.
         derived: What null stands for where that depends on another key.
+        only_with: What another option of the same method or rule must be for this one to have an effect; where it is
+            not, setting this one is refused.
         gt, ge, lt, le: Numeric bounds, each None where there is none.
     """
 
@@ -44,6 +70,7 @@ class OptionInfo:
     source: str
     choices: tuple[Any, ...] | None = None
     derived: DerivedDefault | None = None
+    only_with: OnlyWith | None = None
     gt: float | None = None
     ge: float | None = None
     lt: float | None = None
@@ -57,6 +84,7 @@ def option(
     source: str = "alignkit",
     choices: Iterable[Any] | None = None,
     derived: DerivedDefault | None = None,
+    only_with: OnlyWith | None = None,
     default_factory: Any = MISSING,
     **bounds: float,
 ) -> Any:
@@ -68,12 +96,18 @@ def option(
         source: Provenance of the default.
         choices: Admissible values.
         derived: What the default, None, stands for by the value of another key; it knows its sources.
+        only_with: Condition under which the option has an effect, made by :func:`only_with`.
         default_factory: As in :func:`dataclasses.field`, for mutable defaults.
         **bounds: Any of ``gt``, ``ge``, ``lt``, ``le``.
     """
     admissible = tuple(choices) if choices is not None else None
     info = OptionInfo(
-        help=help, source=str(derived) if derived else source, choices=admissible, derived=derived, **bounds
+        help=help,
+        source=str(derived) if derived else source,
+        choices=admissible,
+        derived=derived,
+        only_with=only_with,
+        **bounds,
     )
     return field(default=default, default_factory=default_factory, metadata={"option": info})
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from alignkit.config.conflicts import CONFLICTS
 from alignkit.config.ignored import IGNORED
-from alignkit.config.rules import Rule
+from alignkit.config.rules import IgnoredKeys, Rule
+from alignkit.config.values import show
+from alignkit.gradients.rule import load_rule, rule_names
 from alignkit.methods.method import Method, load_method, method_names
-from alignkit.options import Conflict
+from alignkit.options import Conflict, OnlyWith
 
 
 def _rule_of(method: Method, conflict: Conflict) -> Rule:
@@ -20,10 +24,41 @@ def _rule_of(method: Method, conflict: Conflict) -> Rule:
     return Rule(conflict.title, (*conflict.keys, "method"), clashes, conflict.why, conflict.fix)
 
 
+def _rules_of_options(part: str, name: str, options: type) -> Iterator[IgnoredKeys]:
+    """One rule for each condition that options of a method or gradient rule declare with ``only_with``.
+
+    Args:
+        part: ``method`` or ``gradient_rule``, the key that chooses it.
+        name: Its value.
+        options: The options class.
+    """
+    dependent: dict[OnlyWith, list[str]] = {}
+    for field in fields(options):
+        needed = field.metadata["option"].only_with
+        if needed is not None:
+            dependent.setdefault(needed, []).append(field.name)
+    for needed, keys in dependent.items():
+        yield _rule_of_options(part, name, needed, tuple(keys))
+
+
+def _rule_of_options(part: str, name: str, needed: OnlyWith, keys: tuple[str, ...]) -> IgnoredKeys:
+    words = f"{needed.key}: {' or '.join(show(value) for value in needed.values)}" if needed.values else ""
+    return IgnoredKeys(
+        f"{', '.join(keys)} of {name} without {words or needed.key}",
+        keys,
+        lambda c: getattr(c, part) == name and not needed.holds(getattr(c, needed.key)),
+        f"it belongs to {words}" if words else f"it belongs to {needed.key}, which is off",
+        f"write {needed.key}: {show(needed.example)}",
+        under=(needed.key, part),
+    )
+
+
 _METHODS = [load_method(name) for name in method_names()]
 
 RULES: tuple[Rule, ...] = (
     *CONFLICTS,
     *(_rule_of(method, conflict) for method in _METHODS for conflict in method.conflicts),
     *IGNORED,
+    *(rule for method in _METHODS for rule in _rules_of_options("method", method.name, method.options)),
+    *(rule for name in rule_names() for rule in _rules_of_options("gradient_rule", name, load_rule(name).options)),
 )

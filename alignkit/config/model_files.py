@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,8 +13,11 @@ from typing import Any
 
 from alignkit.config.conflicts import names_output_head
 from alignkit.config.settings import Settings
+from alignkit.parametrizations.positions import stated_positions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "openai-gpt", "gpt_neo", "opt", "biogpt", "ctrl"))
+"""Model types whose positions are rows of a table."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 
@@ -86,23 +90,26 @@ def _model_faults(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _check_positions(settings: Settings) -> None:
-    """Report a ``max_length`` beyond what a model was made for; packed examples count their positions anew."""
-    if not settings.is_set("max_length") or settings.is_set("packing"):
+    """Report a ``max_length`` beyond what a model was made for; packed examples count their positions anew.
+
+    The default is reported only where the positions are certain to be a table that ends, as in GPT-2.
+    """
+    if settings.is_set("packing"):
         return
     names = (settings.values.get(key) for key in ("model", "reference_model"))
     for path in (Path(name) for name in names if name is not None):
         config = _json(path / "config.json")
-        config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-        key = "max_position_embeddings" if "max_position_embeddings" in config else "n_positions"
-        limit = config.get(key)
-        if isinstance(limit, int) and 0 < limit < settings.values.get("max_length", 0) and not _stretches(config):
+        key, limit = stated_positions(config) or ("", math.inf)
+        asked = settings.is_set("max_length") or config.get("model_type") in LEARNED_POSITIONS
+        if asked and limit < settings.values.get("max_length", 0) and not _stretches(config):
             why = f"is beyond the {limit} positions of {path} ({key} in its config.json)"
             settings.report("max_length", why, f"Write max_length: {limit}, or less")
 
 
 def _stretches(config: dict[str, Any]) -> bool:
     """Whether the rotary embedding is scaled, so that the stated number of positions may not be the limit."""
-    return '"factor"' in json.dumps([config.get("rope_scaling"), config.get("rope_parameters")])
+    settings = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    return '"factor"' in json.dumps([settings.get("rope_scaling"), settings.get("rope_parameters")])
 
 
 def _any_file(path: Path, patterns: tuple[str, ...]) -> bool:

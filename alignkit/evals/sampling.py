@@ -31,21 +31,12 @@ from alignkit.evals.sampling_engines import Drawing, Engine, Request
 from alignkit.evals.sampling_report import SamplingReport, SettingNames, make_report
 from alignkit.evals.sampling_scorer import Scorer, score_samples
 from alignkit.evals.sampling_store import ChunkStore, MemoryStore, RowSamples, fingerprint, on_first_process
+from alignkit.parametrizations.positions import positions_of
 
 EMPTY, NEGATIVE, DUPLICATE, UNFINISHED = "empty", "identical to the negative", "duplicate", "did not stop"
 TOO_LONG, NO_SAMPLES = "the prompt leaves no room for a sample", "no sample is left"
 ONE_SAMPLE = "fewer than 2 samples"
 ALIKE, EQUAL_SCORES = "all samples are identical", "the scorer gave all completions the same score"
-
-
-def positions_of(config: Any) -> int | None:
-    """Positions of a model, or None where they are not limited.
-
-    Args:
-        config: Its configuration.
-    """
-    positions: int | None = config.get_text_config().to_dict().get("max_position_embeddings")
-    return positions
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from alignkit.errors import DataError
-from alignkit.evals.sampling import Prompts, SampleSettings, positions_of
+from alignkit.evals.sampling import Prompts, SampleSettings
 from alignkit.evals.sampling_report import SettingNames
+from alignkit.parametrizations.positions import positions_of
 
 
 def check_room(

@@ -35,6 +35,7 @@ from alignkit.methods import _packed_attention
 from alignkit.methods import _reference as reference
 from alignkit.methods._forward import LOGP_TOLERANCE, base_model, compute_precision, use_packed_attention
 from alignkit.methods._layouts import SAMPLED_ROWS, layout_difference, shared_prefix_obstacle
+from alignkit.parametrizations.positions import positions_of
 
 COLUMN = "token_rewards"
 CHUNK_ROWS = 256
@@ -219,8 +220,7 @@ def refuse_long_sequences(rows: Dataset, model: nn.Module, name: str) -> None:
         DataError: Names such rows, their lengths, and the ways out.
     """
     base: Any = base_model(model)
-    settings = base.config.get_text_config().to_dict()
-    limit = settings.get("max_position_embeddings") or settings.get("n_positions")
+    limit = positions_of(base.config)
     if limit is None:
         return
     lengths = [max(len(p) + len(c) for p, c in _sequences(row)) for row in rows]

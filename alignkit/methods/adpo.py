@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from alignkit.methods.method import AnchorSchedule, Method, Paper
-from alignkit.options import Conflict, option
+from alignkit.options import Conflict, only_with, option
 
 if TYPE_CHECKING:
     from alignkit.losses.types import CandidateBatch, LossOutput
 
 _CODE = "ADPO (arXiv 2510.18913), author's code"
 _MOVING = ("ema", "kl_triggered", "periodic")
-_WITHOUT_BETA_REWARD = ("pairwise_hard", "plackett_luce")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +39,7 @@ class ADPOConfig:
     beta_reward: float = option(
         0.5,
         gt=0,
+        only_with=only_with("target", "listwise_zscore", "listwise_raw", "kde", "pairwise_soft"),
         help="Temperature of the scores in the target, in their unit; smaller is closer to best-of-K.",
         source=_CODE,
     )
@@ -56,14 +56,32 @@ class ADPOConfig:
         source="ADPO (arXiv 2510.18913), which finds fixed better offline",
     )
     anchor_decay: float = option(
-        0.99, ge=0, lt=1, help="Share of the anchor that a step keeps, anchor: ema only.", source=_CODE
+        0.99,
+        only_with=only_with("anchor", "ema"),
+        ge=0,
+        lt=1,
+        help="Share of the anchor that a step keeps, anchor: ema only.",
+        source=_CODE,
     )
-    anchor_steps: int = option(100, ge=1, help="Optimizer steps between copies, anchor: periodic only.")
+    anchor_steps: int = option(
+        100,
+        only_with=only_with("anchor", "periodic"),
+        ge=1,
+        help="Optimizer steps between copies, anchor: periodic only.",
+    )
     anchor_threshold: float = option(
-        0.1, gt=0, help="Mean drift that triggers a copy, nats, anchor: kl_triggered only.", source=_CODE
+        0.1,
+        only_with=only_with("anchor", "kl_triggered"),
+        gt=0,
+        help="Mean drift that triggers a copy, nats, anchor: kl_triggered only.",
+        source=_CODE,
     )
     anchor_window: int = option(
-        10, ge=1, help="Steps the drift is averaged over, anchor: kl_triggered only.", source=_CODE
+        10,
+        only_with=only_with("anchor", "kl_triggered"),
+        ge=1,
+        help="Steps the drift is averaged over, anchor: kl_triggered only.",
+        source=_CODE,
     )
     anchor_kl_coef: float = option(
         0.0, ge=0, help="Weight of a per-token estimate (k3) of the divergence from the anchor.", source=_CODE
@@ -75,18 +93,27 @@ class ADPOConfig:
         source=_CODE,
     )
     adaptive_tau_entropy: float = option(
-        0.5, ge=0, help="How much surprise raises tau, adaptive_tau only.", source=_CODE
+        0.5,
+        only_with=only_with("adaptive_tau"),
+        ge=0,
+        help="How much surprise raises tau, adaptive_tau only.",
+        source=_CODE,
     )
     adaptive_tau_reward: float = option(
-        1.0, ge=0, help="How much a low score raises tau where surprise is low, adaptive_tau only.", source=_CODE
+        1.0,
+        only_with=only_with("adaptive_tau"),
+        ge=0,
+        help="How much a low score raises tau where surprise is low, adaptive_tau only.",
+        source=_CODE,
     )
-    tau_min: float = option(0.1, gt=0, help="Smallest adaptive tau.", source=_CODE)
-    tau_max: float = option(5.0, gt=0, help="Largest adaptive tau.", source=_CODE)
+    tau_min: float = option(0.1, only_with=only_with("adaptive_tau"), gt=0, help="Smallest adaptive tau.", source=_CODE)
+    tau_max: float = option(5.0, only_with=only_with("adaptive_tau"), gt=0, help="Largest adaptive tau.", source=_CODE)
     eta: float = option(
         0.0, ge=0, help="Weight of an SFT term on the best candidate, against dispersion; 0 is off, 0.1 a usual value."
     )
     sft_normalization: str = option(
         "token",
+        only_with=only_with("eta", example=0.1),
         choices=("token", "sequence_sum"),
         help="What the SFT term is divided by: tokens of the best candidates, or groups.",
     )
@@ -194,34 +221,6 @@ METHOD = Method(
             lambda c: c.tau is not None and c.beta is not None,
             "beta is 1/tau, so one of the two says it all",
             "Keep one of the two",
-        ),
-        Conflict(
-            "beta_reward with a target that only orders",
-            ("beta_reward", "target"),
-            lambda c: c.target in _WITHOUT_BETA_REWARD and c.beta_reward != 0.5,
-            "this target sees the order of the scores and not their size",
-            "Remove beta_reward, or write target: pairwise_soft or target: listwise_zscore",
-        ),
-        Conflict(
-            "options of another anchor",
-            ("anchor", "anchor_decay", "anchor_steps", "anchor_threshold", "anchor_window"),
-            lambda c: (
-                (c.anchor != "ema" and c.anchor_decay != 0.99)
-                or (c.anchor != "periodic" and c.anchor_steps != 100)
-                or (c.anchor != "kl_triggered" and (c.anchor_threshold, c.anchor_window) != (0.1, 10))
-            ),
-            "anchor_decay belongs to ema, anchor_steps to periodic, anchor_threshold and anchor_window to kl_triggered",
-            "Remove what belongs to another anchor, or write that anchor",
-        ),
-        Conflict(
-            "options of the adaptive temperature without it",
-            ("adaptive_tau", "adaptive_tau_entropy", "adaptive_tau_reward", "tau_min", "tau_max"),
-            lambda c: (
-                not c.adaptive_tau
-                and (c.adaptive_tau_entropy, c.adaptive_tau_reward, c.tau_min, c.tau_max) != (0.5, 1.0, 0.1, 5.0)
-            ),
-            "the temperature is constant",
-            "Write adaptive_tau: true, or remove what belongs to it",
         ),
         Conflict(
             "empty range of the temperature",

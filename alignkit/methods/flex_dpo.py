@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from alignkit.methods._pair_metrics import PAIR_METRICS
 from alignkit.methods.method import Method, Paper
-from alignkit.options import option
+from alignkit.options import only_with, option
 
 if TYPE_CHECKING:
     from alignkit.losses.types import CandidateBatch, LossOutput
@@ -32,6 +32,7 @@ class FlexDPOConfig:
     eta: float = option(0.0, ge=0, help="Weight of the SFT term on the chosen response; 0 is off, 0.1 a usual value.")
     sft_normalization: str = option(
         "token",
+        only_with=only_with("eta", example=0.1),
         choices=("token", "sequence_sum"),
         help="What the SFT term is divided by: chosen tokens (as TRL's sft loss), or pairs (a sum over each response).",
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from alignkit.methods._pair_metrics import PAIR_METRICS
 from alignkit.methods.method import Method, Paper
-from alignkit.options import Conflict, option
+from alignkit.options import Conflict, only_with, option
 
 if TYPE_CHECKING:
     from alignkit.losses.types import CandidateBatch, LossOutput
@@ -37,13 +37,20 @@ class TREGConfig:
         source="T-REG (arXiv 2412.02685), the middle of its search over 0.1, 0.25, 0.5, as reported by summaries",
     )
     gamma: float = option(
-        0.5, ge=0, help="Margin the chosen reward must have over the rejected one, form: simpo only.", source="TRL 1.16"
+        0.5,
+        ge=0,
+        only_with=only_with("form", "simpo"),
+        help="Margin the chosen reward must have over the rejected one, form: simpo only.",
+        source="TRL 1.16",
     )
     detach_weight: bool = option(
-        True, help="Keep the pair's weight sigma(-z) on the regulariser out of the gradient; no source states it."
+        True,
+        only_with=only_with("static_weight", False),
+        help="Keep the pair's weight sigma(-z) on the regulariser out of the gradient; no source states it.",
     )
     static_weight: bool = option(
         False,
+        only_with=only_with("alpha", example=0.25),
         help="Weigh every pair's regulariser alike rather than by sigma(-z).",
         source="T-REG (arXiv 2412.02685), an ablation that did worse",
     )
@@ -116,13 +123,6 @@ METHOD = Method(
     ),
     needs=needs,
     conflicts=(
-        Conflict(
-            "gamma without simpo",
-            ("gamma", "form"),
-            lambda c: c.form != "simpo" and c.gamma != 0.5,
-            "only the simpo form has a target margin",
-            "Remove gamma, or write form: simpo",
-        ),
         Conflict(
             "gradient through a static weight",
             ("detach_weight", "static_weight"),

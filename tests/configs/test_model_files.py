@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from alignkit.config import model_files
+from alignkit.parametrizations.positions import positions_of
 from tests.configs.cases import SUPERVISED, problems_of
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -69,6 +71,9 @@ POSITIONS = {
     "stated": ({"max_position_embeddings": 64}, "max_position_embeddings in its config.json"),
     "of the text model": ({"text_config": {"max_position_embeddings": 64}}, "the 64 positions of base"),
     "learned": ({"n_positions": 64}, "n_positions in its config.json"),
+    "of DBRX and MPT": ({"max_seq_len": 64}, "max_seq_len in its config.json"),
+    "of the first GPT": ({"n_ctx": 64}, "n_ctx in its config.json"),
+    "a recurrent model": ({"context_length": 64}, None),
     "rope without a factor": (
         {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "Write max_length: 64, or less",
@@ -89,6 +94,23 @@ def test_rows_longer_than_the_model_has_positions(config: dict[str, Any], expect
     else:
         assert len(found) == 1 and found[0].startswith("command line: `max_length: 65` ") and expected in found[0]
     assert problems_of({**SUPERVISED, "max_length": 65, "packing": True}) == []
+
+
+def test_a_table_of_positions_ends_for_the_default_length_too() -> None:
+    """The default is 1024 tokens; a rotary model may go beyond what its config states, a table cannot."""
+    Path("base/config.json").write_text(json.dumps({"model_type": "openai-gpt", "n_positions": 512}))
+    (problem,) = problems_of({})
+    assert "`max_length: 1024` is beyond the 512 positions" in problem and "Write max_length: 512" in problem
+    Path("base/config.json").write_text(json.dumps({"model_type": "qwen3", "max_position_embeddings": 512}))
+    assert problems_of({}) == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-gpt", "gpt_bigcode", "ctrl", "mpt", "llama", "qwen3"])
+def test_the_number_of_positions_of_a_loaded_model(name: str) -> None:
+    """Against the attribute under which transformers has it for every family."""
+    config = AutoConfig.for_model(name)
+    expected = config.max_seq_len if name == "mpt" else config.max_position_embeddings
+    assert positions_of(config) == expected > 0
 
 
 def test_a_reference_with_fewer_positions() -> None:

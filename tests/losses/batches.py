@@ -180,7 +180,13 @@ def _is_accepted(method: Method, options: Any) -> bool:
     """Whether the config would take these options with everything else at its default."""
     defaults = {name: key.default for name, key in base_keys(method.program).items()}
     chosen = SimpleNamespace(**defaults, **vars(options))
-    return not any(conflict.when(chosen) for conflict in method.conflicts)
+    idle = any(
+        item.metadata["option"].only_with is not None
+        and not item.metadata["option"].only_with.holds(getattr(options, item.metadata["option"].only_with.key))
+        and getattr(options, item.name) != item.default
+        for item in dataclasses.fields(options)
+    )
+    return not idle and not any(conflict.when(chosen) for conflict in method.conflicts)
 
 
 def loss_value(output: LossOutput, counts: Mapping[str, Tensor]) -> Tensor:
