@@ -41,13 +41,18 @@ def model_source(config: RunConfig, path: str, revision: str | None = None) -> l
 
 
 def load_policy(config: RunConfig) -> PreTrainedModel | PeftModel:
-    """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it."""
+    """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it.
+
+    Raises:
+        ModelError: It cannot be loaded or trained as the config says, or the adapter belongs to another base.
+    """
+    source = model_source(config, config.model, config.model_revision)
+    loading.quantization_of(source, in_full=config.parametrization == "full")
     if config.adapter is None:
-        return load_model(config, config.model, config.model_revision)
+        return loading.load_model(source)
     adapter = read_adapter(config.adapter)
-    loading.check_base(adapter, model_source(config, config.model, config.model_revision))
-    model = load_model(config, config.model, config.model_revision)
-    return loading.load_adapter(model, adapter, is_trainable=True)
+    loading.check_base(adapter, source)
+    return loading.load_adapter(loading.load_model(source), adapter, is_trainable=True)
 
 
 def check_references(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> None:

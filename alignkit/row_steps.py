@@ -30,6 +30,7 @@ from alignkit.evals.self_samples import SETTING_NAMES, self_samples
 from alignkit.methods._reference import default_cache_dir, model_fingerprint
 from alignkit.methods.method import load_method
 from alignkit.model_steps import load_policy, new_adapter
+from alignkit.parametrizations.loading import is_quantized
 from alignkit.parametrizations.vocabulary import check_token_ids
 
 Rows = Dataset | IterableDataset
@@ -76,7 +77,7 @@ def with_samples(
     }
     weights = model_fingerprint(model, "default" if config.adapter is not None else None)
     # Quantised weights stand where they were loaded.
-    model = (model if config.quantization != "none" else model.to(args.device)).eval()
+    model = (model if is_quantized(model) else model.to(args.device)).eval()
     cache, reports = default_cache_dir().with_name("samples"), {}
     for name in wanting:
         place = {"weights": weights, "prompt_limit": limits[name], "name": name}

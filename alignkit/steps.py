@@ -42,6 +42,7 @@ from alignkit.hub.upload import check_before_training
 from alignkit.model_steps import RunConfig
 from alignkit.origin_steps import OriginWriter
 from alignkit.parametrizations import loading
+from alignkit.parametrizations.files import read_adapter
 from alignkit.parametrizations.lora import trainable_report
 from alignkit.run_directory import RunDirectory
 
@@ -184,14 +185,18 @@ def check_gradient_rule(config: RunConfig, args: TrainingArguments) -> None:
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, with the config's chat template if it names one.
+    """The tokenizer of the model, or that of the adapter that is continued, with the config's chat template if any.
+
+    The adapter's knows the tokens and the template it was trained with.
 
     Raises:
         ModelError: There is none, or it has no end-of-sequence token.
     """
+    adapter = None if config.adapter is None else read_adapter(config.adapter)
+    from_adapter = adapter is not None and adapter.has_tokenizer
     tokenizer = loading.load_tokenizer(
-        config.model,
-        revision=config.model_revision,
+        config.adapter if from_adapter else config.model,
+        revision=None if from_adapter else config.model_revision,
         chat_template=None if config.chat_template is None else Path(config.chat_template),
         trust_remote_code=config.trust_remote_code,
     )

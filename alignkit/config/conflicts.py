@@ -29,8 +29,6 @@ def _edits_gradients(rule: str | None) -> bool:
     return rule is not None and load_rule(rule).edit is not None
 
 
-_HEAD_WHY = "log-probs are computed from lm_head.weight directly, so what is trained there would never be used"
-
 CONFLICTS: tuple[Rule, ...] = (
     # --- parametrization -------------------------------------------------------------------------------------------
     Rule(
@@ -51,15 +49,10 @@ CONFLICTS: tuple[Rule, ...] = (
         "LoRA on the output head",
         ("lora_target_modules",),
         lambda c: names_output_head(c.lora_target_modules),
-        f"contains lm_head: {_HEAD_WHY}",
-        "Leave lm_head out; lora_target_modules: all-linear covers every other linear layer",
-    ),
-    Rule(
-        "output head saved beside the adapter",
-        ("lora_modules_to_save",),
-        lambda c: names_output_head(c.lora_modules_to_save),
-        f"contains lm_head: {_HEAD_WHY}",
-        "Leave lm_head out, or write parametrization: full to train every weight",
+        "contains lm_head: log-probs are computed from lm_head.weight directly, so low-rank factors beside it would "
+        "never be used",
+        "Leave lm_head out (all-linear covers every other linear layer); to train the head too, in full, write "
+        "lora_modules_to_save: [lm_head]",
     ),
     Rule(
         "LoRA targets that are no regular expression",

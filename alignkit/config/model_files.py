@@ -13,6 +13,7 @@ from typing import Any
 
 from alignkit.config.conflicts import names_output_head
 from alignkit.config.settings import Settings
+from alignkit.parametrizations.files import newest_inside, quantization_problem, stored_quantization
 from alignkit.parametrizations.positions import stated_positions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -47,6 +48,7 @@ def check_model_files(settings: Settings) -> None:
     for key in ("model", "reference_model"):
         if settings.values.get(key) is not None:
             _check_model(settings, key)
+    _check_quantization(settings)
     _check_positions(settings)
     if settings.values.get("adapter") is not None:
         _check_adapter(settings, Path(settings.values["adapter"]))
@@ -89,6 +91,17 @@ def _model_faults(path: Path) -> Iterator[tuple[str, str]]:
         yield "has no tokenizer", f"Save the tokenizer beside the model: tokenizer.save_pretrained('{path}')"
 
 
+def _check_quantization(settings: Settings) -> None:
+    """Report a model that is quantised already and is to be quantised otherwise, or trained in full."""
+    values = settings.values
+    if any(values.get(key) is None for key in ("model", "quantization", "parametrization")):
+        return
+    stored = stored_quantization(_json(Path(values["model"]) / "config.json"))
+    in_full = values["parametrization"] == "full"
+    if problem := quantization_problem(stored, wanted=values["quantization"], in_full=in_full):
+        settings.report("parametrization" if in_full else "quantization", *problem)
+
+
 def _check_positions(settings: Settings) -> None:
     """Report a ``max_length`` beyond what a model was made for; packed examples count their positions anew.
 
@@ -128,7 +141,9 @@ def _check_adapter(settings: Settings, path: Path) -> None:
     if not path.exists():
         settings.report("adapter", "does not exist", nearest_entry(path))
     elif not (path / "adapter_config.json").is_file():
-        settings.report("adapter", "has no adapter_config.json", "Write the folder of an adapter saved by PEFT")
+        inside = newest_inside(path, "adapter_config.json") if path.is_dir() else None
+        fix = f"Write adapter: {inside}, which has one" if inside else "Write the folder of an adapter saved by PEFT"
+        settings.report("adapter", "has no adapter_config.json", fix)
     elif not _any_file(path, ("adapter_model.safetensors", "adapter_model.bin")):
         settings.report("adapter", "has no adapter_model.safetensors", "Write the folder of an adapter saved by PEFT")
     else:
@@ -139,9 +154,9 @@ def _check_adapter_config(settings: Settings, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         settings.report("adapter", f"holds peft_type {kind}", "Only LoRA adapters can be continued; merge it first")
-    modules = [config.get("target_modules"), config.get("modules_to_save")]
-    if any(isinstance(value, (str, list)) and names_output_head(value) for value in modules):
-        why = "adapts lm_head, whose weight is read directly when log-probs are computed"
+    modules = config.get("target_modules")
+    if isinstance(modules, (str, list)) and names_output_head(modules):
+        why = "has low-rank factors on lm_head, whose weight is read directly when log-probs are computed"
         settings.report("adapter", why, "Merge it first (scripts/merge_adapter.py) and start a new adapter")
 
 

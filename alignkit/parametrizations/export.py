@@ -25,7 +25,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.parametrizations.files import CARD_OF_THE_ADAPTER, AdapterFiles, is_local
-from alignkit.parametrizations.loading import DTYPES, ModelSource, check_base, load_adapter, load_model
+from alignkit.parametrizations.loading import (
+    DTYPES,
+    ModelSource,
+    check_base,
+    is_quantized,
+    load_adapter,
+    load_model,
+    quantization_of,
+)
 from alignkit.parametrizations.vocabulary import check_token_ids
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -116,10 +124,11 @@ def merge_adapter(
             merged, or the models differ.
     """
     check_output(output)
-    dtype = checkpoint_dtype(source) if source.dtype == "auto" else source.dtype
-    if tolerance is None:
-        tolerance = TOLERANCES[dtype] if source.quantization == "none" else QUANTIZED_TOLERANCE
     check_base(adapter, source)
+    dtype = checkpoint_dtype(source) if source.dtype == "auto" else source.dtype
+    quantization = quantization_of(source) or source.quantization
+    if tolerance is None:
+        tolerance = TOLERANCES[dtype] if quantization == "none" else QUANTIZED_TOLERANCE
     exact = replace(source, dtype="float32")
     tuned, effect = _reference_logits(adapter, exact, tokenizer, prompts, device)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +138,7 @@ def merge_adapter(
         # Tokenizers and configs of remote code stay with the base; only the weights are compared here.
         written = load_model(replace(exact, model=str(draft), revision=None, quantization="none"), device)
         error = logits_difference(tuned, logits_of(written, prompts, device))
-        report = MergeReport(error, effect, dtype, source.quantization, tolerance)
+        report = MergeReport(error, effect, dtype, quantization, tolerance)
         if report.problem is not None:
             raise ModelError(f"the merge is refused and nothing was written: {report.problem}")
         tokenizer.save_pretrained(draft)
@@ -209,12 +218,52 @@ def _merged(adapter: AdapterFiles, source: ModelSource, device: torch.device | s
     # Always loaded afresh: a forward pass on the CPU makes bitsandbytes repack 4-bit weights, and transformers then
     # dequantises them wrongly.
     base = load_model(source, device)
-    if "quantization_config" in base.config.to_dict():
-        base = base.dequantize(dtype=torch.float32)
+    if is_quantized(base):
+        base = _dequantized(base)
+    is_tied = _is_tied(base)
+    wrapped = load_adapter(base, adapter)
+    if is_tied:
+        _part_head(base)
     try:
-        return load_adapter(base, adapter).merge_and_unload(safe_merge=True)
+        merged = wrapped.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter {str(adapter.directory)!r} cannot be merged: {error}") from error
+    if is_tied:
+        _tie_if_equal(merged)
+    return merged
+
+
+def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain float32 model with the values that quantised weights stand for."""
+    dense = model.dequantize(dtype=torch.float32)
+    # Into a new model: one read from a quantised checkpoint would be saved in the form of that checkpoint.
+    plain = type(dense)(dense.config)
+    plain.load_state_dict(dense.state_dict())
+    plain.generation_config = dense.generation_config
+    return plain.to(dense.device).eval()
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the input embedding and the output head are one weight."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _part_head(model: PreTrainedModel) -> None:
+    """Give the head weights of its own; a merge writes into the embedding's, and would change a tied head as well."""
+    for module in model.get_output_embeddings().modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+
+
+def _tie_if_equal(model: PreTrainedModel) -> None:
+    """Make one weight of embedding and head where they are equal; otherwise say in the config that they are two."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    are_equal = torch.equal(embedding.weight, head.weight)
+    if are_equal:
+        head.weight = embedding.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = are_equal
 
 
 def _method_tags(tags: Sequence[str]) -> list[str]:

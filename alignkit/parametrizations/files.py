@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,39 @@ def model_problem(model: str) -> str | None:
     return None
 
 
+def stored_quantization(config: Mapping[str, Any]) -> str | None:
+    """How the weights of a saved model are quantised: ``nf4``, ``int8`` or what its config calls it; None if not.
+
+    Args:
+        config: Content of its ``config.json``.
+    """
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    if stored.get("load_in_8bit"):
+        return "int8"
+    return str(stored.get("bnb_4bit_quant_type" if stored.get("load_in_4bit") else "quant_method"))
+
+
+def quantization_problem(stored: str | None, *, wanted: str, in_full: bool = False) -> tuple[str, str] | None:
+    """Why a model that is quantised already cannot be used as wanted, and what to do instead; None if it can.
+
+    Args:
+        stored: How it is quantised.
+        wanted: ``none``, which takes it as it is, or another kind.
+        in_full: Whether all its weights are to be trained.
+    """
+    if stored is None:
+        return None
+    if in_full:
+        why = f"its weights are quantised already ({stored}): they are integers and cannot be trained"
+        return why, "Write parametrization: lora, or give the model before it was quantised"
+    if wanted in ("none", stored):
+        return None
+    why = f"its weights are quantised already ({stored}) and would stay so under quantization {wanted}"
+    return why, "Take quantization none to use it as it is, or give the model before it was quantised"
+
+
 def is_local(model: str) -> bool:
     """Whether the name of a model leads to a place on this machine rather than to the Hub.
 
@@ -143,16 +177,28 @@ def check_tensors(file: Path) -> list[str]:
     Raises:
         CheckpointError: It is truncated, or holds no tensor or an empty one (a ZeRO-3 shard that was never gathered).
     """
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): it is truncated or not a safetensors file") from error
+    shapes = tensor_shapes(file)
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty or not shapes:
         found = f"{len(empty)} of {len(shapes)} tensors are empty, such as {empty[0]}" if empty else "it has no tensor"
         raise CheckpointError(f"{file} was saved without its numbers: {found}. Gather the parameters before saving.")
     return list(shapes)
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Shape of every tensor of a safetensors file, by name.
+
+    Args:
+        file: The file.
+
+    Raises:
+        CheckpointError: It is truncated, or no such file.
+    """
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): it is truncated or not a safetensors file") from error
 
 
 def sha256(file: Path) -> str:
@@ -183,11 +229,22 @@ def _near(path: Path) -> str:
 
 def _checkpoints(path: Path) -> str:
     """Advice for a folder that holds no weights itself."""
-    saved = sorted(_saved_inside(path))
-    return f"did you mean {saved[-1]!r}?" if saved else "the folder holds no saved weights"
+    saved = newest_inside(path, ADAPTER_CONFIG, MODEL_CONFIG)
+    return f"did you mean {str(saved)!r}?" if saved else "the folder holds no saved weights"
 
 
-def _saved_inside(path: Path) -> Iterator[str]:
-    for entry in path.iterdir():
-        if (entry / ADAPTER_CONFIG).is_file() or (entry / MODEL_CONFIG).is_file():
-            yield str(entry)
+def newest_inside(path: Path, *names: str) -> Path | None:
+    """The last checkpoint, by its number, among the folders in ``path`` that hold a file of one of these names.
+
+    Args:
+        path: A folder.
+        names: Names of files.
+    """
+    saved = [entry for entry in path.iterdir() if any((entry / name).is_file() for name in names)]
+    return max(saved, key=lambda entry: (_number(entry.name), entry.name), default=None)
+
+
+def _number(name: str) -> int:
+    """Number at the end of a name, -1 where there is none."""
+    digits = re.search(r"\d+$", name)
+    return int(digits[0]) if digits else -1

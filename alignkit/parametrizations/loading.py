@@ -10,10 +10,25 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from alignkit.errors import ModelError
-from alignkit.parametrizations.files import AdapterFiles, check_tensors, model_problem
+from alignkit.parametrizations.files import (
+    AdapterFiles,
+    check_tensors,
+    model_problem,
+    quantization_problem,
+    stored_quantization,
+    tensor_shapes,
+)
 from alignkit.parametrizations.fingerprints import ORIGIN_FILE, BaseFingerprint, base_fingerprint, read_origin
 from alignkit.parametrizations.quantization import keep_trainable_on_cpu, quantization_config
 
@@ -49,15 +64,19 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
         device: Where to; None leaves it to a trainer to place (a quantised model goes to this process's device).
 
     Raises:
-        ModelError: It does not exist, is no causal language model, or its checkpoint lacks weights.
+        ModelError: It does not exist, is no causal language model, is quantised otherwise than asked, or its checkpoint
+            lacks weights.
     """
     if problem := model_problem(source.model):
         raise ModelError(problem)
     options: dict[str, Any] = {"revision": source.revision} if source.revision else {}
     dtype = DTYPES.get(source.dtype)
-    if source.quantization != "none":
+    stored = quantization_of(source)
+    if stored is None and source.quantization != "none":
         compute_dtype = dtype or torch.bfloat16
         options["quantization_config"] = quantization_config(source.quantization, compute_dtype)
+    quantization = stored or source.quantization
+    if quantization != "none":
         # bitsandbytes quantises while moving weights to their device, so they must be sent there one by one.
         options["device_map"] = {"": PartialState().device if device is None else device}
     try:
@@ -77,10 +96,32 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
             f"the checkpoint of {source.model!r} lacks {len(missing)} weights, such as {missing[0]}; they would be "
             "random. Give a causal language model with all its weights."
         )
-    if source.quantization == "nf4":
+    if quantization == "nf4":
         keep_trainable_on_cpu(model)
-    is_placed = device is None or source.quantization != "none"
+    is_placed = device is None or quantization != "none"
     return model.eval() if is_placed else model.to(device).eval()
+
+
+def quantization_of(source: ModelSource, *, in_full: bool = False) -> str | None:
+    """How the checkpoint of a model is quantised itself, before anything is loaded; None if it is not.
+
+    Args:
+        source: The model.
+        in_full: Whether all its weights are to be trained.
+
+    Raises:
+        ModelError: It is quantised otherwise than ``source`` asks, or cannot be trained, or there is no such model.
+    """
+    options = {"revision": source.revision} if source.revision else {}
+    try:
+        config = AutoConfig.from_pretrained(source.model, trust_remote_code=source.trust_remote_code, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"the model {source.model!r} cannot be loaded: {_cause(source.model, error)}") from error
+    stored = stored_quantization(config.to_dict())
+    if problem := quantization_problem(stored, wanted=source.quantization, in_full=in_full):
+        why, fix = problem
+        raise ModelError(f"the model {source.model!r} cannot be used like this: {why}. {fix}.")
+    return stored
 
 
 def load_tokenizer(
@@ -131,6 +172,15 @@ def saved_generation_config(model: str, revision: str | None = None) -> Generati
         return GenerationConfig()
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the weights of a loaded model are quantised, by alignkit or in its checkpoint.
+
+    Args:
+        model: The model, plain or with an adapter.
+    """
+    return "quantization_config" in model.config.to_dict()
+
+
 def fingerprint(source: ModelSource) -> BaseFingerprint:
     """What a model is, without loading it; how it is loaded plays no part.
 
@@ -178,7 +228,8 @@ def check_base(adapter: AdapterFiles, source: ModelSource) -> None:
 def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable: bool = False) -> PeftModel:
     """Put a saved adapter on its base, in evaluation mode; every stored tensor must find its place.
 
-    PEFT itself ignores tensors that have no place and leaves missing ones at their random start.
+    PEFT itself ignores tensors that have no place and leaves missing ones at their random start. An adapter that brings
+    embeddings of another size, as after tokens were added, gives the model their size.
 
     Args:
         model: The base.
@@ -189,6 +240,7 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable:
         ModelError: The adapter does not belong to this base.
     """
     misfit = f"the adapter {str(adapter.directory)!r} does not fit the model:"
+    _resize_embeddings(model, adapter)
     belongs = f"It was trained on {adapter.base!r}; is that the model given?"
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter.directory), is_trainable=is_trainable)
@@ -197,11 +249,33 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable:
         raise ModelError(f"{misfit} {detail.strip()} {belongs}") from error
     stored = set(check_tensors(adapter.weights))
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    homeless = stored - expected - set(wrapped.state_dict())
+    # With resized embeddings PEFT stores these whole: base, copy and adapter.
+    with_embeddings = set(get_peft_model_state_dict(wrapped, save_embedding_layers=True))
+    homeless = stored - expected - with_embeddings - set(wrapped.state_dict())
     for names, fault in ((homeless, "have no place in"), (expected - stored, "are missing for")):
         if names:
             raise ModelError(f"{misfit} {len(names)} tensors {fault} it, such as {min(names)}. {belongs}")
     return wrapped.eval()
+
+
+def _resize_embeddings(model: PreTrainedModel, adapter: AdapterFiles) -> None:
+    """Give the model as many embeddings as the adapter brings with it."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [f"base_model.model.{name}." for name, module in model.named_modules() if module in modules]
+    shapes = tensor_shapes(adapter.weights)
+    own = {key: shape for key, shape in shapes.items() if key.startswith(tuple(names))}
+    brought = {shape[0] for key, shape in own.items() if key.endswith(".weight") and "lora_" not in key}
+    adapted = {shape[-1] for key, shape in own.items() if "lora_embedding_A" in key}
+    if len(brought) == 1 and brought != {rows}:
+        # The new rows are the adapter's own and read with it.
+        model.resize_token_embeddings(brought.pop(), mean_resizing=False)
+    elif not brought and adapted - {rows}:
+        raise ModelError(
+            f"the adapter {str(adapter.directory)!r} was trained on {adapted.pop()} embeddings, of which the model has "
+            f"{rows}, and does not bring the others. Save it with them (PEFT: save_embedding_layers=True), or give the "
+            "model with the embeddings it was trained on."
+        )
 
 
 def _cause(model: str, error: BaseException) -> str:

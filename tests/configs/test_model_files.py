@@ -130,10 +130,10 @@ ADAPTERS = {
     "no JSON": ({"adapter_config__json": "{", "adapter_model__safetensors": "x"}, "holds peft_type None"),
     "on the output head": (
         {
-            "adapter_config__json": {"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+            "adapter_config__json": {"peft_type": "LORA", "target_modules": ["q_proj", "lm_head"]},
             "adapter_model__safetensors": "x",
         },
-        "adapts lm_head",
+        "has low-rank factors on lm_head",
     ),
 }
 
@@ -144,6 +144,51 @@ def test_refused_adapter(files: dict[str, Any] | None, expected: str) -> None:
         make("lora", **files)
     found = problems_of({"adapter": "lora"})
     assert len(found) == 1 and expected in found[0]
+
+
+def test_adapter_in_a_checkpoint_of_the_run_named() -> None:
+    """The last one by its number, not by its name."""
+    for step in (4, 12):
+        make(f"runs/x/checkpoint-{step}", adapter_config__json={"peft_type": "LORA"}, adapter_model__safetensors="x")
+    make("runs/x/plots")
+    found = problems_of({"adapter": "runs/x"})
+    assert len(found) == 1
+    assert found[0].endswith("has no adapter_config.json. Write adapter: runs/x/checkpoint-12, which has one.")
+    assert problems_of({"adapter": "runs/x/checkpoint-12"}) == []
+
+
+def test_a_head_trained_in_full_can_be_continued() -> None:
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    make("lora", adapter_config__json=config, adapter_model__safetensors="x")
+    assert problems_of({"adapter": "lora"}) == problems_of({"lora_modules_to_save": ["lm_head"]}) == []
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
+INT8 = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True, "bnb_4bit_quant_type": "fp4"}
+GPTQ = {"quant_method": "gptq", "bits": 4}
+FULL = {"parametrization": "full"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "change", "expected"),
+    [
+        (NF4, {}, None),
+        (NF4, {"quantization": "nf4"}, None),
+        (NF4, {"quantization": "int8"}, "quantised already (nf4) and would stay so under quantization int8"),
+        (INT8, {"quantization": "nf4"}, "quantised already (int8)"),
+        (GPTQ, {}, None),
+        (GPTQ, {"quantization": "nf4"}, "quantised already (gptq)"),
+        (NF4, FULL, "quantised already (nf4): they are integers and cannot be trained. Write parametrization: lora"),
+        (None, {"quantization": "nf4"}, None),
+    ],
+)
+def test_a_model_that_is_quantised_already(
+    stored: dict[str, Any] | None, change: dict[str, Any], expected: str | None
+) -> None:
+    config = {} if stored is None else {"quantization_config": stored}
+    make("quantised", config__json=config, model__safetensors="x", tokenizer__json={})
+    found = problems_of({"model": "quantised", **change})
+    assert (expected in found[0] and len(found) == 1) if expected else found == []
 
 
 def test_adapter_with_its_base_as_the_reference() -> None:

@@ -25,10 +25,6 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lora_target_modules": ["q_proj", "model.lm_head"]},
         {"lora_target_modules": ["q_proj", "not_lm_head"]},
     ),
-    "output head saved beside the adapter": (
-        {"lora_modules_to_save": ["lm_head"]},
-        {"lora_modules_to_save": ["embed_tokens"]},
-    ),
     "LoRA targets that are no regular expression": (
         {"lora_target_modules": r".*\.(q_proj"},
         {"lora_target_modules": r".*\.(q_proj)"},

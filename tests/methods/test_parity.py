@@ -18,11 +18,14 @@ from tests.methods.conftest import dpo_arguments, flat_weights, logged
 SHARED_METRICS = ("logps/chosen", "logps/rejected", "rewards/margins", "entropy", "mean_token_accuracy")
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+def lora(kind: str) -> LoraConfig | None:
+    if kind == "full":
+        return None
+    saved = ["lm_head"] if kind == "lora and the head in full" else None
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=saved)
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=["full", "lora", "lora and the head in full"])
 def peer(request: Any, tmp_path_factory: Any, model_path: str, tokenizer: Any, rows: Dataset) -> tuple[str, DPOTrainer]:
     """A finished trl.DPOTrainer run of six steps on the same tokens."""
     pairs = rows.map(
@@ -36,14 +39,14 @@ def peer(request: Any, tmp_path_factory: Any, model_path: str, tokenizer: Any, r
         args=dpo_arguments(tmp_path_factory.mktemp("peer")),
         train_dataset=pairs,
         processing_class=tokenizer,
-        peft_config=lora() if request.param == "lora" else None,
+        peft_config=lora(request.param),
     )
     trainer.train()
     return request.param, trainer
 
 
 def ours(make_trainer: Any, kind: str, layout: str) -> Any:
-    trainer = make_trainer(settings=BridgeSettings(layout=layout), peft_config=lora() if kind == "lora" else None)
+    trainer = make_trainer(settings=BridgeSettings(layout=layout), peft_config=lora(kind))
     trainer.train()
     return trainer
 
@@ -70,7 +73,11 @@ def test_shared_prefix_layout_follows_trl_to_1e_5(peer: tuple[str, DPOTrainer], 
 
 def test_rows_move_the_weights(model_path: str, peer: tuple[str, DPOTrainer]) -> None:
     """Guards the tests above: equal because both trained, not because neither did."""
-    _, theirs = peer
+    kind, theirs = peer
+    if kind == "lora and the head in full":
+        head = theirs.model.get_base_model().lm_head
+        moved = (head.modules_to_save["default"].weight - head.original_module.weight).abs().max()
+        assert moved > 1e-4
     assert max(logged(theirs, "grad_norm")) > 0.01
     assert logged(theirs, "loss")[0] == pytest.approx(0.693147, abs=1e-4)
     assert logged(theirs, "loss")[-1] != logged(theirs, "loss")[0]

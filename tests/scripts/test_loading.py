@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from alignkit.errors import AlignkitError, CheckpointError, ModelError
 from alignkit.parametrizations.files import check_tensors, find_model, model_problem, read_adapter, sha256
-from alignkit.parametrizations.loading import ModelSource, load_adapter, load_model, load_tokenizer
-from tests.scripts.tiny import save_adapter
+from alignkit.parametrizations.loading import ModelSource, load_adapter, load_model, load_tokenizer, quantization_of
+from tests.scripts.tiny import randomize, save_adapter
 
 
 @pytest.fixture
@@ -129,6 +133,57 @@ def test_embeddings_saved_with_an_adapter_are_in_their_place(assets: Path, tmp_p
     directory = save_adapter(assets / "base", tmp_path / "full", modules_to_save=["lm_head"])
     model = load_adapter(load_model(ModelSource(str(assets / "base")), "cpu"), read_adapter(directory))
     assert not model.training
+
+
+RESIZED = {
+    "the embeddings alone": {},
+    "LoRA on them": {"target_modules": ["q_proj", "embed_tokens"]},
+    "trained in full": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "single tokens trained": {"trainable_token_indices": [260, 261]},
+}
+
+
+def resized_adapter(base: Path, directory: Path, settings: dict[str, Any], **saving: Any) -> torch.Tensor:
+    """Save an adapter on a model with four tokens more than ``base``; returns what the whole says to one of them."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(264)
+    config = LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]} | settings))
+    wrapped = get_peft_model(model, config).eval()
+    randomize(wrapped, 0.05, 1)
+    wrapped.save_pretrained(directory, **saving)
+    with torch.no_grad():
+        return wrapped(input_ids=torch.tensor([[5, 261, 9]])).logits
+
+
+@pytest.mark.parametrize("settings", RESIZED.values(), ids=RESIZED.keys())
+def test_adapters_that_bring_resized_embeddings(settings: dict[str, Any], assets: Path, tmp_path: Path) -> None:
+    expected = resized_adapter(assets / "base", tmp_path / "adapter", settings)
+    model = load_adapter(load_model(ModelSource(str(assets / "base")), "cpu"), read_adapter(tmp_path / "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=torch.tensor([[5, 261, 9]])).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_embeddings_that_an_adapter_does_not_bring(assets: Path, tmp_path: Path) -> None:
+    settings = RESIZED["LoRA on them"]
+    resized_adapter(assets / "base", tmp_path / "adapter", settings, save_embedding_layers=False)
+    with pytest.raises(ModelError, match="trained on 264 embeddings, of which the model has 260"):
+        load_adapter(load_model(ModelSource(str(assets / "base")), "cpu"), read_adapter(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(("kind", "other"), [("nf4", "int8"), ("int8", "nf4")])
+def test_a_checkpoint_that_is_quantised_keeps_its_own_or_is_refused(
+    kind: str, other: str, assets: Path, tmp_path: Path
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    load_model(ModelSource(str(assets / "wide"), quantization=kind), "cpu").save_pretrained(tmp_path / "model")
+    source = ModelSource(str(tmp_path / "model"))
+    layer = {"nf4": bitsandbytes.nn.Linear4bit, "int8": bitsandbytes.nn.Linear8bitLt}[kind]
+    for model in (load_model(source, "cpu"), load_model(replace(source, quantization=kind), "cpu")):
+        assert isinstance(model.model.layers[0].mlp.up_proj, layer)
+    with pytest.raises(ModelError, match=rf"quantised already \({kind}\) and would stay so under quantization {other}"):
+        load_model(replace(source, quantization=other), "cpu")
+    with pytest.raises(ModelError, match="integers and cannot be trained"):
+        quantization_of(source, in_full=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])

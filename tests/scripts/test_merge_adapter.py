@@ -17,7 +17,8 @@ from alignkit.errors import ModelError
 from alignkit.hub.upload import plan_upload
 from alignkit.parametrizations import export
 from alignkit.parametrizations.export import LogitsDifference, MergeReport, logits_difference
-from alignkit.parametrizations.files import read_adapter
+from alignkit.parametrizations.files import check_tensors, read_adapter
+from alignkit.parametrizations.loading import ModelSource, load_model
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import save_adapter
 
@@ -79,6 +80,55 @@ def test_kinds_of_adapters_and_types(
     assert str(model.dtype) == f"torch.{options.get('dtype', 'float32')}"
     difference = (logits(model.float(), tmp_path / "merged") - tuned_logits(assets / "base", adapter)).abs().max()
     assert difference < export.TOLERANCES[options.get("dtype", "float32")]
+
+
+TIED = {
+    "LoRA on the embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    "the embedding in full": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+    "the head in full": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+    "both as one": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+    "neither": ({"target_modules": ["q_proj"]}, True),
+}
+
+
+@pytest.mark.parametrize(("settings", "stays_tied"), TIED.values(), ids=TIED.keys())
+def test_tied_weights_that_the_adapter_parts(
+    settings: dict[str, object], stays_tied: bool, assets: Path, tmp_path: Path, run_script: Script
+) -> None:
+    """Embedding and head of the base are one weight; the config of the merged model says whether they still are."""
+    adapter = save_adapter(assets / "base", tmp_path / "adapter", **settings)
+    assert run_script("merge_adapter", "--adapter", adapter, "--output", tmp_path / "merged") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(model, tmp_path / "merged"), tuned_logits(assets / "base", adapter), atol=1e-4)
+    assert model.config.tie_word_embeddings is stays_tied
+    saved = check_tensors(tmp_path / "merged" / "model.safetensors")
+    assert ("lm_head.weight" in saved) is not stays_tied
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_that_is_quantised_already(
+    kind: str, assets: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Merged into the values its weights stand for, as bitsandbytes gives them; another kind is refused."""
+    pytest.importorskip("bitsandbytes")
+    source = ModelSource(str(assets / "wide"), quantization=kind)
+    load_model(source, "cpu").save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(assets / "wide").save_pretrained(tmp_path / "base")
+    adapter = save_adapter(assets / "wide", tmp_path / "adapter")
+    words = ("--adapter", adapter, "--model", tmp_path / "base", "--num_prompts", "2", "--tolerance", "5")
+    assert run_script("merge_adapter", *words, "--output", tmp_path / "merged") == 0
+    assert f"base quantised to {kind}" in capsys.readouterr().out
+    dense = load_model(source, "cpu").dequantize(dtype=torch.float32)
+    expected = PeftModel.from_pretrained(dense, adapter).merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(merged[name], expected[name], atol=1e-6, rtol=0)
+    other = {"nf4": "int8", "int8": "nf4"}[kind]
+    assert run_script("merge_adapter", *words, "--output", tmp_path / "no", "--quantization", other) == 2
+    assert f"quantised already ({kind})" in capsys.readouterr().err
 
 
 def test_a_tolerance_that_is_missed_refuses(

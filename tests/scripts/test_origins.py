@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignkit import SFTConfig, train_sft
+from alignkit import SFTConfig, steps, train_sft
 from alignkit.errors import ModelError, ProblemListError, RunDirectoryError
 from alignkit.hub.upload import plan_upload
 from alignkit.parametrizations.fingerprints import BLOCK, BLOCKS, ORIGIN_FILE, WHOLE, base_fingerprint
+from alignkit.parametrizations.loading import load_tokenizer
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import chat_pairs, save_adapter, save_model, write_rows
 
@@ -146,6 +147,16 @@ def test_training_refuses_another_base_and_takes_a_copy(place: Path, tmp_path: P
     shutil.copytree(place / "base", tmp_path / "copy")
     train_sft(settings(place, model=str(tmp_path / "copy"), output_dir=str(tmp_path / "b"), **continued))
     assert (tmp_path / "b" / ORIGIN_FILE).is_file()
+
+
+def test_the_tokenizer_of_a_continued_adapter_is_its_own(place: Path, tmp_path: Path) -> None:
+    """It knows the tokens and the template it was trained with; the model's does not."""
+    adapter = shutil.copytree(place / "run", tmp_path / "run")
+    tokenizer = load_tokenizer(str(adapter))
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(adapter)
+    for continued, known in ((str(adapter), True), (None, False)):
+        assert ("<|new|>" in steps.load_tokenizer(settings(place, adapter=continued)).get_vocab()) is known
 
 
 def test_an_adapter_of_peft_alone_is_taken_with_a_word(
