@@ -260,7 +260,7 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable:
 
 def _resize_embeddings(model: PreTrainedModel, adapter: AdapterFiles) -> None:
     """Give the model as many embeddings as the adapter brings with it."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings  # The shape of the weight does not say: DeepSpeed shards it.
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [f"base_model.model.{name}." for name, module in model.named_modules() if module in modules]
     shapes = tensor_shapes(adapter.weights)
