@@ -51,7 +51,7 @@ _PASSED_THROUGH = (
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim adam_beta1 adam_beta2 "
     "adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile dataloader_num_workers logging_steps "
     "eval_strategy eval_steps save_strategy save_steps report_to use_cpu ddp_timeout pad_to_multiple_of "
-    "trust_remote_code"
+    "trust_remote_code router_aux_loss_coef"
 ).split()
 """Config keys that are TRL's own, handed on unchanged."""
 
@@ -289,6 +289,9 @@ def introduce(config: RunConfig, trainer: Trainer, directory: RunDirectory, **se
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)
     if trainer.is_world_process_zero():
         print(trainable_report(trainer.model))
+        if trainer.aux_loss_enabled:
+            origin = "the model's own" if config.router_aux_loss_coef is None else "as asked"
+            print(f"load-balancing loss: router_aux_loss_coef {trainer.router_aux_loss_coef:g}, {origin}")
 
 
 def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:

@@ -70,6 +70,12 @@ class OptimizationSection(Section):
     adam_beta1: float = option(0.9, ge=0, lt=1, help="AdamW decay of the mean.", source=TRANSFORMERS)
     adam_beta2: float = option(0.999, ge=0, lt=1, help="AdamW decay of the variance.", source=TRANSFORMERS)
     adam_epsilon: float = option(1e-8, gt=0, help="AdamW epsilon.", source=TRANSFORMERS)
+    router_aux_loss_coef: float | None = option(
+        None,
+        ge=0,
+        help="Weight of the load-balancing loss of a mixture of experts; null takes the model's own, 0 is off.",
+        source=TRL,
+    )
     max_grad_norm: float = option(1.0, ge=0, help="Clip the gradient norm to this; 0 is off.", source=TRANSFORMERS)
 
 

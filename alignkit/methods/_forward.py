@@ -139,7 +139,16 @@ def support_packed_rows(base: nn.Module) -> None:
         hooks = _PackedRows(base.config.get_text_config())
         backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
         backbone.register_forward_hook(hooks.after)
+        base.register_forward_pre_hook(_without_router_logits, with_kwargs=True)
         _PACKED_BACKBONES.add(backbone)
+
+
+def _without_router_logits(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook: log-probs alone need no load-balancing loss, even where the model's config asks for it."""
+    settings = vars(base.config.get_text_config())
+    if kwargs.get("fused_lm_head") and settings.get("output_router_logits"):
+        kwargs.setdefault("output_router_logits", False)
+    return args, kwargs
 
 
 def packed_attention(base: nn.Module) -> str:

@@ -27,9 +27,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
+from alignkit.environment import launched_with_fsdp
 from alignkit.evals.modes import evaluating, switch_off_dropout
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_items
+from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
 from alignkit.methods._bridge import ObjectiveBridge, ratio
 from alignkit.methods._forward import (
     CompletionOutput,
@@ -128,9 +130,9 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
 
     def _choose_layout(self, model: nn.Module, args: DPOConfig, rows: Dataset | IterableDataset) -> LayoutChoice:
         """The layout of the run, for which the model is made ready; before TRL wraps it."""
-        text_config = base_model(model).config.get_text_config().to_dict()
-        coefficient = args.router_aux_loss_coef
-        aux_loss = bool(text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
+        coefficient = aux_loss_coefficient(model, args.router_aux_loss_coef)
+        if not is_deepspeed_zero3_enabled() and not launched_with_fsdp():
+            check_aux_loss(model, coefficient)
         support_packed_rows(base_model(model))
         choice = choose_layout(
             self.settings.layout,
@@ -138,7 +140,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
             rows,
             batch_size=args.per_device_train_batch_size,
             max_length=self.settings.max_length,
-            aux_loss=aux_loss and "output_router_logits" in text_config,
+            aux_loss=coefficient != 0.0,
             verify=not is_deepspeed_zero3_enabled(),
         )
         if choice.layout == "shared_prefix":

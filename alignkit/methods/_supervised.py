@@ -29,9 +29,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import LossOutput, TokenBatch
+from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
 from alignkit.methods._bridge import ObjectiveBridge, ratio
 from alignkit.methods._forward import LOGP_TOLERANCE, base_model, compute_precision
 from alignkit.methods.method import Method
@@ -80,6 +82,9 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         self.method, self.method_options = method, options
         self.prepare_bridge(gradient_rule)
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
+        coefficient = aux_loss_coefficient(model, args.router_aux_loss_coef)
+        if not is_deepspeed_zero3_enabled() and not launched_with_fsdp():
+            check_aux_loss(model, coefficient)
         start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)

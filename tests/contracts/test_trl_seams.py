@@ -104,8 +104,10 @@ def test_the_hooks_are_called_where_we_think() -> None:
     assert "self._prepare_dataset(train_dataset, processing_class, args" in source
     assert "self.train_dataset = self._precompute_ref_logps(" in source
     assert "self._precompute_engine = None" in source
-    assert "self.aux_loss_enabled" in source
-    assert "self.router_aux_loss_coef" in source
+    assert 'self.aux_loss_enabled = hasattr(text_config, "output_router_logits") and self.router_aux_loss' in source
+    assert 'getattr(text_config, "router_aux_loss_coef", 0.0) if coef is None else coef' in source
+    head = inspect.getsource(trainer_utils.add_fused_lm_head)
+    assert 'kwargs.setdefault("output_router_logits", True)' in head, "where the config asks for router logits"
     log = inspect.getsource(DPOTrainer.log)
     assert "sum(val) / len(val) for key, val in self._metrics[mode].items()" in log
     assert "num_items_in_batch=num_items_in_batch" in inspect.getsource(Trainer.training_step)
