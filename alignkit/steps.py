@@ -33,6 +33,7 @@ from alignkit.config import LoadedConfig
 from alignkit.config.check import in_force
 from alignkit.data.checks import Limits
 from alignkit.data.load import load_rows, split_held_out
+from alignkit.data.messages import as_messages
 from alignkit.data.report import SplitReport, data_report
 from alignkit.environment import environment, launched_with_fsdp
 from alignkit.errors import ConfigError, ModelError
@@ -210,8 +211,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_splits(config: RunConfig) -> dict[str, Rows]:
-    """The rows as loaded: ``train``, and ``held-out`` where some are.
+def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
+    """The rows as loaded, plain ones as messages if so asked: ``train``, and ``held-out`` where some are.
 
     Raises:
         DataError: They cannot be read.
@@ -227,6 +228,8 @@ def load_splits(config: RunConfig) -> dict[str, Rows]:
         splits["held-out"] = load_rows(config.eval_data, split=config.eval_split, max_rows=limit, **common)
     elif config.eval_fraction > 0:
         splits["train"], splits["held-out"] = split_held_out(rows, config.eval_fraction, seed, family)
+    if config.apply_chat_template:
+        splits = {name: as_messages(split, tokenizer, name) for name, split in splits.items()}
     return splits
 
 

@@ -78,7 +78,7 @@ def prepare_data(
     method, contrast = load_method(config.method), contrast_prompts(config)
     check_references(config, tokenizer)
     with args.main_process_first(desc="data"):
-        splits = steps.load_splits(config)
+        splits = steps.load_splits(config, tokenizer)
     sampling: dict[str, SamplingReport] = {}
     if method.rows == "negatives":
         splits, sampling = with_samples(config, args, tokenizer, splits)

@@ -59,7 +59,7 @@ def prepare_data(
         trained=TrainedTokens(config.completion_only_loss, config.assistant_only_loss, template),
     )
     with args.main_process_first(desc="data"):
-        splits = steps.load_splits(config)
+        splits = steps.load_splits(config, tokenizer)
         converted = steps.convert_splits(config, splits, convert)
     steps.report_data(config, converted, tokenizer, args, directory)
     if "held-out" not in converted:

@@ -55,7 +55,7 @@ def main() -> None:
         tokenizer,
         column_map=dict(arguments.column_map),
         state=state,
-        **pick(arguments, "max_rows", "max_length", "num_samples"),
+        **pick(arguments, "max_rows", "max_length", "num_samples", "apply_chat_template"),
     )
     model = steps.load_evaluated(source, adapter, state.device)
     steps.check_vocabulary(model, tokenizer, data)
@@ -109,6 +109,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", required=True, help="held-out rows: jsonl, json, csv, parquet, or Hub id")
     parser.add_argument("--probe_data", nargs="+", help="rows whose responses, all of them, are scored as probes")
     parser.add_argument("--column_map", nargs="+", default=[], type=column_pair, metavar="OURS=THEIRS")
+    parser.add_argument(
+        "--apply_chat_template",
+        action="store_true",
+        help="turn plain prompts and answers into messages, as in training",
+    )
     parser.add_argument("--max_rows", type=positive_int, help="use only so many rows of each")
     parser.add_argument("--max_length", type=positive_int, default=1024, help="longest prompt + completion, tokens")
     parser.add_argument("--num_samples", type=non_negative_int, default=4, help="prompts to answer; 0 for none")

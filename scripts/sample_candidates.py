@@ -89,12 +89,19 @@ def main() -> None:
 
 def read_prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, state: PartialState) -> Prompts:
     """The rows to sample for, and what the model continues."""
+    from alignkit.data.checks import check_template
+    from alignkit.data.messages import rows_as_messages
     from alignkit.data.negatives import load_prompts
     from alignkit.evals.sampling import prepare_prompts
 
     with state.main_process_first():
         options = pick(arguments, "split", "max_rows")
         rows = load_prompts(arguments.data, column_map=dict(arguments.column_map), **options)
+    if arguments.apply_chat_template:
+        rows = rows_as_messages(rows, tokenizer, "data")
+    check = check_template(tokenizer, conversational=isinstance(rows[0].get("prompt"), list))
+    if state.is_main_process and check.status != "ok":
+        print(f"warning: {check.name}: {check.message}", file=sys.stderr)
     return prepare_prompts(rows, tokenizer, instruction=arguments.instruction, negatives=not arguments.no_negative)
 
 
@@ -168,6 +175,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", required=True, help="rows: jsonl, json, csv, parquet, or Hub id")
     parser.add_argument("--split", default="train", help="split of a Hub data set")
     parser.add_argument("--column_map", nargs="+", default=[], type=column_pair, metavar="OURS=THEIRS")
+    parser.add_argument(
+        "--apply_chat_template",
+        action="store_true",
+        help="turn plain prompts and answers into messages, as in training",
+    )
     parser.add_argument("--max_rows", type=positive_int, help="use only so many rows")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="jsonl or parquet file to write")
     parser.add_argument("--num_samples", type=positive_int, default=8, help="samples a prompt")

@@ -74,10 +74,12 @@ def prepare_rows(
     from alignkit.data.columns import LIST_REWARD_COLUMNS, PAIR_REWARD_COLUMNS
     from alignkit.data.convert import to_candidate_rows
     from alignkit.data.load import load_rows
+    from alignkit.data.messages import as_messages
     from alignkit.errors import DataError
 
     with state.main_process_first():
         given = load_rows(arguments.data, column_map=dict(arguments.column_map), max_rows=arguments.max_rows)
+        given = as_messages(given, tokenizer, "data") if arguments.apply_chat_template else given
         there = [name for name in PAIR_REWARD_COLUMNS + LIST_REWARD_COLUMNS if name in given.column_names]
         if there:
             raise DataError("data: nothing to do", [f"the rows carry {', '.join(there)}: remove them to compute anew"])
@@ -157,6 +159,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", required=True, help="rows: jsonl, json, csv, parquet, or Hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="rows to write, .jsonl or .parquet")
     parser.add_argument("--column_map", nargs="+", default=[], type=column_pair, metavar="OURS=THEIRS")
+    parser.add_argument(
+        "--apply_chat_template",
+        action="store_true",
+        help="turn plain prompts and answers into messages, as in training",
+    )
     parser.add_argument("--max_rows", type=positive_int, help="use only so many rows")
     parser.add_argument(
         "--max_length",

@@ -14,7 +14,7 @@ from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, peek, peek
 from alignkit.config.keys import PROGRAMS
 from alignkit.config.model_files import has_similar_entry, looks_like_path, nearest_entry
 from alignkit.config.settings import Settings
-from alignkit.data.columns import RowFamily, nearest_name
+from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
 from alignkit.errors import DataError
 
 
@@ -124,8 +124,12 @@ def _check_columns(
         settings.report("column_map", f"takes {ours} from {theirs}, which {name} does not have ({found})", advice)
     if missing:
         return
+    columns, rows = _renamed(head, column_map)
+    if settings.values.get("apply_chat_template") and (problem := plain_prompt_problem(columns, rows[0])):
+        settings.report("apply_chat_template", f"cannot be done to {name}: {problem}", family.expected)
+        return
     try:
-        family.detect(*_renamed(head, column_map), name=name)
+        family.detect(columns, rows, name=name)
     except DataError as error:
         for problem in error.problems:
             settings.report(key, f"({name}): {problem.rstrip('.')}", family.expected)

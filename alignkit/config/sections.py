@@ -113,6 +113,11 @@ class DataSection(Section):
     column_map: dict[str, str] = option(
         default_factory=dict, help="Rename columns, ours: theirs, such as {prompt: question}."
     )
+    apply_chat_template: bool = option(
+        False,
+        help="Turn plain prompts and answers into messages of user and assistant, for the chat template to write; "
+        "without it plain text is trained as it stands.",
+    )
     streaming: bool = option(
         False, help="Read rows while training instead of preparing them all first; needs max_steps.", source=TRL
     )

@@ -50,5 +50,6 @@ class SFTConfig(
         """Supervised rows that can tell what shall be trained."""
         return supervised_rows(
             completion_only_loss=values.get("completion_only_loss"),
-            assistant_only_loss=values.get("assistant_only_loss", False),
+            # Rows that are to become messages have an assistant then.
+            assistant_only_loss=values.get("assistant_only_loss", False) and not values.get("apply_chat_template"),
         )

@@ -1,4 +1,4 @@
-"""Checks made on whole splits before training: rows cut, rows that repeat one another, held-out rows trained on."""
+"""Checks of whole splits before training: plain text for chat models, rows cut, repeated, or held out and trained."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from alignkit.data.repeats import RepeatCounts
 from alignkit.data.templates import Check
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from alignkit.data.report import SplitReport
 
 TRUNCATION_WARNING = 0.05
@@ -17,6 +19,9 @@ DUPLICATE_WARNING = 0.05
 """Share of rows that repeat an earlier one, or whose prompt is trained on, above which a warning is given."""
 CONTRADICTION_WARNING = 0.01
 """Share of rows that another row contradicts above which a warning is given."""
+
+
+TEMPLATE_CHECK = "the chat template is applied"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,22 @@ class Limits:
 
     max_truncated_fraction: float = 0.5
     allow_overlap: bool = False
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, *, conversational: bool) -> Check:
+    """Whether rows reach a chat model as the chats it knows.
+
+    Args:
+        tokenizer: The tokenizer of the rows.
+        conversational: Whether they are messages.
+    """
+    if conversational:
+        return Check(TEMPLATE_CHECK, "ok", "the rows are messages")
+    if tokenizer.chat_template is None:
+        return Check(TEMPLATE_CHECK, "ok", "there is none, and the rows are plain text")
+    found = "it is NOT: the rows are plain text, trained as they stand, and in a chat the model sees something else"
+    advice = "write apply_chat_template: true to make the prompt the user's message and the answer the assistant's"
+    return Check(TEMPLATE_CHECK, "warn", f"{found}; {advice}, or give the rows as messages")
 
 
 def check_truncation(report: SplitReport, limits: Limits) -> Check:

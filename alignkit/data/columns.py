@@ -125,6 +125,21 @@ def unpaired_labels(columns: Sequence[str]) -> list[str]:
     ]
 
 
+def plain_prompt_problem(columns: Sequence[str], row: Mapping[str, Any]) -> str | None:
+    """Why rows cannot become messages, or None.
+
+    Args:
+        columns: Columns of the rows.
+        row: The first row.
+    """
+    if any(isinstance(row.get(column), list) for column in ("messages", "prompt", "chosen")):
+        return "the rows are messages, to which the chat template is applied in any case. Remove the key"
+    if "prompt" not in columns:
+        found = ", ".join(map(repr, columns))
+        return f"the rows have no column 'prompt' to become the user's message. Columns present: {found}"
+    return None
+
+
 def nearest_name(wanted: str, available: Sequence[str]) -> str | None:
     """The name among ``available`` that is probably meant by ``wanted``, or None.
 

@@ -131,6 +131,7 @@ def _summarise(
     return ConversionReport(
         name=name,
         kind=str(settings.kind),
+        conversational=settings.kind.conversational,
         max_length=settings.max_length,
         num_rows_in=len(counts),
         num_rows=len(kept),

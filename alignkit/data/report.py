@@ -12,7 +12,15 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.checks import Limits, check_contradictions, check_duplicates, check_overlap, check_truncation
+from alignkit.data.checks import (
+    TEMPLATE_CHECK,
+    Limits,
+    check_contradictions,
+    check_duplicates,
+    check_overlap,
+    check_template,
+    check_truncation,
+)
 from alignkit.data.problems import shorten
 from alignkit.data.repeats import Content, Prints, RepeatCounts, count_repeats, fingerprints
 from alignkit.data.templates import Check
@@ -46,6 +54,7 @@ class SplitReport:
     Attributes:
         name: The split.
         kind: Form of the rows.
+        conversational: Whether they are messages.
         max_length: Limit on a row, tokens, or None.
         num_rows_in, num_rows: Rows before and after.
         dropped: Rows dropped, by cause.
@@ -65,6 +74,7 @@ class SplitReport:
 
     name: str
     kind: str
+    conversational: bool
     max_length: int | None
     num_rows_in: int
     num_rows: int
@@ -162,7 +172,11 @@ class DataReport:
         Args:
             colour: Colour statuses and trained tokens; the marks ``[[ ]]`` are there in any case.
         """
-        blocks = [_counts(self.splits), _lengths(self.splits), _example(self.example, colour)]
+        plain = any(
+            check.name == TEMPLATE_CHECK and check.status == "warn" for check in next(iter(self.checks.values()))
+        )
+        form = f"{self.splits[0].kind}{': NO CHAT TEMPLATE IS APPLIED, see the checks' if plain else ''}"
+        blocks = [f"{form}\n{_counts(self.splits)}", _lengths(self.splits), _example(self.example, colour)]
         return "\n\n".join(blocks + [_checks(split, checks, colour) for split, checks in self.checks.items()])
 
     def print_to(self, stream: TextIO) -> None:
@@ -195,8 +209,9 @@ def data_report(
         rows = _at_hand(dataset)
         prints = fingerprints(rows, report.contents)
         repeats[name] = counts = count_repeats(prints, None if trained is None else trained[1])
-        checks[name] = [*report.checks(tokenizer, list(rows.take(ROWS_CHECKED))), check_truncation(report, limits)]
-        checks[name].append(check_duplicates(report, counts))
+        checks[name] = report.checks(tokenizer, list(rows.take(ROWS_CHECKED)))
+        checks[name].insert(0, check_template(tokenizer, conversational=report.conversational))
+        checks[name] += [check_truncation(report, limits), check_duplicates(report, counts)]
         if report.has_preferences:
             checks[name].append(check_contradictions(report, counts))
         if trained is None:
@@ -245,7 +260,7 @@ def _counts(splits: Sequence[SplitReport]) -> str:
     ]
     ignored = [f"{split.name}: columns not used: {', '.join(split.ignored_columns)}" for split in splits]
     notes = [note for note, split in zip(ignored, splits, strict=True) if split.ignored_columns]
-    return "\n".join([f"{splits[0].kind}", _table(rows), *notes])
+    return "\n".join([_table(rows), *notes])
 
 
 def _lengths(splits: Sequence[SplitReport]) -> str:

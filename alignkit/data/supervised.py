@@ -115,6 +115,7 @@ def _summarise(
     return SupervisedReport(
         name=name,
         kind=str(settings.kind),
+        conversational=settings.kind.conversational,
         max_length=settings.max_length,
         num_rows_in=len(counts),
         num_rows=len(kept),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.candidate_report import ConversionReport
+from alignkit.data.checks import check_template
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
+from alignkit.data.messages import as_messages
 from alignkit.data.prefix import Layout
 from alignkit.environment import environment
 from alignkit.evals.generation import Sample, Sampling, generate_samples, generation_sums
@@ -30,6 +33,8 @@ from alignkit.methods._reference import rows_fingerprint
 from alignkit.parametrizations.files import AdapterFiles, sha256
 from alignkit.parametrizations.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
 from alignkit.parametrizations.vocabulary import check_token_ids
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ def prepare_data(
     max_rows: int | None,
     max_length: int,
     num_samples: int,
+    apply_chat_template: bool,
     state: PartialState,
 ) -> EvaluationData:
     """Load, check and tokenise the rows; the first process first, so that the others read its cache.
@@ -101,6 +107,7 @@ def prepare_data(
         max_rows: Keep at most so many rows of each, or None.
         max_length: Limit on prompt + completion, tokens.
         num_samples: Distinct prompts to answer, the first ones of the held-out rows.
+        apply_chat_template: Turn plain prompts and answers into messages.
         state: This process among the others.
 
     Raises:
@@ -110,9 +117,13 @@ def prepare_data(
     with state.main_process_first():
         for name, paths in sources.items():
             loaded = load_rows(list(paths), column_map=column_map, max_rows=max_rows)
+            loaded = as_messages(loaded, tokenizer, name) if apply_chat_template else loaded
             rows[name], reports[name] = to_candidate_rows(
                 loaded, tokenizer, max_length=max_length, num_candidates=None, name=name
             )
+    check = check_template(tokenizer, conversational=reports["held-out"].conversational)
+    if state.is_main_process and check.status != "ok":
+        logger.warning("held-out: %s: %s", check.name, check.message)
     distinct = {tuple(row["prompt_ids"]): None for row in rows["held-out"]}
     prompts = [list(ids) for ids in distinct][:num_samples]
     return EvaluationData(rows["held-out"], rows.get("probe"), prompts, reports)

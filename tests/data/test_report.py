@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data import templates
+from alignkit.data.checks import TEMPLATE_CHECK
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.report import DataReport, data_report
 from alignkit.data.templates import Check, has_doubled_token, tokens_after_stop
@@ -49,7 +50,7 @@ def variant(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> PreTrainedTok
 def test_good_rows_pass_every_check(tokenizer: PreTrainedTokenizerFast) -> None:
     for form in ("standard", "conversational"):
         report = report_of(list(forms()[form])[:2], tokenizer, max_length=None)
-        assert {check.status for check in report.checks["train"]} == {"ok"}
+        assert {check.status for check in report.checks["train"] if check.name != TEMPLATE_CHECK} == {"ok"}
         report.raise_for_failures()
 
 
@@ -210,7 +211,7 @@ def test_report_as_data(two_splits: DataReport) -> None:
     train = data["splits"][0]
     assert train["num_rows_in"] == 4 and train["dropped"] == {"prompt alone fills max_length": 1}
     assert set(train["lengths"]) == {"prompt", "completion", "prompt + completion"}
-    assert data["checks"]["eval"][0] == {"name": STOP, "status": "ok", "message": "all 2 whole completions end in one"}
+    assert data["checks"]["eval"][1] == {"name": STOP, "status": "ok", "message": "all 2 whole completions end in one"}
     assert data["example"]["completions"][0] == ["chosen", "4<|endoftext|>"]
 
 

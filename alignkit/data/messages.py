@@ -1,0 +1,103 @@
+"""Plain prompts and answers as messages, so that the model's chat template is applied to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.columns import plain_prompt_problem
+from alignkit.data.problems import value_problems
+from alignkit.data.schema import describe_problems
+from alignkit.errors import DataError
+
+ROLES = {"prompt": "user", "completion": "assistant"}
+"""Columns that become one message each. The answers of preference rows stay text: beside a prompt of messages each is
+an assistant's message anyway."""
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+
+
+def as_messages(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Dataset | IterableDataset:
+    """Rows of a plain prompt with its prompt as a user's message, and a completion as the assistant's.
+
+    Args:
+        dataset: Rows as loaded.
+        tokenizer: The tokenizer of the model.
+        name: What the rows are called in an error.
+
+    Raises:
+        DataError: The tokenizer has no chat template, rows have no plain prompt, or one of them is no text.
+    """
+    row = next(iter(dataset), {})
+    check_plain_prompts(list(row), row, tokenizer, name)
+    columns = [column for column in ROLES if column in row]
+    features = None
+    if dataset.features is not None:
+        features = Features({**dataset.features, **dict.fromkeys(columns, MESSAGES)})
+    return dataset.map(
+        _messages_of_batch,
+        batched=True,
+        with_indices=True,
+        features=features,
+        fn_kwargs={"columns": columns, "name": name},
+    )
+
+
+def rows_as_messages(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
+) -> list[dict[str, Any]]:
+    """The same for rows at hand.
+
+    Args:
+        rows: Rows.
+        tokenizer: The tokenizer of the model.
+        name: What they are called in an error.
+
+    Raises:
+        DataError: As :func:`as_messages`.
+    """
+    check_plain_prompts(list(rows[0]), rows[0], tokenizer, name)
+    columns = [column for column in ROLES if column in rows[0]]
+    texts = {column: [row[column] for row in rows] for column in columns}
+    turned = _messages_of_batch(texts, range(len(rows)), columns, name)
+    return [{**row, **{column: turned[column][i] for column in columns}} for i, row in enumerate(rows)]
+
+
+def check_plain_prompts(
+    columns: Sequence[str], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Raise DataError where ``apply_chat_template`` could do nothing.
+
+    Args:
+        columns: Columns of the rows.
+        row: The first row.
+        tokenizer: The tokenizer of the model.
+        name: What the rows are called in the error.
+    """
+    problems = []
+    if tokenizer.chat_template is None:
+        advice = "Set chat_template to a jinja file, take an instruct model, or remove the key"
+        problems.append(f"the tokenizer has no chat template. {advice}")
+    if problem := plain_prompt_problem(columns, row):
+        problems.append(problem)
+    if problems:
+        raise DataError(f"{name}: `apply_chat_template: true` cannot be done", problems)
+
+
+def _messages_of_batch(
+    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], columns: Sequence[str], name: str
+) -> dict[str, list[Any]]:
+    problems = [
+        (index, problem)
+        for column in columns
+        for index, value in zip(indices, batch[column], strict=True)
+        for problem in value_problems(column, value, messages=False)
+    ]
+    if problems:
+        raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(problems))
+    return {column: [[{"role": ROLES[column], "content": text}] for text in batch[column]] for column in columns}
