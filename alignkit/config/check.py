@@ -11,7 +11,7 @@ from alignkit.config.compatibility import RULES
 from alignkit.config.data_files import check_data
 from alignkit.config.keys import PROGRAMS, Key, base_keys, method_keys, methods_with, rule_keys, rules_with
 from alignkit.config.model_files import check_model_files, check_packages
-from alignkit.config.names import explain_rule_option, explain_unknown
+from alignkit.config.names import explain_method, explain_rule_option, explain_unknown
 from alignkit.config.settings import Entry, Origin, Settings
 from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
@@ -116,7 +116,8 @@ def _check_values(settings: Settings) -> None:
             try:
                 settings.values[name] = check_value(key, settings.entries[name].value)
             except ValueMismatch as mismatch:
-                settings.report(name, mismatch.why, mismatch.fix)
+                known = explain_method(settings.entries[name].value) if name == "method" else None
+                settings.report(name, mismatch.why, known or mismatch.fix)
         elif key.required:
             choices = f" One of {', '.join(key.info.choices)}" if key.info.choices else ""
             settings.report_missing(name, "is required and not given", f"Add it: {key.info.help}{choices}")

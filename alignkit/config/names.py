@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any, NamedTuple
 
-from alignkit.config.keys import base_keys, method_keys, methods_with, program_methods, rule_keys, rules_with
+from alignkit.config import foreign_keys
+from alignkit.config.keys import PROGRAMS, base_keys, method_keys, methods_with, program_methods, rule_keys, rules_with
 
 _LAUNCHER_FILES = {
     "zero_stage: 3": "zero3.yaml",
@@ -28,43 +29,6 @@ _LAUNCHER_KEYS = {
     "nnodes", "node_rank", "nproc_per_node", "num_cpu_threads_per_process", "num_machines", "num_processes",
     "same_network", "use_deepspeed", "use_fsdp", "world_size",
 }  # fmt: skip
-
-_ELSEWHERE = {
-    "accumulation_steps": "gradient_accumulation_steps",
-    "batch_size": "per_device_train_batch_size",
-    "config_file": "--config FILE; a config_file for the launcher goes before the script's name",
-    "dataset": "data",
-    "dataset_name": "data",
-    "dataset_train_split": "data_split",
-    "epochs": "num_train_epochs",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "eval_dataset": "eval_data",
-    "evaluation_strategy": "eval_strategy",
-    "force_use_ref_model": "reference: copy",
-    "gradient_clipping": "max_grad_norm",
-    "load_in_4bit": "quantization: nf4",
-    "load_in_8bit": "quantization: int8",
-    "loss_type": "method",
-    "lora_rank": "lora_r",
-    "lora_task_type": "nothing: it is always CAUSAL_LM",
-    "lr": "learning_rate",
-    "max_grad": "max_grad_norm",
-    "max_samples": "max_rows",
-    "max_seq_length": "max_length",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "num_workers": "dataloader_num_workers",
-    "overwrite_output_dir": "overwrite",
-    "precompute_ref_batch_size": "reference_batch_size",
-    "precompute_ref_log_probs": "reference: precomputed",
-    "ref_model": "reference_model",
-    "resume_from_checkpoint": "resume",
-    "torch_dtype": "dtype",
-    "train_batch_size": "per_device_train_batch_size",
-    "use_peft": "parametrization: lora",
-    "warmup_ratio": "warmup_steps (a value below 1 is a share of all steps)",
-}
-"""Names in TRL, transformers and common scripts, and what to write here."""
 
 
 class Explanation(NamedTuple):
@@ -102,8 +66,11 @@ def explain_unknown(program: str, method: str | None, name: str, value: Any, rul
     if isinstance(value, dict) and any(key in base_keys(program) for key in value):
         return Explanation("is not a key: the file is flat", f"Write the keys below {name} at the top level")
     plain = name.lower().replace("-", "_")
-    if plain in _ELSEWHERE:
-        return Explanation("is not a key of alignkit", f"Write {_ELSEWHERE[plain]}")
+    if (known := _foreign(plain, value)) is not None:
+        return known
+    others = [other for other in PROGRAMS if other != program and plain in base_keys(other)]
+    if others and plain not in base_keys(program):
+        return Explanation(f"is a key of trainers/{others[0]}.py alone", "Remove it")
     negated = plain.removeprefix("no_")
     if negated != plain and negated in base_keys(program):
         return Explanation("is not a key", f"Write {negated}: false (--{negated} false)")
@@ -113,10 +80,28 @@ def explain_unknown(program: str, method: str | None, name: str, value: Any, rul
     return Explanation("is not a known key", f"Remove it; `trainers/{program}.py --help` lists the keys")
 
 
+def _foreign(name: str, value: Any) -> Explanation | None:
+    """What a key of another toolkit is here; None for one that is not in the table."""
+    why = "is not a key of alignkit"
+    if name in foreign_keys.WRITE:
+        method = explain_method(value) if foreign_keys.WRITE[name] == "method" else None
+        return Explanation(why, method or f"Write {foreign_keys.WRITE[name]}")
+    if name in foreign_keys.ABSENT:
+        return Explanation(why, f"alignkit has no {foreign_keys.ABSENT[name]}. Remove it")
+    if name in foreign_keys.SETTLED:
+        return Explanation(why, f"Remove it: {foreign_keys.SETTLED[name]}")
+    return None
+
+
+def explain_method(value: Any) -> str | None:
+    """What to do in place of a method or loss type of another toolkit; None for one that is not in the table."""
+    return foreign_keys.METHODS.get(value.lower().replace("-", "_")) if isinstance(value, str) else None
+
+
 def _nearest(program: str, method: str | None, rule: str | None, name: str) -> str | None:
     own = method_keys(method) if method else {k: v for m in program_methods(program) for k, v in method_keys(m).items()}
     candidates = [*own, *(rule_keys(rule) if rule else ()), *base_keys(program)]
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.7)
     return close[0] if close else None
 
 

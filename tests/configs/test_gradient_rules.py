@@ -11,8 +11,9 @@ import pytest
 
 from alignkit.config import PreferenceConfig
 from alignkit.config.check import flatten
+from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
 from alignkit.config.keys import PROGRAMS, base_keys, method_keys, program_methods, rule_keys
-from alignkit.config.names import _ELSEWHERE, is_launcher_key
+from alignkit.config.names import is_launcher_key
 from alignkit.config.values import check_value
 from alignkit.errors import ConfigError
 from alignkit.gradients.glad import GLADConfig
@@ -58,7 +59,7 @@ def test_options_collide_with_no_other_key(program: str, name: str) -> None:
     taken = {*base_keys(program), "config", "help", "print_config", "gradient_options"}
     taken |= {key for method in program_methods(program) for key in method_keys(method)}
     assert not taken & set(rule_keys(name))
-    assert not [key for key in rule_keys(name) if is_launcher_key(key) or key in _ELSEWHERE]
+    assert not [key for key in rule_keys(name) if is_launcher_key(key) or key in {**WRITE, **ABSENT, **SETTLED}]
 
 
 @pytest.mark.parametrize("name", RULES)
