@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, peek, peek_saved
+from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, format_of, peek, peek_saved
 from alignkit.config.keys import PROGRAMS
 from alignkit.config.model_files import has_similar_entry, looks_like_path, nearest_entry
 from alignkit.config.settings import Settings
@@ -63,24 +63,24 @@ def _open_head(name: str, split: str) -> Head | None:
         raise DataFault("has an empty path", "Write a file, a folder or a Hub id")
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix not in DATA_SUFFIXES:
+        if format_of(path) is None:
             advice = f"Convert it to one of {', '.join(DATA_SUFFIXES)}, or give it its true ending"
             raise DataFault(f"names {name}, whose ending is not one of {', '.join(DATA_SUFFIXES)}", advice)
         return peek(path)
     if path.is_dir():
         return _saved_head(path, split) or _folder_head(path)
-    if looks_like_path(name) or path.suffix in DATA_SUFFIXES or has_similar_entry(path):
+    if looks_like_path(name) or format_of(path) or has_similar_entry(path):
         raise DataFault(f"names {name}, which does not exist", nearest_entry(path))
     return None
 
 
 def _folder_head(folder: Path) -> Head:
-    files = sorted(file for file in folder.rglob("*") if file.suffix in DATA_SUFFIXES and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if format_of(file) and file.is_file())
     if not files:
         raise DataFault(
             f"names {folder}, a folder without data files", f"Its files must end in {', '.join(DATA_SUFFIXES)}"
         )
-    formats = sorted({file.suffix.replace("jsonl", "json") for file in files})
+    formats = sorted({f".{format_of(file)}" for file in files})
     if len(formats) > 1:
         raise DataFault(f"names {folder}, a folder that mixes {' and '.join(formats)}", "Name the files one by one")
     return peek(files[0])

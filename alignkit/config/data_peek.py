@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
 HEAD_ROWS = 16
 _CHUNK = 1 << 16
 
@@ -36,6 +39,12 @@ class Head:
     rows: Sequence[Mapping[str, Any]]
 
 
+def format_of(path: Path) -> str | None:
+    """``json``, ``parquet`` or ``csv`` by the ending of a file's name, or None."""
+    ending = next((suffix for suffix in DATA_SUFFIXES if path.name.endswith(suffix)), None)
+    return None if ending is None else ending.split(".")[1].replace("jsonl", "json")
+
+
 def peek(path: Path) -> Head:
     """The columns and first rows of a data file.
 
@@ -45,19 +54,23 @@ def peek(path: Path) -> Head:
     if path.stat().st_size == 0:
         raise DataFault(f"{path} is empty", "Fill it or remove it")
     try:
-        if path.suffix == ".parquet":
+        if format_of(path) == "parquet":
             return _peek_parquet(path)
-        return _peek_csv(path) if path.suffix == ".csv" else _peek_json(path)
+        return _peek_csv(path) if format_of(path) == "csv" else _peek_json(path)
     except UnicodeDecodeError as error:
         raise DataFault(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8"
         ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataFault(f"{path} is a broken gzip archive ({error})", "Copy it again") from None
     except OSError as error:
         raise DataFault(f"{path} cannot be read: {error.strerror}", "Make it readable") from None
 
 
 def _peek_json(path: Path) -> Head:
-    with path.open(encoding="utf-8-sig") as stream:
+    with path.open("rb") as packed:
+        is_gzip = packed.read(2) == b"\x1f\x8b"
+    with (gzip.open if is_gzip else open)(path, "rt", encoding="utf-8-sig") as stream:
         first = stream.read(1)
         while first.isspace():
             first = stream.read(1)
@@ -112,6 +125,7 @@ def _malformed(place: str, error: json.JSONDecodeError, text: str) -> DataFault:
 
 
 def _peek_csv(path: Path) -> Head:
+    csv.field_size_limit(sys.maxsize)  # Otherwise a cell of more than 131,072 characters is an error.
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -35,6 +36,8 @@ ACCEPTED = {
     "implicit prompt": ([{"chosen": "ab", "rejected": "ac"}], "a.jsonl"),
     "candidate lists": ([LIST], "a.jsonl"),
     "json array": (json.dumps([PAIR, PAIR], indent=1), "a.json"),
+    "json lines packed by gzip": (gzip.compress(json.dumps(PAIR).encode()), "a.jsonl.gz"),
+    "a csv cell of any length": (f"prompt,chosen,rejected\n{'y' * 200_000},b,c\n", "a.csv"),
     "json lines called json": ([PAIR], "a.json"),
     "a column that is absent from the first row": ([{"chosen": "a", "prompt": "x"}, PAIR], "a.jsonl"),
     "array longer than one chunk": (json.dumps([PAIR | {"chosen": "x" * 200_000}] * 3), "a.json"),
@@ -64,7 +67,8 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "open array": ('[{"prompt": 1}', "a.json", "a.json:1 is malformed JSON: "),
     "array of text": ('["a"]', "a.json", "a.json holds str, not an object with named columns"),
     "line of text": ('"a"\n', "a.jsonl", "a.jsonl:1 holds str, not an object with named columns"),
-    "not text": (b"\x1f\x8b\x08\x00", "a.jsonl", "a.jsonl is not UTF-8 text"),
+    "not text": (b"\xff\xfe\x08\x00", "a.jsonl", "a.jsonl is not UTF-8 text"),
+    "half a gzip archive": (b"\x1f\x8b\x08\x00", "a.jsonl", "a.jsonl is a broken gzip archive"),
     "csv without rows": ("prompt,chosen,rejected\n", "a.csv", "a.csv holds no row"),
     "csv with a column twice": ("prompt,chosen,chosen\na,b,c\n", "a.csv", "a.csv has several columns called chosen"),
     "not parquet": (b"PAR2", "a.parquet", "a.parquet is not a parquet file"),
@@ -225,9 +229,9 @@ def test_folder_written_by_save_to_disk() -> None:
 
 
 def test_same_endings_as_the_loader() -> None:
-    from alignkit.data.readers import BUILDERS
+    from alignkit.data.readers import FORMATS
 
-    assert set(DATA_SUFFIXES) == set(BUILDERS)
+    assert set(DATA_SUFFIXES) == set(FORMATS)
 
 
 @pytest.mark.usefixtures("workspace")
