@@ -31,6 +31,8 @@ LENGTH_STEP = 64
 _PROBLEM_FEATURES = Features(
     {"row": Value("int64"), "kind": Value("string"), "shown": Value("string"), "fatal": Value("bool")}
 )
+MISFIT_FEATURES = Features({"misfit": Value("string"), "misfit_shown": Value("string")})
+"""What only the rendering of a row or its tokens show to be wrong, as a problem; empty where nothing is."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,11 @@ class Conversion:
 
     Attributes:
         features: Columns that are kept.
-        counts: Columns that are counted and removed; among them ``cause``, empty for a row that is kept.
+        counts: Columns that are counted and removed; among them ``cause``, empty for a row that is kept, and
+            ``MISFIT_FEATURES``.
         find_problems: ``(row, settings)`` to everything wrong with a row.
         convert: ``(batch, tokenizer, settings)`` to the columns of ``features`` and ``counts``.
         settings: What else the result depends on.
-        find_misfits: Columns of ``counts`` to position and problem of every row that only its tokens show to be
-            malformed; None where tokens show nothing.
         kept_counts: Columns of ``counts`` that rows keep after all.
     """
 
@@ -53,7 +54,6 @@ class Conversion:
     find_problems: Callable[[Mapping[str, Any], Any], list[Problem]]
     convert: Callable[[Mapping[str, Sequence[Any]], PreTrainedTokenizerBase, Any], dict[str, list[Any]]]
     settings: Any
-    find_misfits: Callable[[Mapping[str, Sequence[Any]]], Iterable[tuple[int, Problem]]] | None = None
     kept_counts: tuple[str, ...] = ()
 
     @property
@@ -100,7 +100,7 @@ def convert_table(
         **options,
     )
     counts = converted.select_columns(list(conversion.counts)).to_pandas()
-    _refuse_misfits(counts, range(len(counts)), conversion, name)
+    _refuse_misfits(counts, range(len(counts)), name)
     return converted.select_columns(list(conversion.output)).select(kept_rows(counts)), counts
 
 
@@ -137,7 +137,7 @@ def convert_stream(
         fn_kwargs={"tokenizer": tokenizer, "conversion": conversion, "name": name},
     )
     counts = pd.DataFrame(conversion.convert(first, tokenizer, conversion.settings))
-    _refuse_misfits(counts, range(len(head)), conversion, name)
+    _refuse_misfits(counts, range(len(head)), name)
     return rows, counts
 
 
@@ -154,6 +154,18 @@ def rows_of(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     """
     for values in zip(*batch.values(), strict=True):
         yield dict(zip(batch, values, strict=True))
+
+
+def misfit_row(features: Mapping[str, Any], problem: Problem) -> dict[str, Any]:
+    """The columns of a row that cannot be converted, which hold nothing but the reason.
+
+    Args:
+        features: The columns, ``MISFIT_FEATURES`` among them.
+        problem: What is wrong with the row.
+    """
+    nothing = {"string": "", "bool": False, "int32": 0, "float64": 0.0}
+    row = {name: nothing[feature.dtype] if isinstance(feature, Value) else [] for name, feature in features.items()}
+    return row | {"misfit": problem.kind, "misfit_shown": problem.shown}
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -246,7 +258,7 @@ def _convert_streamed(
     """Check and convert one batch of a stream, leaving dropped rows out."""
     _refuse_problems(_find_problems(batch, indices, conversion.find_problems, conversion.settings), name)
     converted = conversion.convert(batch, tokenizer, conversion.settings)
-    _refuse_misfits(converted, indices, conversion, name)
+    _refuse_misfits(converted, indices, name)
     kept = [i for i, cause in enumerate(converted["cause"]) if not cause]
     return {column: [converted[column][i] for i in kept] for column in conversion.output}
 
@@ -270,14 +282,11 @@ def _refuse_problems(problems: Mapping[str, Sequence[Any]], name: str) -> None:
         _refuse(zip(problems["row"], map(Problem, problems["kind"], problems["shown"]), strict=True), name)
 
 
-def _refuse_misfits(
-    counts: Mapping[str, Sequence[Any]], indices: Sequence[int], conversion: Conversion, name: str
-) -> None:
-    """Raise with every row that only its tokens show to be malformed."""
-    if conversion.find_misfits is not None:
-        found = [(indices[position], problem) for position, problem in conversion.find_misfits(counts)]
-        if found:
-            _refuse(found, name)
+def _refuse_misfits(counts: Mapping[str, Sequence[Any]], indices: Sequence[int], name: str) -> None:
+    """Raise with every row that only its rendering or its tokens show to be malformed."""
+    columns = zip(indices, counts["misfit"], counts["misfit_shown"], strict=True)
+    if found := [(index, Problem(kind, shown)) for index, kind, shown in columns if kind]:
+        _refuse(found, name)
 
 
 def _refuse(found: Iterable[tuple[int, Problem]], name: str) -> NoReturn:

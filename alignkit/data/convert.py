@@ -30,11 +30,6 @@ from alignkit.errors import DataError
 SOURCE_COLUMNS = ("source_row", "completion_lengths")
 """Beside contrast prompts: number of the row as given, and lengths of its completions before truncation."""
 
-_WRONG_LENGTH = (
-    "token rewards are not as many as the tokens of their completion: give one number a token, EOS included, counted "
-    "before truncation with the tokenizer and chat template of this run (scripts/token_rewards.py writes such rows)"
-)
-
 
 def to_candidate_rows(
     dataset: Dataset | IterableDataset,
@@ -104,18 +99,12 @@ def _conversion(settings: Settings) -> engine.Conversion:
         _find_problems,
         convert_batch,
         settings,
-        find_misfits=_find_misfits if settings.kind.token_rewards else None,
         kept_counts=() if settings.contrast is None else SOURCE_COLUMNS[1:],
     )
 
 
 def _find_problems(row: Mapping[str, Any], settings: Settings) -> list[Problem]:
     return [*row_problems(row, settings.kind, settings.num_candidates), *reward_problems(row, settings.kind)]
-
-
-def _find_misfits(counts: Mapping[str, Sequence[Any]]) -> list[tuple[int, Problem]]:
-    """Rows with too many or too few token rewards."""
-    return [(i, Problem(_WRONG_LENGTH, shown)) for i, shown in enumerate(counts["misfit"]) if shown]
 
 
 def _summarise(

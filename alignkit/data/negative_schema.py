@@ -29,7 +29,7 @@ from alignkit.data.columns import (
     missing_columns,
     refused_columns,
 )
-from alignkit.data.problems import Problem, shorten, value_problems
+from alignkit.data.problems import Problem, shorten, template_problems, value_problems
 from alignkit.data.schema import RowKind, detect_kind, first_value, preference_rows
 from alignkit.errors import DataError
 
@@ -95,6 +95,7 @@ def prompt_problems(row: Mapping[str, Any], kind: PromptKind) -> list[Problem]:
         kind: The form of the dataset.
     """
     problems = value_problems("prompt", row.get("prompt"), kind.conversational)
+    problems += template_problems(row) if kind.conversational else []
     if not kind.negatives:
         return problems
     messages = kind.conversational and not kind.text_negatives

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.columns import LIST_COLUMNS, PREFERENCE_FORMS, TEMPLATE_COLUMNS, columns_of
@@ -19,6 +18,7 @@ from alignkit.data.json_values import is_plain, without_filled_nulls
 from alignkit.data.load import parse_messages, parse_sources, rename_columns
 from alignkit.data.negative_schema import PromptKind, detect_prompt_kind, prompt_problems
 from alignkit.data.readers import first_rows, open_source
+from alignkit.data.rendering import RenderingError, render
 from alignkit.data.schema import describe_problems
 from alignkit.data.templates import require_template
 from alignkit.data.tokenization import rendered_ids, template_arguments, text_ids
@@ -129,12 +129,7 @@ def prompt_token_ids(
     if not kind.conversational:
         before = "" if instruction is None else instruction + SEPARATOR
         return text_ids([before + row["prompt"] for row in rows], tokenizer)
-    try:
-        texts = [_rendered(row, tokenizer, instruction) for row in rows]
-    except TemplateError as error:
-        raise DataError(
-            f"{name}: the chat template refuses the prompts", [_template_advice(error, instruction)]
-        ) from error
+    texts = _rendered_prompts(rows, tokenizer, instruction, name)
     if instruction is not None and instruction.strip() not in texts[0]:
         advice = "the chat template leaves system messages out: put the instruction into --chat_template, or drop it"
         raise DataError(f"{name}: the instruction does not reach the model", [advice])
@@ -186,10 +181,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, instruction: str | None) -> str:
-    messages = row["prompt"] if instruction is None else _instructed(row["prompt"], instruction)
-    template = template_arguments(row)
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
+def _rendered_prompts(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, instruction: str | None, name: str
+) -> list[str]:
+    texts, refused = [], []
+    for number, row in enumerate(rows):
+        messages = row["prompt"] if instruction is None else _instructed(row["prompt"], instruction)
+        try:
+            texts.append(
+                render(messages, tokenizer, template_arguments(row), part="prompt", add_generation_prompt=True)
+            )
+        except RenderingError as error:
+            refused.append((number, error.problem))
+    if refused and instruction is not None:
+        advice = "If it takes no system message, leave the instruction out"
+        refused = [(number, found._replace(kind=f"{found.kind}. {advice}")) for number, found in refused]
+    if refused:
+        raise DataError(f"{name}: the chat template refuses the prompts", describe_problems(refused))
+    return texts
 
 
 def _instructed(messages: Sequence[Mapping[str, Any]], instruction: str) -> list[Mapping[str, Any]]:
@@ -198,8 +207,3 @@ def _instructed(messages: Sequence[Mapping[str, Any]], instruction: str) -> list
     if first["role"] == "system" and isinstance(first["content"], str):
         return [{**first, "content": instruction + SEPARATOR + first["content"]}, *messages[1:]]
     return [{"role": "system", "content": instruction}, *messages]
-
-
-def _template_advice(error: TemplateError, instruction: str | None) -> str:
-    advice = "" if instruction is None else "; if it takes no system message, leave the instruction out"
-    return f"{' '.join(str(error).split())}{advice}"

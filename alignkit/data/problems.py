@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+_OUR_ARGUMENTS = frozenset(
+    {"conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"}
+    | {"truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
+"""Arguments of ``apply_chat_template`` that are not handed on to the template."""
 
 
 class Problem(NamedTuple):
@@ -51,13 +58,66 @@ def _message_problems(column: str, value: Any) -> list[Problem]:
         # An assistant turn may carry tool calls in place of content.
         if message.get("content") is None and not message.get("tool_calls"):
             return [Problem(f"{column} has a message without content, {expected}", shorten(message))]
+        if not _is_content(message.get("content")):
+            advice = 'write text, or parts {"type": "text", "text": ...}'
+            found = type(message["content"]).__name__
+            return [Problem(f"{column} has a message whose content is {found}: {advice}", shorten(message))]
         if foreign := _foreign_part(message.get("content")):
             advice = "alignkit trains on text alone, and would train the rest without it. Remove such rows"
             return [Problem(f"{column} has content that is not text ({foreign}): {advice}", shorten(message))]
     last = value[-1]
-    if column != "prompt" and is_blank(last.get("content") or "") and not last.get("tool_calls"):
+    if column != "prompt" and is_blank(content_text(last.get("content"))) and not last.get("tool_calls"):
         return [Problem(f"{column} ends in an empty message: there is nothing to learn", shorten(last))]
     return []
+
+
+def template_problems(row: Mapping[str, Any]) -> list[Problem]:
+    """Everything wrong with what a row brings for the chat template.
+
+    Args:
+        row: A row as loaded.
+    """
+    problems = []
+    for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value = row.get(column)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                problems.append(Problem(f"{column} is text that is no JSON ({error.msg})", shorten(value)))
+                continue
+        if value is not None and not isinstance(value, kind):
+            found = type(value).__name__
+            problems.append(
+                Problem(f"{column} is {found}, expected {kind.__name__}, or one written as JSON", shorten(value))
+            )
+        elif column == "chat_template_kwargs" and (taken := sorted(_OUR_ARGUMENTS & {*(value or ())})):
+            why = f"chat_template_kwargs holds {taken[0]!r}, which is not the row's to set: remove it"
+            problems.append(Problem(why, shorten(value)))
+    return problems
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content: a text as it is, the texts of parts one behind the other, empty for none.
+
+    Args:
+        content: What a message holds.
+    """
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else part["text"] for part in content)
+    return content or ""
+
+
+def _is_content(content: Any) -> bool:
+    """Whether a message may hold this."""
+    parts = content if isinstance(content, list) else []
+    return (content is None or isinstance(content, (str, list))) and all(map(_is_part, parts))
+
+
+def _is_part(part: Any) -> bool:
+    if isinstance(part, Mapping):
+        return isinstance(part.get("text"), str) or part.get("type") not in (None, "text")
+    return isinstance(part, str)
 
 
 def _foreign_part(content: Any) -> str | None:

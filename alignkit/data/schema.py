@@ -38,7 +38,7 @@ from alignkit.data.columns import (
     missing_columns,
     refused_columns,
 )
-from alignkit.data.problems import Problem, is_blank, shorten, value_problems
+from alignkit.data.problems import Problem, is_blank, shorten, template_problems, value_problems
 from alignkit.errors import DataError
 
 EXAMPLES_SHOWN = 3
@@ -164,7 +164,7 @@ def row_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | No
         kind: The form of the dataset.
         num_candidates: Exact number of completions the method takes, or None for any number from 2.
     """
-    problems: list[Problem] = []
+    problems = template_problems(row) if kind.conversational else []
     if kind.prompt == "explicit":
         problems += value_problems("prompt", row["prompt"], kind.conversational)
     if kind.lists:

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data import conversion as engine
 from alignkit.data.columns import SUPERVISED_FORMS, columns_of
 from alignkit.data.json_values import without_filled_nulls
+from alignkit.data.problems import Problem
 from alignkit.data.readers import first_rows
-from alignkit.data.schema import Problem
+from alignkit.data.schema import describe_problems
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED, SupervisedReport
 from alignkit.data.supervised_schema import detect_supervised_kind, opening, supervised_row_problems
 from alignkit.data.supervised_tokens import (
@@ -31,6 +32,7 @@ from alignkit.data.supervised_tokens import (
     encode,
 )
 from alignkit.data.templates import require_template
+from alignkit.errors import DataError
 
 
 def to_supervised_rows(
@@ -88,6 +90,9 @@ def prompts_of(
         dataset: Rows as loaded.
         tokenizer: The tokenizer of the model.
         count: How many at most.
+
+    Raises:
+        DataError: The chat template cannot render a prompt.
     """
     head, columns = first_rows(dataset, "prompts")
     kind = detect_supervised_kind(columns, head, name="prompts")
@@ -95,8 +100,10 @@ def prompts_of(
         return []
     rows = list(islice(dataset, 4 * count))
     prompts = [row["prompt"] if kind.has_prompt else opening(row["messages"]) for row in rows]
-    encoded, _ = encode(prompts, rows, tokenizer, TrainedTokens(), is_prompt=True)
-    return list(dict.fromkeys(map(tuple, encoded)))[:count]
+    encoded = encode(prompts, rows, tokenizer, TrainedTokens(), part="prompt", is_prompt=True)
+    if refused := [(number, found) for number, found in enumerate(encoded) if isinstance(found, Problem)]:
+        raise DataError("prompts to answer (the first row is row 0)", describe_problems(refused))
+    return list(dict.fromkeys(tuple(found[0]) for found in encoded))[:count]
 
 
 def _find_problems(row: Mapping[str, Any], settings: Settings) -> list[Problem]:

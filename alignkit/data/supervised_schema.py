@@ -29,7 +29,8 @@ from alignkit.data.columns import (
     refused_columns,
     unpaired_labels,
 )
-from alignkit.data.schema import Problem, first_value, value_problems
+from alignkit.data.problems import Problem, template_problems, value_problems
+from alignkit.data.schema import first_value
 from alignkit.errors import DataError
 
 
@@ -112,7 +113,8 @@ def supervised_row_problems(row: Mapping[str, Any], kind: SupervisedKind) -> lis
         row: The row, with the columns of ``kind``.
         kind: The form of the dataset.
     """
-    return [problem for column in kind.columns for problem in value_problems(column, row[column], kind.conversational)]
+    problems = [found for name in kind.columns for found in value_problems(name, row[name], kind.conversational)]
+    return problems + (template_problems(row) if kind.conversational else [])
 
 
 def opening(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -22,16 +22,21 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data import conversion as engine
+from alignkit.data.problems import Problem
+from alignkit.data.rendering import RenderingError, render, render_marked
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED
 from alignkit.data.supervised_schema import SupervisedKind
 from alignkit.data.templates import has_doubled_token
 from alignkit.data.tokenization import endings, rendered_ids, template_arguments, text_ids, with_eos
 
 IGNORE_INDEX = -100
+Encoded = tuple[list[int], list[int]]
+"""Token ids, and which of them are trained."""
 TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 COUNT_FEATURES = Features(
     {
         "cause": Value("string"),
+        **engine.MISFIT_FEATURES,
         "length": Value("int32"),
         "num_trained": Value("int32"),
         "num_trained_kept": Value("int32"),
@@ -89,9 +94,12 @@ def convert_batch(
         Columns of ``TOKEN_FEATURES`` and ``COUNT_FEATURES``; dropped rows have empty token columns.
     """
     rows = list(engine.rows_of(batch))
-    columns: dict[str, list[Any]] = {name: [] for name in [*TOKEN_FEATURES, *COUNT_FEATURES]}
+    features = {**TOKEN_FEATURES, **COUNT_FEATURES}
+    columns: dict[str, list[Any]] = {name: [] for name in features}
     for tokens in _tokenise(rows, tokenizer, settings):
-        for name, value in _convert_row(tokens, tokenizer, settings).items():
+        is_misfit = isinstance(tokens, Problem)
+        row = engine.misfit_row(features, tokens) if is_misfit else _convert_row(tokens, tokenizer, settings)
+        for name, value in row.items():
             columns[name].append(value)
     return columns
 
@@ -124,6 +132,8 @@ def _convert_row(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: S
     answer = input_ids[last_run.start : last_run.stop]
     counts = {
         "cause": cause,
+        "misfit": "",
+        "misfit_shown": "",
         "length": len(input_ids),
         "num_trained": len(trained_at),
         "num_trained_kept": 0 if cause else sum(i < limit for i in trained_at),
@@ -139,19 +149,25 @@ def _convert_row(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: S
 
 def _tokenise(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> list[Tokens]:
+) -> list[Tokens | Problem]:
     """Tokenise rows, whole and their prompts alone; one call for all texts is what makes this fast."""
     kind, trained = settings.kind, settings.trained
     wholes = [_whole(row, tokenizer, kind) for row in rows]
-    sequences, masks = encode(wholes, rows, tokenizer, trained)
-    prompts = [row["prompt"] for row in rows] if kind.has_prompt else []
-    prompt_ids, _ = encode(prompts, rows, tokenizer, replace(trained, assistant_only=False), is_prompt=True)
-    tokenised = []
-    for ids, mask, prompt in zip(sequences, masks, prompt_ids or [[]] * len(rows), strict=True):
-        start = engine.common_prefix_length(prompt, ids)
+    encoded = encode(wholes, rows, tokenizer, trained, part="prompt + completion" if kind.has_prompt else "messages")
+    prompts: Sequence[Encoded | Problem] = [([], [])] * len(rows)
+    if kind.has_prompt:
+        how = replace(trained, assistant_only=False)
+        prompts = encode([row["prompt"] for row in rows], rows, tokenizer, how, part="prompt", is_prompt=True)
+    tokenised: list[Tokens | Problem] = []
+    for whole, prompt in zip(encoded, prompts, strict=True):
+        if isinstance(prompt, Problem) or isinstance(whole, Problem):
+            tokenised.append(whole if isinstance(whole, Problem) else prompt)
+            continue
+        (ids, mask), (prompt_ids, _) = whole, prompt
+        start = engine.common_prefix_length(prompt_ids, ids)
         if trained.completion_only is not False:
             mask = [0] * start + mask[start:]
-        tokenised.append(Tokens(ids, [bool(bit) for bit in mask], prompt, start))
+        tokenised.append(Tokens(ids, [bool(bit) for bit in mask], prompt_ids, start))
     return tokenised
 
 
@@ -169,8 +185,10 @@ def encode(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     trained: TrainedTokens,
+    *,
+    part: str,
     is_prompt: bool = False,
-) -> tuple[list[list[int]], list[list[int]]]:
+) -> list[Encoded | Problem]:
     """Token ids of texts or messages, and a mask of ones, or of the assistant's turns where these alone are trained.
 
     Args:
@@ -178,27 +196,32 @@ def encode(
         rows: The rows they are of, which may hold arguments of the chat template.
         tokenizer: The tokenizer of the model.
         trained: Which tokens are trained.
+        part: What the messages are called in a problem.
         is_prompt: Whether messages end in the generation prompt.
+
+    Returns:
+        For each value ids and mask, or why the chat template cannot render it.
     """
-    if not values:
-        return [], []
-    if isinstance(values[0], str):
-        ids = text_ids(values, tokenizer)
-        return ids, [[1] * len(sequence) for sequence in ids]
-    how = {"chat_template": trained.chat_template, "add_generation_prompt": is_prompt}
-    if trained.assistant_only:
-        how |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        encoded = [
-            tokenizer.apply_chat_template(messages, **how, **template_arguments(row))
-            for messages, row in zip(values, rows, strict=True)
-        ]
-        return [list(row["input_ids"]) for row in encoded], [list(row["assistant_masks"]) for row in encoded]
-    texts = [
-        tokenizer.apply_chat_template(messages, tokenize=False, **how, **template_arguments(row))
-        for messages, row in zip(values, rows, strict=True)
-    ]
-    ids = rendered_ids(texts, tokenizer)
-    return ids, [[1] * len(sequence) for sequence in ids]
+    if values and isinstance(values[0], str):
+        return [_with_ones(ids) for ids in text_ids(values, tokenizer)]
+    found: list[Any] = []
+    for messages, row in zip(values, rows, strict=True):
+        how = {"part": part, "chat_template": trained.chat_template}
+        try:
+            if trained.assistant_only:
+                found.append(render_marked(messages, tokenizer, template_arguments(row), **how))
+            else:
+                how["add_generation_prompt"] = is_prompt
+                found.append(render(messages, tokenizer, template_arguments(row), **how))
+        except RenderingError as error:
+            found.append(error.problem)
+    texts = [text for text in found if isinstance(text, str)]
+    ids = iter(rendered_ids(texts, tokenizer) if texts else [])
+    return [_with_ones(next(ids)) if isinstance(value, str) else value for value in found]
+
+
+def _with_ones(ids: list[int]) -> Encoded:
+    return ids, [1] * len(ids)
 
 
 def _last_run(is_trained: Sequence[bool]) -> range:

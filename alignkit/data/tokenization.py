@@ -27,7 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.candidate_report import EQUAL_AFTER_CUT, EQUAL_SCORES, IDENTICAL, LOST_PROMPT, NO_ROOM, NO_TOKENS
 from alignkit.data.contrast import ContrastPrompts
-from alignkit.data.conversion import common_prefix_length, rows_of
+from alignkit.data.conversion import MISFIT_FEATURES, common_prefix_length, misfit_row, rows_of
+from alignkit.data.problems import Problem
+from alignkit.data.rendering import RenderingError, render
 from alignkit.data.schema import RowKind, split_shared_prefix
 from alignkit.data.templates import has_doubled_token, tokens_after_stop
 
@@ -46,7 +48,7 @@ CONTRAST_FEATURES = Features(
 COUNT_FEATURES = Features(
     {
         "cause": Value("string"),
-        "misfit": Value("string"),
+        **MISFIT_FEATURES,
         "prompt_length": Value("int32"),
         "completion_lengths": List(Value("int32")),
         "needed_length": Value("int32"),
@@ -60,10 +62,15 @@ COUNT_FEATURES = Features(
     }
 )
 """Columns beside the candidate columns, counted and then removed. ``cause`` is empty for a row that is kept;
-``needed_length`` is the smallest max_length that keeps it, 0 when none does. ``misfit`` is empty where token rewards
-are as many as their tokens."""
+``needed_length`` is the smallest max_length that keeps it, 0 when none does. A misfit is a row that cannot be rendered,
+or has another number of token rewards than tokens."""
 
 END_TOKENS = 4
+
+_WRONG_LENGTH = (
+    "token rewards are not as many as the tokens of their completion: give one number a token, EOS included, counted "
+    "before truncation with the tokenizer and chat template of this run (scripts/token_rewards.py writes such rows)"
+)
 
 
 @dataclass(frozen=True)
@@ -124,26 +131,32 @@ def convert_batch(
         Columns of ``settings.features`` and ``COUNT_FEATURES``; dropped rows have empty candidate columns.
     """
     rows = [_text_row(row, settings) for row in rows_of(batch)]
-    texts = [_texts(row, tokenizer, settings) for row in rows]
+    texts = [_texts_or_problem(row, tokenizer, settings) for row in rows]
     # One call for the whole batch is what makes this fast.
-    flat = [text for row in texts for text in row]
-    encoded = iter(rendered_ids(flat, tokenizer) if settings.kind.conversational else text_ids(flat, tokenizer))
-    columns: dict[str, list[Any]] = {name: [] for name in [*settings.features, *COUNT_FEATURES]}
-    for row, row_texts in zip(rows, texts, strict=True):
-        ids = list(islice(encoded, len(row_texts)))
-        for name, value in _convert_row(row, ids, tokenizer, settings).items():
+    flat = [text for row in texts if isinstance(row, list) for text in row]
+    tokenise = rendered_ids if settings.kind.conversational else text_ids
+    encoded = iter(tokenise(flat, tokenizer) if flat else [])
+    features = {**settings.features, **COUNT_FEATURES}
+    columns: dict[str, list[Any]] = {name: [] for name in features}
+    for row, found in zip(rows, texts, strict=True):
+        if isinstance(found, Problem):
+            converted = misfit_row(features, found)
+        else:
+            converted = _convert_row(row, list(islice(encoded, len(found))), tokenizer, settings)
+        for name, value in converted.items():
             columns[name].append(value)
     return columns
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the chat template: ``tools``, and what ``chat_template_kwargs`` holds.
+    """Keyword arguments of the chat template: ``tools`` and what ``chat_template_kwargs`` holds; JSON text is parsed.
 
     Args:
         row: A row as loaded.
     """
-    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
-    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(kwargs or {})}
+    values = (row.get("tools"), row.get("chat_template_kwargs"))
+    tools, kwargs = (json.loads(value) if isinstance(value, str) else value for value in values)
+    return {"tools": tools, **(kwargs or {})}
 
 
 def with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -202,18 +215,28 @@ def by_descending_score(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda k: -scores[k])
 
 
+def _texts_or_problem(row: TextRow, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str] | Problem:
+    try:
+        return _texts(row, tokenizer, settings)
+    except RenderingError as error:
+        return error.problem
+
+
 def _texts(row: TextRow, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
     """The prompt, the prompt with each completion, and the contrast prompts."""
     contrast = settings.contrast.prompts(row.prompt, row.completions) if settings.contrast else []
     if not settings.kind.conversational:
         return [row.prompt, *(row.prompt + with_eos(text, tokenizer) for text in row.completions), *contrast]
 
-    def rendered(messages: Any, **options: Any) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **row.template)
+    def rendered(messages: Any, part: str, *, opens_answer: bool = False) -> str:
+        return render(messages, tokenizer, row.template, part=part, add_generation_prompt=opens_answer)
 
-    wholes = [rendered(row.prompt + completion) for completion in row.completions]
-    prompt, *contrast = (rendered(messages, add_generation_prompt=True) for messages in (row.prompt, *contrast))
-    return [prompt, *wholes, *contrast]
+    names = (
+        [f"completion of score {score:g}" for score in row.scores] if settings.kind.lists else ["chosen", "rejected"]
+    )
+    wholes = [rendered(row.prompt + c, f"prompt + {name}") for c, name in zip(row.completions, names, strict=True)]
+    prompt = rendered(row.prompt, "prompt", opens_answer=True)
+    return [prompt, *wholes, *(rendered(messages, "contrast prompt", opens_answer=True) for messages in contrast)]
 
 
 def _convert_row(
@@ -227,6 +250,7 @@ def _convert_row(
     needed = _needed_length(start, whole)
     cause = _drop_cause(row, start, whole, needed, limit)
     room = limit - start
+    misfit = _misfit(row.token_rewards, whole)
     candidates = {
         "prompt_ids": prompt_ids[:start],
         "completion_ids": [completion[:room] for completion in whole],
@@ -238,7 +262,8 @@ def _convert_row(
         candidates |= _contrast_columns(contrast, prompt_ids[start:], len(whole))
     counts = {
         "cause": cause,
-        "misfit": _misfit(row.token_rewards, whole),
+        "misfit": _WRONG_LENGTH if misfit else "",
+        "misfit_shown": misfit,
         "prompt_length": start,
         "completion_lengths": [len(completion) for completion in whole],
         "needed_length": needed,

@@ -171,8 +171,16 @@ def test_a_tokenizer_that_ends_every_text() -> None:
     ("template", "instruction", "expected"),
     [
         (TEMPLATE.replace("{% else %}", "{% elif m['role'] == 'user' %}"), "Be kind.", "leaves system messages out"),
-        ("{{ raise_exception('System role not supported') }}", "Be kind.", "System role not supported; if it takes no"),
-        ("{{ raise_exception('roles must alternate') }}", None, "1. roles must alternate"),
+        (
+            "{{ raise_exception('System role not supported') }}",
+            "Be kind.",
+            "takes it. If it takes no system message, leave the instruction out",
+        ),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            None,
+            "cannot render a message: roles must alternate. Change",
+        ),
         (None, None, "the tokenizer has no chat template"),
     ],
 )
