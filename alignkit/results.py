@@ -43,9 +43,10 @@ def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[in
         shutil.rmtree(directory.path / "ref", ignore_errors=True)
     write_origin(directory, directory.path)
     results = _evaluate(trainer)
+    before = _before_training(trainer)
     samples = _sample_answers(loaded, trainer, prompts)
     if trainer.is_world_process_zero():
-        _report(loaded, trainer, directory, results, samples)
+        _report(loaded, trainer, directory, {"before": before, "after": results}, samples)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -53,14 +54,15 @@ def _report(
     loaded: LoadedConfig,
     trainer: Trainer,
     directory: RunDirectory,
-    results: dict[str, float],
+    results: Mapping[str, dict[str, float]],
     samples: list[dict[str, Any]],
 ) -> None:
     config = loaded.config
     saved = verify_weights(directory.path)
     health = _health(trainer)
     directory.record(
-        results=results,
+        results=results["after"],
+        results_before=results["before"],
         samples=samples,
         health=health["verdicts"],
         health_state=health["state"],
@@ -84,8 +86,18 @@ def _evaluate(trainer: Trainer) -> dict[str, float]:
         return {}
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     is_done = bool(logged) and logged[-1]["step"] == trainer.state.global_step
-    metrics = logged[-1] if is_done else trainer.evaluate()
-    kept = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(TIMINGS)}
+    return _metrics(logged[-1] if is_done else trainer.evaluate())
+
+
+def _before_training(trainer: Trainer) -> dict[str, float]:
+    """What was found before the first step; empty where no rows are held out."""
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == 0]
+    return _metrics(found[0]) if found else {}
+
+
+def _metrics(logged: Mapping[str, float]) -> dict[str, float]:
+    """An evaluation as it was logged, without prefix, clock times and place in the run."""
+    kept = {key.removeprefix("eval_"): value for key, value in logged.items() if not key.endswith(TIMINGS)}
     return {key: value for key, value in kept.items() if key not in ("epoch", "step")}
 
 
@@ -118,9 +130,10 @@ def _health(trainer: Trainer) -> dict[str, Any]:
     return monitor.summary()
 
 
-def _summary(directory: RunDirectory, results: Mapping[str, float], samples: list[dict[str, Any]]) -> str:
+def _summary(directory: RunDirectory, results: Mapping[str, Mapping[str, float]], samples: list[dict[str, Any]]) -> str:
     lines = []
-    if results:
+    before, after = results["before"], results["after"]
+    if after:
         shown = (
             "loss",
             "rewards/accuracies",
@@ -129,7 +142,9 @@ def _summary(directory: RunDirectory, results: Mapping[str, float], samples: lis
             "logratio/rejected",
             "mean_token_accuracy",
         )
-        lines.append("held-out rows: " + ", ".join(f"{key} {results[key]:.4g}" for key in shown if key in results))
+        change = {key: f"{before[key]:.4g} -> {after[key]:.4g}" for key in shown if key in before and key in after}
+        changes = ", ".join(f"{key} {change.get(key, f'{after[key]:.4g}')}" for key in shown if key in after)
+        lines.append(f"held-out rows: {changes}" + ("  (before -> after training)" if change else ""))
     for sample in samples:
         lines.append(f"sample: {sample['prompt']!r}\n     -> {sample['text']!r}{_remarks(sample)}")
     lines.append(f"run directory: {directory.path}")

@@ -16,6 +16,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -28,6 +29,7 @@ from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.metrics_log import MetricsLog
 from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
+from alignkit.callbacks.start_line import StartLine
 from alignkit.callbacks.unmoved import UnmovedWeights
 from alignkit.config import LoadedConfig
 from alignkit.config.check import in_force
@@ -266,19 +268,24 @@ def report_data(
     report.raise_for_failures()
 
 
-def run_callbacks(config: RunConfig, directory: RunDirectory) -> list[TrainerCallback]:
+def run_callbacks(config: RunConfig, directory: RunDirectory, data: PreparedData) -> list[TrainerCallback]:
     """The log and the health monitor."""
-    health = HealthMonitor(asdict(config.method_options) | {"learning_rate": in_force(config)["learning_rate"]})
-    return [MetricsLog(directory.metrics_path), health]
+    settings = asdict(config.method_options) | {"learning_rate": in_force(config)["learning_rate"]}
+    if isinstance(data.evaluation, Dataset):
+        settings["eval_rows"] = len(data.evaluation)
+    return [MetricsLog(directory.metrics_path), HealthMonitor(settings)]
 
 
-def introduce(config: RunConfig, trainer: Trainer, directory: RunDirectory, **sections: Any) -> None:
+def introduce(
+    config: RunConfig, trainer: Trainer, directory: RunDirectory, *, reference: str | None = None, **sections: Any
+) -> None:
     """Set up what a trainer prints and how it saves, record what it trains, and say so.
 
     Args:
         config: The config.
         trainer: The trainer, with all its callbacks.
         directory: Where it is recorded.
+        reference: The reference in force, in words; None where there is no such thing.
         **sections: More for ``run.json``.
     """
     trainer.remove_callback(PrinterCallback)
@@ -286,6 +293,12 @@ def introduce(config: RunConfig, trainer: Trainer, directory: RunDirectory, **se
         trainer.add_callback(ShortProgress())
     trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
     trainer.add_callback(UnmovedWeights(trainer))
+    kind = config.parametrization + ("" if config.quantization == "none" else f" on {config.quantization}")
+    rule = f" with {config.gradient_rule}" if config.gradient_rule else ""
+    against = f"; reference: {reference}" if reference else ""
+    trainer.add_callback(StartLine(trainer, f"{config.method}{rule}, {kind}{against}"))
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(EvaluationAtTheEnd())
     trainer.add_callback(OriginWriter(directory))
     # Last: whatever belongs to a checkpoint is in it before it is called complete.
     trainer.add_callback(CheckpointGuard(config.save_total_limit))
@@ -297,14 +310,26 @@ def introduce(config: RunConfig, trainer: Trainer, directory: RunDirectory, **se
             print(f"load-balancing loss: router_aux_loss_coef {trainer.router_aux_loss_coef:g}, {origin}")
 
 
+class EvaluationAtTheEnd(TrainerCallback):
+    """Evaluates after the last step, while the run can still be judged by it."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for it."""
+        control.should_evaluate = control.should_evaluate or state.global_step >= state.max_steps
+
+
 def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
-    """Train, from the last complete checkpoint when resuming; after the last step nothing is left but the report."""
+    """Train, from the last complete checkpoint when resuming; after the last step nothing is left but the report.
+
+    Held-out rows are evaluated before the first step, so that there is something to compare with.
+    """
     checkpoint = directory.last_complete_checkpoint() if config.resume else None
     if checkpoint is not None and trainer.is_world_process_zero():
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         is_done = state.global_step >= state.max_steps
         left = f": all {state.max_steps} steps are done, only the report is written again" if is_done else ""
         print(f"resuming from {checkpoint}{left}")
+    trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:

@@ -126,7 +126,7 @@ def build_trainer(
         processing_class=tokenizer,
         ref_model=reference,
         peft_config=new_adapter(config, model),
-        callbacks=steps.run_callbacks(config, directory),
+        callbacks=steps.run_callbacks(config, directory, data),
     )
     if data.evaluation is not None and config.probe_rows and config.probe_steps:
         probe = trainer.eval_dataset.select(range(min(config.probe_rows, len(data.evaluation))))
@@ -137,7 +137,8 @@ def build_trainer(
         _report_token_rewards(trainer, directory)
     if args.process_index == 0:
         print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
-    steps.introduce(config, trainer, directory, batch_layout=asdict(trainer.layout))
+    reference = reference_in_force(config, trainer)
+    steps.introduce(config, trainer, directory, reference=reference, batch_layout=asdict(trainer.layout))
     return trainer
 
 
@@ -149,6 +150,21 @@ def _check_vocabularies(
     for model in models:
         if model is not None:
             check_token_ids(model, tokenizer, used, name=repr(model.name_or_path))
+
+
+def reference_in_force(config: PreferenceConfig, trainer: PreferenceTrainer) -> str:
+    """What log-ratios are taken against, in words."""
+    if "reference" not in trainer.needs:
+        return "none"
+    anchor = trainer.method.anchor(trainer.method_options)
+    if anchor is not None:
+        return f"moves with the policy ({anchor.kind})"
+    model = config.reference_model or config.model
+    if config.reference == "precomputed":
+        return f"log-probs of {model}, precomputed"
+    if trainer.ref_model is not None:
+        return f"{model}, a second model in memory"
+    return "a frozen copy of the adapter" if config.adapter else "the policy with its adapter off"
 
 
 def _report_token_rewards(trainer: PreferenceTrainer, directory: RunDirectory) -> None:

@@ -89,7 +89,7 @@ def build_trainer(
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
         peft_config=new_adapter(config, model),
-        callbacks=steps.run_callbacks(config, directory),
+        callbacks=steps.run_callbacks(config, directory, data),
     )
     steps.introduce(config, trainer, directory)
     return trainer

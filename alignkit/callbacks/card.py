@@ -92,14 +92,15 @@ def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
     """What the card of a run says, from its ``run.json`` alone, so that it can be written anew when it is published.
 
     Args:
-        sections: ``config`` and, where recorded, ``environment``, ``data`` (the data report), ``results`` (metric to
-            value on held-out rows), ``token_rewards`` (the report of each split) and ``health`` (the verdicts).
+        sections: ``config`` and, where recorded, ``environment``, ``data`` (the data report), ``results`` and
+            ``results_before`` (metric to value on held-out rows after and before training), ``token_rewards`` (the
+            report of each split) and ``health`` (the verdicts).
         location: The run directory, or the Hub id it is published under.
     """
     config = sections["config"]
     base_model, data = config["model"]["value"], config["data"]["value"]
     sources = [data] if isinstance(data, str) else [item if isinstance(item, str) else item["path"] for item in data]
-    results = sections.get("results")
+    columns = {"before": sections.get("results_before"), "after": sections.get("results")}
     rule = config.get("gradient_rule", {}).get("value")
     return CardContent(
         name=_name(location),
@@ -111,7 +112,7 @@ def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
         config=config,
         datasets=sources,
         data=_row_counts(sections.get("data", {}).get("splits", [])),
-        results={"after": results} if results else {},
+        results={name: column for name, column in columns.items() if column},
         warnings=[*_reward_warnings(sections.get("token_rewards", {})), *map(_verdict, sections.get("health", []))],
         versions=sections.get("environment", {}).get("versions", {}),
     )

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.callbacks.durability import complete_checkpoints
+from alignkit.callbacks.series import LoggedSeries, Verdict
 from alignkit.callbacks.trend import MIN_POINTS
-from alignkit.callbacks.verdicts import CHECKS, LoggedSeries, Verdict, nonfinite
+from alignkit.callbacks.verdicts import CHECKS, nonfinite
 from alignkit.errors import AlignkitError
 
 OVERFLOWS_TOLERATED = 5
@@ -25,8 +26,8 @@ class HealthMonitor(TrainerCallback):
     A resumed run replays the logs of its checkpoint, so it reaches the verdicts of the uninterrupted one.
 
     Args:
-        settings: Config values the advice starts from (``learning_rate``, ``beta``, ``beta_neg``, ``eta``); None
-            leaves the advice general.
+        settings: Config values the advice starts from (``learning_rate``, ``beta``, ``beta_neg``, ``eta``), and
+            ``eval_rows``, the number of held-out rows; None leaves the advice general.
 
     Attributes:
         verdicts: Verdicts so far, in order.
@@ -41,13 +42,14 @@ class HealthMonitor(TrainerCallback):
     def _reset(self) -> None:
         self.verdicts.clear()
         self._series = LoggedSeries(self._settings)
-        self._num_logs = self._num_overflows = 0
+        self._num_logs = self._num_evaluations = self._num_overflows = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start afresh, from the logs of the checkpoint when there is one."""
         self._reset()
+        self._series.max_steps = state.max_steps or None
         self._can_log_more = state.logging_steps > 1 and state.max_steps >= MIN_POINTS
         for logs in state.log_history:
             self.observe(logs["step"], logs)
@@ -73,8 +75,12 @@ class HealthMonitor(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Print the summary."""
+        """Judge the run as a whole, and print the summary."""
+        self._series.is_over = True
+        new = self._judge()
         if state.is_world_process_zero:
+            for verdict in new:
+                tqdm.write(str(verdict))
             tqdm.write(f"[health] {self.summary()['state']}")
 
     def observe(self, step: int, logs: Mapping[str, float]) -> list[Verdict]:
@@ -82,12 +88,16 @@ class HealthMonitor(TrainerCallback):
 
         Args:
             step: Optimiser step.
-            logs: What the trainer logged; evaluations and the final summary are passed over.
+            logs: What the trainer logged in training or in an evaluation; the final summary is passed over.
         """
-        if "loss" not in logs:
+        if "loss" not in logs and "eval_loss" not in logs:
             return []
-        self._num_logs += 1
-        self._series.add(step, logs)
+        self._num_logs += "loss" in logs
+        self._num_evaluations += "eval_loss" in logs
+        self._series.add(step, {key: value for key, value in logs.items() if key != "step"})
+        return self._judge()
+
+    def _judge(self) -> list[Verdict]:
         known = {verdict.name for verdict in self.verdicts}
         found = [verdict for check in CHECKS if (verdict := check(self._series)) is not None]
         new = [verdict for verdict in found if verdict.name not in known]
@@ -103,7 +113,8 @@ class HealthMonitor(TrainerCallback):
             advice = "; lower logging_steps" if self._can_log_more else ""
             state = f"nothing wrong seen, but {self._num_logs} logs are too few for trends{advice}"
         else:
-            state = f"healthy over {self._num_logs} logs"
+            evaluations = f" and {self._num_evaluations} evaluations" if self._num_evaluations else ""
+            state = f"healthy over {self._num_logs} logs{evaluations}"
         return {"state": state, "verdicts": [asdict(verdict) for verdict in self.verdicts]}
 
     def _stop_if_diverged(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, float]) -> None:

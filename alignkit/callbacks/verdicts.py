@@ -1,23 +1,22 @@
-"""What can go wrong in a preference run, read off its logs: one function a trouble, each a pure function of the series.
+"""What can go wrong in a run, read off its logs: one function a trouble, each a pure function of the series.
 
-A verdict needs an effect of a size that matters and, where it claims a direction, a trend that noise does not produce
-(:mod:`alignkit.callbacks.trend`). The thresholds are ours; each says why.
+A verdict needs an effect of a size that matters. Where it claims a direction of training metrics, whose rows differ
+from log to log, it needs a trend that noise does not produce (:mod:`alignkit.callbacks.trend`). Evaluations see the
+same rows each time, so there a level is enough. The thresholds are ours; each says why.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from alignkit.callbacks.trend import MIN_POINTS, Trend, trend
+from alignkit.callbacks.series import RECENT, LoggedSeries, Verdict
+from alignkit.callbacks.trend import MIN_POINTS
 
-WINDOW = 30
-"""Logged points a trend is taken over, the latest."""
-RECENT = 5
-"""Logged points that must agree for a verdict about a level."""
+FEW = 3
+"""Logged points that a comparison with an evaluation needs."""
 FALL = 1.0
 """Nats a response: e times less likely."""
 DISPERSION = 0.02
@@ -31,83 +30,19 @@ DOMINATION = 3.0
 """Nats a token: the rejected gradient is e^3 = 20 times the chosen one."""
 FAR = 0.5
 """Share of the loss: five times the most that a displacement should add to it."""
+MOVED = 0.2
+"""Nats a response: a fifth likelier or less likely. With beta 0.1 the loss of such a pair stays above 0.67."""
+MOVED_LOSS = 0.01
+"""Nats: half of what MOVED makes of a preference loss; of supervised rows a token, 1 nat on an answer of 100."""
+COLLAPSE = 1.0
+"""Nats a token: every token e times less likely, which no preference data asks for and no warm-up does."""
+OVERFIT_LOSS = 0.1
+"""Share by which the held-out loss lies above its lowest value; it wavers by less between two evaluations."""
+OVERFIT_ACCURACY = 0.2
+"""Distance of the held-out from the training accuracy, beyond what the number of held-out rows explains (two standard
+errors): half of the way from guessing to certainty is 0.25."""
 UNMOVED = 0.5
 """Share of the weights. In float32 it is next to 0 at any usual learning rate, in bfloat16 mostly above 0.9."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One thing that is wrong.
-
-    Attributes:
-        name: Short name, unique in a run.
-        step: Optimiser step of the log that settled it.
-        title: What happens, in one line.
-        evidence: The numbers.
-        meaning: Why it matters.
-        fixes: Lines of YAML to try, with a comment each.
-    """
-
-    name: str
-    step: int
-    title: str
-    evidence: str
-    meaning: str
-    fixes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        fixes = "\n             ".join(self.fixes)
-        return (
-            f"[health] step {self.step}: {self.title} ({self.name})\n"
-            f"  evidence   {self.evidence}\n  meaning    {self.meaning}\n  to try     {fixes}"
-        )
-
-
-@dataclass
-class LoggedSeries:
-    """Every training metric logged so far.
-
-    Attributes:
-        settings: Config values the fixes start from, such as ``learning_rate`` and ``beta_neg``; may be empty.
-    """
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    _points: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    step: int = 0
-
-    def add(self, step: int, logs: Mapping[str, float]) -> None:
-        """Append the finite values of one training log."""
-        self.step = step
-        for key, value in logs.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                self._points.setdefault(key, []).append((step, value))
-
-    def window(self, key: str) -> list[float]:
-        """The latest values of a metric, at most ``WINDOW``."""
-        return [value for _, value in self._points.get(key, [])[-WINDOW:]]
-
-    def all(self, key: str) -> list[float]:
-        """All values of a metric."""
-        return [value for _, value in self._points.get(key, [])]
-
-    def trend(self, key: str) -> Trend:
-        """Trend over the window."""
-        return trend(self.window(key))
-
-    def ends(self, key: str) -> tuple[float, float]:
-        """Medians of the first and of the last ``RECENT`` values of the window."""
-        values = self.window(key)
-        return median(values[:RECENT]), median(values[-RECENT:])
-
-    def span(self, key: str) -> str:
-        """``steps 10 to 300``: the window of a metric."""
-        points = self._points[key][-WINDOW:]
-        return f"steps {points[0][0]} to {points[-1][0]}"
-
-    def moved(self, key: str) -> str:
-        """``rewards/margins rose from 0.1 to 2.3``, over the window."""
-        first, last = self.ends(key)
-        return f"{key} {'rose' if last > first else 'fell'} from {first:.4g} to {last:.4g}"
 
 
 Check = Callable[[LoggedSeries], Verdict | None]
@@ -128,17 +63,39 @@ def falls(series: LoggedSeries, role: str) -> bool:
 
 
 def degradation(series: LoggedSeries) -> Verdict | None:
-    """The chosen responses lose likelihood while the margin grows."""
+    """The chosen responses lose likelihood while the margin grows: held-out ones by level, trained ones by trend."""
+    held_out, key = series.all("eval_logratio/chosen"), "eval_logratio/chosen"
+    if held_out and held_out[-1] <= -FALL and series.all("eval_rewards/margins")[-1] > 0:
+        times = math.exp(min(-held_out[-1], 700))
+        return _degraded(
+            series,
+            f"{key} is {held_out[-1]:.3g} nats a response: held-out chosen responses are about {times:.2g} times less "
+            f"likely than under the reference; eval_rewards/margins is {series.all('eval_rewards/margins')[-1]:.3g}",
+        )
+    values = series.window("logratio/chosen")
+    if series.is_over and 2 <= len(values) < MIN_POINTS and max(values[len(values) // 2 :]) <= -FALL:
+        return _degraded(
+            series,
+            f"logratio/chosen is {values[-1]:.3g} nats a response and was {-FALL:g} or less in the second half of the "
+            f"{len(values)} logs",
+        )
     if not falls(series, "chosen") or series.trend("rewards/margins").change <= 0:
         return None
     key = likelihood_key(series, "chosen")
     times = math.exp(min(-series.trend(key).change, 700))
+    return _degraded(
+        series,
+        f"{series.moved(key)} nats a response, about {times:.2g} times less likely, while "
+        f"{series.moved('rewards/margins')} ({series.span(key)})",
+    )
+
+
+def _degraded(series: LoggedSeries, evidence: str) -> Verdict:
     return Verdict(
         "degradation",
         series.step,
         "the chosen responses are becoming less likely",
-        f"{series.moved(key)} nats a response, about {times:.2g} times less likely, while "
-        f"{series.moved('rewards/margins')} ({series.span(key)})",
+        evidence,
         "the loss sees only the margin between chosen and rejected; it is as content when both fall, the rejected one "
         "faster. Some fall is usual; left to go on it costs quality",
         _gentler(series.settings),
@@ -209,6 +166,139 @@ def rounded_away(series: LoggedSeries) -> Verdict | None:
             _rate(series.settings, 10, "if it is far below 1e-6"),
         ),
     )
+
+
+def barely_moved(series: LoggedSeries) -> Verdict | None:
+    """Half of the run is over and the model is still next to where it started."""
+    if not series.is_half_way or pinned(series) is not None:
+        return None
+    evidence = _still_preferences(series) or _still_tokens(series)
+    if evidence is None:
+        return None
+    return Verdict(
+        "barely_moved",
+        series.step,
+        "the model has barely moved",
+        evidence,
+        "the run is too short or its steps too small to teach anything: the result is the starting model, nearly",
+        (
+            _rate(series.settings, 10, "the first thing to try"),
+            "num_train_epochs: ...   # more, or more max_steps",
+        ),
+    )
+
+
+def _still_preferences(series: LoggedSeries) -> str | None:
+    """The evidence where chosen and rejected responses are about as likely as under the reference."""
+    chosen, rejected = series.recent("logratio/chosen"), series.recent("logratio/rejected")
+    if chosen is None or rejected is None or max(abs(chosen), abs(rejected)) >= MOVED:
+        return None
+    evidence = f"logratio/chosen is {chosen:.3g} and logratio/rejected {rejected:.3g} nats a response"
+    loss, losses = series.recent("loss/preference"), series.all("loss/preference")
+    if loss is None:
+        return evidence
+    # Responses that move both ways leave the means where they were, but not the loss.
+    return f"{evidence}, loss/preference {loss:.4f}" if abs(loss - losses[0]) < 2 * MOVED_LOSS else None
+
+
+def _still_tokens(series: LoggedSeries) -> str | None:
+    """The evidence where held-out supervised rows are as likely as before training."""
+    losses = series.all("eval_loss")
+    if series.all("rewards/margins") or len(losses) < 2 or not series.is_evaluation:
+        return None
+    if abs(losses[-1] - losses[0]) >= MOVED_LOSS:
+        return None
+    return f"eval_loss is {losses[-1]:.4f} nats a token, before training it was {losses[0]:.4f}"
+
+
+def overfitting(series: LoggedSeries) -> Verdict | None:
+    """Trained rows are told apart, or predicted, far better than held-out ones, which get worse."""
+    if not series.is_evaluation or len(series.window("loss")) < FEW:
+        return None
+    evidence = _rising_loss(series) or _accuracy_gap(series)
+    if evidence is None:
+        return None
+    losses = series.all("eval_loss")
+    best = series.steps("eval_loss")[losses.index(min(losses))]
+    return Verdict(
+        "overfitting",
+        series.step,
+        "the rows are learnt by heart (overfitting)",
+        evidence,
+        "what is learnt holds for the rows trained on and not for others; with more steps the gap grows",
+        (
+            f"max_steps: {best if best else '...':<8} # where the held-out loss is lowest; or fewer num_train_epochs",
+            _rate(series.settings, 1 / 3, "learns less by heart"),
+            "data: ...           # more rows, without repeats",
+        ),
+    )
+
+
+def _rising_loss(series: LoggedSeries) -> str | None:
+    losses, trained = series.all("eval_loss"), series.recent("loss")
+    if len(losses) < 2 or trained is None:
+        return None
+    best, last = min(losses), losses[-1]
+    if last - best < max(OVERFIT_LOSS * best, MOVED_LOSS) or trained > (best + last) / 2:
+        return None
+    return f"eval_loss rose from {best:.4g} to {last:.4g}, while loss is {trained:.4g}"
+
+
+def _accuracy_gap(series: LoggedSeries) -> str | None:
+    for key in ("rewards/accuracies", "mean_token_accuracy"):
+        held_out, trained = series.all(f"eval_{key}"), series.recent(key)
+        if held_out and trained is not None:
+            noise = math.sqrt(0.25 / max(series.settings.get("eval_rows", 1), 1))
+            if trained - held_out[-1] >= OVERFIT_ACCURACY + 2 * noise:
+                return f"{key} is {trained:.3g} on trained rows and {held_out[-1]:.3g} on held-out ones"
+            return None
+    return None
+
+
+def collapse(series: LoggedSeries) -> Verdict | None:
+    """Text that should become likelier, or stay as likely, has become improbable."""
+    found = next(filter(None, (_fallen_chosen(series, prefix) for prefix in ("eval_", ""))), None)
+    evidence = found or _risen_tokens(series)
+    if evidence is None:
+        return None
+    return Verdict(
+        "collapse",
+        series.step,
+        "the model has collapsed",
+        evidence,
+        "it no longer speaks the language it did: answers will be repetition or noise, whatever margins say",
+        (
+            _rate(series.settings, 1 / 10, "far lower"),
+            "warmup_steps: 0.1",
+            "overwrite: true        # start again; the weights cannot be saved by training on",
+        ),
+    )
+
+
+def _fallen_chosen(series: LoggedSeries, prefix: str) -> str | None:
+    """The evidence where the chosen responses lost ``COLLAPSE`` nats a token, against the reference or the start."""
+    names = [f"{prefix}{name}/chosen" for name in ("logratio", "logps", "mean_logps")]
+    # An evaluation counts by itself; of training logs one among several may be an outlier.
+    ratio, logps, mean = (series.last(name) if prefix else series.recent(name) for name in names)
+    if ratio is not None and logps and mean is not None:
+        a_token = ratio * mean / logps
+        if a_token <= -COLLAPSE:
+            return f"{names[0]} is {ratio:.4g} nats a response, {a_token:.3g} a token"
+    elif prefix and mean is not None and mean - series.all(names[2])[0] <= -COLLAPSE:
+        return f"{names[2]} is {mean:.4g} nats a token; before training it was {series.all(names[2])[0]:.4g}"
+    return None
+
+
+def _risen_tokens(series: LoggedSeries) -> str | None:
+    """The evidence where supervised rows are predicted worse than before training, by ``COLLAPSE`` nats a token."""
+    if series.all("rewards/margins"):
+        return None
+    for key, least in (("eval_loss", 2), ("loss", 2 * RECENT)):
+        losses = series.all(key)
+        now = losses[-1] if key == "eval_loss" and losses else series.recent(key)
+        if now is not None and len(losses) >= least and now - losses[0] >= COLLAPSE:
+            return f"{key} is {now:.4g} nats a token; at first it was {losses[0]:.4g}"
+    return None
 
 
 def no_gradient(series: LoggedSeries) -> Verdict | None:
@@ -287,8 +377,8 @@ def displaced_too_far(series: LoggedSeries) -> Verdict | None:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(degradation, dispersion, pinned, rounded_away, no_gradient, solved, rejected_dominates),
-    displaced_too_far,
+    *(collapse, degradation, dispersion, overfitting, pinned, barely_moved, rounded_away, no_gradient, solved),
+    *(rejected_dominates, displaced_too_far),
 )
 
 

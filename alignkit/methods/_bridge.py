@@ -176,10 +176,14 @@ class ObjectiveBridge(GradientRuleHook):
             self.record("aux_loss", Metric(output.aux_loss.reshape(1)))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, and leave the model in the mode it was in: :meth:`log` tells train from eval by it."""
+        """Evaluate, and leave the model in the mode it was in: :meth:`log` tells train from eval by it.
+
+        The random state is left as it was, too: a data loader draws from it, and what is looked at is not changed.
+        """
         was_training = self.model.training
         try:
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            with torch.random.fork_rng(devices=[]):
+                metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
         finally:
             self.model.train(was_training)

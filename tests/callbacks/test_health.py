@@ -178,6 +178,121 @@ def test_advice_without_settings_is_general() -> None:
     assert any(line.startswith("learning_rate: ...") for line in monitor.verdicts[0].fixes)
 
 
+# --- levels, and what evaluations say ---
+
+
+def evaluation(step: int, **metrics: float) -> tuple[int, dict[str, float]]:
+    """An evaluation as it is logged."""
+    return step, {f"eval_{key.replace('__', '/')}": value for key, value in metrics.items()}
+
+
+def run(
+    logs: list[tuple[int, dict[str, float]]], settings: dict[str, object] = FLEX, max_steps: int = 100
+) -> list[str]:
+    """Verdicts of a whole run."""
+    monitor = HealthMonitor(settings)
+    state = TrainerState(max_steps=max_steps, is_world_process_zero=False)
+    monitor.on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
+    for step, log in logs:
+        monitor.observe(step, log)
+    monitor.on_train_end(None, state, TrainerControl())  # type: ignore[arg-type]
+    return [f"{verdict.name} at {verdict.step}" for verdict in monitor.verdicts]
+
+
+def supervised(losses: list[float], accuracy: float = 0.6) -> list[tuple[int, dict[str, float]]]:
+    """Logs of a supervised run, every 10 steps."""
+    return [
+        (10 * i, {"loss": loss, "grad_norm": 1.0, "mean_token_accuracy": accuracy}) for i, loss in enumerate(losses, 1)
+    ]
+
+
+def test_rows_learnt_by_heart_with_a_rising_held_out_loss() -> None:
+    """The reported run: 100 % on trained rows, 41 % on others, whose loss rises from 1.27 to 2.10."""
+    trained = supervised([1.25, 0.7, 0.3, 0.1, 0.02, 0.01], accuracy=1.0)
+    logs = [evaluation(0, loss=1.27), *trained[:3], evaluation(30, loss=1.4), *trained[3:], evaluation(60, loss=2.1)]
+    assert run(logs) == ["overfitting at 30"]
+    monitor = judge(iter(logs))
+    assert "eval_loss rose from 1.27 to 1.4, while loss is 0.7" in monitor.verdicts[0].evidence
+    well = [evaluation(0, loss=1.27), *supervised([1.2, 1.1, 1.0, 0.9]), evaluation(40, loss=0.95)]
+    assert run(well) == []
+    worse_everywhere = [evaluation(0, loss=1.27), *supervised([1.2, 1.4, 1.5, 1.6]), evaluation(40, loss=1.6)]
+    assert run(worse_everywhere) == [], "trained rows get worse as well"
+
+
+@pytest.mark.parametrize(("rows", "held_out", "found"), [(100, 0.41, True), (100, 0.75, False), (6, 0.41, False)])
+def test_pairs_learnt_by_heart(rows: int, held_out: float, found: bool) -> None:
+    """The gap in accuracy alone is enough, unless so few rows are held out that chance explains it."""
+    logs = list(constant(num_logs=3, **{"rewards/accuracies": 1.0}))
+    logs = [evaluation(0, loss=0.69, rewards__accuracies=0.0), *logs]
+    logs.append(evaluation(30, loss=0.7, rewards__accuracies=held_out, rewards__margins=0.1))
+    assert run(logs, {**FLEX, "eval_rows": rows}) == (["overfitting at 30"] if found else [])
+
+
+def test_a_collapse_is_seen_in_the_first_log() -> None:
+    """The reported run: learning rate 1, chosen responses at -1055 nats."""
+    fallen = {"logratio/chosen": -1055.0, "logps/chosen": -1125.0, "mean_logps/chosen": -1125.0 / 60}
+    (verdict,) = judge(constant(num_logs=1, **fallen)).verdicts
+    assert (verdict.name, verdict.step) == ("collapse", 10)
+    assert "logratio/chosen is -1055 nats a response, -17.6 a token" in verdict.evidence
+    some = {"logratio/chosen": -30.0, "logps/chosen": -100.0, "mean_logps/chosen": -100.0 / 60}
+    assert names(constant(num_logs=1, **some)) == [], "half a nat a token"
+
+
+def test_a_collapse_of_supervised_rows_and_without_a_reference() -> None:
+    assert run([evaluation(0, loss=1.0), *supervised([1.5, 3.0, 4.0]), evaluation(30, loss=4.2)]) == ["collapse at 30"]
+    assert run(supervised([1.0] + [2.5] * 9)) == ["collapse at 100"]
+    assert run(supervised([0.5, 1.9, 0.4, 1.8, 0.6, 0.5, 0.4, 0.5, 0.4, 1.9])) == [], "rows differ from log to log"
+    start, end = (evaluation(s, loss=0.6, mean_logps__chosen=m) for s, m in ((0, -1.0), (30, -2.5)))
+    assert run([start, (30, {"loss": 0.6, "rewards/margins": 1.0}), end]) == ["collapse at 30"]
+
+
+def test_held_out_chosen_responses_that_fall_are_degradation_after_one_evaluation() -> None:
+    """The quickstart as it was: -1.1 nats."""
+    held_out = {"loss": 0.5, "rewards__margins": 0.4, "logps__chosen": -20.0, "mean_logps__chosen": -1.0}
+    logs = [evaluation(0, **held_out, logratio__chosen=0.0), *constant(num_logs=3)]
+    assert run([*logs, evaluation(30, **held_out, logratio__chosen=-1.1)]) == ["degradation at 30"]
+    monitor = judge(iter([*logs, evaluation(30, **held_out, logratio__chosen=-1.1)]))
+    assert "eval_logratio/chosen is -1.1 nats a response" in monitor.verdicts[0].evidence
+    assert "about 3 times less likely" in monitor.verdicts[0].evidence
+    assert run([*logs, evaluation(30, **held_out, logratio__chosen=-0.9)]) == []
+
+
+def test_a_fall_in_a_run_too_short_for_trends() -> None:
+    logs = list(constant(num_logs=4))
+    for (_, log), ratio in zip(logs, (-0.1, -0.5, -1.5, -2.5), strict=True):
+        log["logratio/chosen"] = ratio
+    assert run(logs) == ["degradation at 40"]
+    logs[2][1]["logratio/chosen"] = 0.5
+    assert run(logs) == []
+
+
+STILL = {"logratio/chosen": 0.02, "logratio/rejected": -0.03, "rewards/chosen": 0.002, "rewards/rejected": -0.003}
+
+
+def test_a_run_that_barely_moves_is_not_healthy() -> None:
+    """The reported run: LoRA at 1e-6, after 60 steps the loss is 0.692."""
+    still = {**STILL, "loss": 0.692, "loss/preference": 0.692}
+    assert run(list(constant(num_logs=6, **still)), max_steps=60) == ["barely_moved at 30"]
+    assert run(list(constant(num_logs=6, **still)), max_steps=600) == ["barely_moved at 60"], "at the latest at its end"
+    monitor = judge(constant(num_logs=6, **still))
+    assert monitor.verdicts == [], "not while it may still be warming up"
+    monitor.on_train_end(arguments(Path()), TrainerState(is_world_process_zero=False), TrainerControl())
+    assert monitor.verdicts[0].fixes[0].startswith("learning_rate: 3e-05")
+    assert "loss/preference 0.6920" in monitor.verdicts[0].evidence
+    assert run(list(constant(num_logs=6, **{**still, "logratio/rejected": -0.5})), max_steps=60) == []
+
+
+def test_held_out_rows_that_are_predicted_as_before_have_barely_been_moved() -> None:
+    logs = supervised([1.27, 1.25, 1.28])
+    assert run([evaluation(0, loss=1.27), *logs, evaluation(30, loss=1.265)], max_steps=30) == ["barely_moved at 30"]
+    assert run([evaluation(0, loss=1.27), *logs, evaluation(30, loss=1.2)], max_steps=30) == []
+
+
+def test_the_summary_says_what_was_seen() -> None:
+    monitor = judge(iter([evaluation(0, loss=0.7), *constant(), evaluation(120, loss=0.6)]))
+    assert monitor.summary()["state"] == "healthy over 12 logs and 2 evaluations"
+
+
 # --- as a callback ---
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("programs")
 
 SECTIONS = {
     "alignkit_run", "batch_layout", "config", "data", "environment", "health", "health_state", "process_layout",
-    "origin", "results", "samples", "saved", "sessions", "status", "trainable",
+    "origin", "results", "results_before", "samples", "saved", "sessions", "status", "trainable",
 }  # fmt: skip
 HELD_OUT = {"eval_fraction": 0.2, "probe_rows": 4, "probe_steps": 2, "num_samples": 2, "sample_max_new_tokens": 4}
 
@@ -74,6 +74,24 @@ def test_the_terminal(finished: tuple[Path, Ended]) -> None:
     assert "Traceback" not in ended.errors
 
 
+def test_the_line_that_says_what_will_happen(finished: tuple[Path, Ended]) -> None:
+    """Every number by hand: 2 rows on one process, 4 steps, the rate of the command line."""
+    (line,) = [line for line in finished[1].output.splitlines() if line.startswith("run: ")]
+    assert line == (
+        "run: flex_dpo, lora; reference: the policy with its adapter off; learning rate 0.002 (linear); 2 rows x 1 "
+        "accumulated x 1 process = 2 rows a step, 4 steps; cpu, weights float32, trained ones float32"
+    )
+
+
+def test_held_out_rows_before_and_after(finished: tuple[Path, Ended], run: Path, record: dict[str, Any]) -> None:
+    """On the terminal and in the table of the card."""
+    before, after = record["results_before"], record["results"]
+    assert f"held-out rows: loss {before['loss']:.4g} -> {after['loss']:.4g}, rewards/accuracies" in finished[1].output
+    card = (run / "README.md").read_text()
+    assert "| metric | before | after |" in card
+    assert f"| loss | {before['loss']:.4g} | {after['loss']:.4g} |" in card
+
+
 def test_the_sections(record: dict[str, Any]) -> None:
     assert set(record) == SECTIONS
     assert record["status"] == "finished"
@@ -101,6 +119,9 @@ def test_the_data_and_the_results(record: dict[str, Any]) -> None:
     assert (splits["train"]["num_rows"], splits["held-out"]["num_rows"]) == (32, 8)
     assert 0 <= record["results"]["rewards/accuracies"] <= 1
     assert set(record["results"]) >= {"loss", *load_method("flex_dpo").metrics}
+    before = record["results_before"]
+    assert before.keys() == record["results"].keys() and before["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert before["logratio/chosen"] == pytest.approx(0, abs=1e-5) != record["results"]["logratio/chosen"]
     assert len(record["samples"]) == 2 and all(sample["prompt"] for sample in record["samples"])
     assert record["trainable"]["trainable"] == record["saved"]["parameters"] > 0
     assert record["saved"]["files"] == ["adapter_model.safetensors"]
@@ -113,7 +134,9 @@ def test_every_line_of_the_metrics(run: Path) -> None:
     for line in training:
         assert set(load_method("flex_dpo").metrics) <= set(line)
         assert ("dispersion" in line) == (line["step"] % 2 == 0)
-    assert [line["step"] for line in lines if "eval_loss" in line] == [4]
+        # Of steps with less than half of the peak rate, as the last one here, nothing is said.
+        assert ("unmoved_weights" in line) == (line["step"] < 4) and line.get("unmoved_weights", 0) < 0.01
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4]
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 

@@ -90,7 +90,7 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, Ended], monkeypatch: pyt
     assert [line["step"] for line in training] == [3, 4, 6, 8]
     assert all(set(line) >= {*METRICS, "loss/nll"} for line in training)
     assert all(math.isfinite(value) for line in logs(run) for value in line.values())
-    assert [line["step"] for line in logs(run) if "eval_loss" in line] == [3, 6, 8]
+    assert [line["step"] for line in logs(run) if "eval_loss" in line] == [0, 3, 6, 8]
     pixels = matplotlib.image.imread(run / "plot.png")
     assert pixels.shape[0] < pixels.shape[1] and pixels[..., :3].min() < 0.5
     card = (run / "README.md").read_text()
