@@ -32,7 +32,7 @@ class CandidateCollator:
     """Collates candidate rows into one of the two layouts.
 
     Args:
-        pad_token_id: Id written into padding positions; masks come from lengths, so its value never matters.
+        pad_token_id: Id written into the padding of ``padded`` rows; masks come from lengths, so any will do.
         layout: ``padded`` or ``shared_prefix``.
         pad_to_multiple_of: Pads the row length up to a multiple of this, or None.
 
@@ -97,7 +97,7 @@ class CandidateCollator:
     ) -> tuple[dict[str, Tensor], list[int], int]:
         length = self._rounded(max(packed_length(row["prompt_ids"], row["completion_ids"]) for row in rows))
         span = max(len(completion) for row in rows for completion in row["completion_ids"])
-        input_ids = torch.full((shape[0], length), self.pad_token_id, dtype=torch.long)
+        input_ids = torch.empty(shape[0], length, dtype=torch.long)
         position_ids = torch.zeros(shape[0], length, dtype=torch.long)
         segment_ids = torch.full((shape[0], length), -1, dtype=torch.long)
         positions = torch.zeros(*shape, span, dtype=torch.long)
@@ -116,6 +116,9 @@ class CandidateCollator:
                 positions[b, k, : len(completion)] = torch.arange(cursor, end)
                 labels[b, k, : len(completion)] = torch.tensor(completion)
                 cursor = end
+            # Padding sees padding alone here. Made of pad tokens, whose embedding is often 0, it would stay exactly 0
+            # through the model, where a norm has no derivative: NaN in every gradient (Gemma-3n).
+            input_ids[b, cursor:] = last
         tensors = {
             "input_ids": input_ids,
             "position_ids": position_ids,
