@@ -21,6 +21,7 @@ from alignkit.data.json_values import map_values, without_filled_nulls
 from alignkit.data.mixture import mix
 from alignkit.data.readers import Source, first_rows, is_csv, list_of_cell, open_source
 from alignkit.data.schema import preference_rows
+from alignkit.data.sharegpt import holds_turns, messages_of_turns
 from alignkit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def wanted_columns(column_map: Mapping[str, str], known: Sequence[str]) -> set[s
 
 
 def parse_messages(dataset: Dataset | IterableDataset, name: str) -> Any:
-    """The rows with messages that are stored as JSON text turned into messages.
+    """The rows with messages that are stored as JSON text, or written as ShareGPT does, turned into messages.
 
     A column is taken for such text where every value of the first rows is a list of messages written as JSON. A later
     value that is not stays a text, and is reported as one by the checks of rows.
@@ -197,7 +198,10 @@ def parse_messages(dataset: Dataset | IterableDataset, name: str) -> Any:
     """
     head, columns = first_rows(dataset, name)
     stored = [c for c in MESSAGE_COLUMNS if c in columns and _are_stored_messages([row[c] for row in head])]
-    return map_values(dataset, stored, _messages_of) if stored else dataset
+    dataset = map_values(dataset, stored, _messages_of) if stored else dataset
+    head, _ = first_rows(dataset, name) if stored else (head, columns)
+    turns = [c for c in MESSAGE_COLUMNS if c in columns and holds_turns([row[c] for row in head])]
+    return map_values(dataset, turns, partial(messages_of_turns, name=name)) if turns else dataset
 
 
 def rename_columns(
@@ -269,5 +273,5 @@ def _messages_in(text: Any) -> Any:
         found = json.loads(text)
     except json.JSONDecodeError:
         return text
-    is_messages = bool(found) and all(isinstance(message, dict) and "role" in message for message in found)
+    is_messages = bool(found) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found)
     return found if is_messages else text

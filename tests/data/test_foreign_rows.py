@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from alignkit.data.schema import preference_rows
 from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
 from alignkit.errors import DataError
-from tests.data.rows import pair
+from tests.data.rows import message, pair
 
 Write = Callable[[str, Sequence[Any]], str]
 
@@ -79,3 +80,50 @@ def test_tokenised_rows_are_named_as_such(write_jsonl: Write, family: RowFamily)
     row = {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}
     text = refusal(write_jsonl("ids.jsonl", [row]), family)
     assert "tokenised already" in text and "Give the rows as text or messages" in text and "Did you mean" not in text
+
+
+def turn(speaker: str, text: str) -> dict[str, str]:
+    return {"from": speaker, "value": text}
+
+
+TURNS = [
+    turn("system", "Be brief."),
+    turn("human", "2 + 2?"),
+    turn("gpt", "4"),
+    turn("human", "Sure?"),
+    turn("gpt", "Yes"),
+]
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+TALK = [message(ROLES[one["from"]], one["value"]) for one in TURNS]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+@pytest.mark.parametrize("stored", [False, True], ids=["json", "text"])
+def test_sharegpt_conversations_are_read_where_the_advice_leads(
+    write_jsonl: Write, tokenizer: PreTrainedTokenizerFast, streaming: bool, stored: bool
+) -> None:
+    path = write_jsonl("talks.jsonl", [{"conversations": json.dumps(TURNS) if stored else TURNS}] * 2)
+    assert "Write column_map: {messages: conversations}" in refusal(path, supervised_rows())
+    column_map = {"messages": "conversations"}
+    loaded = load_rows(path, family=supervised_rows(), column_map=column_map, streaming=streaming)
+    assert [row["messages"] for row in loaded] == [TALK] * 2
+    rows, _ = to_supervised_rows(loaded, tokenizer, max_length=None)
+    assert next(iter(rows))["input_ids"] == list(tokenizer.apply_chat_template(TALK, return_dict=False))
+
+
+def test_sharegpt_pairs(write_jsonl: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"conversations": TURNS[:2], "chosen": TURNS[2], "rejected": turn("gpt", "5")}
+    path = write_jsonl("pairs.jsonl", [row])
+    assert "column_map: {prompt: conversations}" in refusal(path, preference_rows(2))
+    loaded = load_rows(path, family=preference_rows(2), column_map={"prompt": "conversations"})
+    assert loaded[0] == {"prompt": TALK[:2], "chosen": [TALK[2]], "rejected": [message("assistant", "5")]}
+    rows, _ = to_candidate_rows(loaded, tokenizer, max_length=None, num_candidates=2)
+    assert tokenizer.decode(rows[0]["completion_ids"][1]) == "5<|endoftext|>"
+
+
+def test_a_speaker_of_whom_it_is_not_clear_who_that_is(write_jsonl: Write) -> None:
+    path = write_jsonl(
+        "tools.jsonl", [{"messages": TURNS}, {"messages": [turn("human", "q"), turn("function_call", "{}")]}]
+    )
+    text = refusal(path, supervised_rows())
+    assert "row 1: messages has a turn that is from 'function_call'" in text and "{role, content}" in text

@@ -156,7 +156,7 @@ def test_a_stop_token_outside_the_marks_fails(tokenizer: Any) -> None:
     rows = Dataset.from_list([{"messages": [message("user", "2?"), message("assistant", "4")]}] * 3)
     for trained, status in ((TrainedTokens(assistant_only=True), "fail"), (TrainedTokens(), "ok")):
         converted = to_supervised_rows(rows, late, max_length=None, trained=trained)
-        assert data_report({"train": converted}, late).checks["train"][0].status == status
+        assert data_report({"train": converted}, late).checks["train"][1].status == status
 
 
 def test_the_report_marks_trained_tokens(tokenizer: Any) -> None:
