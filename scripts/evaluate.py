@@ -29,8 +29,10 @@ from alignkit.parametrizations.files import AdapterFiles, find_model, model_prob
 from alignkit.programs import run_program
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from alignkit.data.prefix import Layout
     from alignkit.evals.evaluate import EvaluationData
     from alignkit.evals.results import Evaluation
 
@@ -43,7 +45,6 @@ def main() -> None:
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
     from alignkit.evals import evaluate as steps
     from alignkit.evals.generation import Sampling
-    from alignkit.methods._layouts import choose_layout
     from alignkit.parametrizations.loading import ModelSource
 
     state = steps.start_processes(use_cpu=arguments.use_cpu)
@@ -59,19 +60,24 @@ def main() -> None:
     )
     model = steps.load_evaluated(source, adapter, state.device)
     steps.check_vocabulary(model, tokenizer, data)
-    layout = choose_layout(arguments.layout, model, data.rows, batch_size=arguments.batch_size).layout
     sampling = Sampling(**pick(arguments, "max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
-    settings = {"layout": layout, "batch_size": arguments.batch_size, "sampling": sampling, "state": state}
-    evaluation = steps.evaluate_model(model, tokenizer, data, name="model", **settings)
+    size = arguments.batch_size
+
+    def evaluate(evaluated: PreTrainedModel | PeftModel, name: str) -> tuple[Evaluation, Layout]:
+        layout = steps.prepare_scoring(evaluated, data, arguments.layout, batch_size=size, name=f"the {name}")
+        settings: dict[str, Any] = {"layout": layout, "batch_size": size, "sampling": sampling, "state": state}
+        return steps.evaluate_model(evaluated, tokenizer, data, name=name, **settings), layout
+
+    evaluation, layout = evaluate(model, "model")
     record = steps.provenance(source, adapter, model, tokenizer, data, state) | {"layout": layout}
     base = None
     if arguments.compare_base is not None and adapter is not None:
         with model.disable_adapter():
-            base = steps.evaluate_model(model, tokenizer, data, name="base", **settings)
+            base, record["base_layout"] = evaluate(model, "base")
     elif arguments.compare_base is not None:
         model = steps.load_evaluated(ModelSource(arguments.compare_base, **how), None, state.device)
         steps.check_vocabulary(model, tokenizer, data)
-        base = steps.evaluate_model(model, tokenizer, data, name="base", **settings)
+        base, record["base_layout"] = evaluate(model, "base")
     if state.is_main_process:
         report(arguments, record, evaluation, base, tokenizer, data)
     state.destroy_process_group()

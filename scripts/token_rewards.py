@@ -98,12 +98,15 @@ def compute(
     state: PartialState,
 ) -> tuple[Dataset, TokenRewardReport]:
     """Score the rows on all processes, or take from the cache what an earlier pass has left there."""
+    from alignkit.data.lengths import RowLengths
     from alignkit.evals.sharding import score_over_ranks
     from alignkit.methods import _reference as reference
     from alignkit.methods import _token_rewards as token_rewards
+    from alignkit.methods._comparison import compare_with_itself
     from alignkit.methods._forward import compute_precision
 
     token_rewards.refuse_long_sequences(rows, model, "data")
+    compare_with_itself(model, RowLengths.of(rows), "the model", together=arguments.batch_size > 1)
     choice = token_rewards.choose_pass_layout(arguments.layout, model, rows)
     if state.is_main_process:
         print(f"layout: {choice.layout} ({choice.reason})", flush=True)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.data.candidate_report import ConversionReport
 from alignkit.data.checks import check_template
 from alignkit.data.convert import to_candidate_rows
+from alignkit.data.lengths import RowLengths
 from alignkit.data.load import load_rows
 from alignkit.data.messages import as_messages
 from alignkit.data.prefix import Layout
@@ -28,7 +29,9 @@ from alignkit.evals.generation import Sample, Sampling, generate_samples, genera
 from alignkit.evals.preference import likelihood_sums, preference_sums
 from alignkit.evals.results import Evaluation
 from alignkit.evals.sharding import score_over_ranks
-from alignkit.methods._forward import add_completion_head
+from alignkit.methods._comparison import compare_with_itself
+from alignkit.methods._forward import add_completion_head, use_packed_attention
+from alignkit.methods._layouts import choose_layout, confirmed
 from alignkit.methods._reference import rows_fingerprint
 from alignkit.parametrizations.files import AdapterFiles, sha256
 from alignkit.parametrizations.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
@@ -165,6 +168,35 @@ def check_vocabulary(
     """
     used = {"a held-out row": data.rows, "a probe row": data.probe, "a prompt": data.prompts}
     check_token_ids(model, tokenizer, used, name=repr(model.name_or_path))
+
+
+def prepare_scoring(
+    model: PreTrainedModel | PeftModel,
+    data: EvaluationData,
+    requested: Literal["auto", "padded", "shared_prefix"],
+    *,
+    batch_size: int,
+    name: str,
+) -> Layout:
+    """Compare a model's scores with its own logits, and choose how its rows are laid out; a collective.
+
+    Args:
+        model: What :func:`load_evaluated` returned; it is given the attention that training would use.
+        data: What it will be evaluated on.
+        requested: The layout asked for.
+        batch_size: Rows a forward pass.
+        name: What the model is called in messages.
+
+    Raises:
+        ModelError: Its scores would not be its own, or it cannot run the layout asked for.
+    """
+    lengths = RowLengths.of(*(rows for rows in (data.rows, data.probe) if rows is not None))
+    run = compare_with_itself(model, lengths, name, together=batch_size > 1)
+    choice = choose_layout(requested, model, data.rows, batch_size=batch_size, lengths=lengths)
+    choice = confirmed(choice, [run], lengths)
+    if choice.layout == "shared_prefix":
+        use_packed_attention(run.base, choice.attention)
+    return choice.layout
 
 
 def evaluate_model(

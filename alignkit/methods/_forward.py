@@ -160,19 +160,27 @@ def packed_attention(base: nn.Module) -> str:
     return _packed_attention.NAME if own == "sdpa" and PartialState().device.type == "cpu" else own
 
 
-def use_packed_attention(base: nn.Module, attention: str | None = None) -> None:
-    """Make a model ready for packed rows.
+def replacement(base: nn.Module, attention: str | None) -> str:
+    """The implementation ``base`` runs packed rows with, where ``attention`` was chosen for a run.
 
     Args:
-        base: The model, without its PEFT wrapper.
+        base: A model, without its PEFT wrapper.
         attention: The implementation to take in place of sdpa, which this model may not have if it was chosen for
             another one; None is :func:`packed_attention`.
     """
-    own = base.config.get_text_config()._attn_implementation
+    own: str = base.config.get_text_config()._attn_implementation
     is_lacking = attention == "flex_attention" and not base._supports_flex_attn
     is_fixed = own not in ("sdpa", _packed_attention.NAME)
-    chosen = packed_attention(base) if attention is None or is_lacking or is_fixed else attention
-    if chosen != own:
+    return packed_attention(base) if attention is None or is_lacking or is_fixed else attention
+
+
+def use_packed_attention(base: nn.Module, attention: str | None = None) -> None:
+    """Make a model ready for packed rows, with the attention of :func:`replacement`.
+
+    Not between a forward pass and its backward pass: recomputed activations would be those of other attention.
+    """
+    chosen = replacement(base, attention)
+    if chosen != base.config.get_text_config()._attn_implementation:
         base.set_attn_implementation(chosen)
 
 

@@ -48,6 +48,7 @@ class LateRowsTrainer(PreferenceTrainer):
         resumed_from: Checkpoint that training resumes from, or None.
     """
 
+    rows_change = True
     train_dataset: Dataset
     data_collator: Any
     resumed_from: Path | None = None

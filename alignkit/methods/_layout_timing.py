@@ -22,9 +22,10 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from alignkit.data.prefix import CandidateCollator, Layout
+from alignkit.data.prefix import CandidateCollator, Layout, packed_length
+from alignkit.methods._comparison import ScoringRun, layout_difference
 from alignkit.methods._forward import LOGP_TOLERANCE, base_model, completion_forward, compute_precision
-from alignkit.methods._layouts import LayoutChoice, layout_difference
+from alignkit.methods._layouts import LayoutChoice
 from alignkit.methods._packed_attention import NAME as SPLIT
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,9 +82,11 @@ def time_ways(
         A timing for each way. One whose log-probs are not those of padded rows has a problem, however fast it is.
     """
     cuts = range(0, len(rows), batch_size)
-    device, tolerance = next(model.parameters()).device, LOGP_TOLERANCE[compute_precision(model, mixed_precision)]
-    lower = AUTOCAST.get(mixed_precision)
+    device, precision = next(model.parameters()).device, compute_precision(model, mixed_precision)
+    lower, tolerance = AUTOCAST.get(mixed_precision), LOGP_TOLERANCE[precision]
     autocast = partial(torch.autocast, device.type, lower, enabled=lower is not None)
+    run = ScoringRun("the policy", model, precision, autocast)
+    longest = max(rows, key=lambda row: packed_length(row["prompt_ids"], row["completion_ids"]))
     timings = {}
     for way in ways:
         collate = CandidateCollator(collator.pad_token_id, way.layout, collator.pad_to_multiple_of)
@@ -91,8 +94,7 @@ def time_ways(
         with _as_it_was(model, device):
             try:
                 _set_attention(model, way.attention)
-                with autocast():
-                    difference = 0.0 if way.layout == "padded" else _difference(model, rows[0])
+                difference = 0.0 if way.layout == "padded" else layout_difference(run, longest)
                 if difference <= tolerance:
                     timings[way] = Timing(_seconds(model, batches, device, autocast))
                 else:
@@ -135,13 +137,6 @@ def _attention_of(model: nn.Module) -> str:
 def _set_attention(model: nn.Module, attention: str) -> None:
     base: Any = base_model(model)
     base.set_attn_implementation(attention)
-
-
-def _difference(model: nn.Module, row: Mapping[str, Any]) -> float:
-    model.eval()
-    difference = layout_difference(model, row)
-    model.train()
-    return difference
 
 
 def _seconds(

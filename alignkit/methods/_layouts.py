@@ -7,26 +7,25 @@ transformers' text configs.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-import torch
+from peft import PeftConfig
 from torch import nn
 
-from alignkit.data.prefix import IGNORE_INDEX, CandidateCollator, Layout, packed_length
+from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
+from alignkit.data.prefix import Layout, packed_length
 from alignkit.errors import ModelError
-from alignkit.methods._forward import (
-    LOGP_TOLERANCE,
-    PACKED_ATTENTION,
-    base_model,
-    compute_precision,
-    packed_attention,
-)
+from alignkit.methods._comparison import ScoringRun, layout_problem
+from alignkit.methods._forward import PACKED_ATTENTION, base_model, packed_attention, replacement
 
-SAMPLED_ROWS = 256
-CHECKED_TOKENS = 16
+ASKED_FOR = "asked for"
+VIRTUAL_TOKENS = "prompt-learning adapters prepend virtual tokens to every row"
+WINDOWS = re.compile(r"(.*_)?window(_size)?|local_attention|attention_chunk_size|index_topk")
+"""Keys of a config that say how far a token sees, or how many of the tokens before it it looks at."""
 
 
 @dataclass(frozen=True)
@@ -63,45 +62,76 @@ def choose_layout(
     rows: Iterable[Mapping[str, Any]],
     *,
     batch_size: int,
-    max_length: int | None = None,
+    lengths: RowLengths | None = None,
+    adapter: PeftConfig | None = None,
+    others: Mapping[str, nn.Module] | None = None,
     aux_loss: bool = False,
-    verify: bool = True,
 ) -> LayoutChoice:
-    """Decide the layout.
+    """Decide the layout from what is known without running anything; :func:`confirmed` then tries it.
 
     Args:
         requested: The config's ``layout``.
-        model: The policy, plain or PEFT, whose backbone supports packed rows.
-        rows: Candidate rows; the first ``SAMPLED_ROWS`` are looked at.
+        model: The policy, plain or PEFT.
+        rows: Candidate rows; costs are estimated on the first ``SAMPLED_ROWS``.
         batch_size: Rows of a micro-batch.
-        max_length: Longest prompt + completion of any row, looked at or not; None goes by the first rows.
+        lengths: Of all rows that will be run; None looks at ``rows``.
+        adapter: The adapter that the model is about to get.
+        others: Every other model that will be run in the layout, by what it is called.
         aux_loss: Whether a load-balancing loss is trained on.
-        verify: Also run a short row through both layouts and compare; needs whole (unsharded) parameters.
 
     Raises:
-        ModelError: ``shared_prefix`` was asked for and the architecture does not allow it.
+        ModelError: ``shared_prefix`` was asked for and the architecture of a model does not allow it.
     """
     if requested == "padded":
-        return LayoutChoice("padded", "asked for")
-    sample = list(islice(rows, SAMPLED_ROWS))
-    longest = max(max_length or 0, *(packed_length(r["prompt_ids"], r["completion_ids"]) for r in sample))
-    obstacle = shared_prefix_obstacle(model, longest=longest, aux_loss=aux_loss)
-    if obstacle is None and verify:
-        difference, tolerance = layout_difference(model, sample[0]), LOGP_TOLERANCE[compute_precision(model)]
-        if not difference <= tolerance:
-            obstacle = f"the layouts differ by {difference:.2g} nats a token on this model (tolerance {tolerance})"
+        return LayoutChoice("padded", ASKED_FOR)
+    longest = max((lengths or RowLengths.of(rows)).packed, 0 if lengths is None else lengths.bound)
+    if adapter is not None and adapter.is_prompt_learning:
+        obstacle: str | None = VIRTUAL_TOKENS
+    else:
+        obstacle = shared_prefix_obstacle(model, longest=longest, aux_loss=aux_loss)
+    for name, other in (others or {}).items():
+        if obstacle is None and (found := shared_prefix_obstacle(other, longest=longest)):
+            obstacle = f"{name}: {found}"
     attention = packed_attention(base_model(model))
     if requested == "shared_prefix":
         if obstacle:
-            advice = "Write `layout: auto` or `layout: padded`."
-            raise ModelError(f"layout: shared_prefix cannot be used: {obstacle}. {advice}")
-        return LayoutChoice("shared_prefix", "asked for", attention)
+            raise ModelError(refusal(obstacle))
+        return LayoutChoice("shared_prefix", ASKED_FOR, attention)
     if obstacle:
         return LayoutChoice("padded", obstacle)
+    sample = list(islice(rows, SAMPLED_ROWS))
     gain = expected_cost(base_model(model).config.get_text_config(), sample, batch_size=batch_size).speedup
     layout: Layout = "shared_prefix" if gain > 1.0 else "padded"
     reason = f"shared_prefix is expected to cost {1 / gain:.2f} x the FLOPs of padded on these rows"
     return LayoutChoice(layout, reason, attention)
+
+
+def confirmed(choice: LayoutChoice, runs: Iterable[ScoringRun], lengths: RowLengths) -> LayoutChoice:
+    """The choice, once every model has scored the longest row alike in both layouts; otherwise ``padded``, and why.
+
+    A collective.
+
+    Args:
+        choice: What :func:`choose_layout` returned.
+        runs: Every model that will be run in the layout.
+        lengths: The rows that they will be run on.
+
+    Raises:
+        ModelError: ``shared_prefix`` was asked for, and a model scores packed rows otherwise than padded ones.
+    """
+    if choice.layout == "padded":
+        return choice
+    for run in runs:
+        if problem := layout_problem(run, lengths.longest_row, replacement(run.base, choice.attention)):
+            if choice.reason == ASKED_FOR:
+                raise ModelError(refusal(problem))
+            return LayoutChoice("padded", problem)
+    return choice
+
+
+def refusal(obstacle: str) -> str:
+    """The message where packed rows were asked for and cannot be used."""
+    return f"layout: shared_prefix cannot be used: {obstacle}. Write `layout: auto` or `layout: padded`."
 
 
 def shared_prefix_obstacle(model: nn.Module, *, longest: int, aux_loss: bool = False) -> str | None:
@@ -110,7 +140,7 @@ def shared_prefix_obstacle(model: nn.Module, *, longest: int, aux_loss: bool = F
     config = base.config.get_text_config()
     settings = config.to_dict()
     if base is not model and any(c.is_prompt_learning for c in model.peft_config.values()):
-        return "prompt-learning adapters prepend virtual tokens to every row"
+        return VIRTUAL_TOKENS
     if config._attn_implementation not in PACKED_ATTENTION:
         return f"attn_implementation {config._attn_implementation} takes no arbitrary mask (use sdpa or flex_attention)"
     if "position_ids" not in inspect.signature(base.base_model.forward).parameters:
@@ -118,10 +148,12 @@ def shared_prefix_obstacle(model: nn.Module, *, longest: int, aux_loss: bool = F
     kinds = set(settings.get("layer_types") or ()) - {"full_attention"}
     if kinds - {"sliding_attention"}:
         return f"{type(base).__name__} has layers that are not attention over the whole row: {sorted(kinds)}"
-    window = settings.get("sliding_window")
-    windowed = bool(kinds) if settings.get("layer_types") else window is not None
-    if windowed and window is not None and window < longest:
-        return f"the sliding window of {window} tokens is shorter than a packed row of {longest}"
+    windows = {key: value for key, value in settings.items() if WINDOWS.fullmatch(key) and isinstance(value, int)}
+    if settings.get("layer_types") and not kinds:
+        windows.pop("sliding_window", None)  # no layer has it
+    for key, window in windows.items():
+        if 0 < window < longest:
+            return f"the {key.replace('_', ' ')} of {window} tokens is shorter than a packed row of {longest}"
     if aux_loss:
         return "the load-balancing loss counts every prompt once per completion, which packed rows would change"
     return None
@@ -145,32 +177,3 @@ def expected_cost(config: Any, rows: Sequence[Mapping[str, Any]], *, batch_size:
         scored = max(len(c) for r in batch for c in r["completion_ids"]) * max(len(r["completion_ids"]) for r in batch)
         packed += len(batch) * (row * (per_token + row * per_pair) + scored * per_score)
     return RowCost(padded, packed)
-
-
-@torch.no_grad()
-def layout_difference(model: nn.Module, row: Mapping[str, Any]) -> float:
-    """Largest difference of a token log-prob between the layouts, nats, on a short piece of ``row``.
-
-    Args:
-        model: Model whose backbone supports packed rows, neither sharded nor wrapped.
-        row: A candidate row.
-    """
-    base = base_model(model)
-    device = next(base.parameters()).device
-    piece = {
-        "prompt_ids": row["prompt_ids"][-CHECKED_TOKENS:],
-        "completion_ids": [ids[:CHECKED_TOKENS] for ids in row["completion_ids"]],
-        "scores": row["scores"],
-    }
-    packed = {k: v.to(device) for k, v in CandidateCollator(0, "shared_prefix")([piece]).items()}
-    names = ("input_ids", "position_ids", "segment_ids", "completion_positions")
-    ours = base.base_model(**{n: packed[n] for n in names}, use_cache=False).last_hidden_state[0]
-    padded = {k: v.to(device) for k, v in CandidateCollator(0, "padded")([piece]).items()}
-    output = base.base_model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], use_cache=False)
-    theirs = output.last_hidden_state[:, :-1][padded["labels"][:, 1:] != IGNORE_INDEX]
-    labels = packed["shift_labels"][0]
-    scored = labels != IGNORE_INDEX
-    head = base.get_output_embeddings()
-    logps = [head(hidden).float().log_softmax(-1) for hidden in (ours[scored], theirs)]
-    index = labels[scored].unsqueeze(-1)
-    return float((logps[0].gather(-1, index) - logps[1].gather(-1, index)).abs().max())

@@ -70,12 +70,12 @@ def packed_attention(
         module: The attention layer.
         query: [B, heads, S, head size].
         key: The same with the key heads.
-        value: Like ``key``.
+        value: Like ``key``; its head size may be another.
         attention_mask: A mask made by :func:`mark_packed`, or any other.
         **kwargs: Scaling, dropout and what else the layer passes on.
 
     Returns:
-        Output [B, S, heads, head size], and None for the weights.
+        Output [B, S, heads, head size of the values], and None for the weights.
     """
     # A compiler follows no attribute of a tensor; there the dense mask, which says the same, goes to the kernel.
     is_plain = attention_mask is None or torch.compiler.is_compiling()
@@ -94,7 +94,8 @@ def packed_attention(
 
     mask = packed.mask
     branches, _ = sdpa_attention_forward(module, branch(query), context(key), context(value), mask, **kwargs)
-    output = branches.new_zeros(query.transpose(1, 2).shape)
+    # Values may have another size than queries and keys, as in multi-head latent attention.
+    output = branches.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[-1])
     if prefix:
         parts = (x[:, :, :prefix] for x in (query, key, value))
         first, _ = sdpa_attention_forward(module, *parts, None, is_causal=True, **kwargs)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,20 +26,21 @@ from trl import DPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
+from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
 from alignkit.environment import launched_with_fsdp
+from alignkit.errors import ModelError
 from alignkit.evals.modes import evaluating, switch_off_dropout
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_items
 from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
 from alignkit.methods._bridge import ObjectiveBridge, ratio
+from alignkit.methods._comparison import length_dependence
 from alignkit.methods._forward import (
     CompletionOutput,
     base_model,
     completion_forward,
     completion_logps,
-    support_packed_rows,
-    use_packed_attention,
 )
 from alignkit.methods._layout_timing import MICRO_BATCHES, agreed, choose_fastest, time_ways, ways_of
 from alignkit.methods._layouts import LayoutChoice, choose_layout
@@ -89,6 +90,8 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
     """
 
     item_kinds = ITEM_KINDS
+    rows_change = False
+    """Whether training rows may be exchanged for others while training."""
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         self.method, self.method_options, self.settings = method, options, settings
         self.needs = method.needs(options)
         self.data_collator: CandidateCollator
-        self.layout: LayoutChoice = self._choose_layout(model, args, train_dataset)
+        self.layout: LayoutChoice = self._choose_layout(model, args, train_dataset, inherited)
         self.prepare_bridge(gradient_rule)
         tokenizer = inherited["processing_class"]
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -120,6 +123,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
             switch_off_dropout(self.model)
         # TRL's own head also computes the mean logits, which nothing here reads.
         add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
+        self.compare_models()
         if self._measures_layout():
             self._take_fastest_layout()
         if "token_rewards" in self.needs:
@@ -128,36 +132,46 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
             self.ref_model = None  # everything it is needed for is in the rows now
         self._set_up_anchor(method.anchor(options))
 
-    def _choose_layout(self, model: nn.Module, args: DPOConfig, rows: Dataset | IterableDataset) -> LayoutChoice:
-        """The layout of the run, for which the model is made ready; before TRL wraps it."""
+    def _choose_layout(
+        self, model: nn.Module, args: DPOConfig, rows: Dataset | IterableDataset, inherited: Mapping[str, Any]
+    ) -> LayoutChoice:
+        """The layout that what is known of the models and rows speaks for; before TRL wraps anything.
+
+        Raises:
+            ModelError: It was asked for and cannot be, or these rows have no log-probs of their own under a model.
+        """
+        evaluation = inherited.get("eval_dataset")
+        held_out = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+        sets = [rows, *(held for held in held_out if held is not None)]
+        self.lengths = RowLengths.of(*sets, max_length=self.settings.max_length, can_grow=self.rows_change)
+        named = {"the reference": inherited.get("ref_model"), "the helpful reference": self.settings.negative_reference}
+        others = {name: other for name, other in named.items() if isinstance(other, nn.Module)}
+        together = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
+        for name, each in {"the policy": model, **others}.items():
+            if problem := length_dependence(each, self.lengths, together=together):
+                raise ModelError(f"{name}, {problem}")
         coefficient = aux_loss_coefficient(model, args.router_aux_loss_coef)
         if not is_deepspeed_zero3_enabled() and not launched_with_fsdp():
             check_aux_loss(model, coefficient)
-        support_packed_rows(base_model(model))
-        choice = choose_layout(
+        return choose_layout(
             self.settings.layout,
             model,
             rows,
             batch_size=args.per_device_train_batch_size,
-            max_length=self.settings.max_length,
+            lengths=self.lengths,
+            adapter=inherited.get("peft_config"),
+            others=others,
             aux_loss=coefficient != 0.0,
-            verify=not is_deepspeed_zero3_enabled(),
         )
-        if choice.layout == "shared_prefix":
-            use_packed_attention(base_model(model))
-        return choice
 
     def _measures_layout(self) -> bool:
         """Whether layouts are timed: on accelerators, whose kernels decide, where there is a choice to make."""
-        is_sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
         is_open = self.settings.layout == "auto" and self.layout.attention is not None
-        return is_open and not (is_sharded or self.args.torch_compile) and self.accelerator.device.type != "cpu"
+        return is_open and not (self.shards_policy or self.args.torch_compile) and self.accelerator.device.type != "cpu"
 
     def _take_fastest_layout(self) -> None:
         """Run some rows in every way there is and go on in the fastest; a collective, all processes take the same."""
-        model, device, size = self.model, self.accelerator.device, self.args.per_device_train_batch_size
-        if next(model.parameters()).device.type != device.type:
-            model.to(device)
+        model, size = self.model, self.args.per_device_train_batch_size
         rows, count = self.train_dataset, MICRO_BATCHES * size
         if isinstance(rows, Dataset):
             rows = rows.select(range(0, len(rows), max(len(rows) // count, 1)))
@@ -170,8 +184,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
                 collator=self.data_collator,
                 mixed_precision=self.accelerator.mixed_precision,
             )
-        self.layout = choose_fastest(agreed(timings))
-        self.data_collator = replace(self.data_collator, layout=self.layout.layout)
+        self.take_layout(choose_fastest(agreed(timings)))
         base_model(model).set_attn_implementation(self.layout.attention)
 
     @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,19 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
-from alignkit.data.prefix import Layout
+from alignkit.data.lengths import RowLengths
+from alignkit.data.prefix import CandidateCollator, Layout
 from alignkit.errors import ModelError
 from alignkit.evals.modes import evaluating
 from alignkit.evals.token_rewards import TokenRewardReport, token_reward_report
 from alignkit.methods import _reference as reference
 from alignkit.methods._anchor import MovingAnchor, add_anchor_adapter
+from alignkit.methods._comparison import (
+    CompareWhenTrainingBegins,
+    ScoringRun,
+    layout_problem,
+    refuse_other_scores,
+)
 from alignkit.methods._forward import (
     add_completion_head,
     base_model,
@@ -39,6 +47,7 @@ from alignkit.methods._forward import (
     support_packed_rows,
     use_packed_attention,
 )
+from alignkit.methods._layouts import LayoutChoice, confirmed
 from alignkit.methods._token_rewards import choose_pass_layout, refuse_long_sequences, with_token_rewards
 from alignkit.methods._token_rewards import default_cache_dir as token_reward_cache_dir
 from alignkit.methods.method import AnchorSchedule
@@ -47,15 +56,18 @@ from alignkit.methods.method import AnchorSchedule
 class ReferenceScoring(DPOTrainer):
     """The part of the preference trainer that has to do with the reference.
 
-    A subclass sets ``settings`` (with ``reference_cache`` and ``negative_reference``), ``needs`` and ``layout`` before
-    TRL's constructor runs.
+    A subclass sets ``settings`` (with ``reference_cache`` and ``negative_reference``), ``needs``, ``lengths`` of all
+    rows and ``layout`` before TRL's constructor runs.
     """
+
+    lengths: RowLengths
+    layout: LayoutChoice
+    data_collator: CandidateCollator
 
     _precompute_engine: nn.Module | None
     anchor: MovingAnchor | None = None
     _negative_reference: nn.Module | None = None
-    # Unwrapping a model makes accelerate look its dependencies up on disk: 10 ms of every batch.
-    _ready_reference: tuple[nn.Module, str] | None = None
+    _is_compared = False
 
     def _set_up_anchor(self, schedule: AnchorSchedule | None) -> None:
         """Let the reference follow the policy; after TRL's constructor, before anything is sharded.
@@ -84,6 +96,77 @@ class ReferenceScoring(DPOTrainer):
             self.anchor.resume_from = None if path is None else Path(path)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    # --- what is run is compared first ------------------------------------------------------------------------------
+
+    @property
+    def shards_policy(self) -> bool:
+        """Whether the policy can be run only once training has begun: before, no process has its weights."""
+        return is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
+
+    def compare_models(self) -> None:
+        """Compare every model of the run with itself, once, before its first use; a collective.
+
+        Raises:
+            ModelError: Scores would not be a model's own, or ``shared_prefix`` was asked for and one cannot run it.
+        """
+        if self._is_compared:
+            return
+        self._is_compared = True
+        for base in self._bases():
+            support_packed_rows(base)
+        runs = self._scoring_runs()
+        for run in runs:
+            refuse_other_scores(run, self.lengths)
+        self.take_layout(confirmed(self.layout, runs, self.lengths))
+        if self.shards_policy:
+            self.add_callback(CompareWhenTrainingBegins(self._compare_sharded_policy))
+
+    def take_layout(self, choice: LayoutChoice) -> None:
+        """Run rows in a layout from now on, under every model; not between a forward pass and its backward pass."""
+        self.layout = choice
+        self.data_collator = replace(self.data_collator, layout=choice.layout)
+        if choice.layout == "shared_prefix":
+            for base in self._bases():
+                use_packed_attention(base, choice.attention)
+
+    def _bases(self) -> list[nn.Module]:
+        models = [self.model, self.ref_model, self.settings.negative_reference]
+        return [base_model(self._plain(model)) for model in models if model is not None]
+
+    def _scoring_runs(self) -> list[ScoringRun]:
+        """The models that can be run before training begins."""
+        autocast, precision = self.accelerator.autocast, self.accelerator.mixed_precision
+        runs = []
+        if not self.shards_policy:
+            # DeepSpeed places the policy when training begins.
+            if next(self.model.parameters()).device.type != self.accelerator.device.type:
+                self.model.to(self.accelerator.device)
+            runs.append(ScoringRun("the policy", self.model, compute_precision(self.model, precision), autocast))
+        is_apart = self.ref_model is not None or (self.shards_policy and self.args.precompute_ref_log_probs)
+        if "reference" in self.needs and (is_apart or isinstance(self.model, PeftModel) and not self.shards_policy):
+            model = self._reference_engine() if self.shards_policy else self._reference_model()
+            own = compute_precision(self._bases()[1] if self.ref_model is not None else self.model, precision)
+            runs.append(ScoringRun("the reference", model, own, self._scoring_mode))
+        if self.settings.negative_reference is not None:
+            own = compute_precision(self.settings.negative_reference, precision)
+            runs.append(ScoringRun("the helpful reference", self._placed_negative_reference(), own, autocast))
+        return runs
+
+    def _compare_sharded_policy(self) -> None:
+        precision = compute_precision(self.model, self.accelerator.mixed_precision)
+        run = ScoringRun("the policy", self.model_wrapped, precision, self.accelerator.autocast)
+        refuse_other_scores(run, self.lengths)
+        if self.layout.layout == "shared_prefix" and (problem := layout_problem(run, self.lengths.longest_row)):
+            # The dataloaders are there already, so this cannot be decided for the user any more.
+            raise ModelError(f"packed rows cannot be used: {problem}. Write `layout: padded`.")
+
+    @contextlib.contextmanager
+    def _scoring_mode(self) -> Iterator[None]:
+        with self._reference_mode(), self.accelerator.autocast():
+            yield
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token log-probs [B, K, T] under the reference: its own model, the adapter ``ref``, or no adapter.
@@ -103,8 +186,6 @@ class ReferenceScoring(DPOTrainer):
         if self._negative_reference is None:
             model = self.settings.negative_reference
             add_completion_head(model)
-            if self.layout.layout == "shared_prefix":
-                use_packed_attention(base_model(model), self.layout.attention)
             if self.is_deepspeed_enabled:
                 model = prepare_deepspeed(model, self.accelerator)
             elif self.is_fsdp_enabled:
@@ -125,15 +206,7 @@ class ReferenceScoring(DPOTrainer):
                 "the policy has been trained and there is no reference model left to score these rows with"
             )
         # Not `or`, which asks a model for its length: a compiled one has none.
-        model = self.model if self.ref_model is None else self.ref_model
-        key = (model, self.layout.layout)
-        if key != self._ready_reference:
-            base = base_model(self._plain(model))
-            support_packed_rows(base)
-            if self.layout.layout == "shared_prefix":
-                use_packed_attention(base, self.layout.attention)
-            self._ready_reference = key
-        return model
+        return self.model if self.ref_model is None else self.ref_model
 
     @contextlib.contextmanager
     def _reference_mode(self) -> Iterator[None]:
@@ -153,6 +226,7 @@ class ReferenceScoring(DPOTrainer):
         """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
         if "reference" not in self.needs:
             return dataset
+        self.compare_models()
         weights = reference.model_fingerprint(self._plain(self._reference_model()), self._reference_adapter())
         if self.settings.negative_reference is not None:
             weights += reference.model_fingerprint(self._plain(self._placed_negative_reference()), None)
@@ -183,15 +257,15 @@ class ReferenceScoring(DPOTrainer):
                 continue
             model = self._plain(self._reference_model())
             refuse_long_sequences(rows, model, name)
-            verify = not is_deepspeed_zero3_enabled()
-            with self._reference_mode():
-                layout = choose_pass_layout(self.settings.layout, model, rows, verify=verify)
+            precision = compute_precision(self.model, self.accelerator.mixed_precision)
+            run = ScoringRun("the reference", self._reference_engine(), precision, self._scoring_mode)
+            layout = choose_pass_layout(self.settings.layout, model, rows, run=run)
             size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             rewarded, report = with_token_rewards(
                 rows,
                 cache=reference.ReferenceCache(self.settings.token_reward_cache or token_reward_cache_dir()),
                 weights=reference.model_fingerprint(model, self._reference_adapter()),
-                precision=compute_precision(self.model, self.accelerator.mixed_precision),
+                precision=precision,
                 layout=layout,
                 score=partial(self._score_over_ranks, batch_size=size, layout=layout.layout),
             )
@@ -203,11 +277,7 @@ class ReferenceScoring(DPOTrainer):
     ) -> reference.Scores:
         """Reference scores of all rows on every rank; each rank computes its share in as many batches as the others."""
         share = self._share(len(rows))
-        model = self._reference_model()
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            if self._precompute_engine is None:
-                self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
-            model = self._precompute_engine
+        model = self._reference_engine()
 
         def score(scored_by: nn.Module, chosen: Dataset, progress: str) -> reference.Scores:
             return score_rows(
@@ -220,13 +290,21 @@ class ReferenceScoring(DPOTrainer):
                 progress=progress if self.is_local_process_zero() else None,
             )
 
-        with self._reference_mode(), self.accelerator.autocast():
+        with self._scoring_mode():
             scores = score(model, rows.select(share), title)
             if self.settings.negative_reference is not None:
                 other = score(self._placed_negative_reference(), rows.select(share), f"{title}, negatives")
                 scores = [[*ours[:-1], theirs[-1]] for ours, theirs in zip(scores, other, strict=True)]
         gathered = dict(gather_object(list(zip(share, scores, strict=True))))
         return [gathered[i] for i in range(len(rows))]
+
+    def _reference_engine(self) -> nn.Module:
+        """The reference as it can be run before training begins."""
+        if self.ref_model is not None or not self.is_deepspeed_enabled:
+            return self._reference_model()
+        if self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+        return self._precompute_engine
 
     def _share(self, num_rows: int) -> list[int]:
         """This rank's row indices; as many on every rank, the last row being repeated where they run out."""

@@ -19,6 +19,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -29,13 +30,22 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ModelError
+from alignkit.evals.modes import evaluating
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import LossOutput, TokenBatch
 from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
 from alignkit.methods._bridge import ObjectiveBridge, ratio
-from alignkit.methods._forward import LOGP_TOLERANCE, base_model, compute_precision
+from alignkit.methods._comparison import (
+    CompareWhenTrainingBegins,
+    ScoringRun,
+    agreed,
+    length_dependence,
+    refuse_other_scores,
+)
+from alignkit.methods._forward import LOGP_TOLERANCE, compute_precision
 from alignkit.methods.method import Method
 from alignkit.parametrizations.precision import trained_values
 
@@ -63,7 +73,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``callbacks``, ``optimizers`` as in TRL.
 
     Raises:
-        ModelError: ``args.packing``, and on this model packed rows see each other.
+        ModelError: The model's scores would not be its own, or ``args.packing`` and packed rows see each other.
     """
 
     item_kinds = ("token",)
@@ -85,25 +95,65 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         coefficient = aux_loss_coefficient(model, args.router_aux_loss_coef)
         if not is_deepspeed_zero3_enabled() and not launched_with_fsdp():
             check_aux_loss(model, coefficient)
+        self.lengths = self._look_at_rows(model, args, train_dataset, inherited.get("eval_dataset"))
         start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
-        if self.padding_free:
-            self._refuse_contamination()
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            # No process has the weights before.
+            self.add_callback(CompareWhenTrainingBegins(lambda: self._compare(self.model_wrapped)))
+        else:
+            # DeepSpeed places the model when training begins.
+            if next(self.model.parameters()).device.type != self.accelerator.device.type:
+                self.model.to(self.accelerator.device)
+            self._compare(self.model)
 
-    def _refuse_contamination(self) -> None:
-        base = base_model(self.model)
-        implementation = base.config.get_text_config()._attn_implementation
-        # Flash attention takes row boundaries as such; sharded weights are not whole before training begins.
-        if "flash" in implementation or is_deepspeed_zero3_enabled():
+    def _look_at_rows(self, model: nn.Module, args: SFTConfig, rows: Any, held_out: Any) -> RowLengths:
+        """Lengths of all rows, of which each must have log-probs of its own under the model.
+
+        Raises:
+            ModelError: The position encoding makes them depend on the rows beside.
+        """
+        evaluation = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
+        sets = [rows, *(each for each in evaluation if each is not None)]
+        lengths = RowLengths.of(*sets, max_length=args.max_length)
+        together = args.packing or max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
+        if problem := length_dependence(model, lengths, together=together):
+            raise ModelError(f"the policy, {problem}")
+        return lengths
+
+    def _compare(self, model: nn.Module) -> None:
+        """Compare the model's scores with its own logits, and rows packed together with the same rows apart.
+
+        Raises:
+            ModelError: They differ.
+        """
+        precision = compute_precision(self.model, self.accelerator.mixed_precision)
+        run = ScoringRun("the policy", model, precision, self.accelerator.autocast)
+        refuse_other_scores(run, self.lengths)
+        implementation = run.base.config.get_text_config()._attn_implementation
+        # Flash attention takes row boundaries as such.
+        if not self.padding_free or "flash" in implementation:
             return
-        difference, tolerance = packing_difference(base), LOGP_TOLERANCE[compute_precision(base)]
-        if not difference <= tolerance:
+        with run.scoring():
+            difference = packing_difference(model, self._packed_together())
+        tolerance = LOGP_TOLERANCE[precision]
+        found = f"rows packed together differ by {difference:.2g} nats a token from the same rows apart"
+        if problem := agreed(None if difference <= tolerance else found):
+            other = "" if implementation == "sdpa" else "attn_implementation: sdpa, or "
             raise ModelError(
-                f"packing: true cannot be used: on {type(base).__name__} with attn_implementation: {implementation} "
-                f"rows packed together differ by {difference:.2g} nats a token from the same rows apart (tolerance "
-                f"{tolerance}), so they see each other. Write attn_implementation: sdpa, or packing: false."
+                f"packing: true cannot be used: on {type(run.base).__name__} with attn_implementation: "
+                f"{implementation} {problem} (tolerance {tolerance}), so they see each other. "
+                f"Write {other}packing: false."
             )
+
+    def _packed_together(self) -> list[list[int]] | None:
+        """Rows that stand behind one another in one of the first packed rows; None where each stands alone."""
+        for row in islice(self.train_dataset, SAMPLED_ROWS):
+            if len(lengths := row["seq_lengths"]) > 1:
+                ends = list(accumulate(lengths))
+                return [row["input_ids"][end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        return None
 
     # --- objective -------------------------------------------------------------------------------------------------
 
@@ -172,19 +222,21 @@ def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 @torch.no_grad()
 def packing_difference(model: nn.Module, rows: Sequence[Sequence[int]] | None = None) -> float:
-    """Largest difference of a log-prob between two rows packed together and the same rows apart, nats.
+    """Largest difference of a token's log-prob between rows packed together and the same rows apart, nats.
 
     Args:
-        model: A plain transformers model, neither sharded nor wrapped.
-        rows: Token ids of two rows; None takes the first ids of the vocabulary.
+        model: Plain, PEFT or wrapped.
+        rows: Token ids of two rows or more; None takes the first ids of the vocabulary.
     """
-    first, second = rows or (range(CHECKED_TOKENS), range(CHECKED_TOKENS, 2 * CHECKED_TOKENS))
+    short = (range(CHECKED_TOKENS), range(CHECKED_TOKENS, 2 * CHECKED_TOKENS))
     device = next(model.parameters()).device
-    ids = [torch.tensor([list(row)], device=device) for row in (first, second)]
+    ids = [torch.tensor([list(row)], device=device) for row in rows or short]
     positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None]
-    was_training = model.training
-    model.eval()
-    packed = model(input_ids=torch.cat(ids, 1), position_ids=positions, use_cache=False).logits
-    apart = torch.cat([model(input_ids=row, use_cache=False).logits for row in ids], 1)
-    model.train(was_training)
-    return float((packed.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().max())
+    differences = []
+    with evaluating(model):
+        packed = model(input_ids=torch.cat(ids, 1), position_ids=positions, use_cache=False).logits
+        for row, logits in zip(ids, packed.split([row.shape[1] for row in ids], 1), strict=True):
+            pair = torch.cat([logits, model(input_ids=row, use_cache=False).logits])[:, :-1].float().log_softmax(-1)
+            one, other = pair.gather(-1, row[:, 1:, None].expand(2, -1, -1))[..., 0]
+            differences.append((one - other).abs())
+    return float(torch.cat(differences).max())

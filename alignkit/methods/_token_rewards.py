@@ -26,6 +26,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from alignkit.data.convert import SOURCE_COLUMNS
+from alignkit.data.lengths import SAMPLED_ROWS
 from alignkit.data.prefix import Layout, packed_length
 from alignkit.data.schema import EXAMPLES_SHOWN
 from alignkit.data.tokenization import CONTRAST_FEATURES
@@ -33,8 +34,9 @@ from alignkit.errors import DataError, ModelError
 from alignkit.evals.token_rewards import TokenRewardReport, token_reward_report
 from alignkit.methods import _packed_attention
 from alignkit.methods import _reference as reference
-from alignkit.methods._forward import LOGP_TOLERANCE, base_model, compute_precision, use_packed_attention
-from alignkit.methods._layouts import SAMPLED_ROWS, layout_difference, shared_prefix_obstacle
+from alignkit.methods._comparison import ScoringRun, layout_problem
+from alignkit.methods._forward import base_model, compute_precision, use_packed_attention
+from alignkit.methods._layouts import refusal, shared_prefix_obstacle
 from alignkit.parametrizations.positions import positions_of
 
 COLUMN = "token_rewards"
@@ -166,39 +168,40 @@ def with_token_rewards(
 
 
 def choose_pass_layout(
-    requested: Literal["auto", "padded", "shared_prefix"], model: nn.Module, rows: Dataset, *, verify: bool = True
+    requested: Literal["auto", "padded", "shared_prefix"],
+    model: nn.Module,
+    rows: Dataset,
+    *,
+    run: ScoringRun | None = None,
 ) -> PassLayout:
     """Whether the sequences of a row are packed: where the architecture allows it and it saves something.
 
-    On a CPU the model is given the attention that skips what no branch looks at.
+    A collective. On a CPU the model is given the attention that skips what no branch looks at.
 
     Args:
         requested: The config's ``layout``.
         model: The reference, with a completion head.
         rows: Candidate rows with contrast prompts.
-        verify: Also compare the layouts on a short row; needs whole (unsharded) parameters.
+        run: How it will be run; None is as it is.
 
     Raises:
         ModelError: ``shared_prefix`` was asked for and the architecture does not allow it.
     """
-    base: Any = base_model(model)
-    config = base.config.get_text_config()
-    use_packed_attention(base)
+    run = run or ScoringRun("the reference", model, compute_precision(model))
+    config: Any = run.base.config.get_text_config()  # type: ignore[operator, union-attr]
+    use_packed_attention(run.base)
     is_split = config._attn_implementation == _packed_attention.NAME
     padded = PassLayout("padded", "asked for", config.hidden_size, is_split)
     if requested == "padded":
         return padded
     packed = replace(padded, layout="shared_prefix")
     planned = [scored_rows(row, packed) for row in rows]
-    longest = max(scored.num_tokens for plan in planned for scored in plan)
-    obstacle = shared_prefix_obstacle(model, longest=longest)
-    if obstacle is None and verify:
-        tolerance = LOGP_TOLERANCE[compute_precision(model)]
-        difference = layout_difference(model, planned[0][0].candidate_row())
-        if not difference <= tolerance:
-            obstacle = f"the layouts differ by {difference:.2g} nats a token on this model (tolerance {tolerance})"
+    longest = max((scored for plan in planned for scored in plan), key=lambda scored: scored.num_tokens)
+    obstacle = shared_prefix_obstacle(model, longest=longest.num_tokens)
+    if obstacle is None:
+        obstacle = layout_problem(run, longest.candidate_row())
     if obstacle and requested == "shared_prefix":
-        raise ModelError(f"layout: shared_prefix cannot be used: {obstacle}. Write `layout: auto` or `layout: padded`.")
+        raise ModelError(refusal(obstacle))
     if obstacle:
         return replace(padded, reason=obstacle)
     sample = range(min(len(rows), SAMPLED_ROWS))

@@ -9,10 +9,12 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import CandidateCollator, branch_mask, packed_length
 from alignkit.errors import ModelError
+from alignkit.methods._comparison import ScoringRun, layout_difference
 from alignkit.methods._forward import add_completion_head, completion_forward, score_rows, support_packed_rows
-from alignkit.methods._layouts import choose_layout, expected_cost, layout_difference, shared_prefix_obstacle
+from alignkit.methods._layouts import choose_layout, confirmed, expected_cost, shared_prefix_obstacle
 from tests.methods.conftest import VOCABULARY, random_rows
 
 ROWS = random_rows([(9, (5, 3)), (1, (4, 2)), (14, (1, 6)), (6, (3, 3, 4))], seed=3)
@@ -90,8 +92,8 @@ def test_architectures_that_cannot_are_refused(family: str) -> None:
     settings, reason = REFUSED[family]
     model = build(family, settings)
     with pytest.raises(ModelError, match=reason):
-        choose_layout("shared_prefix", model, ROWS, batch_size=2, verify=False)
-    choice = choose_layout("auto", model, ROWS, batch_size=2, verify=False)
+        choose_layout("shared_prefix", model, ROWS, batch_size=2)
+    choice = choose_layout("auto", model, ROWS, batch_size=2)
     assert choice.layout == "padded"
     assert choice.reason
 
@@ -99,16 +101,18 @@ def test_architectures_that_cannot_are_refused(family: str) -> None:
 def test_the_numerical_check_sees_what_the_config_hides() -> None:
     """The static rules can be wrong about an unknown architecture; running both layouts cannot."""
     model = build("mistral", SMALL | {"sliding_window": None})
-    support_packed_rows(model)
+    add_completion_head(model)
     row = random_rows([(30, (12, 12))])[0]
-    assert layout_difference(model, row) < 1e-4
+    run, lengths = ScoringRun("the policy", model, "float32"), RowLengths.of([row])
+    assert layout_difference(run, row) < 1e-4
     original = model.model.rotary_emb.forward
     # An architecture that ignores position ids: every branch would sit where the row puts it.
     model.model.rotary_emb.forward = lambda x, position_ids: original(x, torch.arange(x.shape[1])[None])
-    assert layout_difference(model, row) > 1e-2
+    assert layout_difference(run, row) > 1e-2
     with pytest.raises(ModelError, match="the layouts differ by"):
-        choose_layout("shared_prefix", model, [row], batch_size=1)
-    assert choose_layout("auto", model, [row], batch_size=1).layout == "padded"
+        confirmed(choose_layout("shared_prefix", model, [row], batch_size=1), [run], lengths)
+    choice = confirmed(choose_layout("auto", model, [row], batch_size=1), [run], lengths)
+    assert (choice.layout, choice.attention) == ("padded", None) and "the layouts differ by" in choice.reason
 
 
 def test_expected_cost_follows_the_measured_crossover() -> None:
