@@ -116,10 +116,16 @@ def refuse_other_scores(run: ScoringRun, lengths: RowLengths) -> None:
         ModelError: Its tokens see later ones, the fused head gives other log-probs than the model's logits, or a row's
             log-probs depend on the rows beside it.
     """
+    if run.base.base_model is run.base:
+        raise ModelError(
+            f"{run.label} has no backbone apart from its head under the name transformers knows it by "
+            f"({run.base.base_model_prefix!r}), so TRL's fused head cannot be put on it. Take a model of another "
+            "architecture."
+        )
     with run.scoring():
         problem = _head_problem(run, lengths.longest_row) or _neighbour_problem(run, lengths)
     if problem := agreed(problem):
-        raise ModelError(problem)
+        raise ModelError(f"{problem}.")
 
 
 def compare_with_itself(model: nn.Module, lengths: RowLengths, name: str, *, together: bool) -> ScoringRun:
@@ -138,7 +144,7 @@ def compare_with_itself(model: nn.Module, lengths: RowLengths, name: str, *, tog
         ModelError: See :func:`refuse_other_scores` and :func:`length_dependence`.
     """
     if problem := length_dependence(model, lengths, together=together):
-        raise ModelError(f"{name}, {problem}")
+        raise ModelError(f"{name}, {problem}.")
     run = ScoringRun(name, model, compute_precision(model))
     refuse_other_scores(run, lengths)
     return run

@@ -149,7 +149,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         together = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
         for name, each in {"the policy": model, **others}.items():
             if problem := length_dependence(each, self.lengths, together=together):
-                raise ModelError(f"{name}, {problem}")
+                raise ModelError(f"{name}, {problem}.")
         coefficient = aux_loss_coefficient(model, args.router_aux_loss_coef)
         if not is_deepspeed_zero3_enabled() and not launched_with_fsdp():
             check_aux_loss(model, coefficient)

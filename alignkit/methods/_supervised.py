@@ -119,7 +119,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         lengths = RowLengths.of(*sets, max_length=args.max_length)
         together = args.packing or max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
         if problem := length_dependence(model, lengths, together=together):
-            raise ModelError(f"the policy, {problem}")
+            raise ModelError(f"the policy, {problem}.")
         return lengths
 
     def _compare(self, model: nn.Module) -> None:
