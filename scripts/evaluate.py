@@ -59,14 +59,14 @@ def main() -> None:
         **pick(arguments, "max_rows", "max_length", "num_samples", "apply_chat_template"),
     )
     model = steps.load_evaluated(source, adapter, state.device)
-    steps.check_vocabulary(model, tokenizer, data)
     sampling = Sampling(**pick(arguments, "max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
-    size = arguments.batch_size
 
-    def evaluate(evaluated: PreTrainedModel | PeftModel, name: str) -> tuple[Evaluation, Layout]:
-        layout = steps.prepare_scoring(evaluated, data, arguments.layout, batch_size=size, name=f"the {name}")
-        settings: dict[str, Any] = {"layout": layout, "batch_size": size, "sampling": sampling, "state": state}
-        return steps.evaluate_model(evaluated, tokenizer, data, name=name, **settings), layout
+    def evaluate(tried: PreTrainedModel | PeftModel, name: str) -> tuple[Evaluation, Layout]:
+        steps.check_vocabulary(tried, tokenizer, data)
+        settings: dict[str, Any] = {"batch_size": arguments.batch_size, "name": name}
+        layout = steps.prepare_scoring(tried, data, arguments.layout, **settings)
+        settings |= {"layout": layout, "sampling": sampling, "state": state}
+        return steps.evaluate_model(tried, tokenizer, data, **settings), layout
 
     evaluation, layout = evaluate(model, "model")
     record = steps.provenance(source, adapter, model, tokenizer, data, state) | {"layout": layout}
@@ -76,7 +76,6 @@ def main() -> None:
             base, record["base_layout"] = evaluate(model, "base")
     elif arguments.compare_base is not None:
         model = steps.load_evaluated(ModelSource(arguments.compare_base, **how), None, state.device)
-        steps.check_vocabulary(model, tokenizer, data)
         base, record["base_layout"] = evaluate(model, "base")
     if state.is_main_process:
         report(arguments, record, evaluation, base, tokenizer, data)

@@ -41,9 +41,11 @@ def main() -> None:
     model_name, revision, adapter, contrast = check_inputs(arguments)
 
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
+    from alignkit.data.lengths import RowLengths
     from alignkit.evals import evaluate as steps
     from alignkit.evals.sampling_store import write_rows
     from alignkit.evals.token_rewards import write_heatmap
+    from alignkit.methods._comparison import compare_with_itself
     from alignkit.parametrizations.loading import ModelSource
     from alignkit.parametrizations.vocabulary import check_token_ids
 
@@ -53,6 +55,7 @@ def main() -> None:
     tokenizer = steps.tokenizer_for(source, adapter, arguments.chat_template)
     given, rows = prepare_rows(arguments, tokenizer, contrast, state)
     model = steps.load_evaluated(source, adapter, state.device)
+    compare_with_itself(model, RowLengths.of(rows), "the model", together=arguments.batch_size > 1)
     check_token_ids(model, tokenizer, {"a row": rows}, name=repr(source.model))
     rewarded, report = compute(arguments, model, None if adapter is None else "default", tokenizer, rows, state)
     if state.is_main_process:
@@ -98,15 +101,12 @@ def compute(
     state: PartialState,
 ) -> tuple[Dataset, TokenRewardReport]:
     """Score the rows on all processes, or take from the cache what an earlier pass has left there."""
-    from alignkit.data.lengths import RowLengths
     from alignkit.evals.sharding import score_over_ranks
     from alignkit.methods import _reference as reference
     from alignkit.methods import _token_rewards as token_rewards
-    from alignkit.methods._comparison import compare_with_itself
     from alignkit.methods._forward import compute_precision
 
     token_rewards.refuse_long_sequences(rows, model, "data")
-    compare_with_itself(model, RowLengths.of(rows), "the model", together=arguments.batch_size > 1)
     choice = token_rewards.choose_pass_layout(arguments.layout, model, rows)
     if state.is_main_process:
         print(f"layout: {choice.layout} ({choice.reason})", flush=True)

@@ -185,13 +185,13 @@ def prepare_scoring(
         data: What it will be evaluated on.
         requested: The layout asked for.
         batch_size: Rows a forward pass.
-        name: What the model is called in messages.
+        name: What the model is called in messages, without an article.
 
     Raises:
         ModelError: Its scores would not be its own, or it cannot run the layout asked for.
     """
     lengths = RowLengths.of(*(rows for rows in (data.rows, data.probe) if rows is not None))
-    run = compare_with_itself(model, lengths, name, together=batch_size > 1)
+    run = compare_with_itself(model, lengths, f"the {name}", together=batch_size > 1)
     choice = choose_layout(requested, model, data.rows, batch_size=batch_size, lengths=lengths)
     choice = confirmed(choice, [run], lengths)
     if choice.layout == "shared_prefix":
