@@ -51,22 +51,18 @@ def main() -> None:
     how = pick(arguments, "dtype", "quantization", "attn_implementation", "trust_remote_code")
     source = ModelSource(model_name, arguments.revision or revision, **how)
     tokenizer = steps.tokenizer_for(source, adapter, arguments.chat_template)
-    data = steps.prepare_data(
-        {"held-out": arguments.data} | ({"probe": arguments.probe_data} if arguments.probe_data else {}),
-        tokenizer,
-        column_map=dict(arguments.column_map),
-        state=state,
-        **pick(arguments, "max_rows", "max_length", "num_samples", "apply_chat_template"),
-    )
+    sources = {"held-out": arguments.data} | ({"probe": arguments.probe_data} if arguments.probe_data else {})
+    limits = pick(arguments, "max_rows", "max_length", "num_samples", "apply_chat_template")
+    data = steps.prepare_data(sources, tokenizer, column_map=dict(arguments.column_map), state=state, **limits)
     model = steps.load_evaluated(source, adapter, state.device)
     sampling = Sampling(**pick(arguments, "max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
 
     def evaluate(tried: PreTrainedModel | PeftModel, name: str) -> tuple[Evaluation, Layout]:
         steps.check_vocabulary(tried, tokenizer, data)
         settings: dict[str, Any] = {"batch_size": arguments.batch_size, "name": name}
-        layout = steps.prepare_scoring(tried, data, arguments.layout, **settings)
-        settings |= {"layout": layout, "sampling": sampling, "state": state}
-        return steps.evaluate_model(tried, tokenizer, data, **settings), layout
+        settings["layout"] = steps.prepare_scoring(tried, data, arguments.layout, **settings)
+        evaluated = steps.evaluate_model(tried, tokenizer, data, sampling=sampling, state=state, **settings)
+        return evaluated, settings["layout"]
 
     evaluation, layout = evaluate(model, "model")
     record = steps.provenance(source, adapter, model, tokenizer, data, state) | {"layout": layout}

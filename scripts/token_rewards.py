@@ -46,6 +46,7 @@ def main() -> None:
     from alignkit.evals.sampling_store import write_rows
     from alignkit.evals.token_rewards import write_heatmap
     from alignkit.methods._comparison import compare_with_itself
+    from alignkit.methods._token_rewards import refuse_long_sequences
     from alignkit.parametrizations.loading import ModelSource
     from alignkit.parametrizations.vocabulary import check_token_ids
 
@@ -55,6 +56,7 @@ def main() -> None:
     tokenizer = steps.tokenizer_for(source, adapter, arguments.chat_template)
     given, rows = prepare_rows(arguments, tokenizer, contrast, state)
     model = steps.load_evaluated(source, adapter, state.device)
+    refuse_long_sequences(rows, model, "data")
     compare_with_itself(model, RowLengths.of(rows), "the model", together=arguments.batch_size > 1)
     check_token_ids(model, tokenizer, {"a row": rows}, name=repr(source.model))
     rewarded, report = compute(arguments, model, None if adapter is None else "default", tokenizer, rows, state)
@@ -106,7 +108,6 @@ def compute(
     from alignkit.methods import _token_rewards as token_rewards
     from alignkit.methods._forward import compute_precision
 
-    token_rewards.refuse_long_sequences(rows, model, "data")
     choice = token_rewards.choose_pass_layout(arguments.layout, model, rows)
     if state.is_main_process:
         print(f"layout: {choice.layout} ({choice.reason})", flush=True)
