@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from alignkit.gradients._hook import ChosenRule, GradientRuleHook
 from alignkit.losses.types import LossOutput, Metric
 from alignkit.methods._metrics import MetricSums
+from alignkit.methods._streams import StreamResume
 from alignkit.parametrizations.precision import hold_in_float32
 
 
-class ObjectiveBridge(GradientRuleHook):
+class ObjectiveBridge(StreamResume, GradientRuleHook):
     """The objective of a method in a TRL trainer. A subclass calls :meth:`prepare_bridge` before TRL's constructor.
 
     Attributes:

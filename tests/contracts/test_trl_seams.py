@@ -39,6 +39,10 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
         (DPOTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
+        (
+            Trainer._init_training_state,
+            ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
+        ),
         (trainer_utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
         (trainer_utils.use_adapter, ["model", "adapter_name"]),
         (model_utils.prepare_deepspeed, ["model", "accelerator"]),
@@ -61,7 +65,7 @@ OWN_HOOKS = {
     PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed", "train"},
     SupervisedTrainer: set(),
 }
-SHARED_HOOKS = {"compute_loss", "get_batch_samples", "evaluate", "log", "create_model_card"}
+SHARED_HOOKS = {"compute_loss", "get_batch_samples", "evaluate", "log", "create_model_card", "_init_training_state"}
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(PreferenceTrainer, DPOTrainer), (SupervisedTrainer, SFTTrainer)])
@@ -72,6 +76,12 @@ def test_every_override_has_something_to_override(ours: type, theirs: type) -> N
     overridden = {name for cls in classes for name in vars(cls) if name in dir(theirs)}
     functions = {name for name in overridden if inspect.isfunction(getattr(ours, name))}
     assert functions - {"__init__"} == SHARED_HOOKS | OWN_HOOKS[ours]
+
+
+def test_the_epoch_of_a_stream_is_counted_in_batches_of_the_run() -> None:
+    assert "self.state.epoch = epoch + (step + 1) / steps_in_epoch" in inspect.getsource(Trainer._run_epoch)
+    counted = inspect.getsource(Trainer.set_initial_training_values)
+    assert "else max_steps * args.gradient_accumulation_steps" in counted
 
 
 def test_supervised_rows_are_packed_and_otherwise_left_alone() -> None:
