@@ -221,7 +221,7 @@ def load_splits(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[s
     """
     seed = config.seed if config.data_seed is None else config.data_seed
     family = config.row_family(vars(config))
-    common = {"column_map": config.column_map, "seed": seed, "family": family}
+    common = {"column_map": config.column_map, "seed": seed, "family": family, "name_sources": True}
     limits = {"streaming": config.streaming, "max_rows": config.max_rows}
     rows = load_rows(config.data, split=config.data_split, **limits, **common)
     splits = {"train": rows.shuffle(seed=seed, buffer_size=STREAM_BUFFER) if config.streaming else rows}

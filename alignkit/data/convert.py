@@ -23,6 +23,7 @@ from alignkit.data.problems import Problem
 from alignkit.data.readers import first_rows
 from alignkit.data.reward_rows import reward_problems
 from alignkit.data.schema import detect_kind, row_problems
+from alignkit.data.sources import SOURCE_COLUMN, SourceCounts, source_counts
 from alignkit.data.templates import require_template
 from alignkit.data.tokenization import COUNT_FEATURES, Settings, convert_batch
 from alignkit.errors import DataError
@@ -87,6 +88,7 @@ def to_candidate_rows(
         rows = rows.add_column(SOURCE_COLUMNS[0], engine.kept_rows(counts))
     report = _summarise(counts, conversion.settings, max_dropped_fraction, name, columns)
     lost = dict(lost or {})
+    report = replace(report, sources=_sources(dataset, counts, max_length))
     report = replace(report, num_rows_in=len(counts) + sum(lost.values()), dropped=lost | report.dropped)
     _refuse_drops(report, counts, max_dropped_fraction, lost)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
@@ -131,7 +133,9 @@ def _summarise(
         candidates_per_row={int(k): int(count) for k, count in sizes.value_counts().sort_index().items()},
         mean_score_gap=float(kept["score_gap"].mean()) if len(kept) else 0.0,
         recommended_max_length=engine.recommended_length(total, counts["needed_length"], max_dropped_fraction),
-        ignored_columns=tuple(column for column in columns if column not in columns_of(PREFERENCE_FORMS)),
+        ignored_columns=tuple(
+            column for column in columns if column not in (*columns_of(PREFERENCE_FORMS), SOURCE_COLUMN)
+        ),
         num_cut_prompts=int((counts["cut_prompt_end"] != "").sum()),
         cut_prompt_end=engine.first_text(counts["cut_prompt_end"]),
         num_whole_completions=int((sizes - kept["num_truncated"]).sum()),
@@ -140,6 +144,21 @@ def _summarise(
         unstopped_end=engine.first_text(kept["unstopped_end"]),
         num_doubled_tokens=int(kept["doubled"].sum()),
     )
+
+
+def _sources(
+    dataset: Dataset | IterableDataset, counts: pd.DataFrame, max_length: int | None
+) -> tuple[SourceCounts, ...]:
+    """Rows and tokens of the sources of a mixture."""
+    prompts = counts["prompt_length"].to_numpy()
+    pairs = zip(prompts, counts["completion_lengths"], strict=True)
+    trained = np.array(
+        [
+            sum(n if max_length is None else max(min(n, max_length - start), 0) for n in lengths)
+            for start, lengths in pairs
+        ]
+    )
+    return source_counts(dataset, counts, prompts + trained, trained)
 
 
 def _length_quantiles(counts: pd.DataFrame) -> dict[str, dict[str, int]]:

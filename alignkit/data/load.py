@@ -43,6 +43,7 @@ def load_rows(
     seed: int = 0,
     max_rows: int | None = None,
     family: RowFamily = PREFERENCE_ROWS,
+    name_sources: bool = False,
 ) -> Dataset | IterableDataset:
     """Load the rows of one or several sources.
 
@@ -55,6 +56,7 @@ def load_rows(
         seed: Seed of the mixture.
         max_rows: Keep at most so many rows: the first of a single source, a random sample of a mixture.
         family: What the rows may look like.
+        name_sources: Say of every row of a mixture which source it is of, for the report.
 
     Returns:
         Rows with the columns of one form of ``family``; other columns are dropped and logged.
@@ -67,7 +69,7 @@ def load_rows(
     if len(parsed) == 1:
         dataset = loaded[0][0]
     else:
-        dataset = mix(parsed, loaded, seed, family.columns)
+        dataset = mix(parsed, loaded, seed, family.columns, name_sources=name_sources)
     if max_rows is None:
         return dataset
     return dataset.take(max_rows) if streaming else dataset.select(range(min(max_rows, len(dataset))))

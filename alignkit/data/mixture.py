@@ -18,6 +18,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 
 from alignkit.data.json_values import with_json_columns
 from alignkit.data.readers import Source
+from alignkit.data.sources import SOURCE_COLUMN
 from alignkit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def mix(
     loaded: Sequence[tuple[Dataset | IterableDataset, Any]],
     seed: int,
     columns: Sequence[str],
+    *,
+    name_sources: bool = False,
 ) -> Dataset | IterableDataset:
     """Mix the rows of several sources.
 
@@ -38,11 +41,13 @@ def mix(
         loaded: The rows of each, and their form.
         seed: Seed of the draw and of the order.
         columns: Every column the rows may have.
+        name_sources: Say of every row which source it is of, in ``SOURCE_COLUMN``.
 
     Raises:
         DataError: The sources hold rows of different forms, or a weight leaves a source no row.
     """
-    datasets = _aligned(sources, loaded, columns)
+    names = _names(sources) if name_sources else None
+    datasets = _aligned(sources, loaded, columns, names)
     weights = np.array([source.weight or 0.0 for source in sources])
     shares = weights / weights.sum() if weights.any() else None
     if isinstance(datasets[0], IterableDataset):
@@ -67,7 +72,18 @@ def mix(
     return concatenate_datasets(datasets).shuffle(seed=seed)
 
 
-def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, Any]], columns: Sequence[str]) -> list[Any]:
+def _names(sources: Sequence[Source]) -> list[str]:
+    """What the sources are called; where two have one path, with what else tells them apart."""
+    paths = [source.path for source in sources]
+    return [
+        path if paths.count(path) == 1 else " ".join([path, *filter(None, [source.config, source.split])])
+        for path, source in zip(paths, sources, strict=True)
+    ]
+
+
+def _aligned(
+    sources: Sequence[Source], loaded: Sequence[tuple[Any, Any]], columns: Sequence[str], names: Sequence[str] | None
+) -> list[Any]:
     """The datasets with columns of the same types; an error when their rows are of different forms."""
     datasets = [dataset for dataset, _ in loaded]
     if len({kind for _, kind in loaded}) > 1:
@@ -76,15 +92,20 @@ def _aligned(sources: Sequence[Source], loaded: Sequence[tuple[Any, Any]], colum
         raise DataError(f"the sources hold rows of different forms ({advice})", forms)
     if isinstance(datasets[0], IterableDataset):
         # Streams have no types to align: rows travel through the mixture as JSON, so any two may follow each other.
-        return [d.map(_to_json, remove_columns=list(columns), features=_JSON_FEATURES) for d in datasets]
+        given = names or [None] * len(datasets)
+        options = {"remove_columns": list(columns), "features": _JSON_FEATURES}
+        return [d.map(_to_json, fn_kwargs={"source": n}, **options) for d, n in zip(datasets, given, strict=True)]
     # Columns of one type in all sources keep it; any other holds JSON values, each as its source has it.
-    names = dict.fromkeys(name for dataset in datasets for name in dataset.column_names)
-    mixed = [name for name in names if len({str(d.features[name]) for d in datasets if name in d.features}) > 1]
-    return [with_json_columns(dataset, mixed) for dataset in datasets]
+    all_columns = dict.fromkeys(name for dataset in datasets for name in dataset.column_names)
+    mixed = [name for name in all_columns if len({str(d.features[name]) for d in datasets if name in d.features}) > 1]
+    datasets = [with_json_columns(dataset, mixed) for dataset in datasets]
+    if names is None:
+        return datasets
+    return [d.add_column(SOURCE_COLUMN, [n] * len(d)) for d, n in zip(datasets, names, strict=True)]
 
 
-def _to_json(row: Mapping[str, Any]) -> dict[str, str]:
-    return {"row": json.dumps(row)}
+def _to_json(row: Mapping[str, Any], source: str | None) -> dict[str, str]:
+    return {"row": json.dumps(row if source is None else {**row, SOURCE_COLUMN: source})}
 
 
 def _from_json(row: Mapping[str, str]) -> dict[str, Any]:

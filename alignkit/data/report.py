@@ -23,6 +23,7 @@ from alignkit.data.checks import (
 )
 from alignkit.data.problems import shorten
 from alignkit.data.repeats import Content, Prints, RepeatCounts, count_repeats, fingerprints
+from alignkit.data.sources import SourceCounts
 from alignkit.data.templates import Check
 from alignkit.errors import DataError
 
@@ -69,6 +70,7 @@ class SplitReport:
         text_after_stop: Template text after a stop token; an example.
         unstopped_end: The end of a completion without a stop token; an example.
         num_doubled_tokens: Rows that begin with two BOS or end in two EOS.
+        sources: What each source of a mixture contributes; empty for rows of one source.
         is_sample: True for streamed rows, where all of this describes the first rows only.
     """
 
@@ -90,6 +92,7 @@ class SplitReport:
     text_after_stop: str
     unstopped_end: str
     num_doubled_tokens: int
+    sources: tuple[SourceCounts, ...] = ()
     is_sample: bool = False
 
     has_preferences: ClassVar[bool] = False
@@ -176,7 +179,10 @@ class DataReport:
             check.name == TEMPLATE_CHECK and check.status == "warn" for check in next(iter(self.checks.values()))
         )
         form = f"{self.splits[0].kind}{': NO CHAT TEMPLATE IS APPLIED, see the checks' if plain else ''}"
-        blocks = [f"{form}\n{_counts(self.splits)}", _lengths(self.splits), _example(self.example, colour)]
+        blocks = [f"{form}\n{_counts(self.splits)}"]
+        if any(split.sources for split in self.splits):
+            blocks.append(_sources(self.splits))
+        blocks += [_lengths(self.splits), _example(self.example, colour)]
         return "\n\n".join(blocks + [_checks(split, checks, colour) for split, checks in self.checks.items()])
 
     def print_to(self, stream: TextIO) -> None:
@@ -261,6 +267,17 @@ def _counts(splits: Sequence[SplitReport]) -> str:
     ignored = [f"{split.name}: columns not used: {', '.join(split.ignored_columns)}" for split in splits]
     notes = [note for note, split in zip(ignored, splits, strict=True) if split.ignored_columns]
     return "\n".join([_table(rows), *notes])
+
+
+def _sources(splits: Sequence[SplitReport]) -> str:
+    rows = [["sources", "rows read", "trained on", "tokens", "trained tokens", "share of them"]]
+    for split in splits:
+        total = max(sum(source.num_trained_tokens for source in split.sources), 1)
+        for source in split.sources:
+            counts = (source.num_rows_in, source.num_rows, source.num_tokens, source.num_trained_tokens)
+            share = f"{source.num_trained_tokens / total:.1%}"
+            rows.append([f"{split.name}: {source.name}", *map(str, counts), share])
+    return _table(rows)
 
 
 def _lengths(splits: Sequence[SplitReport]) -> str:

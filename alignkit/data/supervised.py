@@ -20,6 +20,7 @@ from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
 from alignkit.data.readers import first_rows
 from alignkit.data.schema import describe_problems
+from alignkit.data.sources import SOURCE_COLUMN, source_counts
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED, SupervisedReport
 from alignkit.data.supervised_schema import detect_supervised_kind, opening, supervised_row_problems
 from alignkit.data.supervised_tokens import (
@@ -77,6 +78,8 @@ def to_supervised_rows(
     else:
         rows, counts = engine.convert_table(dataset, tokenizer, conversion, num_proc, name)
     report = _summarise(counts, settings, max_dropped_fraction, name, columns)
+    tokens = counts["length"].clip(upper=max_length).to_numpy()
+    report = replace(report, sources=source_counts(dataset, counts, tokens, counts["num_trained_kept"].to_numpy()))
     _refuse_drops(report, counts, max_dropped_fraction, trained)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
 
@@ -132,7 +135,9 @@ def _summarise(
         recommended_max_length=engine.recommended_length(
             counts["length"], counts["needed_length"], max_dropped_fraction
         ),
-        ignored_columns=tuple(column for column in columns if column not in columns_of(SUPERVISED_FORMS)),
+        ignored_columns=tuple(
+            column for column in columns if column not in (*columns_of(SUPERVISED_FORMS), SOURCE_COLUMN)
+        ),
         num_cut_prompts=int((counts["cut_prompt_end"] != "").sum()),
         cut_prompt_end=engine.first_text(counts["cut_prompt_end"]),
         num_whole_completions=int((~kept["is_cut"]).sum()),
