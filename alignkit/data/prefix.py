@@ -22,6 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from alignkit.data.filling import REPEATED
+
 Layout = Literal["padded", "shared_prefix"]
 IGNORE_INDEX = -100
 PER_TOKEN_COLUMNS = ("ref_token_logps", "token_rewards")
@@ -40,6 +42,7 @@ class CandidateCollator:
     float32 and, when the rows carry them, ``ref_token_logps`` and ``token_rewards`` [B, K, T] float32. ``padded`` adds
     ``input_ids``, ``attention_mask``, ``labels`` [R, L] and ``row_slots`` [R] (b * K + k); ``shared_prefix`` adds
     ``input_ids``, ``position_ids``, ``segment_ids`` [B, S], ``completion_positions`` and ``shift_labels`` [B, K * T].
+    Both masks of a row that only fills up a stream (``is_repeated``) are False throughout.
     """
 
     pad_token_id: int
@@ -65,6 +68,8 @@ class CandidateCollator:
                 completion_mask[b, k, span] = True
                 for name, column in columns.items():
                     column[b, k, span] = torch.tensor(row[name][k], dtype=torch.float32)
+            if row.get(REPEATED):
+                candidate_mask[b], completion_mask[b] = False, False
         # completion_mask comes first: transformers reads the batch size off the first tensor.
         return {
             "completion_mask": completion_mask,

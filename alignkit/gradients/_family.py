@@ -47,7 +47,8 @@ class Evaluation:
         weights: The weights that train, whole, one entry a tensor; not the displaced ones, which are not kept.
         gradient: Gradient of the micro-batch's part of the loss, one entry a tensor.
         loss: That part of the loss, a detached scalar.
-        share: What part of the step's mean loss that is: one over the number of accumulation steps.
+        share: What part of the step's mean loss that is, by the items it counts: over equal micro-batches one over
+            the number of accumulation steps, less for a short one; 0 where it counts nothing.
         start: The weights at the start of training, where the rule asked for them; entries of ``pairs`` are None.
         pairs: The LoRA updates among the tensors.
         seed: A number that is another one for every micro-batch, and the same when a run is repeated.

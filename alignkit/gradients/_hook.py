@@ -110,6 +110,10 @@ class GradientRuleHook(Trainer):
         """Add a metric to the next log."""
         raise NotImplementedError
 
+    def batch_share(self, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None) -> float:
+        """What part of the step's mean loss a micro-batch is; their mean over processes and sum over a step is 1."""
+        raise NotImplementedError
+
     # --- the loss --------------------------------------------------------------------------------------------------
 
     def ruled_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None) -> Tensor:
@@ -174,23 +178,44 @@ class GradientRuleHook(Trainer):
         found = {tensors[i]: (weights[i], gradients[i]) for i in targets}
         evaluations = [self._first_evaluation(batch, found, loss, chosen)]
         if rule.displacement is not None:
-            moved, held = list(weights), HeldDisplacement(self._autocast_dtype())
-            for i, displacement in zip(targets, rule.displacement(evaluations[0], options), strict=True):
-                moved[i] = weights[i] + displacement
-                held.add(weights[i], moved[i], displacement)
-            self._warn_once(held)
-            with replayed(state, device):
-                loss_s, gradients_s = self._evaluate_at(batch, moved, record=False)
-            g_s = [gradients_s[i] if i in gradients_s else torch.zeros_like(weights[i]) for i in targets]
-            g_s = self._averaged(g_s, options)
-            evaluations.append(replace(evaluations[0], loss=loss_s, gradient=g_s, displacement_norm=held.length()))
-            # As large as everything that trains, as the edited gradient will be.
-            del moved, gradients_s
+            evaluations.append(self._second_evaluation(batch, weights, targets, evaluations[0], state, chosen))
         assert rule.edit is not None
-        edited = dict(zip(targets, rule.edit(evaluations, options), strict=True))
+        # A micro-batch of repeated rows alone has no gradient, which no rule needs to be asked about.
+        is_empty = not evaluations[0].share
+        edited = evaluations[0].gradient if is_empty else rule.edit(evaluations, options)
         for name, metric in measure(rule, options, evaluations).items():
-            self.record(name, metric)
-        return loss, {tensors[i]: edited.get(i, gradient) for i, gradient in gradients.items()}
+            nothing = torch.zeros_like(metric.values)
+            self.record(name, Metric(nothing, nothing) if is_empty else metric)
+        by_target = dict(zip(targets, edited, strict=True))
+        return loss, {tensors[i]: by_target.get(i, gradient) for i, gradient in gradients.items()}
+
+    def _second_evaluation(
+        self,
+        batch: _MicroBatch,
+        weights: Sequence[Tensor],
+        targets: Sequence[int],
+        first: Evaluation,
+        state: Sequence[Tensor],
+        chosen: ChosenRule,
+    ) -> Evaluation:
+        """The same micro-batch, with the random state of the first time, at the weights the rule displaces it to."""
+        assert chosen.rule.displacement is not None
+        if first.share:
+            displacements = chosen.rule.displacement(first, chosen.options)
+        else:
+            displacements = [torch.zeros_like(x) for x in first.gradient]
+        moved, held = list(weights), HeldDisplacement(self._autocast_dtype())
+        for i, displacement in zip(targets, displacements, strict=True):
+            moved[i] = weights[i] + displacement
+            held.add(weights[i], moved[i], displacement)
+        self._warn_once(held)
+        with replayed(state, weights[0].device):
+            loss, gradients = self._evaluate_at(batch, moved, record=False)
+        # As large as everything that trains, as the edited gradient will be.
+        del moved, displacements
+        gradient = [gradients[i] if i in gradients else torch.zeros_like(weights[i]) for i in targets]
+        gradient, loss, _ = self._averaged(gradient, loss, first.share, chosen.options)
+        return replace(first, loss=loss, gradient=gradient, displacement_norm=held.length())
 
     def _autocast_dtype(self) -> torch.dtype | None:
         is_rounded = self.accelerator.native_amp and self.accelerator.mixed_precision == "bf16"
@@ -213,11 +238,13 @@ class GradientRuleHook(Trainer):
             pairs = low_rank_pairs(batch.inner, list(found))
             factors = {i for pair in pairs for i in (pair.a, pair.b)}
             start = [None if i in factors else self._start[tensor.name] for i, tensor in enumerate(found)]
+        share = self.batch_share(batch.inputs, batch.num_items_in_batch)
+        gradient, loss, share = self._averaged(gradient, loss, share, chosen.options)
         return Evaluation(
             weights=weights,
-            gradient=self._averaged(gradient, chosen.options),
+            gradient=gradient,
             loss=loss,
-            share=1 / self.current_gradient_accumulation_steps,
+            share=share,
             start=start,
             pairs=pairs,
             seed=self._next_seed(chosen.options),
@@ -234,13 +261,17 @@ class GradientRuleHook(Trainer):
             loss.backward()
         return loss.detach(), {i: leaf.grad for i, leaf in enumerate(leaves) if leaf.grad is not None}
 
-    def _averaged(self, gradient: list[Tensor], options: EditOptions) -> list[Tensor]:
-        """The gradient a rule goes by: this process's own, or with ``direction: global`` the mean over processes."""
+    def _averaged(
+        self, gradient: list[Tensor], loss: Tensor, share: float, options: EditOptions
+    ) -> tuple[list[Tensor], Tensor, float]:
+        """What a rule goes by: this process's own, or with ``direction: global`` the means over processes."""
         if not self._is_averaged(options):
-            return gradient
-        flat = self.accelerator.reduce(torch.cat([x.flatten() for x in gradient]), reduction="mean")
-        pieces = flat.split([x.numel() for x in gradient])
-        return [piece.view_as(x).to(x.dtype) for piece, x in zip(pieces, gradient, strict=True)]
+            return gradient, loss, share
+        parts = [*gradient, loss, loss.new_tensor(share)]
+        flat = self.accelerator.reduce(torch.cat([x.flatten() for x in parts]), reduction="mean")
+        pieces = flat.split([x.numel() for x in parts])
+        *averaged, mean_loss, mean_share = [x.view_as(y).to(y.dtype) for x, y in zip(pieces, parts, strict=True)]
+        return averaged, mean_loss, mean_share.item()
 
     def _is_averaged(self, options: EditOptions) -> bool:
         is_global = isinstance(options, DisplacedOptions) and options.direction == "global"

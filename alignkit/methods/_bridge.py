@@ -6,17 +6,20 @@ loss output (``evaluate_objective``), how items are counted and how the rows tha
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``_metrics`` of every trainer and the averaging in its ``log``
 - trl ``aux_loss_enabled`` and ``router_aux_loss_coef``
+- transformers ``Trainer._get_dataloader(dataset, description, batch_size, ...)`` of training and evaluation
 - transformers ``Trainer.get_batch_samples``, whose second value reaches ``compute_loss`` as ``num_items_in_batch``
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, ClassVar
 
+import datasets
 import torch
 from torch import Tensor, nn
 
+from alignkit.data.filling import FilledStream
 from alignkit.gradients._hook import ChosenRule, GradientRuleHook
 from alignkit.losses.types import LossOutput, Metric
 from alignkit.methods._metrics import MetricSums
@@ -140,19 +143,51 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             self.control.should_training_stop = True
             num_batches = 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and not self.args.dataloader_drop_last:
+            batches[-1] = self._without_repeated_rows(batches[-1], self.train_dataset)
         counts = torch.zeros(len(self.item_kinds), dtype=torch.long, device=device)
         for batch in batches:
             local = self.item_counts(batch)
             counts += torch.stack([local[kind] for kind in self.item_kinds]).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
 
-    def _without_repeated_rows(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mask the rows accelerate repeats to give every rank a last evaluation batch of the same size."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **how: Any) -> Any:
+        """A dataloader whose rows go into whole batches of all processes where it is a stream."""
+        ranks = self.accelerator.num_processes
+        if isinstance(dataset, datasets.IterableDataset) and ranks > 1:
+            dataset = FilledStream(dataset, batch_size * ranks)
+        return super()._get_dataloader(dataset, description, batch_size, **how)
+
+    def batch_share(self, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None) -> float:
+        """What part of the step's mean loss a micro-batch is, by the first of ``item_kinds``.
+
+        Args:
+            inputs: A collated batch.
+            num_items_in_batch: As in :meth:`compute_loss`; None takes the batch for the whole step.
+        """
+        if num_items_in_batch is None:
+            return 1.0
+        local, ranks = int(self.item_counts(inputs)[self.item_kinds[0]]), int(self.accelerator.num_processes)
+        # Gradients are averaged over ranks, so that a rank's part is as many times as large.
+        return local * ranks / max(int(num_items_in_batch[0]), 1)
+
+    def _without_repeated_rows(self, inputs: Mapping[str, Tensor], dataset: Any = None) -> dict[str, Tensor]:
+        """Mask the rows accelerate repeats to give every rank a last batch of the same size.
+
+        Args:
+            inputs: The batch that was fetched last.
+            dataset: What it comes from, asked for its length where accelerate has lost the number of rows left over,
+                which it does when it skips the batches before a checkpoint. A stream has filled itself up.
+        """
+        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        if ranks == 1 or not state.end_of_dataloader:
             return dict(inputs)
-        kept = max(state.remainder - self.accelerator.process_index * self.num_rows(inputs), 0)
-        return self.keep_rows(inputs, kept)
+        rows, left = self.num_rows(inputs), state.remainder
+        if left < 0 and isinstance(dataset, Sized):
+            left = len(dataset) % (rows * ranks)
+        if left <= 0:
+            return dict(inputs)
+        return self.keep_rows(inputs, max(left - self.accelerator.process_index * rows, 0))
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from trl import DPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
+from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
 from alignkit.environment import launched_with_fsdp
@@ -278,4 +279,4 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS]
+        self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS, REPEATED]

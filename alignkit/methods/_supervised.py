@@ -11,7 +11,8 @@ attention function without a mask function of its own gets no mask at all and wo
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``SFTTrainer._prepare_dataset`` leaves rows with ``input_ids`` and ``labels`` as they are, but for packing
-- trl ``SFTTrainer.padding_free`` and the columns of its collator, ``seq_idx`` among them
+- trl ``SFTTrainer.padding_free``, ``_set_signature_columns_if_needed`` and ``_signature_columns``
+- trl ``DataCollatorForLanguageModeling.torch_call(examples)``, of rows with ``input_ids`` and ``labels``
 - trl ``FusedCausalLMOutput`` of the head ``SFTTrainer`` adds: ``log_probs entropy is_top1 label_mask aux_loss``
 - the names in ``_bridge.py``
 """
@@ -19,6 +20,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any
 
@@ -29,7 +31,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ModelError
@@ -50,6 +54,8 @@ from alignkit.methods.method import Method
 from alignkit.parametrizations.precision import trained_values
 
 IGNORE_INDEX = -100
+ROW_TOKENS = "row_tokens"
+"""Key of a batch that the model never sees: how many tokens of each of its rows count."""
 METRICS: Mapping[str, str] = {
     "entropy": "entropy of the next-token distribution over trained tokens, nats",
     "mean_token_accuracy": "share of the trained tokens that are the most likely one",
@@ -77,6 +83,8 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
     """
 
     item_kinds = ("token",)
+    _signature_columns: list[str] | None
+    data_collator: Any
 
     def __init__(
         self,
@@ -99,6 +107,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
+        self.data_collator = SupervisedCollator(**vars(self.data_collator))
         if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
             # No process has the weights before.
             self.add_callback(CompareWhenTrainingBegins(lambda: self._compare(self.model_wrapped)))
@@ -160,7 +169,8 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
     def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, LossOutput]:
         """One forward pass through TRL's fused head, and the method's terms."""
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        output = model(**inputs, use_cache=False, fused_lm_head=True, **extra)
+        known = {name: value for name, value in inputs.items() if name != ROW_TOKENS}
+        output = model(**known, use_cache=False, fused_lm_head=True, **extra)
         batch = TokenBatch(policy_token_logps=output.log_probs, label_mask=output.label_mask)
         return output, self.method.objective(batch, self.method_options)
 
@@ -169,14 +179,18 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         return {"token": (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()}
 
     def num_rows(self, inputs: Mapping[str, Tensor]) -> int:
-        """Rows of a batch, packed or not."""
-        return int(inputs["seq_idx"].max()) + 1 if self.padding_free else len(inputs["labels"])
+        """Rows of a batch; what packing has put together is one."""
+        return len(inputs[ROW_TOKENS])
 
     def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
-        """Train no token of a row behind the first ``kept``."""
-        labels = inputs["labels"]
-        row = inputs["seq_idx"] if self.padding_free else torch.arange(len(labels), device=labels.device)[:, None]
-        return {**inputs, "labels": labels.masked_fill(row >= kept, IGNORE_INDEX)}
+        """Train and count no token of a row behind the first ``kept``."""
+        labels, lengths = inputs["labels"], inputs[ROW_TOKENS]
+        positions = torch.arange(labels.shape[-1] if self.padding_free else len(labels), device=labels.device)
+        is_kept = positions < (lengths[:kept].sum() if self.padding_free else kept)
+        if not self.padding_free:
+            is_kept = is_kept[:, None]
+        counted = lengths.masked_fill(torch.arange(len(lengths), device=lengths.device) >= kept, 0)
+        return {**inputs, "labels": labels.masked_fill(~is_kept, IGNORE_INDEX), ROW_TOKENS: counted}
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +200,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         self.record("entropy", ratio(output.entropy * mask, mask))
         self.record("mean_token_accuracy", ratio(output.is_top1 & mask, mask))
         if self.mode == "train":
-            self._new_tokens += inputs["input_ids"].numel() if self.padding_free else inputs["attention_mask"].sum()
+            self._new_tokens += inputs[ROW_TOKENS].sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log; tokens are counted on from the last log, before a resumption or not."""
@@ -196,6 +210,28 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
             self._new_tokens.zero_()
             logs["num_tokens"] = (before[-1] if before else 0) + new
         super().log(logs, start_time)
+
+    # --- data ------------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = columns if REPEATED in columns else [*columns, REPEATED]
+
+
+@dataclass
+class SupervisedCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which says besides how many tokens each row has, and trains none of a row marked as repeated."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows."""
+        counts = [0 if row.get(REPEATED) else len(row["input_ids"]) for row in examples]
+        labels = [
+            row["labels"] if count else [IGNORE_INDEX] * len(row["labels"])
+            for row, count in zip(examples, counts, strict=True)
+        ]
+        rows = [{**row, "labels": trained} for row, trained in zip(examples, labels, strict=True)]
+        return {**super().torch_call(rows), ROW_TOKENS: torch.tensor(counts)}
 
 
 def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -38,6 +38,12 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer.log, ["self", "logs", "start_time"]),
         (DPOTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
         (DPOTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+        (SFTTrainer._set_signature_columns_if_needed, ["self"]),
+        (sft_trainer.DataCollatorForLanguageModeling.torch_call, ["self", "examples"]),
+        (
+            Trainer._get_dataloader,
+            ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
+        ),
         (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
         (
             Trainer._init_training_state,
@@ -63,9 +69,11 @@ def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
 # Not ours to name: what alignkit/gradients overrides of the Trainer is asserted with its own tests.
 OWN_HOOKS = {
     PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed", "train"},
-    SupervisedTrainer: set(),
+    SupervisedTrainer: {"_set_signature_columns_if_needed"},
 }
-SHARED_HOOKS = {"compute_loss", "get_batch_samples", "evaluate", "log", "create_model_card", "_init_training_state"}
+SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluate", "log", "create_model_card"} | {
+    "_init_training_state"
+}
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(PreferenceTrainer, DPOTrainer), (SupervisedTrainer, SFTTrainer)])

@@ -56,7 +56,8 @@ def plain_evaluation(trainer: Any, batch: dict[str, Tensor], counts: Tensor, see
     loss = trainer.batch_loss(trainer.model, dict(batch), counts, record=False)
     loss.backward()
     weights = [p.detach().clone() for p in trainable(trainer)]
-    share = 1 / trainer.current_gradient_accumulation_steps
+    kind = trainer.item_kinds[0]
+    share = int(trainer.item_counts(batch)[kind]) / int(counts[0])
     return Evaluation(weights, gradients(trainer), loss.detach(), share, start=[None] * len(weights), seed=seed)
 
 

@@ -143,6 +143,29 @@ def test_accumulation_adds_the_edited_gradients_of_its_micro_batches(
     assert_close(ours, [sum(column[1:], column[0]) for column in zip(*parts, strict=True)])
 
 
+def test_sagm_aligns_with_the_mean_loss_of_a_short_micro_batch_too(
+    make_trainer: Any, rows: Dataset, watched: Any
+) -> None:
+    """Three rows in batches of two: alpha multiplies the gradient of the mean over the rows of each batch, 2 or 1."""
+    rule, seen = watched("sagm", rho=0.05, sagm_alpha=0.02)
+    trainer = make_trainer(
+        gradient_rule=rule,
+        train_dataset=rows.select(range(3)),
+        arguments={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    )
+    batches, counts = micro_batches(trainer, 2)
+    assert [len(batch["scores"]) for batch in batches] == [2, 1]
+    step_gradients(trainer, batches, counts)
+    for batch, displacement, (first, _) in zip(batches, seen.displacements, seen.evaluations, strict=True):
+        trainer.model.zero_grad()
+        # Without counts a batch is divided by its own.
+        trainer.batch_loss(trainer.model, batch, None, record=False).backward()
+        mean = gradients(trainer)
+        length = torch.cat([x.flatten() for x in first.gradient]).norm()
+        for ours, g, g_mean in zip(displacement, first.gradient, mean, strict=True):
+            torch.testing.assert_close(ours, 0.05 * g / length - 0.02 * g_mean, rtol=2e-5, atol=2e-7)
+
+
 def test_lora_at_the_start_is_displaced_in_b_alone(make_trainer: Any, watched: Any) -> None:
     rule, seen = watched("sam", rho=RHO)
     trainer = make_trainer(gradient_rule=rule, peft_config=lora())

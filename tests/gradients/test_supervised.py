@@ -49,3 +49,14 @@ def test_gradient_equals_the_one_computed_by_writing_weights(tmp_path: Path, nam
     parts = [expected_gradients(trainer, rule, batch, counts) for batch in batches]
     for x, y in zip(ours, [a + b for a, b in zip(*parts, strict=True)], strict=True):
         torch.testing.assert_close(x, y, rtol=2e-5, atol=5e-6)
+
+
+def test_a_share_is_counted_in_tokens(tmp_path: Path) -> None:
+    """Micro-batches of as many rows and other numbers of tokens: what each adds to the mean loss goes by the tokens."""
+    trainer = trainer_with(tmp_path, None, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    batches, counts = micro_batches(trainer, 2)
+    parts = [trainer.batch_loss(trainer.model, batch, counts, record=False).item() for batch in batches]
+    alone = [trainer.batch_loss(trainer.model, batch, None, record=False).item() for batch in batches]
+    shares = [trainer.batch_share(batch, counts) for batch in batches]
+    assert [part / whole for part, whole in zip(parts, alone, strict=True)] == pytest.approx(shares, rel=1e-5)
+    assert sum(shares) == pytest.approx(1.0, rel=1e-12) and shares[0] != shares[1]

@@ -1,0 +1,66 @@
+"""Rows that do not divide by the processes are trained once: two processes take the steps that one takes.
+
+Accelerate gives every process as many rows as the others and repeats some of the first ones for that.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.repeated_rows import CASES, run_all
+from tests.programs.launching import REPOSITORY
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All cases on two processes, which are launched once."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.distributed.repeated_rows", str(folder)]
+    started = [
+        subprocess.Popen(
+            command, cwd=REPOSITORY, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    found: dict[str, Any] = torch.load(folder / "found.pt")
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same here."""
+    return run_all(tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_take_the_steps_of_one(name: str, one: dict[str, Any], two: dict[str, Any]) -> None:
+    ours, theirs = two[name], one[name]
+    assert (ours["processes"], theirs["processes"]) == (2, 1)
+    assert ours["rows"] == theirs["rows"] and ours["rows"] % 4, "otherwise nothing is repeated"
+    assert len(ours["steps"]) == len(theirs["steps"]) == CASES[name].steps
+    for step, expected in zip(ours["steps"], theirs["steps"], strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], abs=2e-6)
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-5, rel=1e-5)
+        for key in {"entropy", "num_tokens", "logps/chosen", "gradient/sharpness_gap"} & set(expected):
+            assert step[key] == pytest.approx(expected[key], abs=2e-5, rel=1e-5), key
+    assert theirs["steps"][0]["grad_norm"] > 0.1
+    torch.testing.assert_close(ours["weights"], theirs["weights"], atol=2e-6, rtol=1e-4)
