@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from alignkit.errors import AlignkitError, ConfigError
@@ -27,9 +29,29 @@ def disable_telemetry() -> None:
 
 def quiet_dependencies() -> None:
     """Keep notices about the insides of the dependencies, which a user can do nothing about, out of the output."""
-    for message in (".*gradient_checkpointing.* is deprecated", "`torch.jit.script.*` is deprecated"):
+    notices = (
+        ".*gradient_checkpointing.* is deprecated",
+        "`torch.jit.script.*` is deprecated",
+        ".*find_unused_parameters=True was specified in DDP constructor",
+    )
+    for message in notices:
         warnings.filterwarnings("ignore", message=message)
+    # What a user can do about an adapter is said by our own checks, with the config's words.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A filter, because DeepSpeed sets the level of its logger when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # The reducer of DDP prints its notices from C++, where no Python filter sees them; read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def bars_for_terminals() -> None:
+    """Progress bars only where they can be redrawn: in a file or a pipe each state would be a line of its own.
+
+    tqdm reads the variable when imported; what is written above a bar, such as the line of a log, is still written.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:
@@ -43,14 +65,15 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     """
     disable_telemetry()
     quiet_dependencies()
+    bars_for_terminals()
     try:
         status = main() or 0
         sys.stdout.flush()
     except AlignkitError as error:
         _print_error(error)
         status = EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has left. Python flushes stdout once more at exit; give it somewhere to go.
@@ -60,9 +83,28 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _print_error(error: AlignkitError) -> None:
-    """Print an error once: every process of a launch reads the same config, so there only the first one speaks."""
+    """Print an error once a machine, where the processes of a launch all find the same."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0 and isinstance(error, ConfigError):
         return
+    if _is_said_by_another_process(str(error)):
+        return
     prefix = f"[rank {rank}] error" if rank > 0 else "error"
     print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+
+
+def _is_said_by_another_process(message: str) -> bool:
+    """Whether a process of the same launch on this machine has printed ``message``.
+
+    torch's launcher gives each process a file for its errors, in a folder that these share and that it deletes at the
+    end. A mark there is made by whoever comes first.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None:
+        return False
+    mark = Path(error_file).parents[1] / f"said-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    return False

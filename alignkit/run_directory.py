@@ -13,8 +13,9 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,23 @@ FREE_ON_RESUME = frozenset(
 """Keys that may differ between a run and its resumption: what is written, watched or waited for, not what is learnt."""
 
 
+LENGTH = ("max_steps", "num_train_epochs")
+"""Keys that may be larger in a resumption, which makes the run longer; the learning rate goes on as if it had been."""
+
+
 class RunDirectory:
     """An accepted run directory; made by :meth:`create`.
 
     Attributes:
         path: The directory.
         is_main: Whether this process writes; on the other ranks every writing method does nothing.
+        extended: What :meth:`check_resumable` found to make the run longer than it was to be, in words.
     """
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self.is_main = path, is_main
         self._new_session: dict[str, Any] | None = None
+        self.extended: list[str] = []
 
     @classmethod
     def create(
@@ -143,6 +150,19 @@ class RunDirectory:
         complete = complete_checkpoints(self.path)
         return complete[-1] if complete else None
 
+    def after_interrupt(self, command: Sequence[str]) -> str:
+        """What to say about a run that was interrupted: how to go on.
+
+        Args:
+            command: The words of the program's command line, as in ``sys.argv``.
+        """
+        checkpoint = self.last_complete_checkpoint()
+        if checkpoint is None:
+            return "interrupted before the first complete checkpoint (save_steps says when one is written)"
+        words = [word for word in command if word not in ("--resume", "--overwrite")]
+        launched = "accelerate launch ... " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "python "
+        return f"interrupted; to continue from {checkpoint}:\n  {launched}{shlex.join([*words, '--resume'])}"
+
     def check_resumable(self, config: Mapping[str, Mapping[str, Any]], *, world_size: int | None = None) -> None:
         """Refuse to resume under a configuration that would have led elsewhere; call it before ``record(config=...)``.
 
@@ -156,7 +176,13 @@ class RunDirectory:
         if not self.is_main:
             return
         recorded = self.sections()
-        differences = list(_differences(recorded.get("config", {}), plain(config)))
+        before = recorded.get("config", {})
+        differences = list(_differences(before, plain(config)))
+        self.extended = [
+            f"{key} {before[key]['value']} recorded, {config[key]['value']} now"
+            for key in LENGTH
+            if _is_longer(key, before.get(key), config.get(key))
+        ]
         old_size = recorded.get("process_layout", {}).get("world_size", world_size)
         if world_size is not None and old_size != world_size:
             differences.append(f"number of processes: {old_size} recorded, {world_size} now")
@@ -248,9 +274,16 @@ def _differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Itera
         old, new = recorded.get(key), given.get(key)
         if key in FREE_ON_RESUME or (old and new and old["value"] == new["value"]):
             continue
+        if _is_longer(key, old, new):
+            continue
         if (old is None and new["source"] == "default") or (new is None and old["source"] == "default"):
             continue
         yield f"{key}: {_shown(old)} recorded, {_shown(new)} now"
+
+
+def _is_longer(key: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
+    """Whether a key asks for more training than was recorded."""
+    return key in LENGTH and old is not None and new is not None and 0 < old["value"] < new["value"]
 
 
 def _shown(entry: Mapping[str, Any] | None) -> str:

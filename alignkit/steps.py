@@ -105,6 +105,9 @@ def failures_recorded(directory: RunDirectory) -> Iterator[None]:
     """Leave ``status: failed`` in run.json when the run ends with an error."""
     try:
         yield
+    except KeyboardInterrupt:
+        directory.record(status="failed: KeyboardInterrupt")
+        raise KeyboardInterrupt(directory.after_interrupt(sys.argv)) from None
     except BaseException as error:
         headline = str(error).partition("\n")[0]
         directory.record(status=f"failed: {type(error).__name__}: {headline}".removesuffix(": "))
@@ -326,9 +329,10 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
     checkpoint = directory.last_complete_checkpoint() if config.resume else None
     if checkpoint is not None and trainer.is_world_process_zero():
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        is_done = state.global_step >= state.max_steps
+        is_done = state.global_step >= state.max_steps and not directory.extended
         left = f": all {state.max_steps} steps are done, only the report is written again" if is_done else ""
-        print(f"resuming from {checkpoint}{left}")
+        longer = f", which is made longer ({'; '.join(directory.extended)})" if directory.extended else ""
+        print(f"resuming from {checkpoint}{left}{longer}")
     trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

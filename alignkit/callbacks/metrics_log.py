@@ -43,7 +43,8 @@ class MetricsLog(TrainerCallback):
 
     A line is ``{"step": ..., <key>: <value>, ...}`` and on disk before training goes on. JSON has no NaN or infinity:
     such a value is written as null and its key listed under ``nonfinite``. A resumed run first drops the lines that
-    lie beyond its checkpoint, so that no step appears twice.
+    lie beyond its checkpoint, so that no step appears twice; where no step is left, the summary of the session that
+    took the last one stays.
 
     Args:
         path: The file, created when missing.
@@ -51,13 +52,18 @@ class MetricsLog(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._nothing_left = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """On resuming, drop what will be logged again."""
         if state.is_world_process_zero and state.global_step > 0 and self.path.is_file():
-            kept = _until_checkpoint(read_metrics(self.path), state.global_step)
+            entries = read_metrics(self.path)
+            kept = _until_checkpoint(entries, state.global_step)
+            self._nothing_left = state.global_step >= state.max_steps
+            if self._nothing_left:
+                kept += [entry for entry in entries if _END_OF_SESSION in entry]
             write_whole(self.path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -75,7 +81,7 @@ class MetricsLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append one line."""
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or (self._nothing_left and _END_OF_SESSION in logs):
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(_entry(state.global_step, logs), allow_nan=False)}\n")

@@ -67,13 +67,21 @@ def test_resuming_drops_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
     assert read_metrics(path) == before
 
 
-def test_resuming_after_the_end_drops_the_summary_and_what_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_steps", [20, 30])
+def test_resuming_after_the_end_drops_what_followed_and_keeps_the_summary_if_that_was_all(
+    tmp_path: Path, max_steps: int
+) -> None:
+    """Nothing is trained, so the time that training took is that of the session before; a longer run has a new one."""
     path = tmp_path / "metrics.jsonl"
     log(path, 20, loss=0.5)
     log(path, 20, train_runtime=3.0, train_loss=0.6)
     log(path, 20, eval_loss=0.4)
-    resume(path, 20)
-    assert read_metrics(path) == [{"step": 20, "loss": 0.5}]
+    callback, state = MetricsLog(path), TrainerState(global_step=20, max_steps=max_steps)
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, {"train_runtime": 0.001, "train_loss": 0.0})
+    first, *summaries = read_metrics(path)
+    assert first == {"step": 20, "loss": 0.5}
+    assert [summary["train_runtime"] for summary in summaries] == [3.0 if max_steps == 20 else 0.001]
 
 
 def test_a_fresh_start_keeps_what_was_logged_before_training(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -280,3 +281,29 @@ def test_every_free_key_exists() -> None:
 def test_no_torch_is_needed() -> None:
     code = "import sys, alignkit.run_directory; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now", "accepted"),
+    [
+        ({"max_steps": 6}, {"max_steps": 10}, True),
+        ({"max_steps": 6}, {"max_steps": 5}, False),
+        ({"max_steps": -1}, {"max_steps": 10}, False),
+        ({"max_steps": -1, "num_train_epochs": 1.0}, {"max_steps": -1, "num_train_epochs": 2.5}, True),
+        ({"max_steps": -1, "num_train_epochs": 2.0}, {"max_steps": -1, "num_train_epochs": 1.0}, False),
+    ],
+)
+def test_a_run_may_be_resumed_to_become_longer(
+    tmp_path: Path, recorded: dict[str, float], now: dict[str, float], accepted: bool
+) -> None:
+    def config(values: dict[str, float]) -> dict[str, dict[str, Any]]:
+        return {key: {"value": value, "source": "c.yaml:1"} for key, value in values.items()}
+
+    run = RunDirectory.create(tmp_path / "run")
+    run.record(config=config(recorded))
+    if accepted:
+        run.check_resumable(config(now))
+        assert len(run.extended) == 1 and run.extended[0].endswith(" now")
+    else:
+        with pytest.raises(RunDirectoryError, match="cannot be resumed with other settings"):
+            run.check_resumable(config(now))

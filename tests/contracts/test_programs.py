@@ -76,3 +76,50 @@ def test_telemetry_is_off_unless_asked_for(repository: Path) -> None:
             environment["HF_HUB_DISABLE_TELEMETRY"] = wish
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
+
+
+def test_processes_of_a_launch_say_the_same_thing_once(repository: Path, tmp_path: Path) -> None:
+    """As torch's launcher starts them: each with an error file in a folder of its own below one of the attempt."""
+    raised = "raise DataError('rows.jsonl', ['row 3 is empty'])"
+    files = [tmp_path / "attempt_0" / str(rank) / "error.json" for rank in range(3)]
+    for file in files:
+        file.parent.mkdir(parents=True)
+    said = [
+        run_main(raised, repository, RANK=str(rank), TORCHELASTIC_ERROR_FILE=str(file))
+        for rank, file in enumerate(files)
+    ]
+    assert [done.returncode for done in said] == [2, 2, 2]
+    assert [("row 3" in done.stderr) for done in said] == [True, False, False]
+    another = "raise DataError('rows.jsonl', ['row 4 is empty'])"
+    assert "[rank 2]" in run_main(another, repository, RANK="2", TORCHELASTIC_ERROR_FILE=str(files[2])).stderr
+
+
+def test_an_interrupt_says_what_it_carries(repository: Path) -> None:
+    assert run_main("raise KeyboardInterrupt('interrupted; to continue: x')", repository).stderr == (
+        "interrupted; to continue: x\n"
+    )
+    assert run_main("raise KeyboardInterrupt", repository).stderr == "interrupted\n"
+
+
+def test_no_progress_bars_off_a_terminal(repository: Path) -> None:
+    """What is written above a bar is still there; somebody who wants the bars can have them."""
+    body = "from tqdm import tqdm; bar = tqdm(range(3)); list(bar); bar.write('step 1')"
+    done = run_main(body, repository)
+    assert (done.stdout, done.stderr) == ("step 1\n", "")
+    assert "3/3" in run_main(body, repository, TQDM_DISABLE="").stderr
+
+
+NOTICES = {
+    "DeepSpeed": "import logging; log = logging.getLogger('DeepSpeed'); log.addHandler(logging.StreamHandler()); "
+    "log.setLevel(20); log.warning('Setting accelerator to CPU'); log.error('heard')",
+    "DDP": "import warnings; warnings.warn('find_unused_parameters=True was specified in DDP constructor, but'); "
+    "warnings.warn('heard')",
+    "PEFT": "import warnings; warnings.warn_explicit('adapter keys', UserWarning, 'x.py', 1, 'peft.model'); "
+    "warnings.warn('heard')",
+}
+
+
+@pytest.mark.parametrize("body", NOTICES.values(), ids=NOTICES.keys())
+def test_notices_of_dependencies_do_not_reach_users(body: str, repository: Path) -> None:
+    heard = run_main(body, repository).stderr
+    assert "heard" in heard and not any(word in heard for word in ("accelerator", "unused", "adapter keys"))

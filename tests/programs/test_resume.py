@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -42,6 +44,8 @@ WATCHED = {
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.2, "max_steps": 10},
     "full": {"parametrization": "full", "max_steps": 10, "lr_scheduler_type": "cosine"},
+    "constant, 6 steps": {"max_steps": 6, "lr_scheduler_type": "constant_with_warmup"},
+    "constant, 10 steps": {"max_steps": 10, "lr_scheduler_type": "constant_with_warmup"},
     "lora with a precomputed reference": {"reference": "precomputed", "max_steps": 10, "data_seed": 7},
 }
 CHANGES_WITH_TIME = re.compile(r".*(runtime|_per_second)")
@@ -71,7 +75,7 @@ def whole_run(launcher: Launcher, workplace: Path) -> Callable[[str], Path]:
 
     @functools.cache
     def make(variant: str) -> Path:
-        run = workplace / variant.replace(" ", "_")
+        run = workplace / variant.replace(", ", "_").replace(" ", "_")
         config = write_config(run.with_suffix(".yaml"), {**WATCHED, **VARIANTS[variant], "output_dir": str(run)})
         ended = launcher.run("--config", str(config), directory=workplace)
         assert ended.exit_code == 0, ended.errors[-3000:]
@@ -158,6 +162,8 @@ def test_after_the_last_step_only_the_report_is_made_again(
     assert ended.exit_code == 0, ended.errors[-3000:]
     assert "checkpoint-10: all 10 steps are done, only the report is written again" in ended.output
     assert same_weights(whole, run) and metrics(run) == metrics(whole)
+    summaries = [[line for line in read_lines(r / "metrics.jsonl") if "train_runtime" in line] for r in (whole, run)]
+    assert summaries[0] == summaries[1] and len(summaries[0]) == 1, "how long the training took is still known"
     assert run_json(run)["results"] == run_json(whole)["results"]
     assert (run / "README.md").exists() and (run / "plot.png").exists() and not (run / "checkpoint-11").exists()
 
@@ -224,3 +230,30 @@ def test_under_accelerate_launch(whole: Path, workplace: Path, environment: dict
     done = subprocess.run(launch, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert same_weights(whole, run) and metrics(run) == metrics(whole)
+
+
+def test_a_resumption_with_more_steps_makes_the_run_longer(
+    whole_run: Callable[[str], Path], launcher: Launcher, workplace: Path, tmp_path: Path
+) -> None:
+    """Where the learning rate does not depend on the length, it is the run that was long from the start."""
+    run = Path(shutil.copytree(whole_run("constant, 6 steps"), tmp_path / "run"))
+    longer = whole_run("constant, 10 steps")
+    ended = launcher.run(*arguments(longer, run, "--resume"), directory=workplace)
+    assert ended.exit_code == 0, ended.errors[-3000:]
+    assert f"resuming from {run / 'checkpoint-6'}, which is made longer (max_steps 6 recorded, 10 now)" in ended.output
+    assert same_weights(longer, run) and not same_weights(longer, whole_run("constant, 6 steps"))
+    assert run_json(run)["config"]["max_steps"]["value"] == 10
+    logged = [line["step"] for line in metrics(run) if "loss" in line]
+    assert logged == sorted(set(logged)) and logged[-1] == 10
+
+
+def test_ctrl_c_says_how_to_go_on(whole: Path, launcher: Launcher, workplace: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (running,) = launcher.start(*arguments(whole, run), directory=workplace)
+    between_two_saves(running, run)
+    os.kill(running.pid, signal.SIGINT)
+    ended = running.wait()
+    assert ended.exit_code == 130 and "Traceback" not in ended.errors
+    assert f"interrupted; to continue from {run / 'checkpoint-4'}:\n  python " in ended.errors
+    command = ended.errors.rpartition("  python ")[2].splitlines()[0]
+    assert shlex.split(command)[1:] == arguments(whole, run, "--resume")
