@@ -215,6 +215,13 @@ def test_only_an_open_choice_on_an_accelerator_is_measured(make_trainer: Any) ->
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels of a GPU cannot be compared here")
 def test_on_a_gpu_all_four_ways_run_and_agree(make_trainer: Any) -> None:
-    trainer = make_trainer(settings=BridgeSettings("auto"), arguments={"max_steps": 2, "use_cpu": False})
+    # FlexAttention needs a head size of 16.
+    models = [build("qwen3", FAMILIES["qwen3"] | {"head_dim": 16}) for _ in range(2)]
+    trainer = make_trainer(
+        model=models[0],
+        ref_model=models[1],
+        settings=BridgeSettings("auto"),
+        arguments={"max_steps": 2, "use_cpu": False, "gradient_checkpointing": True},
+    )
     assert trainer.layout.reason.count(" ms") == 4, trainer.layout.reason
     trainer.train()

@@ -39,6 +39,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": SMALL | {"head_dim": 8, "sliding_window": 128},
     "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
+    # Multi-head latent attention: values have another head size than queries and keys.
+    "deepseek_v3": SMALL
+    | {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "qwen3_moe": SMALL | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
