@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Trainer, modeling_rope_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from trl import DPOTrainer, SFTTrainer
@@ -58,6 +58,14 @@ def parameters(function: Any) -> list[str]:
 )
 def test_signature(function: Any, expected: list[str]) -> None:
     assert parameters(function) == expected
+
+
+def test_position_encodings_that_depend_on_the_longest_row_are_those_two() -> None:
+    source = inspect.getsource(modeling_rope_utils.dynamic_rope_update)
+    assert source.count('"dynamic" in rope_type') == source.count('rope_type == "longrope"') == 1
+    assert 'rope_parameters["original_max_position_embeddings"]' in source
+    changing = {name for name in modeling_rope_utils.ROPE_INIT_FUNCTIONS if name in ("dynamic", "longrope")}
+    assert changing == {"dynamic", "longrope"}
 
 
 def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
