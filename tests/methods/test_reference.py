@@ -139,7 +139,9 @@ def test_a_cache_of_another_function_is_not_served_in_half_precision(
         return get_peft_model(plain, lora(init_lora_weights=False, lora_alpha=8.5 if changed else 8))
 
     for changed in (False, True):
-        trainer = run(make_trainer, cache, model=model(changed), arguments={"max_steps": 1, "learning_rate": 0.0})
+        adapter = lora() if kind == "base" else None
+        arguments = {"max_steps": 1, "learning_rate": 0.0}
+        trainer = run(make_trainer, cache, model=model(changed), peft_config=adapter, arguments=arguments)
         # The policy is its own reference here: at learning rate 0 every reward is rounding.
         assert logged(trainer, "rewards/margins") == [pytest.approx(0.0, abs=0.02)]
     assert len(files(cache)) == 2
