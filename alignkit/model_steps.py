@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from alignkit.errors import ModelError
 from alignkit.methods.method import load_method
 from alignkit.parametrizations import loading
 from alignkit.parametrizations.files import model_problem, read_adapter
-from alignkit.parametrizations.lora import check_modules, lora_config
+from alignkit.parametrizations.lora import check_modules, lora_config, unadaptable
 
 RunConfig = PreferenceConfig | SFTConfig
 
@@ -137,6 +138,11 @@ def new_adapter(config: RunConfig, model: PreTrainedModel | PeftModel) -> Any:
     if config.parametrization != "lora" or config.adapter is not None:
         return None
     check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
+    left_out = unadaptable(model) if config.lora_target_modules == "all-linear" else {}
+    if left_out and PartialState().is_main_process:
+        for reason in dict.fromkeys(left_out.values()):
+            names = ", ".join(sorted(name for name, why in left_out.items() if why == reason))
+            print(f"lora_target_modules: all-linear leaves out {names}, which {reason}")
     return lora_config(
         r=config.lora_r,
         alpha=config.lora_alpha,
@@ -145,4 +151,5 @@ def new_adapter(config: RunConfig, model: PreTrainedModel | PeftModel) -> Any:
         modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        exclude=list(left_out),
     )

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError
+
+_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")
+_SCAN_AND_OUT = ("conv1d", "out_proj")
+READ_FROM_OUTSIDE = {
+    "mamba": _SCAN,
+    "falcon_mamba": _SCAN,
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"), _SCAN_AND_OUT),
+    "jamba": ("conv1d", "dt_proj"),
+}
+"""By model type, the modules whose weights transformers hands to a state-space kernel instead of calling them."""
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""What the module is called that chooses the experts of a token, in a model that has experts."""
 
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 """Kinds of module PEFT has a LoRA layer for."""
@@ -26,6 +40,7 @@ def lora_config(
     modules_to_save: Sequence[str] = (),
     use_rslora: bool = False,
     use_dora: bool = False,
+    exclude: Sequence[str] = (),
 ) -> LoraConfig:
     """A PEFT configuration for a causal language model.
 
@@ -37,6 +52,7 @@ def lora_config(
         modules_to_save: Modules trained in full and saved with the adapter.
         use_rslora: Rank-stabilised scaling.
         use_dora: Weight-decomposed LoRA.
+        exclude: Modules that ``all-linear`` leaves out.
     """
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -47,10 +63,29 @@ def lora_config(
         modules_to_save=list(modules_to_save) or None,
         use_rslora=use_rslora,
         use_dora=use_dora,
+        exclude_modules=list(exclude) or None,
     )
 
 
-def check_modules(model: nn.Module, target_modules: str | Sequence[str], modules_to_save: Sequence[str] = ()) -> None:
+def unadaptable(model: PreTrainedModel) -> dict[str, str]:
+    """Linear modules that low-rank factors cannot be put on, with the reason; ``all-linear`` is to leave them out.
+
+    Args:
+        model: The base.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and "Router" in type(module).__name__:
+            found[last] = "routes tokens to experts, which is more than the product that factors could be added to"
+        elif isinstance(module, ADAPTABLE) and last in READ_FROM_OUTSIDE.get(model.config.model_type, ()):
+            found[last] = "a state-space kernel reads from outside, so that factors beside it would never be used"
+    return found
+
+
+def check_modules(
+    model: PreTrainedModel, target_modules: str | Sequence[str], modules_to_save: Sequence[str] = ()
+) -> None:
     """Check that every name leads to a module of the model; PEFT passes over those that do not, one in a list of many.
 
     Args:
@@ -62,18 +97,34 @@ def check_modules(model: nn.Module, target_modules: str | Sequence[str], modules
         ModelError: Names the unknown modules and those there are.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    adaptable = {name for name, module in modules.items() if isinstance(module, ADAPTABLE)}
-    problems = []
+    barred = unadaptable(model)
+    adaptable = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, ADAPTABLE) and name.rpartition(".")[2] not in barred
+    }
+    problems = _barred(target_modules, barred, modules)
     if isinstance(target_modules, str):
         if target_modules != "all-linear" and not any(re.fullmatch(target_modules, name) for name in adaptable):
             problems.append(f"no module that can take an adapter matches lora_target_modules: {target_modules}")
-    elif unknown := [name for name in target_modules if not _leads_to(name, adaptable)]:
+    elif unknown := [name for name in target_modules if not _leads_to(name, adaptable) and not problems]:
         problems.append(f"lora_target_modules names {', '.join(unknown)}, which cannot take an adapter here")
     if unknown := [name for name in modules_to_save if not _leads_to(name, set(modules))]:
         problems.append(f"lora_modules_to_save names {', '.join(unknown)}, which the model does not have")
     if problems:
         kinds = sorted({name.rpartition(".")[2] for name in adaptable})
         raise ModelError(f"{'; '.join(problems)}. Write all-linear, or names among {', '.join(kinds)}.")
+
+
+def _barred(target_modules: str | Sequence[str], barred: Mapping[str, str], modules: Iterable[str]) -> list[str]:
+    """Say which of the modules asked for cannot take an adapter, and why."""
+    if target_modules == "all-linear":
+        return []
+    if isinstance(target_modules, str):
+        asked = {name.rpartition(".")[2] for name in modules if re.fullmatch(target_modules, name)}
+    else:
+        asked = {name.rpartition(".")[2] for name in target_modules}
+    return [f"lora_target_modules asks for {name}, which {why}" for name, why in barred.items() if name in asked]
 
 
 def _leads_to(name: str, modules: set[str]) -> bool:
@@ -88,29 +139,69 @@ class TrainableReport:
     Attributes:
         trainable, total: Parameter counts of the whole (unsharded) model.
         by_module: Trainable parameters by the last meaningful part of the module name.
+        by_block: The same by kind of block: ``attention``, ``mlp``, ``experts``, ``router``, ``embedding``, ``head``,
+            ``other``.
     """
 
     trainable: int
     total: int
     by_module: dict[str, int]
+    by_block: dict[str, int]
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
-        parts = ", ".join(f"{name} {count:,}" for name, count in self.by_module.items())
-        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %): {parts}"
+        text = f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %): {_listed(self.by_module)}"
+        if len(self.by_block) > 1:
+            text += f"\n  by kind of block: {_listed(self.by_block)}"
+        if "router" in self.by_block:
+            text += (
+                "\n  routers, which choose the experts, are among them: to leave them as they are, list other modules"
+            )
+        return text
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:
-    """Count the trainable parameters of ``model`` by kind of module; ZeRO-3 partitions count in full."""
-    counts: Counter[str] = Counter()
+    """Count the trainable parameters of ``model``; ZeRO-3 partitions and packed 4-bit weights count in full."""
+    modules: Counter[str] = Counter()
+    blocks: Counter[str] = Counter()
     trainable = total = 0
-    for name, parameter in model.named_parameters():
-        size = vars(parameter).get("ds_numel", parameter.numel())
+    parameters = list(model.named_parameters())
+    has_experts = any("experts" in name.split(".") for name, _ in parameters)
+    for name, parameter in parameters:
+        size = _size(parameter)
         total += size
         if parameter.requires_grad:
             trainable += size
-            counts[_module_kind(name)] += size
-    return TrainableReport(trainable, total, dict(counts.most_common()))
+            modules[_module_kind(name)] += size
+            blocks[_block_kind(name, has_experts=has_experts)] += size
+    return TrainableReport(trainable, total, dict(modules.most_common()), dict(blocks.most_common()))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Numbers a parameter stands for: bitsandbytes packs two of 4 bits in a byte, DeepSpeed leaves a part here."""
+    own = vars(parameter)
+    if own.get("quant_state") is not None:
+        return int(own["quant_state"].shape.numel())
+    return int(own.get("ds_numel", parameter.numel()))
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _block_kind(parameter_name: str, *, has_experts: bool) -> str:
+    """Kind of the block a parameter belongs to, by the names of the modules around it."""
+    parts = parameter_name.split(".")
+    if has_experts and _module_kind(parameter_name) in ROUTERS:
+        return "router"
+    kinds = {
+        "head": ("lm_head", "embed_out", "output_projection"),
+        "experts": ("expert",),
+        "attention": ("attn", "attention"),
+        "mlp": ("mlp", "feed_forward", "ffn", "fc1", "fc2"),
+        "embedding": ("embed", "wte", "wpe"),
+    }
+    return next((kind for kind, words in kinds.items() if any(w in p for p in parts for w in words)), "other")
 
 
 def _module_kind(parameter_name: str) -> str:

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
@@ -64,11 +64,9 @@ def check_token_ids(
 
 def num_embeddings(model: PreTrainedModel | PeftModel) -> int:
     """Tokens that a model has an embedding for."""
-    embeddings = model.get_input_embeddings()
-    # The shape of the weight does not say: DeepSpeed shards it.
-    layer = embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings
-    size: int = layer.num_embeddings
-    return size
+    # The shape of the weight does not say: DeepSpeed shards it. Inside an adapter's wrapper it is the base that counts.
+    parts = model.get_input_embeddings().modules()
+    return next(part.num_embeddings for part in parts if isinstance(part, nn.Embedding))
 
 
 def _largest_ids(rows: Dataset | Sequence[Sequence[int]] | None) -> Iterable[int]:

@@ -90,6 +90,7 @@ TIED = {
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         True,
     ),
+    "single tokens of both": ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, True),
     "neither": ({"target_modules": ["q_proj"]}, True),
 }
 
