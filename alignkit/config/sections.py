@@ -82,8 +82,8 @@ class ParametrizationSection(Section):
     lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.", source=PEFT)
     lora_target_modules: str | list[str] = option(
         "all-linear",
-        help="Modules that get an adapter: all-linear (all but the output head and, said at the start, what cannot take "
-        "one), a list of names, or one regular expression over full names.",
+        help="Modules that get an adapter: all-linear (all but the output head and, said at the start, what cannot "
+        "take one), a list of names, or one regular expression over full names.",
         source="QLoRA (arXiv 2305.14314), section 4",
     )
     lora_modules_to_save: list[str] = option(
