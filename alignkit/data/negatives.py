@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.columns import LIST_COLUMNS, PREFERENCE_FORMS, TEMPLATE_COLUMNS, columns_of
+from alignkit.data.columns import LIST_COLUMNS, PREFERENCE_FORMS, TEMPLATE_COLUMNS, columns_of, refused_columns
 from alignkit.data.json_values import is_plain, without_filled_nulls
 from alignkit.data.load import parse_messages, parse_sources, rename_columns
 from alignkit.data.negative_schema import PromptKind, detect_prompt_kind, prompt_problems
@@ -52,6 +52,8 @@ def load_prompts(
     rows: list[dict[str, Any]] = []
     for source in parse_sources(list(sources), split):
         dataset, columns = open_source(source, streaming=False)
+        if refused := refused_columns(columns):
+            raise DataError(f"{source.path}: rows are not text alone", refused)
         known = columns_of(PREFERENCE_FORMS)
         dataset, _ = rename_columns(dataset, columns, column_map or {}, source.path, known)
         dataset = parse_messages(without_filled_nulls(dataset, known), source.path)

@@ -98,11 +98,11 @@ BAD_RUNS = (
         rows_in("late.jsonl", [*ANSWERS, {"prompt": "w1", "completion": ""}]),
     ),
     Bad(
-        "messages of ShareGPT",
+        "a turn of ShareGPT that is no message",
         {"data": "share.jsonl", "chat_template": "template.jinja"},
-        ("message without role", '"role": ..., "content": ...'),
+        ("from 'function_call'", "known are system, human"),
         lambda place: (
-            rows_in("share.jsonl", [{"messages": [{"from": "human", "value": "w1"}]}] * 3)(place),
+            rows_in("share.jsonl", [{"messages": [{"from": "function_call", "value": "w1"}]}] * 3)(place),
             (place / "template.jinja").write_text(TEMPLATE),
         ),
     ),
