@@ -50,6 +50,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         self.gradient_rule = gradient_rule
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._loss_weights: dict[str, float] = {}
+        self._evaluation_prefix = "eval"
 
     def hold_masters(self, start: Mapping[str, Tensor]) -> None:
         """Hold what trains in float32, from the values it had before TRL's constructor; called right after that.
@@ -211,25 +212,37 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             self._loss_weights["aux_loss"] = self.router_aux_loss_coef
             self.record("aux_loss", Metric(output.aux_loss.reshape(1)))
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate, and leave the model in the mode it was in: :meth:`log` tells train from eval by it.
 
-        The random state is left as it was, too: a data loader draws from it, and what is looked at is not changed.
+        The random state is left as it was, too: a data loader draws from it, and what is looked at is not changed. Of
+        several sets, each is evaluated by a call of its own, with its name in the prefix.
         """
         was_training = self.model.training
+        self._evaluation_prefix = metric_key_prefix
         try:
             with torch.random.fork_rng(devices=[]):
-                metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+                metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return metrics
         finally:
             self.model.train(was_training)
 
+    def predict(self, *unused: Any, **also_unused: Any) -> Any:
+        """Refused: it would return logits."""
+        raise NotImplementedError("logits are never built; use scripts/evaluate.py for predictions")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the weighted means since the last log; the evaluation loss is recomputed from its terms."""
         means = self._sums[self.mode].means(self.accelerator)
-        if "eval_loss" in logs:
-            logs["eval_loss"] = sum(weight * means[name] for name, weight in self._loss_weights.items())
-        self._metrics[self.mode].update({name: [value] for name, value in means.items()})
+        if self.mode == "eval":
+            prefix = self._evaluation_prefix
+            if f"{prefix}_loss" in logs:
+                logs[f"{prefix}_loss"] = sum(weight * means[name] for name, weight in self._loss_weights.items())
+            logs.update({f"{prefix}_{name}": value for name, value in means.items()})
+        else:
+            self._metrics["train"].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
     def create_model_card(self, *unused: Any, **also_unused: Any) -> None:

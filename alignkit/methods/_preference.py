@@ -34,6 +34,7 @@ from alignkit.errors import ModelError
 from alignkit.evals.modes import evaluating, switch_off_dropout
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_items
+from alignkit.methods._arguments import REFUSED_FOR_PREFERENCE, refuse_unused
 from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
 from alignkit.methods._bridge import ObjectiveBridge, ratio
 from alignkit.methods._comparison import length_dependence
@@ -80,7 +81,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
 
     Args:
         model: The policy, loaded; with ``peft_config`` it is wrapped by TRL.
-        args: TRL's arguments; its ``loss_type`` and ``beta`` are not used.
+        args: TRL's arguments; those of ``REFUSED_FOR_PREFERENCE`` must have their defaults.
         method: The method whose objective is minimised.
         options: Instance of ``method.options``.
         settings: Layout and cache.
@@ -106,6 +107,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         gradient_rule: ChosenRule | None = None,
         **inherited: Any,
     ) -> None:
+        refuse_unused(args, REFUSED_FOR_PREFERENCE, inherited, "ref_model")
         self.method, self.method_options, self.settings = method, options, settings
         self.needs = method.needs(options)
         self.data_collator: CandidateCollator

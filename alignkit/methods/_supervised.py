@@ -40,6 +40,7 @@ from alignkit.errors import ModelError
 from alignkit.evals.modes import evaluating
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import LossOutput, TokenBatch
+from alignkit.methods._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
 from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
 from alignkit.methods._bridge import ObjectiveBridge, ratio
 from alignkit.methods._comparison import (
@@ -71,7 +72,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
 
     Args:
         model: The policy, loaded; with ``peft_config`` it is wrapped by TRL.
-        args: TRL's arguments; ``packing`` and its strategy are used, ``loss_type`` is not.
+        args: TRL's arguments; those of ``REFUSED_FOR_SUPERVISED`` must have their defaults.
         method: The method whose objective is minimised.
         options: Instance of ``method.options``.
         train_dataset: Tokenised rows.
@@ -97,6 +98,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         gradient_rule: ChosenRule | None = None,
         **inherited: Any,
     ) -> None:
+        refuse_unused(args, REFUSED_FOR_SUPERVISED, inherited, "optimizer_cls_and_kwargs")
         self.method, self.method_options = method, options
         self.prepare_bridge(gradient_rule)
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)

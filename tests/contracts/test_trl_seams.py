@@ -80,7 +80,8 @@ OWN_HOOKS = {
     SupervisedTrainer: {"_set_signature_columns_if_needed"},
 }
 SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluate", "log", "create_model_card"} | {
-    "_init_training_state"
+    "_init_training_state",
+    "predict",
 }
 
 
