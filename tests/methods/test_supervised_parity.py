@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
+from trl import SFTTrainer
 
 from tests.methods.conftest import flat_weights, logged
-from tests.methods.supervised import completions, conversations, make, make_peer, token_rows
+from tests.methods.supervised import arguments, completions, conversations, make, make_peer, token_rows, tokenizer
 
 
 class Case(NamedTuple):
@@ -71,3 +75,34 @@ def test_the_cases_differ(tmp_path: Path) -> None:
         batch = next(iter(trainer.get_train_dataloader()))
         losses.add((tuple(batch["input_ids"].shape), int((batch["labels"] != -100).sum())))
     assert len(losses) == len(CASES)
+
+
+def test_where_transformers_counts_the_first_token_ours_is_the_cross_entropy(tmp_path: Path) -> None:
+    """No position predicts the first token of a row, yet for classes like GPT2LMHeadModel transformers counts it.
+
+    TRL divides by that count, one more for every row trained whole; the mean over what is predicted is ours.
+    """
+    torch.manual_seed(0)
+    size = {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    ids = {"eos_token_id": tokenizer().eos_token_id, "pad_token_id": tokenizer().pad_token_id}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    policy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), **size, **ids, **dropout))
+    texts, how = completions(4), {"max_steps": 1, "per_device_train_batch_size": 4}
+    rows = token_rows(texts, completion_only=False)
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            logits = policy(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum").item()
+        count += len(row["labels"]) - 1
+    theirs = SFTTrainer(
+        copy.deepcopy(policy),
+        args=arguments(tmp_path / "theirs", completion_only_loss=False, **how),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=tokenizer(),
+    )
+    theirs.train()
+    ours = make(tmp_path / "ours", rows, model=policy, **how)
+    ours.train()
+    assert logged(ours, "loss") == pytest.approx([total / count], rel=1e-5)
+    assert logged(theirs, "loss") == pytest.approx([total / (count + len(rows))], rel=1e-5)
