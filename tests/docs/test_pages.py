@@ -22,7 +22,7 @@ from tests.docs.pages import REPOSITORY, Block, anchors, blocks, commands, links
 
 SHELL_BLOCKS = blocks("bash")
 PROGRAM_OF_CONFIG = {"trainers/preference.py": "preference", "trainers/sft.py": "sft"}
-PLAIN_COMMANDS = ("pip install ", "git clone ", "pytest ")
+PLAIN_COMMANDS = ("pip install ", "git clone ", "pytest ", "source ")
 
 
 def by_place(block: Block) -> str:
