@@ -76,3 +76,8 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 def launched_with_fsdp() -> bool:
     """Whether accelerate was told to shard the model with FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def launched_with_deepspeed() -> bool:
+    """Whether accelerate was told to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"

@@ -11,11 +11,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.config import PreferenceConfig, SFTConfig
+from alignkit.environment import launched_with_deepspeed
 from alignkit.errors import ModelError
 from alignkit.methods.method import load_method
 from alignkit.parametrizations import loading
 from alignkit.parametrizations.files import model_problem, read_adapter
 from alignkit.parametrizations.lora import check_modules, lora_config, unadaptable
+from alignkit.parametrizations.precision import HALF
 
 RunConfig = PreferenceConfig | SFTConfig
 
@@ -26,7 +28,7 @@ def load_model(config: RunConfig, path: str, revision: str | None = None) -> Pre
     Raises:
         ModelError: It cannot be loaded; the message says why.
     """
-    return loading.load_model(model_source(config, path, revision))
+    return _load(config, model_source(config, path, revision))
 
 
 def model_source(config: RunConfig, path: str, revision: str | None = None) -> loading.ModelSource:
@@ -41,6 +43,24 @@ def model_source(config: RunConfig, path: str, revision: str | None = None) -> l
     )
 
 
+def _load(config: RunConfig, source: loading.ModelSource) -> PreTrainedModel:
+    """A model whose weights are float32 where all of them train, so that no step is lost to rounding.
+
+    A reference follows suit, or it would differ from the policy by the rounding of its arithmetic. DeepSpeed casts
+    weights itself and steps float32 copies of its own.
+    """
+    model = loading.load_model(source)
+    held = model.dtype
+    if config.parametrization == "lora" or held not in HALF or launched_with_deepspeed():
+        return model
+    if PartialState().is_main_process:
+        print(
+            f"{source.model}: loaded in {str(held).removeprefix('torch.')} and held in float32, in which weights can "
+            "train" + ("" if config.bf16 or config.fp16 else "; bf16: true would compute in bfloat16, faster")
+        )
+    return model.float()
+
+
 def load_policy(config: RunConfig) -> PreTrainedModel | PeftModel:
     """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it.
 
@@ -50,10 +70,10 @@ def load_policy(config: RunConfig) -> PreTrainedModel | PeftModel:
     source = model_source(config, config.model, config.model_revision)
     loading.quantization_of(source, in_full=config.parametrization == "full")
     if config.adapter is None:
-        return loading.load_model(source)
+        return _load(config, source)
     adapter = read_adapter(config.adapter)
     loading.check_base(adapter, source)
-    return loading.load_adapter(loading.load_model(source), adapter, is_trainable=True)
+    return loading.load_adapter(_load(config, source), adapter, is_trainable=True)
 
 
 def check_references(config: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -37,7 +37,7 @@ from alignkit.data.checks import Limits
 from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.messages import as_messages
 from alignkit.data.report import SplitReport, data_report
-from alignkit.environment import environment, launched_with_fsdp
+from alignkit.environment import environment
 from alignkit.errors import ConfigError, ModelError
 from alignkit.gradients._support import RunLayout, check_layout
 from alignkit.gradients.rule import load_rule
@@ -59,7 +59,6 @@ _PASSED_THROUGH = (
 """Config keys that are TRL's own, handed on unchanged."""
 
 STREAM_BUFFER = 1000  # rows a stream is shuffled within; rows at hand are shuffled by the trainer, anew each epoch
-HALF_NAMES = ("bfloat16", "float16")
 ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
 
 Rows = Dataset | IterableDataset
@@ -156,27 +155,6 @@ def check_device(config: RunConfig, args: TrainingArguments) -> None:
         problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")
     if problems:
         raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
-
-
-def check_masters(config: RunConfig, args: TrainingArguments) -> None:
-    """Refuse weights that would be trained in half precision, before hours are spent on rows and models.
-
-    DeepSpeed keeps float32 masters of its own, and FSDP makes some of what trains in mixed precision.
-
-    Raises:
-        ConfigError: Nearly every step would be rounded away.
-    """
-    if config.parametrization != "full" or config.dtype not in HALF_NAMES:
-        return
-    if args.deepspeed_plugin is not None or (launched_with_fsdp() and args.mixed_precision != "no"):
-        return
-    problem = (
-        f"`dtype: {config.dtype}` with parametrization: full: weights held in {config.dtype} swallow nearly every step "
-        "as rounding (at a learning rate of 1e-5, those of weights above 0.004). Write dtype: float32 and bf16: true, "
-        "which computes in bfloat16 and keeps the weights in float32; or launch with DeepSpeed, which keeps float32 "
-        "copies of its own (configs/accelerate/zero2.yaml)"
-    )
-    raise ConfigError("the weights could not be trained in this precision", [problem])
 
 
 def check_gradient_rule(config: RunConfig, args: TrainingArguments) -> None:

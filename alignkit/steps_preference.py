@@ -60,7 +60,6 @@ def training_arguments(config: PreferenceConfig) -> DPOConfig:
         max_length=None,
     )
     steps.check_device(config, args)
-    steps.check_masters(config, args)
     steps.check_gradient_rule(config, args)
     check_refresh(config)
     return args
@@ -137,8 +136,8 @@ def build_trainer(
         _report_token_rewards(trainer, directory)
     if args.process_index == 0:
         print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
-    reference = reference_in_force(config, trainer)
-    steps.introduce(config, trainer, directory, reference=reference, batch_layout=asdict(trainer.layout))
+    in_force = reference_in_force(config, trainer)
+    steps.introduce(config, trainer, directory, reference=in_force, batch_layout=asdict(trainer.layout))
     return trainer
 
 

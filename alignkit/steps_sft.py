@@ -37,7 +37,6 @@ def training_arguments(config: SFTConfig) -> SFTArguments:
         dataset_num_proc=config.dataset_num_proc,
     )
     steps.check_device(config, args)
-    steps.check_masters(config, args)
     steps.check_gradient_rule(config, args)
     return args
 

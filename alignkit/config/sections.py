@@ -49,7 +49,8 @@ class ModelSection(Section):
     dtype: str = option(
         "float32",
         choices=DTYPES,
-        help="Precision the weights are loaded in; auto takes the checkpoint's. Keep float32 when all weights train.",
+        help="Precision the weights are loaded in; auto takes the checkpoint's. What trains is held in float32 all the "
+        "same, except under DeepSpeed, which steps float32 copies.",
         source=TRL,
     )
     attn_implementation: str | None = option(

@@ -125,6 +125,9 @@ def test_layouts_agree(run: Callable[[str, str], Path], what: str, name: str) ->
         for key in RUNS[what].metrics:
             assert step[key] == pytest.approx(expected[key], abs=2e-5, rel=1e-5), key
     assert base[0]["grad_norm"] > 0.1
+    # Of the weights the optimizer steps, in shards or float32 masters; the first step is at the full rate.
+    assert steps[0]["unmoved_weights"] < 0.02
+    assert record["results_before"].keys() == record["results"].keys()
     assert record["results"].keys() == base_record["results"].keys()
     for key, value in base_record["results"].items():
         assert record["results"][key] == pytest.approx(value, abs=2e-5, rel=1e-5), key

@@ -11,8 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignkit.callbacks.unmoved import UnmovedWeights
+from alignkit.config import PreferenceConfig
 from alignkit.errors import ModelError
 from alignkit.losses.types import Metric
+from alignkit.model_steps import load_policy, load_reference
 from alignkit.parametrizations.loading import ModelSource, load_model
 from alignkit.parametrizations.precision import hold_in_float32
 from tests.methods.conftest import logged
@@ -98,6 +100,28 @@ def test_whole_models_in_half_precision_are_refused(make_trainer: Any, model_pat
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
     with pytest.raises(ModelError, match="all weights train: rounding would swallow .* Write dtype: float32 and bf16"):
         make_trainer(model=model)
+
+
+def test_a_run_that_trains_all_weights_holds_them_in_float32(
+    make_trainer: Any, model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the values that bfloat16 gives, and its reference with it; DeepSpeed keeps copies of its own."""
+    config = PreferenceConfig(
+        model=model_path, data="-", method="dpo", output_dir="-", parametrization="full", dtype="bfloat16"
+    )
+    policy, reference = load_policy(config), load_reference(config)
+    assert "loaded in bfloat16 and held in float32" in capsys.readouterr().out
+    rounded = entries(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16))
+    assert torch.equal(entries(policy), rounded.float()) and entries(policy).dtype == torch.float32
+    arguments = {"max_steps": 3, "learning_rate": RATE, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(model=policy, ref_model=reference, arguments=arguments)
+    trainer.add_callback(UnmovedWeights(trainer))
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-6)
+    assert (entries(trainer.model) == rounded.float()).float().mean() < 0.05
+    assert max(logged(trainer, "unmoved_weights")) < 0.05
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert load_policy(config).dtype == torch.bfloat16
 
 
 def test_frozen_weights_and_float32_stay_as_they_are(model_path: str) -> None:

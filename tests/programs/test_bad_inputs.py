@@ -214,11 +214,6 @@ BAD_RUNS = (
     Bad("float16 on the CPU", {"fp16": True, "use_cpu": False}, ("fp16: true", "Write bf16: true and use_cpu: true")),
     BFLOAT16,
     Bad(
-        "a whole model in bfloat16",
-        {"parametrization": "full", "dtype": "bfloat16"},
-        ("dtype: bfloat16", "rounding", "Write dtype: float32 and bf16: true"),
-    ),
-    Bad(
         "a reference with another vocabulary",
         {"reference_model": "other_words"},
         ("other_words", "tokens differ", "Write a reference_model with the same tokenizer"),
