@@ -143,14 +143,15 @@ def _metadata_problems(metadata: dict[str, Any], kind: Kind) -> Iterator[str]:
             yield f"{CARD} says {key}: {metadata[key]!r}; expected {'text' if kinds is str else 'a list'}"
 
 
-def no_base(given: str | list[str] | None) -> str:
+def no_base(given: str | list[str] | None, *, option: str = "--base_model") -> str:
     """What to say of an adapter whose base is not on the Hub.
 
     Args:
         given: How card or config name the base, if they do.
+        option: Where the Hub id of the base can be given: of an upload, or the config key of a training.
     """
     what = f"{given!r} as base model, which is not on the Hub" if given else "no base model"
     return (
-        f"the adapter names {what}: nobody else could load it. Give the Hub id of the base with --base_model. Where "
+        f"the adapter names {what}: nobody else could load it. Give the Hub id of the base with {option}. Where "
         "the base is not on the Hub, publish it first, or merge the adapter (scripts/merge_adapter.py) and publish that"
     )

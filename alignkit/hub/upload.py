@@ -196,9 +196,9 @@ def check_before_training(repo_id: str, base_model: str, *, is_adapter: bool) ->
         ProblemListError: The repository's name is no Hub id, or an adapter's base is not on the Hub.
     """
     require_token()
-    problems = [f"repo_id: {fault}"] if (fault := id_fault(repo_id)) else []
+    problems = [f"hub_model_id: {fault}"] if (fault := id_fault(repo_id)) else []
     if is_adapter and hub_id(base_model) is None:
-        problems.append(no_base(base_model))
+        problems.append(no_base(base_model, option="model"))
     if problems:
         raise ProblemListError("the result of this training could not be published", problems)
 

@@ -112,7 +112,8 @@ def check_modules(
     if unknown := [name for name in modules_to_save if not _leads_to(name, set(modules))]:
         problems.append(f"lora_modules_to_save names {', '.join(unknown)}, which the model does not have")
     if problems:
-        kinds = sorted({name.rpartition(".")[2] for name in adaptable})
+        head = model.get_output_embeddings()
+        kinds = sorted({name.rpartition(".")[2] for name in adaptable if modules[name] is not head})
         raise ModelError(f"{'; '.join(problems)}. Write all-linear, or names among {', '.join(kinds)}.")
 
 
