@@ -224,8 +224,9 @@ def _head_problem(run: ScoringRun, row: Mapping[str, Any]) -> str | None:
     if not moved <= tolerance:
         return (
             f"{run.label}: a token sees later ones. With other tokens behind it, its log-prob moves by {moved:.2g} "
-            f"nats (tolerance {tolerance}), so the model would learn to copy what it is to predict. This is an "
-            "encoder, or a model with bidirectional attention. Take a causal language model"
+            f"nats (tolerance {tolerance}), so scores are not those of generated text, and the model "
+            "would learn to copy what it is to predict. This is an encoder, or its attention is bidirectional, or its "
+            "routing mixes tokens. Take a causal language model"
         )
     own = logps[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
     fused = run.model(**inputs, labels=tokens, fused_lm_head=True).log_probs[:, 1 - count :]

@@ -95,6 +95,13 @@ def test_a_model_that_reads_ahead_is_refused() -> None:
         refuse_other_scores(scored(model), RowLengths.of(ROWS))
 
 
+def test_routing_that_mixes_tokens_is_refused() -> None:
+    """Doge's mixture splits its router's logits across tokens; transformers' source says so too."""
+    model = tiny("doge", IDS | {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8})
+    with pytest.raises(ModelError, match=r"DogeForCausalLM: a token sees later ones.*routing mixes tokens"):
+        refuse_other_scores(scored(model), RowLengths.of(ROWS))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite", "gpt_neox"])
 def test_models_that_are_what_they_seem_pass(family: str) -> None:
     model = build(family, FAMILIES[family], "eager")
