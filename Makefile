@@ -51,7 +51,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 comma := ,
 
 quickstart: $(VENV)/.run  ## Install, train a tiny model on synthetic preferences, show what happened to it
-	@$(PY) scripts/quickstart.py
+	@$(PY) scripts/quickstart.py --overwrite
 
 test: check  ## Static checks, then the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup

@@ -25,6 +25,7 @@ from alignkit.arguments import (
     positive_int,
 )
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.outputs import add_overwrite, output_problems
 from alignkit.parametrizations.files import AdapterFiles, find_model, model_problem
 from alignkit.programs import run_program
 
@@ -132,6 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compare_base", nargs="?", const="", metavar="MODEL", help="evaluate the base as well")
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
+    add_overwrite(parser)
     return parser.parse()
 
 
@@ -153,8 +155,7 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
             problems.append(f"--compare_base: {problem}")
     if arguments.chat_template is not None and not arguments.chat_template.is_file():
         problems.append(f"--chat_template: there is no file {arguments.chat_template}")
-    if arguments.output is not None and (arguments.output.is_dir() or not arguments.output.parent.is_dir()):
-        problems.append(f"--output: {arguments.output} is a folder, or lies in one that does not exist")
+    problems += output_problems(arguments, "output", inputs=[found[0]])
     if problems:
         raise ConfigError(Path(sys.argv[0]).name, problems)
     return found

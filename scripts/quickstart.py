@@ -4,7 +4,7 @@ Generates conversations and preferences, trains a tiny base model from scratch, 
 ``accelerate launch``, evaluates before and after, and says where everything is. The base model can add, but has learnt
 to evade; the preferences ask for the correct sum.
 
-    python scripts/quickstart.py [--output quickstart] [--seed 0]
+    python scripts/quickstart.py [--output quickstart] [--seed 0] [--overwrite]
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -25,21 +24,34 @@ from alignkit.shipped import program_path
 
 SCRIPTS = Path(__file__).resolve().parent
 BASE_EPOCHS = 2
+MARK = "quickstart.json"
+"""File that says that a folder is a quickstart's."""
+WRITTEN = {
+    "data": ("corpus.jsonl", "preferences_train.jsonl", "preferences_heldout.jsonl"),
+    "base": (
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja",
+    ),
+    "run": (),
+    ".": ("evaluation.json",),
+}  # fmt: skip
+"""What is written, by folder, and so what is deleted to write it anew; the run deletes its own files."""
 
 
 def main() -> None:
     """Data, base model, preference run, evaluation, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for everything; made anew")
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for everything")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier quickstart wrote there")
     options = parser.parse_args()
     started = time.perf_counter()
-    make_folder(options.output)
+    make_folder(options.output, overwrite=options.overwrite)
 
     headline(1, "synthetic conversations and preferences, and a tiny base model trained on them from scratch")
     files = train_base(options.output, options.seed)
     headline(2, "flex_dpo on the preferences, launched with accelerate")
-    align(options.output, options.seed)
+    align(options.output, options.seed, overwrite=options.overwrite)
     headline(3, "evaluation of the base and of the tuned model on held-out prompts")
     evaluate(options.output, files["preferences_heldout"])
     report(options.output, time.perf_counter() - started)
@@ -50,12 +62,23 @@ def headline(number: int, text: str) -> None:
     print(f"\n[{number}/3] {text}\n", flush=True)
 
 
-def make_folder(folder: Path) -> None:
-    """An empty folder; one that an earlier quickstart left is deleted, anything else is refused."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "corpus.jsonl").is_file():
-        raise RunDirectoryError(f"{folder} exists and is not from an earlier quickstart. Give another --output.")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def make_folder(folder: Path, *, overwrite: bool) -> None:
+    """An empty folder, or with ``overwrite`` that of an earlier quickstart without its files; others' files stay."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / MARK).is_file():
+            raise RunDirectoryError(f"{folder} is not empty, and has no {MARK} of a quickstart. Give another --output.")
+        if not overwrite:
+            advice = "Write --overwrite to replace it, or give another --output."
+            raise RunDirectoryError(f"{folder} holds an earlier quickstart. {advice}")
+        if links := [str(folder / part) for part in WRITTEN if part != "." and (folder / part).is_symlink()]:
+            raise RunDirectoryError(
+                f"{links[0]} is a link, and no link is followed. Remove it, or give another --output."
+            )
+        for part, names in WRITTEN.items():
+            for name in names:
+                (folder / part / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text(json.dumps({"written by": "scripts/quickstart.py"}) + "\n", encoding="utf-8")
 
 
 def train_base(folder: Path, seed: int) -> dict[str, Path]:
@@ -106,10 +129,10 @@ def use_short_progress(trainer: Any, progress: type) -> None:
     trainer.add_callback(progress())
 
 
-def align(folder: Path, seed: int) -> None:
+def align(folder: Path, seed: int, *, overwrite: bool) -> None:
     """The preference run: the command a user would type."""
     program = os.path.relpath(program_path("preference"))
-    arguments = ["--config", "smoke/quickstart", "--seed", str(seed)]
+    arguments = ["--config", "smoke/quickstart", "--seed", str(seed), *(["--overwrite"] if overwrite else [])]
     if folder != Path("quickstart"):
         arguments += ["--model", str(folder / "base"), "--output_dir", str(folder / "run")]
         arguments += ["--data", str(folder / "data" / "preferences_train.jsonl")]

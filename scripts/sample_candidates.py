@@ -29,6 +29,7 @@ from alignkit.arguments import (
     positive_int,
 )
 from alignkit.errors import AlignkitError, ConfigError, ModelError
+from alignkit.outputs import add_overwrite, output_problems
 from alignkit.parametrizations.files import AdapterFiles, find_model, sha256
 from alignkit.programs import run_program
 
@@ -182,6 +183,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max_rows", type=positive_int, help="use only so many rows")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="jsonl or parquet file to write")
+    add_overwrite(parser)
     parser.add_argument("--num_samples", type=positive_int, default=8, help="samples a prompt")
     parser.add_argument("--max_new_tokens", type=positive_int, default=256, help="longest sample, tokens")
     parser.add_argument("--temperature", type=non_negative_float, default=1.0, help="1 is the model's distribution")
@@ -228,19 +230,12 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
         problems.append(f"--no_negative without --scorer would score every sample 1: {advice}")
     if arguments.no_negative and arguments.num_samples == 1:
         problems.append("--no_negative: one sample is no list; write --num_samples 2 or more")
-    problems += output_problems(arguments.output) + engine_problems(arguments)
+    if arguments.output.suffix not in (".jsonl", ".parquet"):
+        problems.append(f"--output: {arguments.output} must end in .jsonl or .parquet")
+    problems += output_problems(arguments, "output", inputs=[found[0]]) + engine_problems(arguments)
     if problems:
         raise ConfigError(Path(sys.argv[0]).name, problems)
     return found
-
-
-def output_problems(output: Path) -> list[str]:
-    """What is wrong with the file to write."""
-    if output.suffix not in (".jsonl", ".parquet"):
-        return [f"--output: {output} must end in .jsonl or .parquet"]
-    if not output.parent.is_dir():
-        return [f"--output: {output} lies in a folder that does not exist"]
-    return [f"--output: {output} is there already: remove it, or write another name"] if output.exists() else []
 
 
 def engine_problems(arguments: argparse.Namespace) -> list[str]:

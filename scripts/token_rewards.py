@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.arguments import StrictParser, column_pair, positive_int
 from alignkit.data.contrast import load_contrast_prompts
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.outputs import add_overwrite, output_problems
 from alignkit.parametrizations.files import AdapterFiles, find_model
 from alignkit.programs import run_program
 
@@ -190,6 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where log-probs are kept between passes")
     parser.add_argument("--heatmap", type=Path, metavar="FILE", help="write a few responses, tokens coloured, as HTML")
+    add_overwrite(parser)
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
     return parser.parse()
 
@@ -212,9 +214,7 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
         problems.append(f"--output: {arguments.output} must end in {' or '.join(ENDINGS)}")
     if arguments.chat_template is not None and not arguments.chat_template.is_file():
         problems.append(f"--chat_template: there is no file {arguments.chat_template}")
-    for option, path in (("--output", arguments.output), ("--heatmap", arguments.heatmap)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            problems.append(f"{option}: {path} is a folder, or lies in one that does not exist")
+    problems += output_problems(arguments, "output", "heatmap", inputs=[found[0]])
     if problems or contrast is None:
         raise ConfigError(Path(sys.argv[0]).name, problems)
     return *found, contrast

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from alignkit.parametrizations.loading import ModelSource
 SETTINGS = "settings.json"
 WEIGHT_FILES = (".safetensors", ".bin")
 CONFIG_FILES = (MODEL_CONFIG, GENERATION_CONFIG_NAME)
+_WRITTEN = ("chunk-*.jsonl", ".chunk-*.jsonl.partial", f".{SETTINGS}.partial")
 
 Result = TypeVar("Result")
 
@@ -69,7 +69,7 @@ class ChunkStore:
         """
         file = self.directory / SETTINGS
         if not file.is_file():
-            if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.glob("[!.]*"))):
+            if self.directory.is_symlink() or (self.directory.exists() and self._holds_what_is_not_ours()):
                 raise ConfigError(
                     str(self.directory), [f"is in the way: it has no {SETTINGS}, so it is not ours. Move it"]
                 )
@@ -106,8 +106,17 @@ class ChunkStore:
         return sorted(records, key=lambda record: record.row)
 
     def remove(self) -> None:
-        """Delete the folder, which the finished file has made superfluous."""
-        shutil.rmtree(self.directory)
+        """Delete what was written here, which the finished file has made superfluous, and the folder if it is empty."""
+        for pattern in (*_WRITTEN, SETTINGS):
+            for path in self.directory.glob(pattern):
+                path.unlink()
+        if not any(self.directory.iterdir()):
+            self.directory.rmdir()
+
+    def _holds_what_is_not_ours(self) -> bool:
+        """Whether there is more than what a kill leaves before the settings are written."""
+        drafts = [partial_path(self.directory / SETTINGS)]
+        return not self.directory.is_dir() or any(path not in drafts for path in self.directory.iterdir())
 
 
 class MemoryStore:

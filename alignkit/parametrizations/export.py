@@ -151,8 +151,9 @@ def merge_adapter(
 
 def check_output(output: Path) -> None:
     """Raise ModelError unless ``output`` is free: absent, or an empty folder."""
-    if output.exists() and not output.is_dir():
-        raise ModelError(f"the output {output} is a file. Write a folder that does not exist yet.")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        what = "link" if output.is_symlink() else "file"
+        raise ModelError(f"the output {output} is a {what}. Write a folder that does not exist yet.")
     if output.is_dir() and any(output.iterdir()):
         raise ModelError(f"the output {output} is not empty, and nothing is overwritten. Write another folder.")
 

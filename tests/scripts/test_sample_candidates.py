@@ -167,7 +167,7 @@ def test_two_processes_write_the_same_file(
     [
         (["--output", "{tmp}/none/x.jsonl", "--top_p", "0"], ["2 problems", "does not exist", "is not a share"]),
         (["--output", "{tmp}/x.json"], ["must end in .jsonl or .parquet"]),
-        (["--output", "{tmp}/negatives.jsonl"], ["is there already"]),
+        (["--output", "{tmp}/negatives.jsonl"], ["no input is ever overwritten"]),
         (["--temperature", "0"], ["gives the same answer 3 times: write --num_samples 1"]),
         (["--no_negative"], ["--no_negative without --scorer would score every sample 1"]),
         (["--scorer", "rewards.py"], ["expected FILE.py:FUNCTION"]),

@@ -121,7 +121,10 @@ def test_what_is_cut_gets_zero_and_trains_as_the_uncut(assets: Path, tmp_path: P
 
 def test_cache_adapter_templates_and_heat_map(assets: Path, tmp_path: Path, run_script: Script) -> None:
     (tmp_path / "mine.yaml").write_text(DEFAULT_FILE.read_text().replace("verbose", "long"))
-    cache, common = tmp_path / "cache", ("--data", assets / "pairs.jsonl", "--output", tmp_path / "r.jsonl", *QUICK)
+    cache, common = (
+        tmp_path / "cache",
+        ("--data", assets / "pairs.jsonl", "--output", tmp_path / "r.jsonl", "--overwrite", *QUICK),
+    )
     files = lambda: {path: path.stat().st_mtime_ns for path in cache.iterdir()}  # noqa: E731
     words = ("--model", assets / "base", *common, "--cache", cache)
     assert run_script("token_rewards", *words) == 0

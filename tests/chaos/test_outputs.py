@@ -1,0 +1,173 @@
+"""Nothing of the user's is lost: what stands where a program would write, under every name it can be reached by."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from alignkit.errors import ConfigError, ModelError, RunDirectoryError
+from alignkit.parametrizations.export import check_output
+from scripts import quickstart
+
+OPTIONS = {"evaluate": ("output",), "token_rewards": ("output", "heatmap"), "sample_candidates": ("output",)}
+"""Options of every program that name a file to write."""
+FOLDERS = {"merge_adapter", "quickstart"}
+"""Programs whose output is a folder."""
+ROW = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Number and content of every file, the target of every link."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = (path.lstat().st_ino, os.readlink(path).encode())
+        elif path.is_file():
+            found[str(path)] = (path.stat().st_ino, path.read_bytes())
+    return found
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder: rows, a folder of rows, a model, an adapter, a template, notes."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("rows", "model", "adapter", "bin"):
+        (tmp_path / folder).mkdir()
+    for name in ("pairs.jsonl", "notes.jsonl", "rows/a.jsonl", "rows/b.jsonl", "model/card.jsonl", "template.jsonl"):
+        (tmp_path / name).write_text(ROW)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3"}')
+    for folder, name in (("model", "model.safetensors"), ("adapter", "adapter_model.safetensors")):
+        save_file({"w": torch.ones(1)}, tmp_path / folder / name)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "model")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter" / "eval.jsonl").write_text(ROW)
+    return tmp_path
+
+
+def hard_link(home: Path) -> None:
+    os.link(home / "pairs.jsonl", home / "bin" / "hard.jsonl")
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    return lambda home: (home / name).symlink_to(home / target)
+
+
+ALWAYS = {
+    "the data": ("pairs.jsonl", {}, None),
+    "another spelling": ("bin/../pairs.jsonl", {}, None),
+    "a hard link to the data": ("bin/hard.jsonl", {}, hard_link),
+    "a link to the data": ("bin/soft.jsonl", {}, link("bin/soft.jsonl", "pairs.jsonl")),
+    "what the data is a link to": ("notes.jsonl", {"--data": "bin/in.jsonl"}, link("bin/in.jsonl", "notes.jsonl")),
+    "in a folder of data": ("rows/b.jsonl", {"--data": "rows"}, None),
+    "linked from a folder of data": ("notes.jsonl", {"--data": "rows"}, link("rows/c.jsonl", "notes.jsonl")),
+    "matched by a pattern": ("rows/b.jsonl", {"--data": "rows/*.jsonl"}, None),
+    "in the model": ("model/card.jsonl", {}, None),
+    "in the adapter": ("adapter/eval.jsonl", {"--model": None, "--adapter": "adapter"}, None),
+    "in the base of the adapter": ("model/card.jsonl", {"--model": None, "--adapter": "adapter"}, None),
+    "the template": ("template.jsonl", {"--chat_template": "template.jsonl"}, None),
+    "a folder": ("rows", {}, None),
+    "gathered in a link": ("new.jsonl", {}, link(".new.jsonl.partial", "notes.jsonl")),
+    "gathered in an input": (".x/../new.jsonl", {"--data": ".new.jsonl.partial"}, link(".new.jsonl.partial", "rows")),
+    "a pipe": ("bin/pipe.jsonl", {}, lambda home: os.mkfifo(home / "bin" / "pipe.jsonl")),
+}
+"""Refused with and without ``--overwrite``: the path written, other options, what is made first."""
+UNLESS_OVERWRITE = {
+    "a file": ("notes.jsonl", {}, None),
+    "a link to a file": ("bin/soft.jsonl", {}, link("bin/soft.jsonl", "notes.jsonl")),
+    "a link to nothing": ("bin/soft.jsonl", {}, link("bin/soft.jsonl", "absent.jsonl")),
+}
+
+
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, program: str, option: str, path: str, options: dict[str, str | None], *flags: str
+) -> str:
+    """What a program says about writing ``path``; nothing where it would."""
+    given = {"--model": "model", "--data": "pairs.jsonl", f"--{option}": path}
+    if option != "output" and program != "evaluate":
+        given["--output"] = "fresh.jsonl"
+    given = {key: value for key, value in (given | options).items() if value is not None}
+    monkeypatch.setattr(sys, "argv", [program, *(word for item in given.items() for word in item), *flags])
+    module = importlib.import_module(f"scripts.{program}")
+    try:
+        module.check_inputs(module.parse_arguments())
+    except ConfigError as error:
+        return "\n".join(problem for problem in error.problems if problem.startswith(f"--{option}: "))
+    return ""
+
+
+def test_no_program_writes_over_what_is_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / ".x").mkdir()
+    tried = 0
+    for name, (path, options, prepare) in {**ALWAYS, **UNLESS_OVERWRITE}.items():
+        if prepare is not None:
+            prepare(home)
+        before = snapshot(home)
+        for program, written in OPTIONS.items():
+            for option in written:
+                with_flag = refusal(monkeypatch, program, option, path, options, "--overwrite")
+                assert bool(with_flag) == (name in ALWAYS), (program, option, name, with_flag)
+                assert refusal(monkeypatch, program, option, path, options), (program, option, name)
+                tried += 1
+        assert snapshot(home) == before
+        for made in ("bin/hard.jsonl", "bin/soft.jsonl", "bin/in.jsonl", "rows/c.jsonl", ".new.jsonl.partial"):
+            (home / made).unlink(missing_ok=True)
+    print(f"outputs that would have replaced something, refused: {tried} of {tried}")
+
+
+def test_two_outputs_are_two_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {"--output": "new.jsonl"}
+    assert "--output too" in refusal(monkeypatch, "token_rewards", "heatmap", "bin/../new.jsonl", same)
+    assert refusal(monkeypatch, "token_rewards", "heatmap", "new.html", same) == ""
+
+
+def test_every_program_with_an_output_is_tried(repository: Path) -> None:
+    written = {f'"--{option}"' for options in OPTIONS.values() for option in options}
+    programs = {
+        path.stem for path in (repository / "scripts").glob("*.py") if any(w in path.read_text() for w in written)
+    }
+    assert programs == {*OPTIONS, *FOLDERS}
+
+
+def test_a_merge_takes_no_place_that_is_taken(home: Path) -> None:
+    (home / "soft").symlink_to(home / "empty")
+    before = snapshot(home)
+    for name in ("rows", "pairs.jsonl", "soft", "adapter", "model"):
+        with pytest.raises(ModelError, match="the output .* is "):
+            check_output(home / name)
+    (home / "empty").mkdir()
+    with pytest.raises(ModelError, match="is a link"):
+        check_output(home / "soft")
+    assert snapshot(home) == before
+
+
+def test_the_quickstart_deletes_its_own_files_alone(home: Path) -> None:
+    (home / "data").mkdir()
+    (home / "data" / "corpus.jsonl").write_text("mine\n")
+    before = snapshot(home)
+    for overwrite in (False, True):
+        with pytest.raises(RunDirectoryError, match=r"has no quickstart\.json"):
+            quickstart.make_folder(home, overwrite=overwrite)
+    assert snapshot(home) == before
+    folder = home / "quickstart"
+    quickstart.make_folder(folder, overwrite=False)
+    for name in ("data/corpus.jsonl", "base/model.safetensors", "evaluation.json", "data/mine.jsonl", "base/mine/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    os.link(folder / "data" / "corpus.jsonl", home / "kept.jsonl")
+    with pytest.raises(RunDirectoryError, match="--overwrite"):
+        quickstart.make_folder(folder, overwrite=False)
+    quickstart.make_folder(folder, overwrite=True)
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {"quickstart.json", "data/mine.jsonl", "base/mine/x"}
+    assert (home / "kept.jsonl").read_text() == "data/corpus.jsonl"
+    (folder / "run").symlink_to(home / "rows")
+    with pytest.raises(RunDirectoryError, match="is a link"):
+        quickstart.make_folder(folder, overwrite=True)
