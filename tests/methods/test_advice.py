@@ -19,7 +19,7 @@ def test_the_output_head_is_not_among_the_targets_proposed() -> None:
     with pytest.raises(ModelError) as error:
         check_modules(LlamaForCausalLM(config), ["query"])
     proposed = str(error.value).partition("names among ")[2].rstrip(".").split(", ")
-    assert proposed == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert proposed == ["down_proj", "embed_tokens", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
 def test_a_training_is_told_of_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
