@@ -15,6 +15,7 @@ from alignkit.config.keys import PROGRAMS
 from alignkit.config.model_files import has_similar_entry, looks_like_path, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
+from alignkit.data.paths import is_pattern, matched_files
 from alignkit.errors import DataError
 
 
@@ -62,6 +63,12 @@ def _open_head(name: str, split: str) -> Head | None:
     if not name.strip():
         raise DataFault("has an empty path", "Write a file, a folder or a Hub id")
     path = Path(name).expanduser()
+    if is_pattern(name):
+        files = matched_files(name)
+        if not files:
+            advice = "A name with *, ? or [ that no file has is a pattern; write one that matches"
+            raise DataFault(f"names {name}, which matches no file", advice)
+        return _head_of(files, name)
     if path.is_file():
         if format_of(path) is None:
             advice = f"Convert it to one of {', '.join(DATA_SUFFIXES)}, or give it its true ending"
@@ -80,9 +87,17 @@ def _folder_head(folder: Path) -> Head:
         raise DataFault(
             f"names {folder}, a folder without data files", f"Its files must end in {', '.join(DATA_SUFFIXES)}"
         )
-    formats = sorted({f".{format_of(file)}" for file in files})
+    return _head_of(files, f"{folder}, a folder")
+
+
+def _head_of(files: Sequence[Path], name: str) -> Head:
+    """The beginning of the first of several files, which must be of one format."""
+    formats = sorted({f".{format_of(file)}" if format_of(file) else repr(file.suffix) for file in files})
     if len(formats) > 1:
-        raise DataFault(f"names {folder}, a folder that mixes {' and '.join(formats)}", "Name the files one by one")
+        raise DataFault(f"names {name} that mixes {' and '.join(formats)}", "Name the files one by one")
+    if format_of(files[0]) is None:
+        advice = f"Convert them to one of {', '.join(DATA_SUFFIXES)}, or give them their true ending"
+        raise DataFault(f"names {files[0]}, whose ending is not one of {', '.join(DATA_SUFFIXES)}", advice)
     return peek(files[0])
 
 

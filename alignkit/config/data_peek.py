@@ -145,12 +145,15 @@ def _peek_parquet(path: Path) -> Head:
     from pyarrow import ArrowInvalid, parquet
 
     try:
-        file = parquet.ParquetFile(path)
-        rows: list[dict[str, Any]] = next((batch.to_pylist() for batch in file.iter_batches(batch_size=HEAD_ROWS)), [])
+        # Opened here: pyarrow takes a name such as zip:/rows.parquet for an address.
+        with path.open("rb") as stream:
+            file = parquet.ParquetFile(stream)
+            rows: list[dict[str, Any]] = next((b.to_pylist() for b in file.iter_batches(batch_size=HEAD_ROWS)), [])
+            names = file.schema_arrow.names
     except ArrowInvalid as error:
         advice = "Write it again, or give it its true ending"
         raise DataFault(f"{path} is not a parquet file: {error}", advice) from None
-    return _head(path, file.schema_arrow.names, rows)
+    return _head(path, names, rows)
 
 
 def peek_saved(folder: Path) -> Head:

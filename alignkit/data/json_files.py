@@ -65,6 +65,11 @@ def read_json_rows(file: str) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
         yield f"{file}:{number}", Fault(f"{file}:{number + 1}: broken gzip archive ({error}); copy the file again")
 
 
+def cache_folder() -> Path:
+    """Where tables are kept, in the cache of ``datasets``."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "alignkit"
+
+
 def json_table(files: Sequence[str], keep: Collection[str] | None, name: str) -> tuple[Dataset, list[str]]:
     """The rows of JSON files as a table in the cache of ``datasets``, read anew when a file has changed.
 
@@ -81,7 +86,7 @@ def json_table(files: Sequence[str], keep: Collection[str] | None, name: str) ->
     """
     described = [_VERSION, None if keep is None else sorted(keep), [_state_of(file) for file in files]]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "alignkit" / key
+    folder = cache_folder() / key
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=folder.parent))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,8 +33,11 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.json.json import Json as JsonBuilder
 
-from alignkit.data.json_files import HEAD_ROWS, json_stream, json_table
+from alignkit.data.json_files import HEAD_ROWS, cache_folder, json_stream, json_table
+from alignkit.data.paths import is_pattern, matched_files, plain_path
 from alignkit.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {
     ".jsonl": "json",
@@ -51,7 +55,8 @@ class Source:
     """One place rows come from.
 
     Attributes:
-        path: A file, a folder of files, or a Hub id.
+        path: A file, a folder of files, a pattern such as ``shards/*.jsonl``, or a Hub id. What is there under the very
+            name is taken, whatever characters it holds.
         split: Split name, optionally with a slice such as ``train[:10%]``. A single file is one split under any name.
         weight: Share in a mixture relative to the other sources, or None.
         config: Configuration (subset) of a Hub dataset, or None.
@@ -87,25 +92,39 @@ def open_source(source: Source, *, streaming: bool, keep: Collection[str] | None
         DataError: The source does not exist, cannot be read, is malformed or holds no row.
     """
     path = Path(source.path).expanduser()
+    if is_pattern(source.path):
+        return _open_files(_matched(source.path), source, streaming, keep)
     if not path.exists():
         _refuse_missing_path(source.path, path)
         return _reaching_hub(source, lambda: _open_hub(source, streaming, keep))
+    if path.is_file():
+        return _open_files([path], source, streaming, keep)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _typed(_open_saved(path, source, streaming=streaming), source.path, keep)
-    files, builder = _data_files(path)
+    files = sorted(file for file in path.rglob("*") if _format_of(file))
+    if not files:
+        raise DataError(f"{path}: cannot be read", [f"the folder holds no file ending in {', '.join(FORMATS)}"])
+    return _open_files(files, source, streaming, keep, folder=path)
+
+
+def _open_files(
+    files: list[Path], source: Source, streaming: bool, keep: Collection[str] | None, folder: Path | None = None
+) -> Opened:
+    """Files of one format, which are one split unless they are the files of a folder."""
+    builder = _one_format(files, source.path)
     if streaming:
         _refuse_slice(source)
     if builder == "json":
-        splits = {_split_names(source)[0]: [str(path)]} if path.is_file() else None
-        return _open_json(splits or _splits_of_folder(path), source, streaming, keep)
+        splits = {_split_names(source)[0]: list(map(str, files))} if folder is None else _splits_of_folder(folder)
+        return _open_json(splits, source, streaming, keep)
     options: dict[str, Any] = {"split": source.split, "streaming": streaming}
-    if path.is_file():
-        options["data_files"] = {source.split.partition("[")[0]: str(path)}
+    if folder is None:
+        options["data_files"] = {source.split.partition("[")[0]: [_plain(file) for file in files]}
     try:
         if builder == "csv":
             # Every cell is text: "007" stays "007", "NA" and "" are not turned into nulls.
             options |= {"features": Features(dict.fromkeys(_csv_columns(files), Value("string"))), "na_filter": False}
-        return _typed(load_dataset(builder if path.is_file() else str(path), **options), source.path, keep)
+        return _typed(load_dataset(builder if folder is None else _plain(folder), **options), source.path, keep)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         raise DataError(f"{source.path}: cannot be read", [_cause(error)]) from error
 
@@ -131,10 +150,26 @@ def is_csv(path: str) -> bool:
     """Whether a source is a CSV file or a folder of them.
 
     Args:
-        path: Path or Hub id of the source.
+        path: Path, pattern or Hub id of the source.
     """
     place = Path(path).expanduser()
+    if is_pattern(path):
+        return any(file.suffix == ".csv" for file in matched_files(path))
     return place.suffix == ".csv" or (place.is_dir() and any(place.rglob("*.csv")))
+
+
+def _matched(pattern: str) -> list[Path]:
+    """The files of a pattern, which are said, for it may match more or less than was meant."""
+    files = matched_files(pattern)
+    if not files:
+        advice = "a pattern (it holds *, ? or [, and no file is called so) that matches no file"
+        raise DataError(f"{pattern}: not found", [advice])
+    logger.warning("%s: %d files match: %s", pattern, len(files), ", ".join(map(str, files)))
+    return files
+
+
+def _plain(path: Path) -> str:
+    return str(plain_path(path, cache_folder() / "links"))
 
 
 def list_of_cell(text: str, index: int, column: str, name: str) -> Any:
@@ -207,8 +242,10 @@ def _split_names(source: Source) -> list[str]:
 
 def _splits_of_folder(path: Path) -> dict[str, list[str]]:
     """Files of a folder by split, which ``datasets`` tells by their names, or by what a README says."""
-    found = load_dataset_builder(str(path)).config.data_files
-    return {str(split): list(map(str, files)) for split, files in found.items()}
+    plain = Path(_plain(path)).absolute()
+    found = load_dataset_builder(str(plain)).config.data_files
+    named = lambda file: str(path / Path(file).relative_to(plain.resolve()))  # noqa: E731
+    return {str(split): list(map(named, files)) for split, files in found.items()}
 
 
 def _refuse_slice(source: Source) -> None:
@@ -239,7 +276,7 @@ def _reaching_hub(source: Source, opened: Callable[[], Opened]) -> Opened:
 
 def _open_saved(path: Path, source: Source, *, streaming: bool) -> Dataset | IterableDataset:
     """A folder written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
-    saved = load_from_disk(str(path))
+    saved = load_from_disk(_plain(path))
     if isinstance(saved, DatasetDict):
         if source.split not in saved:
             splits = ", ".join(saved)
@@ -248,22 +285,20 @@ def _open_saved(path: Path, source: Source, *, streaming: bool) -> Dataset | Ite
     return saved.to_iterable_dataset() if streaming else saved
 
 
-def _data_files(path: Path) -> tuple[list[Path], str]:
-    """The files to read and their one format."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _format_of(file))
-    endings = ", ".join(FORMATS)
-    if not files:
-        raise DataError(f"{path}: cannot be read", [f"the folder holds no file ending in {endings}"])
+def _one_format(files: Sequence[Path], name: str) -> str:
+    """The one format of files, none of them empty."""
+    unknown = [file for file in files if not _format_of(file)]
+    if unknown:
+        expected = f"expected one of {', '.join(FORMATS)}"
+        raise DataError(f"{name}: cannot be read", [f"{unknown[0]} ends in {unknown[0].suffix!r}; {expected}"])
     formats = sorted({_format_of(file) for file in files})
-    if formats == [""]:
-        raise DataError(f"{path}: cannot be read", [f"the file ends in {path.suffix!r}; expected one of {endings}"])
     if len(formats) > 1:
-        advice = f"the folder mixes formats ({', '.join(formats)}); name the files one by one"
-        raise DataError(f"{path}: cannot be read", [advice])
+        advice = f"it mixes formats ({', '.join(formats)}); name the files one by one"
+        raise DataError(f"{name}: cannot be read", [advice])
     empty = [f"{file} is empty" for file in files if _is_blank_file(file)]
     if empty:
-        raise DataError(f"{path}: no rows", empty)
-    return files, formats[0]
+        raise DataError(f"{name}: no rows", empty)
+    return formats[0]
 
 
 def _format_of(path: Path) -> str:
