@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,8 +20,12 @@ from alignkit.config import LoadedConfig
 from alignkit.evals.generation import Sample, Sampling, generate_samples
 from alignkit.hub.upload import plan_upload, push
 from alignkit.origin_steps import write_origin
+from alignkit.parametrizations.files import ADAPTER_CONFIG
+from alignkit.parametrizations.fingerprints import ORIGIN_FILE
 from alignkit.run_directory import RunDirectory
 
+DRAFT = ".model.partial"
+"""Folder of the run directory that the model is saved in before it gets its place."""
 TIMINGS = ("_runtime", "_per_second")
 
 
@@ -37,10 +42,7 @@ def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[in
         CheckpointError: The saved weights are empty or not finite.
     """
     # First: whatever goes wrong in the report, the model is not lost.
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        # PEFT also saves the frozen copy a continued adapter has for a reference; it belongs in checkpoints alone.
-        shutil.rmtree(directory.path / "ref", ignore_errors=True)
+    _save_model(trainer, directory)
     write_origin(directory, directory.path)
     results = _evaluate(trainer)
     before = _before_training(trainer)
@@ -48,6 +50,29 @@ def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[in
     if trainer.is_world_process_zero():
         _report(loaded, trainer, directory, {"before": before, "after": results}, samples)
     trainer.accelerator.wait_for_everyone()
+
+
+def _save_model(trainer: Trainer, directory: RunDirectory) -> None:
+    """Save into a folder of its own, list what is in it as written by the run, and move it into place; a collective."""
+    draft = directory.path / DRAFT
+    if trainer.is_world_process_zero():
+        directory.manifest.claim_checkpoint(draft)
+        if draft.exists():
+            shutil.rmtree(draft)  # left by a kill
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(draft))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    # PEFT also saves the frozen copy a continued adapter has for a reference; it belongs in checkpoints alone.
+    shutil.rmtree(draft / "ref", ignore_errors=True)
+    files = [path.relative_to(draft) for path in sorted(draft.rglob("*")) if path.is_file()]
+    origin = [ORIGIN_FILE] if (draft / ADAPTER_CONFIG).is_file() else []
+    directory.manifest.claim(*origin, *(file.as_posix() for file in files))
+    for file in files:
+        (directory.path / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(draft / file, directory.path / file)
+    directory.manifest.delete_checkpoint(draft)
 
 
 def _report(
@@ -70,6 +95,7 @@ def _report(
     )
     marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
     figure = {"title": f"{config.method} on {config.model}", "panels": PANELS_OF[config.program]}
+    directory.manifest.claim(directory.plot_path.name, directory.card_path.name)
     plot_run(directory.metrics_path, directory.plot_path, marks=marks, **figure)
     location = config.hub_model_id if config.push_to_hub else str(directory.path)
     write_whole(directory.card_path, render_card(content_of_run(directory.sections(), location)))

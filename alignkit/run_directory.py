@@ -3,6 +3,7 @@
 ::
 
     run.json        config with the source of every value, versions, git state, process layout, results, status
+    manifest.json   what the run has written, and overwriting deletes
     metrics.jsonl   one line a log                plot.png, README.md   figure and model card
     checkpoint-N/   complete when it holds complete.json               the adapter or model, and its tokenizer
 """
@@ -14,28 +15,18 @@ import json
 import math
 import os
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignkit.callbacks.durability import checkpoint_step, complete_checkpoints, delete_checkpoint, write_whole
+from alignkit.callbacks import durability
+from alignkit.callbacks.manifest import MANIFEST, RUN_FILE, Manifest
 from alignkit.errors import RunDirectoryError
+from alignkit.run_inputs import inputs_inside
 
-RUN_FILE = "run.json"
 _FORMAT_KEY = "alignkit_run"
 _FORMAT = 1
-
-WRITTEN_BY_A_RUN = (
-    "metrics.jsonl", "plot.png", "README.md", ".*.partial", "runs", "logs", "training_args.bin",
-    "alignkit.json", "adapter_config.json", "adapter_model.safetensors",
-    "*/adapter_model.safetensors", "*/adapter_config.json",
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates",
-)  # fmt: skip
-"""What ``overwrite`` deletes beside checkpoints, before it replaces ``run.json``; whatever else is there is kept."""
 
 FREE_ON_RESUME = frozenset(
     "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
@@ -56,26 +47,37 @@ class RunDirectory:
     Attributes:
         path: The directory.
         is_main: Whether this process writes; on the other ranks every writing method does nothing.
+        manifest: List of what the run writes; whatever is written here is listed there first.
+        kept: Names in the directory that overwriting has left, because no run wrote them.
         extended: What :meth:`check_resumable` found to make the run longer than it was to be, in words.
     """
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self.is_main = path, is_main
         self._new_session: dict[str, Any] | None = None
+        self.manifest = Manifest(path)
+        self.kept: list[str] = []
         self.extended: list[str] = []
 
     @classmethod
     def create(
-        cls, path: str | Path, *, resume: bool = False, overwrite: bool = False, is_main: bool | None = None
+        cls,
+        path: str | Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        is_main: bool | None = None,
+        config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> RunDirectory:
         """Make or reopen the directory of a run.
 
         Args:
             path: Where; created with its parents.
             resume: Continue the run that is there; it must have a complete checkpoint.
-            overwrite: Delete what an earlier run wrote there, and nothing else.
+            overwrite: Delete the files that the manifest of an earlier run lists, and nothing else.
             is_main: Whether this is the first rank; the others only learn the path. None reads ``RANK``, which
                 launchers set before any process group exists.
+            config: Effective config, ``{key: {"value": ...}}``; what it names must not lie in what is overwritten.
 
         Raises:
             RunDirectoryError: The directory cannot be used that way; the message says what to write instead.
@@ -90,7 +92,7 @@ class RunDirectory:
                 raise RunDirectoryError(f"there is no run to resume: {run.path} {_what_is(run.path)}. {_NEW_RUN}")
             _make_directory(run.path)
         elif any(run.path.iterdir()) or resume:
-            run._reopen(resume=resume, overwrite=overwrite)
+            run._reopen(resume=resume, overwrite=overwrite, config=config or {})
         _check_writable(run.path)
         run._begin(resume)
         return run
@@ -140,6 +142,7 @@ class RunDirectory:
         if self._new_session is not None:
             content["status"], content["sessions"] = "running", [*content["sessions"], self._new_session]
             self._new_session = None
+            self.manifest.adopt()
         for name, value in sections.items():
             old, new = content.get(name), plain(value)
             content[name] = {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
@@ -147,7 +150,7 @@ class RunDirectory:
 
     def last_complete_checkpoint(self) -> Path | None:
         """The checkpoint to resume from; None when there is none."""
-        complete = complete_checkpoints(self.path)
+        complete = durability.complete_checkpoints(self.path)
         return complete[-1] if complete else None
 
     def after_interrupt(self, command: Sequence[str]) -> str:
@@ -194,7 +197,7 @@ class RunDirectory:
                 f"`adapter: {self.path}` under lora or `model: {self.path}` under full."
             )
 
-    def _reopen(self, *, resume: bool, overwrite: bool) -> None:
+    def _reopen(self, *, resume: bool, overwrite: bool, config: Mapping[str, Mapping[str, Any]]) -> None:
         """Accept a directory that exists and is not empty, or say why not."""
         if not (self.path / RUN_FILE).is_file():
             names = sorted(entry.name for entry in self.path.iterdir())
@@ -206,9 +209,9 @@ class RunDirectory:
                 "output_dir that does not exist yet."
             )
         status, checkpoint = self.sections().get("status"), self.last_complete_checkpoint()
-        nothing_to_lose = str(status).startswith("failed") and [p.name for p in self.path.iterdir()] == [RUN_FILE]
+        nothing_to_lose = str(status).startswith("failed") and _names(self.path) <= {RUN_FILE, MANIFEST}
         if overwrite or (nothing_to_lose and not resume):
-            self._delete_run()
+            self._overwrite(config)
         elif not resume:
             way_out = f"`resume: true` to continue from {checkpoint.name}, " if checkpoint else ""
             raise RunDirectoryError(
@@ -222,16 +225,20 @@ class RunDirectory:
                 "saves earlier."
             )
 
-    def _delete_run(self) -> None:
+    def _overwrite(self, config: Mapping[str, Mapping[str, Any]]) -> None:
         """Delete an earlier run but for ``run.json``, which is replaced: a kill leaves what is known as a run."""
-        for path in self.path.iterdir():
-            if path.is_dir() and not path.is_symlink() and checkpoint_step(path) is not None:
-                delete_checkpoint(path)
-        for path in [path for pattern in WRITTEN_BY_A_RUN for path in self.path.glob(pattern)]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        if inputs := inputs_inside(self.path, config):
+            listed = "\n".join(f"  {line}" for line in inputs)
+            raise RunDirectoryError(
+                f"{self.path} cannot be overwritten: the run would read from it what it is about to delete:\n{listed}\n"
+                "Write another output_dir; or move these out of it first, and name them where they are then."
+            )
+        if links := self.manifest.links():
+            raise RunDirectoryError(
+                f"{self.path} cannot be overwritten: {links[0]} in it is a link, no file that a run wrote, and the new "
+                "run would write through it. Remove the link, or write another output_dir."
+            )
+        self.kept = self.manifest.delete_all()
 
     def _begin(self, resume: bool) -> None:
         """Note when training starts and from where; on resuming at the first record, which a refusal never reaches."""
@@ -244,10 +251,11 @@ class RunDirectory:
             self._new_session = session
         else:
             self._write({_FORMAT_KEY: _FORMAT, "status": "running", "sessions": [session]})
+            self.manifest.begin()
 
     def _write(self, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        write_whole(self.path / RUN_FILE, f"{text}\n")
+        durability.write_whole(self.path / RUN_FILE, f"{text}\n")
 
 
 _NEW_RUN = "Remove `resume: true` to start a new run, or write the output_dir of the run to continue."
@@ -288,6 +296,10 @@ def _is_longer(key: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] |
 
 def _shown(entry: Mapping[str, Any] | None) -> str:
     return "absent" if entry is None else f"{json.dumps(entry['value'], ensure_ascii=False)} ({entry['source']})"
+
+
+def _names(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()}
 
 
 def _shortened(names: list[str]) -> str:

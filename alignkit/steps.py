@@ -91,8 +91,10 @@ def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
         check_before_training(config.hub_model_id, config.model, is_adapter=config.parametrization == "lora")
     # The processes of a launch are not connected yet; the launcher's variable tells them apart.
     is_main = int(os.environ.get("RANK", "0")) == 0
-    reuse = {"resume": config.resume, "overwrite": config.overwrite}
+    reuse = {"resume": config.resume, "overwrite": config.overwrite, "config": loaded.effective()}
     directory = RunDirectory.create(config.output_dir, is_main=is_main, **reuse)
+    if directory.kept:
+        print(f"kept in {directory.path}, as no run is known to have written it: {', '.join(directory.kept)}")
     if config.resume and is_main:
         directory.check_resumable(loaded.effective(), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     directory.record(config=loaded.effective(), environment=environment(), status="running")
@@ -284,6 +286,8 @@ def introduce(
     # Last: whatever belongs to a checkpoint is in it before it is called complete.
     trainer.add_callback(CheckpointGuard(config.save_total_limit))
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)
+    if directory.is_main:
+        directory.manifest.claim(directory.metrics_path.name)
     if trainer.is_world_process_zero():
         print(trainable_report(trainer.model))
         if trainer.aux_loss_enabled:

@@ -174,5 +174,6 @@ def _report_token_rewards(trainer: PreferenceTrainer, directory: RunDirectory) -
     directory.record(token_rewards={name: report.to_dict() for name, report in reports.items()})
     if isinstance(trainer.train_dataset, Dataset):
         picture = directory.path / "token_rewards.html"
+        directory.manifest.claim(picture.name)
         write_heatmap(picture, trainer.train_dataset.take(NUM_SHOWN), trainer.processing_class)
         print(f"  {picture} shows some of them")

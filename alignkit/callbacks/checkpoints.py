@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.callbacks import durability
+from alignkit.callbacks.manifest import Manifest
 from alignkit.errors import CheckpointError
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -162,11 +163,13 @@ def _check_state(checkpoint: Path) -> None:
 
 
 class CheckpointGuard(TrainerCallback):
-    """Verifies, marks and rotates the checkpoints of a run.
+    """Announces, verifies, marks and rotates the checkpoints of a run.
 
-    After a save all ranks wait for each other; the first one verifies the checkpoint, writes ``complete.json`` as its
-    last file and deletes what is no longer wanted. A kill at any instant leaves the last complete checkpoint usable.
-    transformers' own rotation must be off (``save_total_limit=None`` in its arguments): it counts incomplete ones.
+    A checkpoint is listed in the run's manifest before it is written: what is not listed belongs to someone else and
+    is never written into or deleted. After a save all ranks wait for each other; the first one verifies the
+    checkpoint, writes ``complete.json`` as its last file and deletes what is no longer wanted. A kill at any instant
+    leaves the last complete checkpoint usable. transformers' own rotation must be off (``save_total_limit=None`` in
+    its arguments): it counts incomplete ones, and those of others.
 
     Args:
         save_total_limit: Number of complete checkpoints kept, the newest; None keeps all.
@@ -180,43 +183,84 @@ class CheckpointGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Delete what a kill left half-written, lest a later save of the same step be mixed with it."""
-        processes = PartialState()
-        if processes.is_main_process:
-            _delete_incomplete(Path(args.output_dir))
-        processes.wait_for_everyone()
+        """Clear the way of the checkpoints to come: no save may be mixed with what a kill or someone else has left."""
+        _on_main(lambda: _clear(Manifest(Path(args.output_dir)), state.global_step, state.max_steps))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Announce the checkpoint that is about to be saved."""
+        if control.should_save:
+            _on_main(lambda: _announce(Manifest(Path(args.output_dir)), state.global_step))
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Finish the checkpoint of this step; if it is unusable, every rank raises :class:`CheckpointError`."""
-        processes = PartialState()
-        processes.wait_for_everyone()
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        problem = self._finish(checkpoint, args.world_size) if processes.is_main_process else None
-        # The others must not go on to a collective that the first rank will never join.
-        (problem,) = broadcast_object_list([problem])
-        if problem is not None:
-            raise CheckpointError(problem)
+        PartialState().wait_for_everyone()
+        _on_main(lambda: self._finish(checkpoint, args.world_size))
 
-    def _finish(self, checkpoint: Path, world_size: int) -> str | None:
-        """Verify, mark and rotate; returns what is wrong."""
+    def _finish(self, checkpoint: Path, world_size: int) -> None:
+        """Verify, mark and rotate."""
         try:
             verify_checkpoint(checkpoint, world_size)
             durability.mark_complete(checkpoint)
-            self._rotate(checkpoint.parent)
-        except CheckpointError as error:
-            return str(error)
+            self._rotate(Manifest(checkpoint.parent))
         except OSError as error:
-            return f"{checkpoint} could not be finished: {error}"
-        return None
+            raise CheckpointError(f"{checkpoint} could not be finished: {error}") from error
 
-    def _rotate(self, run: Path) -> None:
-        _delete_incomplete(run)
+    def _rotate(self, manifest: Manifest) -> None:
+        _delete_unfinished(manifest)
+        complete = [path for path in manifest.checkpoints() if durability.is_complete(path)]
         if self.save_total_limit is not None:
-            for checkpoint in durability.complete_checkpoints(run)[: -self.save_total_limit]:
-                durability.delete_checkpoint(checkpoint)
+            for checkpoint in complete[: -self.save_total_limit]:
+                manifest.delete_checkpoint(checkpoint)
 
 
-def _delete_incomplete(run: Path) -> None:
-    for checkpoint in durability.checkpoints(run):
-        if not durability.is_complete(checkpoint):
-            durability.delete_checkpoint(checkpoint)
+def _on_main(action: Callable[[], None]) -> None:
+    """Do something on the first rank; where it fails, every rank raises :class:`CheckpointError`."""
+    problem = None
+    if PartialState().is_main_process:
+        try:
+            action()
+        except CheckpointError as error:
+            problem = str(error)
+    # The others must not go on to a collective that the first rank will never join.
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
+def _announce(manifest: Manifest, step: int) -> None:
+    """List the checkpoint of a step before it is written."""
+    folder = manifest.run / f"checkpoint-{step}"
+    if folder.is_symlink() or (folder.exists() and folder not in manifest.checkpoints()):
+        raise CheckpointError(
+            f"{folder} is there already and this run did not write it, so step {step} cannot be saved. Move it "
+            "elsewhere and resume from the last checkpoint."
+        )
+    manifest.claim_checkpoint(folder)
+
+
+def _delete_unfinished(manifest: Manifest) -> None:
+    """Delete the run's checkpoints that were never complete."""
+    for checkpoint in manifest.checkpoints():
+        if not durability.was_complete(checkpoint):
+            manifest.delete_checkpoint(checkpoint)
+
+
+def _clear(manifest: Manifest, step: int, max_steps: int) -> None:
+    """Delete half-written checkpoints and move damaged ones aside; refuse those of others that are in the way."""
+    _delete_unfinished(manifest)
+    for checkpoint in manifest.checkpoints():
+        if _step_of(checkpoint) > step:
+            print(f"{checkpoint} cannot be resumed from and is kept as {manifest.move_aside(checkpoint)}")
+    later = [path for path in durability.checkpoints(manifest.run) if step < _step_of(path) <= max_steps]
+    if later:
+        raise CheckpointError(
+            f"{later[0]} is there already and this run did not write it, while it would save there at that step. Move "
+            "it elsewhere, or write another output_dir."
+        )
+
+
+def _step_of(checkpoint: Path) -> int:
+    return durability.checkpoint_order(checkpoint)[0]

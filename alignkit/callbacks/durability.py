@@ -1,6 +1,6 @@
 """What survives a kill at any instant: files written whole, and checkpoints marked complete by their last file.
 
-The standard library is enough, so that a run directory is inspected before torch is imported.
+Neither torch nor transformers is needed, so that a run directory is inspected before these are imported.
 """
 
 from __future__ import annotations
@@ -9,11 +9,19 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import xxhash
 
 MARKER = "complete.json"
 """File a checkpoint holds once, and only once, everything else in it has been written and verified."""
 
+HASH = "xxh3_128"
+"""Key of the marker under which it names the hash of every file."""
+
+_CONDEMNED = ".complete.json.condemned"
+_HASHED_AT_ONCE = 4 * 2**20
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -45,38 +53,146 @@ def checkpoint_step(checkpoint: Path) -> int | None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Write the marker: name and size of every file, all of them on disk before the marker is."""
+    """Write the marker: size and hash of every file, all of them on disk before the marker is."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MARKER]
-    for path in files:
-        _sync(path)
+    # The system writes a file out while it is hashed from memory, so that the hash costs next to nothing.
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        written = [threads.submit(_sync, path) for path in files]
+        hashes = {path.relative_to(checkpoint).as_posix(): _hash(path) for path in files}
+        for each in written:
+            each.result()
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    write_whole(checkpoint / MARKER, json.dumps({"files": sizes}, indent=1) + "\n")
+    write_whole(checkpoint / MARKER, json.dumps({"files": sizes, HASH: hashes}, indent=1) + "\n")
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds its marker, and every file named there with the size it had."""
-    try:
-        sizes = dict(json.loads((checkpoint / MARKER).read_bytes())["files"])
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    """Whether a checkpoint holds its marker, and every file named there with the size it had; quick."""
+    return _missing(checkpoint) is None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is not as it was when a checkpoint was marked complete, every byte of it looked at; None if all is.
+
+    Args:
+        checkpoint: A folder that holds a marker.
+    """
+    if (problem := _missing(checkpoint)) is not None:
+        return problem
+    for name, recorded in json.loads((checkpoint / MARKER).read_bytes()).get(HASH, {}).items():
+        try:
+            found = _hash(checkpoint / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != recorded:
+            return f"{name} is not what was saved (its hash differs)"
+    return None
+
+
+def has_hashes(checkpoint: Path) -> bool:
+    """Whether the marker of a complete checkpoint says more of its files than their sizes."""
+    return HASH in json.loads((checkpoint / MARKER).read_bytes())
+
+
+def was_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has been marked complete once, whatever has become of it since."""
+    return (checkpoint / MARKER).exists()
+
+
+def checkpoint_order(checkpoint: Path) -> tuple[int, str]:
+    """By step; other names first."""
+    step = checkpoint_step(checkpoint)
+    return (-1 if step is None else step, checkpoint.name)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint directories of a run, complete or not, by rising step."""
-    steps = {path: checkpoint_step(path) for path in run.glob("checkpoint-*") if path.is_dir()}
-    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
+    """Checkpoint directories in a run, complete or not, by rising step, whoever made them."""
+    found = (path for path in run.iterdir() if checkpoint_step(path) is not None and path.is_dir())
+    return sorted(found, key=checkpoint_order)
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints a run can be resumed from, by rising step."""
+    """Checkpoints marked complete whose files have the right sizes, by rising step."""
     return [path for path in checkpoints(run) if is_complete(path)]
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint; its marker goes first, so that a half-deleted one is never taken for complete."""
-    (checkpoint / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    """Delete a checkpoint that a run wrote; what someone else has put into a complete one stays.
+
+    The marker is renamed first: a half-deleted checkpoint is never taken for complete, and still says what to delete.
+    One that was never complete has no such list and goes whole.
+
+    Args:
+        checkpoint: The folder, no link.
+    """
+    marker, condemned = checkpoint / MARKER, checkpoint / _CONDEMNED
+    if _listed(marker) is not None:
+        os.replace(marker, condemned)
+    if (names := _listed(condemned)) is None:
+        shutil.rmtree(checkpoint)
+        return
+    for name in names:
+        if (file := own_file(checkpoint, name)) is not None:
+            file.unlink()
+            remove_empty(file.parent, checkpoint)
+    condemned.unlink()
+    remove_empty(checkpoint, checkpoint.parent)
+
+
+def own_file(root: Path, name: str) -> Path | None:
+    """The file of a listed name; None unless it is a regular file in ``root``, no link and behind none.
+
+    Args:
+        root: A folder.
+        name: Relative to it.
+    """
+    pure, path = PurePosixPath(name), root / name
+    if pure.is_absolute() or ".." in pure.parts or path.is_symlink() or not path.is_file():
+        return None
+    return path if path.parent.resolve() == root.resolve() / pure.parent else None
+
+
+def remove_empty(folder: Path, root: Path) -> None:
+    """Remove a folder and those around it, up to ``root``, as far as nothing is left in them.
+
+    Args:
+        folder: A folder in ``root``.
+        root: Stays.
+    """
+    while folder != root and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+
+
+def _listed(marker: Path) -> dict[str, int] | None:
+    """Names and sizes in a marker; None where there is none that can be read."""
+    try:
+        return dict(json.loads(marker.read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _missing(checkpoint: Path) -> str | None:
+    """What can be seen to be wrong with a checkpoint without opening its files, or None."""
+    sizes = _listed(checkpoint / MARKER)
+    if sizes is None:
+        return f"{MARKER} cannot be read" if was_complete(checkpoint) else f"it has no {MARKER}"
+    for name, size in sizes.items():
+        try:
+            found = (checkpoint / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes, {size} were saved"
+    return None
+
+
+def _hash(path: Path) -> str:
+    """Hash of a file's bytes, as fast as they are read; it finds damage, and is no defence against intent."""
+    digest, buffer = xxhash.xxh3_128(), bytearray(_HASHED_AT_ONCE)
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:read])
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -33,7 +33,8 @@ TRAINING_STATE = (
 """Checkpoints and what is needed to resume."""
 
 METRICS = (
-    "run.json", "metrics.jsonl", "eval*.json", "*_results.json", "runs/*", "logs/*", "wandb/*", CARD_OF_THE_ADAPTER,
+    "run.json", "manifest.json", "metrics.jsonl", "eval*.json", "*_results.json", "runs/*", "logs/*", "wandb/*",
+    CARD_OF_THE_ADAPTER,
 )  # fmt: skip
 """Records of how it was made; they may name paths of this machine."""
 

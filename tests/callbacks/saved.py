@@ -42,7 +42,8 @@ def write_checkpoint(run: Path, step: int, *, numel: int = 8, weights: dict[str,
 
 
 def save(guard: CheckpointGuard, run: Path, step: int, args: TrainingArguments, **options: object) -> Path:
-    """Write a checkpoint and let the guard finish it."""
+    """Announce a checkpoint, write it and let the guard finish it."""
+    guard.on_step_end(args, TrainerState(global_step=step), TrainerControl(should_save=True))
     checkpoint = write_checkpoint(run, step, **options)
     guard.on_save(args, TrainerState(global_step=step), TrainerControl())
     return checkpoint

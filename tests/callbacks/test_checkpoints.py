@@ -24,6 +24,7 @@ from alignkit.callbacks.durability import (
     partial_path,
     write_whole,
 )
+from alignkit.callbacks.manifest import Manifest
 from alignkit.errors import CheckpointError
 from tests.callbacks.saved import arguments, save, tiny_adapter, tiny_model, write_checkpoint
 
@@ -180,15 +181,43 @@ def test_rotation_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
 def test_no_limit_keeps_all_and_incomplete_ones_go(tmp_path: Path) -> None:
     args, guard = arguments(tmp_path), CheckpointGuard()
     save(guard, tmp_path, 10, args)
-    write_checkpoint(tmp_path, 15)
+    Manifest(tmp_path).claim_checkpoint(write_checkpoint(tmp_path, 15))
     save(guard, tmp_path, 20, args)
     assert steps(checkpoints(tmp_path)) == [10, 20] == steps(complete_checkpoints(tmp_path))
+
+
+def test_what_others_have_put_into_a_run_is_never_deleted(tmp_path: Path) -> None:
+    """Unmarked, marked or linked, before and while a run rotates its own."""
+    run, args, guard = tmp_path / "run", arguments(tmp_path / "run"), CheckpointGuard(save_total_limit=1)
+    write_checkpoint(run, 1000)
+    mark_complete(write_checkpoint(run, 5))
+    (run / "checkpoint-7").symlink_to(write_checkpoint(tmp_path / "elsewhere", 1), target_is_directory=True)
+    (run / "checkpoint-best").mkdir()
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    guard.on_train_begin(args, TrainerState(global_step=8, max_steps=999), TrainerControl())
+    for step in (10, 20, 30):
+        (save(guard, run, step, args) / f"notes-{step}.txt").write_text("mine")
+    assert {path: path.read_bytes() for path in before} == before and (run / "checkpoint-7").is_symlink()
+    assert (run / "checkpoint-best").is_dir()
+    assert steps(complete_checkpoints(run)) == [5, 30]
+    assert [path.name for path in (run / "checkpoint-10").iterdir()] == ["notes-10.txt"]
+    assert Manifest(run).checkpoints() == [run / "checkpoint-30"]
+
+
+def test_a_checkpoint_of_someone_else_is_never_written_into(tmp_path: Path) -> None:
+    """Refused before training, or where it appeared since then, before the save."""
+    args, guard = arguments(tmp_path), CheckpointGuard()
+    (tmp_path / "checkpoint-10").mkdir()
+    with pytest.raises(CheckpointError, match="checkpoint-10 is there already.*Move it elsewhere"):
+        guard.on_train_begin(args, TrainerState(global_step=0, max_steps=10), TrainerControl())
+    with pytest.raises(CheckpointError, match="checkpoint-10 is there already.*step 10 cannot be saved"):
+        save(guard, tmp_path, 10, args)
 
 
 def test_training_begins_without_half_written_checkpoints(tmp_path: Path) -> None:
     args, guard = arguments(tmp_path), CheckpointGuard()
     save(guard, tmp_path, 10, args)
-    write_checkpoint(tmp_path, 20)
+    Manifest(tmp_path).claim_checkpoint(write_checkpoint(tmp_path, 20))
     guard.on_train_begin(args, TrainerState(global_step=10), TrainerControl())
     assert steps(checkpoints(tmp_path)) == [10]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from alignkit.callbacks.checkpoints import ADAPTER_FILE, CheckpointGuard, verify_checkpoint
-from alignkit.callbacks.durability import checkpoints, complete_checkpoints
+from alignkit.callbacks.durability import checkpoint_step, checkpoints, complete_checkpoints
 from tests.callbacks.saved import arguments, save
 
 STEPS = (10, 20)
@@ -45,6 +45,7 @@ def _write_checkpoints(run: Path, numel: int, acknowledge: int, kill_at: int | N
 
 def run_child(run: Path, *, numel: int, kill_at: int | None = None, kill_after: float | None = None) -> tuple[int, int]:
     """Exit code of the writer (-9 when killed), and the last step whose save had returned (0 for none)."""
+    run.mkdir(exist_ok=True)
     read, write = os.pipe()
     child = FORK.Process(target=_write_checkpoints, args=(run, numel, write, kill_at))
     child.start()
@@ -70,7 +71,8 @@ def check_survivor(run: Path, acknowledged: int, numel: int) -> None:
         weights = load_file(complete[-1] / ADAPTER_FILE)
         assert torch.equal(weights["lora_A"], torch.full((numel,), float(step)))
         assert torch.load(complete[-1] / "optimizer.pt")["step"] == step
-    CheckpointGuard().on_train_begin(arguments(run), TrainerState(), TrainerControl())
+    resumed = TrainerState(global_step=checkpoint_step(complete[-1]) if complete else 0)
+    CheckpointGuard().on_train_begin(arguments(run), resumed, TrainerControl())
     assert checkpoints(run) == complete
 
 
@@ -79,8 +81,7 @@ def test_killed_before_every_single_file_operation(tmp_path: Path) -> None:
     for kill_at in range(1, 400):
         run = tmp_path / str(kill_at)
         exit_code, acknowledged = run_child(run, numel=8, kill_at=kill_at)
-        if run.exists():
-            check_survivor(run, acknowledged, numel=8)
+        check_survivor(run, acknowledged, numel=8)
         outcomes.append((exit_code, acknowledged))
         if exit_code == 0:
             break
@@ -101,6 +102,5 @@ def test_killed_at_random_moments_of_long_writes(tmp_path: Path) -> None:
         run = tmp_path / str(attempt)
         exit_code, acknowledged = run_child(run, numel=numel, kill_after=moments.uniform(0.1, 0.9) * duration)
         killed += exit_code == -signal.SIGKILL
-        if run.exists():
-            check_survivor(run, acknowledged, numel)
+        check_survivor(run, acknowledged, numel)
     assert killed >= 5, "the kills came too late to mean anything"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from alignkit.callbacks.durability import mark_complete
+from alignkit.callbacks.manifest import MANIFEST
 from alignkit.errors import RunDirectoryError
 from alignkit.run_directory import RUN_FILE, RunDirectory
 from tests.callbacks.saved import write_checkpoint
@@ -37,8 +39,10 @@ def earlier_run(path: Path, *, steps: tuple[int, ...] = (10, 20)) -> RunDirector
     run = RunDirectory.create(path)
     run.record(config=CONFIG, process_layout={"world_size": 2})
     for step in steps:
-        mark_complete(write_checkpoint(path, step))
-    write_checkpoint(path, 30)
+        run.manifest.claim_checkpoint(write_checkpoint(path, step))
+        mark_complete(path / f"checkpoint-{step}")
+    run.manifest.claim_checkpoint(write_checkpoint(path, 30))
+    run.manifest.claim("metrics.jsonl", "adapter_model.safetensors", "tokenizer.json", "plot.png", "ref/w.safetensors")
     for name in ("metrics.jsonl", "adapter_model.safetensors", "tokenizer.json", "plot.png"):
         (path / name).write_text("written by the run")
     return run
@@ -135,7 +139,7 @@ def test_a_new_run(tmp_path: Path) -> None:
     sections = run.sections()
     assert sections["status"] == "running" and sections["sessions"][0]["resumed_from"] is None
     assert run.last_complete_checkpoint() is None
-    assert [p.name for p in run.path.iterdir()] == [RUN_FILE]
+    assert {p.name for p in run.path.iterdir()} == {RUN_FILE, MANIFEST}
     (tmp_path / "empty").mkdir()
     RunDirectory.create(tmp_path / "empty")
 
@@ -154,22 +158,117 @@ def test_resuming_keeps_everything_and_tells_where_from(tmp_path: Path) -> None:
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    """Of every kind of thing a user may keep in a run directory, beside and inside what the run wrote."""
     path, outside = tmp_path / "run", tmp_path / "outside"
     earlier_run(path)
-    (path / "notes.txt").write_text("mine")
-    (path / "checkpoint-best").mkdir()
-    (path / "checkpoint-best" / "mine.txt").write_text("mine")
-    (path / "ref").mkdir()
-    (path / "ref" / "adapter_model.safetensors").write_text("written by the run")
     outside.mkdir()
     (outside / "precious.txt").write_text("precious")
-    (path / "runs").symlink_to(outside)
+    mine = (
+        "notes.txt", "config.json", "model.safetensors", "runs/a", "logs/b", "ref/mine.txt", "deep/er/c", ".d.partial",
+        "adapter/adapter_model.safetensors", "checkpoint-best/e", "checkpoint-10/notes.txt", "checkpoint-1000/f",
+    )  # fmt: skip
+    for name in mine:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("mine")
+    (path / "ref" / "w.safetensors").write_text("written by the run")
+    (path / "shortcut").symlink_to(outside)
     (path / "checkpoint-50").symlink_to(outside)
+    (path / "checkpoint-10" / "link").symlink_to(outside)
     run = RunDirectory.create(path, overwrite=True)
-    assert (outside / "precious.txt").exists()
-    kept = set(files(path)) - {RUN_FILE} - {"checkpoint-50/precious.txt"}
-    assert kept == {"notes.txt", "checkpoint-best/mine.txt"}
+    assert set(files(path)) == {*mine, RUN_FILE, MANIFEST}
+    assert (outside / "precious.txt").read_text() == "precious"
+    assert (path / "shortcut").is_symlink() and (path / "checkpoint-50").is_symlink()
+    assert set(run.kept) == {name.partition("/")[0] for name in mine} | {"shortcut", "checkpoint-50"}
     assert list(run.sections()) == ["alignkit_run", "status", "sessions"]
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "adapter_model.safetensors", "checkpoint-20", "README.md", "run.json"]
+)
+def test_a_link_in_the_place_of_a_file_of_the_run_is_not_followed(tmp_path: Path, name: str) -> None:
+    path, target = tmp_path / "run", tmp_path / "target"
+    earlier_run(path)
+    if (path / name).exists():
+        (path / name).rename(target)
+    else:
+        target.write_text("precious")
+    (path / name).symlink_to(target)
+    before = files(tmp_path)
+    with pytest.raises(RunDirectoryError, match=f"{name} in it is a link"):
+        RunDirectory.create(path, overwrite=True)
+    assert files(tmp_path) == before and (path / name).is_symlink()
+
+
+INPUTS = {
+    "model": "run/final", "adapter": "run", "reference_model": "run/checkpoint-20",
+    "helpful_reference_model": "run/final",
+    "data": ["elsewhere.jsonl", {"path": "run/data/*.jsonl", "weight": 2.0}], "eval_data": "run/data/a.jsonl",
+    "chat_template": "linked.jinja", "reference_cache": "run/data", "contrast_prompts": "run/data/a.jsonl",
+    "a key of the future": {"deep": ["other/../run/data"]}, "model elsewhere with links": "linking",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", INPUTS)
+def test_a_run_that_holds_an_input_is_not_overwritten(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier_run(tmp_path / "run")
+    for name in ("run/final/config.json", "run/data/a.jsonl", "other/x", "linking/y", "elsewhere.jsonl"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("precious")
+    Path("linked.jinja").symlink_to("run/data/a.jsonl")
+    Path("linking/weights").symlink_to("../run/adapter_model.safetensors")
+    before = files(tmp_path)
+    named = INPUTS[key] if isinstance(INPUTS[key], str) else "run/data"
+    with pytest.raises(RunDirectoryError, match=re.escape(f"{key}: ")) as refusal:
+        RunDirectory.create("run", overwrite=True, config=given(**{key: INPUTS[key]}))
+    assert named in str(refusal.value) and files(tmp_path) == before
+
+
+def test_inputs_elsewhere_do_not_hinder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier_run(tmp_path / "run")
+    Path("rows.jsonl").write_text("")
+    elsewhere = given(model="owner/name", data=["rows.jsonl", "*.jsonl", "run"[:2] + "*/none*"], output_dir="run")
+    RunDirectory.create("run", overwrite=True, config={**elsewhere, "text": {"value": "a\nb" * 999, "source": ""}})
+    assert not Path("run/plot.png").exists()
+
+
+def test_a_run_from_before_the_manifest(tmp_path: Path) -> None:
+    """Exact names that are files, complete checkpoints, shards that the index names; the rest is kept and named."""
+    earlier_run(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    kept = ("model-mine.safetensors", "ref/adapter_model.safetensors", "runs/events", "vocab.json/mine", "logs/a")
+    for name in (*kept, "model-00001-of-00001.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    unmarked = {f"checkpoint-30/{name}" for name in files(tmp_path / "checkpoint-30")}
+    run = RunDirectory.create(tmp_path, overwrite=True)
+    assert set(files(tmp_path)) == {*kept, *unmarked, RUN_FILE, MANIFEST}
+    assert run.kept == ["checkpoint-30", "logs", "model-mine.safetensors", "ref", "runs", "vocab.json"]
+
+
+def test_a_run_from_before_the_manifest_is_resumed(tmp_path: Path) -> None:
+    """What is known to be its own is listed from then on."""
+    earlier_run(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    run = RunDirectory.create(tmp_path, resume=True)
+    run.record(config=CONFIG)
+    assert [path.name for path in run.manifest.checkpoints()] == ["checkpoint-10", "checkpoint-20"]
+    assert run.manifest.files() == {"metrics.jsonl", "adapter_model.safetensors", "tokenizer.json", "plot.png"}
+
+
+@pytest.mark.parametrize("name", ["../precious", "{absolute}", "link/precious", "folder", "gone"])
+def test_a_manifest_that_names_something_outside_deletes_nothing(tmp_path: Path, name: str) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run" / "link").symlink_to(tmp_path)
+    (tmp_path / "run" / "folder").mkdir()
+    run.manifest.claim(name.format(absolute=tmp_path / "precious"))
+    RunDirectory.create(tmp_path / "run", overwrite=True)
+    assert (tmp_path / "precious").exists() and (tmp_path / "run" / "folder").exists()
 
 
 def test_an_interrupted_overwrite_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +278,7 @@ def test_an_interrupted_overwrite_can_be_repeated(tmp_path: Path, monkeypatch: p
         with pytest.raises(KeyboardInterrupt):
             RunDirectory.create(tmp_path, overwrite=True)
     RunDirectory.create(tmp_path, overwrite=True)
-    assert list(files(tmp_path)) == [RUN_FILE]
+    assert set(files(tmp_path)) == {RUN_FILE, MANIFEST}
 
 
 def _interrupt(*_: object, **__: object) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alignkit.callbacks.manifest import Manifest
 from tests.programs.conftest import CONFIG
 from tests.programs.launching import PREFERENCE, Launcher, Running, read_lines, run_json, write_config
 
@@ -107,6 +108,7 @@ def during_the_save(at: str) -> Callable[[Running, Path], None]:
         between_two_saves(running, run)
         running.stop()
         assert not (run / "checkpoint-8").exists(), "too late to hold up the save"
+        Manifest(run).claim_checkpoint(run / "checkpoint-8")  # as the run does before it makes the folder
         (run / "checkpoint-8").mkdir()
         os.mkfifo(run / "checkpoint-8" / at)
         running.go_on()
@@ -200,9 +202,14 @@ def test_an_earlier_run_is_safe(finished: Path, launcher: Launcher, workplace: P
     assert refused.exit_code == 2 and "`resume: true` to continue from checkpoint-2" in refused.message
     assert contents(finished) == before
     (finished / "notes.txt").write_text("mine")
+    (finished / "ref").mkdir()
+    (finished / "ref" / "mine.txt").write_text("mine")
     again = launcher.run(*arguments(finished, finished, "--overwrite", "--max_steps", "1"), directory=workplace)
     assert again.exit_code == 0, again.errors[-3000:]
-    assert (finished / "notes.txt").read_text() == "mine"
+    assert f"kept in {finished}, as no run is known to have written it: notes.txt, ref\n" in again.output
+    assert (finished / "notes.txt").read_text() == "mine" and (finished / "ref" / "mine.txt").read_text() == "mine"
+    inside = launcher.run(*arguments(finished, finished, "--overwrite", f"--adapter={finished}"), directory=workplace)
+    assert inside.exit_code == 2 and f"adapter: {finished}" in inside.message
     assert (finished / "checkpoint-1").exists() and not (finished / "checkpoint-2").exists()
     assert {line["step"] for line in read_lines(finished / "metrics.jsonl")} == {1}
 

@@ -53,7 +53,8 @@ def record(run: Path) -> dict[str, Any]:
 def test_the_files(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "alignkit.json", "checkpoint-4",
-        "metrics.jsonl", "plot.png", "run.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin",
+        "manifest.json", "metrics.jsonl", "plot.png", "run.json", "tokenizer.json", "tokenizer_config.json",
+        "training_args.bin",
     }  # fmt: skip
 
 
