@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,40 @@ def test_what_is_imported_is_declared(folder: str, with_tools: bool, repository:
     distributions = {"yaml": "pyyaml"}
     found = {canonicalize_name(distributions.get(name, name)) for name in imported(repository / folder)}
     assert found <= names
+
+
+def brought_along(repository: Path) -> dict[str, str]:
+    """Version of every installed package that ours or one of theirs requires, extras and markers taken as they are."""
+    found: dict[str, str] = {}
+    waiting = declared(repository)
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found:
+            continue
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            continue  # an extra that is not installed, or for another platform
+        found[name] = installed.version.partition("+")[0]
+        waiting += map(Requirement, installed.requires or [])
+    return found
+
+
+def test_everything_the_requirements_bring_is_pinned(repository: Path) -> None:
+    """It decides results too, and is where a bad release would slip in."""
+    pins, found = pinned(repository), brought_along(repository)
+    assert len(found) > len(declared(repository))
+    loose = {name: version for name, version in found.items() if name != "pip" and pins.get(name) != version}
+    assert not loose, f"installed in other versions than constraints.txt pins, or pinned nowhere: {loose}"
+
+
+def test_the_hashed_pins_are_the_pins(repository: Path) -> None:
+    text = (repository / "constraints-hashes.txt").read_text()
+    entries = re.findall(
+        r"^([\w.-]+)(?:\[\w+\])?==([^ ;\\]+)[^\\]*((?:\\\n +--hash=sha256:[0-9a-f]{64} ?)+)", text, re.M
+    )
+    hashed = {canonicalize_name(name): version for name, version, _ in entries}
+    pins = pinned(repository)
+    assert {name: pins.get(name) for name in hashed} == hashed
+    assert hashed.keys() >= {canonicalize_name(requirement.name) for requirement in declared(repository)}
