@@ -1,42 +1,28 @@
 """Publish an adapter or a model with its card: everything that can be checked is checked before anything is sent.
 
 The usual ways to get this wrong are a card that names a folder of this machine as base model, an adapter whose config
-does, and a commit with gigabytes of optimizer states. So the upload is planned first: :func:`plan_upload` reads the
-directory and lists each file, or every reason why not; :func:`push` sends exactly that, in one commit.
+does, and a commit with gigabytes of optimizer states, or with what happened to lie in the folder. So
+the upload is planned first: :func:`plan_upload` reads the directory and lists each file, or every reason why not;
+:func:`push` sends exactly that, in one commit.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 import alignkit
 from alignkit.callbacks.card import hub_id
 from alignkit.callbacks.checkpoints import verify_weights
 from alignkit.errors import AlignkitError, ProblemListError
+from alignkit.hub.allowed import allowed_files, leads_out
 from alignkit.hub.card import Kind, id_fault, no_base, prepare_card
-from alignkit.parametrizations.files import ADAPTER_CONFIG, CARD_OF_THE_ADAPTER, MODEL_CONFIG
-
-NEVER = (".*", "*/.*", "*__pycache__*", "*.partial", "training_args.bin")
-"""Never sent: hidden and half-written files, and the pickle of the training arguments."""
-
-TRAINING_STATE = (
-    "checkpoint-*/*", "global_step*/*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json",
-    "complete.json", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*", "*.distcp",
-)  # fmt: skip
-"""Checkpoints and what is needed to resume."""
-
-METRICS = (
-    "run.json", "manifest.json", "metrics.jsonl", "eval*.json", "*_results.json", "runs/*", "logs/*", "wandb/*",
-    CARD_OF_THE_ADAPTER,
-)  # fmt: skip
-"""Records of how it was made; they may name paths of this machine."""
+from alignkit.parametrizations.files import ADAPTER_CONFIG, MODEL_CONFIG
 
 SECRET_SEARCH_BYTES = 4 * 2**20
 
@@ -108,8 +94,8 @@ def plan_upload(
         repo_id: Repository such as ``name/my-model``.
         base_model: Hub id of the base, for a card or adapter config that names a folder of this machine; it takes that
             folder's place in the copies sent.
-        include_metrics: Send the records of the run too (``METRICS``).
-        include_checkpoints: Send checkpoints and optimizer states too (``TRAINING_STATE``).
+        include_metrics: Send the records of the run too.
+        include_checkpoints: Send checkpoints and optimizer states too.
 
     Raises:
         ProblemListError: The directory cannot be published as it is; every reason, with the way out.
@@ -123,16 +109,19 @@ def plan_upload(
         lacking = f"holds neither {ADAPTER_CONFIG} nor {MODEL_CONFIG}" if root.is_dir() else "is no folder"
         problems.append(f"it {lacking}; give a finished run or a saved model")
         raise ProblemListError(f"{root} cannot be published", problems)
+    names = allowed_files(root, kind, include_metrics=include_metrics, include_checkpoints=include_checkpoints)
+    advice = "is a link out of the directory, and none is followed: put the file in its place, or remove the link"
+    problems += [f"{name} {advice}" for name in names if leads_out(root, name)]
+    if problems:
+        raise ProblemListError(f"{root} cannot be published", problems)
     card = prepare_card(root, kind, base_model)
     problems += card.problems
     if problems:
         raise ProblemListError(f"{root} cannot be published", problems)
     verify_weights(root)
-    excluded = NEVER + (() if include_metrics else METRICS) + (() if include_checkpoints else TRAINING_STATE)
-    paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
-    left_out = tuple(name for name in paths if any(fnmatchcase(name, pattern) for pattern in excluded))
-    sent = {name: card.replacements.get(name, path) for name, path in paths.items() if name not in left_out}
-    files = tuple(UploadFile(name, content) for name, content in sent.items())
+    there = (path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if not path.is_dir())
+    left_out = tuple(name for name in there if name not in names)
+    files = tuple(UploadFile(name, card.replacements.get(name, root / name)) for name in names)
     return Upload(repo_id, kind, files, card.metadata, left_out, tuple(card.notes))
 
 
@@ -193,11 +182,17 @@ def check_before_training(repo_id: str, base_model: str, *, is_adapter: bool) ->
         is_adapter: Whether an adapter is trained.
 
     Raises:
-        HubError: There is no token.
-        ProblemListError: The repository's name is no Hub id, or an adapter's base is not on the Hub.
+        ProblemListError: There is no token, the Hub is switched off, the repository's name is no Hub id, or the base of
+            an adapter is not on the Hub.
     """
-    require_token()
     problems = [f"hub_model_id: {fault}"] if (fault := id_fault(repo_id)) else []
+    try:
+        require_token()
+    except HubError as error:
+        problems.append(str(error))
+    if constants.HF_HUB_OFFLINE:
+        advice = "unset it, or write push_to_hub: false and publish later with scripts/push_to_hub.py"
+        problems.append(f"HF_HUB_OFFLINE is set, so nothing can be sent: {advice}")
     if is_adapter and hub_id(base_model) is None:
         problems.append(no_base(base_model, option="model"))
     if problems:

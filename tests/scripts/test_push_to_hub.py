@@ -10,8 +10,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from alignkit.callbacks.durability import mark_complete
 from alignkit.errors import CheckpointError, ProblemListError
-from alignkit.hub.upload import plan_upload
+from alignkit.hub.upload import check_before_training, plan_upload
 from tests.scripts.conftest import Script
 from tests.scripts.hub_server import Hub, Repository
 
@@ -29,7 +30,13 @@ tags: [alignkit, "base_model:adapter:{base}"]
 Load it onto "{base}", a fine base model.
 """
 CHECKPOINT = ("checkpoint-2/optimizer.pt", "checkpoint-2/adapter_model.safetensors")
-STATE = (*CHECKPOINT, "training_args.bin", "trainer_state.json")
+STATE = (*CHECKPOINT, "checkpoint-2/training_args.bin", "training_args.bin")
+FOREIGN = (
+    ".secret", ".env", "id_rsa", "server.pem", "notes.txt", "train.jsonl", "eval_rows.json", "rows.parquet", "train.py",
+    "checkpoint-1000/mine.txt", "runs/mine/thesis.pdf", "logs/app.log", "other/adapter_model.safetensors", "best.pt",
+    "other/adapter_config.json", "pytorch_model.bin", "optimizer.pt", "plot.svg", "deep/README.md", "model.pkl",
+)  # fmt: skip
+"""What is the user's own, and never goes."""
 RECORDS = ("run.json", "metrics.jsonl", "eval.json")
 
 
@@ -40,10 +47,14 @@ def run(assets: Path, tmp_path: Path) -> Path:
     (directory / "README.md").write_text(CARD.format(base=assets / "base", library="peft"))
     (directory / "plot.png").write_bytes(bytes(range(256)) * 20)
     (directory / "checkpoint-2").mkdir()
-    shutil.copy(directory / "adapter_model.safetensors", directory / "checkpoint-2")
-    for name in (*STATE, *RECORDS, ".secret"):
+    (directory / "other").mkdir()
+    for folder in ("checkpoint-2", "other"):
+        shutil.copy(directory / "adapter_model.safetensors", directory / folder)
+    for name in (*STATE, *RECORDS, *FOREIGN):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         if not (directory / name).exists():
             (directory / name).write_bytes(b"state")
+    mark_complete(directory / "checkpoint-2")
     return directory
 
 
@@ -130,7 +141,7 @@ def test_dry_run_lists_everything_and_sends_nothing(
         assert f"{file.path} " in out and f"{file.size:,}" in out
     assert f"{sum(len(file.read()) for file in upload.files):,}" in out
     assert 'library_name: "peft"' in out and 'base_model: "org/base"' in out
-    assert {*STATE, *RECORDS, ".secret"} == set(upload.left_out)
+    assert {*STATE, *RECORDS, *FOREIGN, "checkpoint-2/complete.json"} == set(upload.left_out)
     assert all(name in out.split("stays here")[1] for name in upload.left_out)
 
 
@@ -138,7 +149,50 @@ def test_records_and_checkpoints_go_when_asked_for(published_base: Path) -> None
     with_metrics = plan_upload(published_base, REPO, include_metrics=True)
     assert {file.path for file in with_metrics.files} >= set(RECORDS)
     everything = plan_upload(published_base, REPO, include_metrics=True, include_checkpoints=True)
-    assert set(everything.left_out) == {".secret", "training_args.bin"}
+    assert {file.path for file in everything.files} >= {*CHECKPOINT, "checkpoint-2/complete.json"}
+    assert set(everything.left_out) == {*FOREIGN, "training_args.bin", "checkpoint-2/training_args.bin"}
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md", "chat_template.jinja"])
+def test_no_link_out_of_the_directory_is_followed(
+    name: str, hub: Hub, published_base: Path, tmp_path: Path, run_script: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a file that is a link nor one in a folder that is; a link within the directory is like any other file."""
+    target = tmp_path / "id_rsa"
+    target.write_bytes((published_base / name).read_bytes() if (published_base / name).exists() else b"key")
+    (published_base / name).unlink(missing_ok=True)
+    (published_base / name).symlink_to(target)
+    assert run_script("push_to_hub", "--directory", published_base, "--repo_id", REPO) == 2
+    assert f"{name} is a link out of the directory" in output_of(capfd)[1] and hub.requests == []
+    (published_base / name).unlink()
+    target.rename(published_base / "inside")
+    (published_base / name).symlink_to("inside")
+    assert name in {file.path for file in plan_upload(published_base, REPO).files}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "events.out.tfevents.1").write_bytes(b"elsewhere")
+    (published_base / "runs" / "linked").symlink_to(tmp_path / "runs")
+    assert not any("linked" in file.path for file in plan_upload(published_base, REPO, include_metrics=True).files)
+
+
+def test_the_code_that_a_config_names_goes_and_no_other(assets: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(assets / "base", tmp_path / "model")
+    (model / "README.md").write_text(CARD.format(base="org/base", library="transformers"))
+    config = json.loads((model / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_my.MyModel"}}
+    (model / "config.json").write_text(json.dumps(config))
+    for name in ("modeling_my.py", "secrets.py"):
+        (model / name).write_text("pass\n")
+    upload = plan_upload(model, REPO)
+    assert "modeling_my.py" in {file.path for file in upload.files} and "secrets.py" in upload.left_out
+
+
+def test_an_upload_while_offline_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for is_adapter in (True, False):
+        with pytest.raises(ProblemListError, match="HF_HUB_OFFLINE is set"):
+            check_before_training(REPO, "org/base", is_adapter=is_adapter)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    check_before_training(REPO, "org/base", is_adapter=True)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +278,9 @@ def test_private_never_becomes_public(
 def test_a_token_in_a_file_stops_the_upload(
     hub: Hub, published_base: Path, run_script: Script, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (published_base / "notes.txt").write_text(f"export HF_TOKEN={TOKEN}")
+    (published_base / "chat_template.jinja").write_text(f"export HF_TOKEN={TOKEN}")
     assert run_script("push_to_hub", "--directory", published_base, "--repo_id", REPO) == 2
-    assert "notes.txt contains the token" in output_of(capfd)[1]
+    assert "chat_template.jinja contains the token" in output_of(capfd)[1]
     assert hub.requests == []
 
 
