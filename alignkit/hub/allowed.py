@@ -40,8 +40,9 @@ TOKENIZER = (
 CARD_AND_EVIDENCE = (CARD, "plot.png", ORIGIN_FILE, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """The card, the plot it shows, what the weights were made of, and the terms they come under."""
 RECORDS = (
-    "run.json", "manifest.json", "metrics.jsonl", "eval.json", "evaluation.json", "all_results.json", "eval_results.json",
-    "train_results.json", CARD_OF_THE_ADAPTER, "runs/*/events.out.tfevents.*", "logs/events.out.tfevents.*",
+    "run.json", "manifest.json", "metrics.jsonl", "eval.json", "evaluation.json", "all_results.json",
+    "eval_results.json", "train_results.json", CARD_OF_THE_ADAPTER, "runs/*/events.out.tfevents.*",
+    "logs/events.out.tfevents.*",
 )  # fmt: skip
 """Records of how it was made, sent when asked for; they may name paths of this machine."""
 NEVER = "training_args.bin"
