@@ -49,5 +49,18 @@ class RunDirectoryError(AlignkitError):
     """The run directory cannot be created, reused or resumed."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop, as a scheduler or Ctrl-C does.
+
+    Args:
+        signal: Number of the signal; the exit status is 128 more, as a shell reports it.
+        message: What to tell the user, such as the command that goes on.
+    """
+
+    def __init__(self, signal: int, message: str = "") -> None:
+        self.signal = signal
+        super().__init__(message)
+
+
 class CheckpointError(AlignkitError):
     """A saved file is empty, truncated or not finite."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from alignkit.errors import AlignkitError, ConfigError
+from alignkit.errors import AlignkitError, ConfigError, Stopped
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
+"""Added to the number of the signal that stopped a run, as a shell does: 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM."""
+EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
 EXIT_BROKEN_PIPE = 141
 
 
@@ -57,8 +60,8 @@ def bars_for_terminals() -> None:
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit.
 
-    An :class:`AlignkitError` is printed without a traceback and ends with status 2; an interrupt ends with 130. Any
-    other exception is a bug of ours and keeps its traceback.
+    An :class:`AlignkitError` is printed without a traceback and ends with status 2; what a signal
+    stopped ends with 128 and its number. Any other exception is a bug of ours and keeps its traceback.
 
     Args:
         main: The program; returns its exit status, None for success.
@@ -72,8 +75,11 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     except AlignkitError as error:
         _print_error(error)
         status = EXIT_USER_ERROR
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
+    except Stopped as stopped:
+        print(str(stopped) or f"stopped by {signal.Signals(stopped.signal).name}", file=sys.stderr)
+        status = EXIT_SIGNAL + stopped.signal
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has left. Python flushes stdout once more at exit; give it somewhere to go.

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from alignkit import origin_steps, results, steps, steps_preference, steps_sft
+from alignkit.callbacks.preemption import StopRequest
 from alignkit.config import LoadedConfig, PreferenceConfig, SFTConfig
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
 from alignkit.methods._preference import PreferenceTrainer
 from alignkit.methods._supervised import SupervisedTrainer
+from alignkit.resumption import settled
 
 
 def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrainer:
@@ -49,16 +51,19 @@ def train_sft(config: SFTConfig | LoadedConfig) -> SupervisedTrainer:
 def _train(given: Any, own: Any) -> Any:
     """The run itself; ``own`` holds the steps of the program."""
     loaded = given if isinstance(given, LoadedConfig) else _from_python(given)
+    resume = loaded.config.resume
+    loaded = settled(loaded)
     config = loaded.config
-    directory = steps.open_run_directory(loaded)
-    with steps.failures_recorded(directory):
-        args = own.training_arguments(config)
-        tokenizer = steps.load_tokenizer(config)
-        data = own.prepare_data(config, args, tokenizer, directory)
-        origin_steps.record_origin(config, tokenizer, data.train, directory)
-        trainer = own.build_trainer(config, args, tokenizer, data, directory)
-        steps.train(config, trainer, directory)
-        results.finish(loaded, trainer, data.prompts, directory)
+    with StopRequest().heard() as request:
+        directory = steps.open_run_directory(loaded)
+        with steps.failures_recorded(directory, resume=resume):
+            args = own.training_arguments(config)
+            tokenizer = steps.load_tokenizer(config)
+            data = own.prepare_data(config, args, tokenizer, directory)
+            origin_steps.record_origin(config, tokenizer, data.train, directory)
+            trainer = own.build_trainer(config, args, tokenizer, data, directory)
+            steps.train(config, trainer, directory, request)
+            results.finish(loaded, trainer, data.prompts, directory)
     return trainer
 
 

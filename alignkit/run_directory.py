@@ -14,8 +14,7 @@ import dataclasses
 import json
 import math
 import os
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -153,19 +152,6 @@ class RunDirectory:
         complete = durability.complete_checkpoints(self.path)
         return complete[-1] if complete else None
 
-    def after_interrupt(self, command: Sequence[str]) -> str:
-        """What to say about a run that was interrupted: how to go on.
-
-        Args:
-            command: The words of the program's command line, as in ``sys.argv``.
-        """
-        checkpoint = self.last_complete_checkpoint()
-        if checkpoint is None:
-            return "interrupted before the first complete checkpoint (save_steps says when one is written)"
-        words = [word for word in command if word not in ("--resume", "--overwrite")]
-        launched = "accelerate launch ... " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "python "
-        return f"interrupted; to continue from {checkpoint}:\n  {launched}{shlex.join([*words, '--resume'])}"
-
     def check_resumable(self, config: Mapping[str, Mapping[str, Any]], *, world_size: int | None = None) -> None:
         """Refuse to resume under a configuration that would have led elsewhere; call it before ``record(config=...)``.
 
@@ -209,7 +195,8 @@ class RunDirectory:
                 "output_dir that does not exist yet."
             )
         status, checkpoint = self.sections().get("status"), self.last_complete_checkpoint()
-        nothing_to_lose = str(status).startswith("failed") and _names(self.path) <= {RUN_FILE, MANIFEST}
+        has_ended = str(status).startswith(("failed", "stopped"))
+        nothing_to_lose = has_ended and _names(self.path) <= {RUN_FILE, MANIFEST}
         if overwrite or (nothing_to_lose and not resume):
             self._overwrite(config)
         elif not resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from alignkit.callbacks.checkpoints import CheckpointGuard
 from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.metrics_log import MetricsLog
+from alignkit.callbacks.preemption import StopRequest, StopWhenAsked
 from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
 from alignkit.callbacks.start_line import StartLine
@@ -38,7 +40,7 @@ from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.messages import as_messages
 from alignkit.data.report import SplitReport, data_report
 from alignkit.environment import environment
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError, ModelError, Stopped
 from alignkit.gradients._support import RunLayout, check_layout
 from alignkit.gradients.rule import load_rule
 from alignkit.hub.upload import check_before_training
@@ -47,6 +49,7 @@ from alignkit.origin_steps import OriginWriter
 from alignkit.parametrizations import loading
 from alignkit.parametrizations.files import read_adapter
 from alignkit.parametrizations.lora import trainable_report
+from alignkit.resumption import how_to_go_on
 from alignkit.run_directory import RunDirectory
 
 _PASSED_THROUGH = (
@@ -102,13 +105,20 @@ def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def failures_recorded(directory: RunDirectory) -> Iterator[None]:
-    """Leave ``status: failed`` in run.json when the run ends with an error."""
+def failures_recorded(directory: RunDirectory, *, resume: bool | str) -> Iterator[None]:
+    """Leave ``status: failed`` in run.json when the run ends with an error, ``stopped`` when a signal ends it.
+
+    Args:
+        directory: The run.
+        resume: The key of that name as it was given, for the command that goes on.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        directory.record(status="failed: KeyboardInterrupt")
-        raise KeyboardInterrupt(directory.after_interrupt(sys.argv)) from None
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signal).name
+        directory.record(status=f"stopped: {name}")
+        go_on = how_to_go_on(directory, sys.argv, resume=resume) if directory.is_main else ""
+        raise Stopped(stopped.signal, go_on and f"stopped by {name}; {go_on}") from None
     except BaseException as error:
         headline = str(error).partition("\n")[0]
         directory.record(status=f"failed: {type(error).__name__}: {headline}".removesuffix(": "))
@@ -303,10 +313,13 @@ class EvaluationAtTheEnd(TrainerCallback):
         control.should_evaluate = control.should_evaluate or state.global_step >= state.max_steps
 
 
-def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
+def train(config: RunConfig, trainer: Trainer, directory: RunDirectory, request: StopRequest) -> None:
     """Train, from the last complete checkpoint when resuming; after the last step nothing is left but the report.
 
     Held-out rows are evaluated before the first step, so that there is something to compare with.
+
+    Raises:
+        Stopped: A signal asked for it; the last step is saved.
     """
     checkpoint = directory.last_complete_checkpoint() if config.resume else None
     if checkpoint is not None and trainer.is_world_process_zero():
@@ -316,10 +329,14 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
         longer = f", which is made longer ({'; '.join(directory.extended)})" if directory.extended else ""
         print(f"resuming from {checkpoint}{left}{longer}")
     trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
+    trainer.add_callback(StopWhenAsked(request))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
+        request.training = False
         _end_bars(trainer)
+    if request.signal is not None:
+        raise Stopped(request.signal)
 
 
 def _end_bars(trainer: Trainer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from alignkit.config.sections import TRANSFORMERS, TRL, Section
 from alignkit.options import DerivedDefault, option
@@ -36,7 +36,11 @@ class RunSection(Section):
     title: ClassVar[str] = "Run"
 
     output_dir: str = option(help="Run directory: weights, metrics, plot, model card.")
-    resume: bool = option(False, help="Continue from the last complete checkpoint in output_dir.")
+    resume: bool | Literal["auto"] = option(
+        False,
+        help="Continue from the last complete checkpoint in output_dir; auto does so where there is one and starts "
+        "the run where there is none, so that one command serves both.",
+    )
     overwrite: bool = option(False, help="Delete what an earlier run left in output_dir.")
     seed: int = option(42, ge=0, lt=2**32, help="Seed of adapters, dropout and data order.", source=TRANSFORMERS)
 

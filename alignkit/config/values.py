@@ -59,7 +59,7 @@ def type_name(annotation: Any) -> str:
     if is_union(origin):
         return " or ".join(type_name(argument) for argument in arguments)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return "one of " * (len(arguments) > 1) + ", ".join(map(str, arguments))
     if origin is list:
         return f"a list ([a, b]) of {type_name(arguments[0])}"
     if origin is dict:

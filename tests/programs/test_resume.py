@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -252,15 +250,3 @@ def test_a_resumption_with_more_steps_makes_the_run_longer(
     assert run_json(run)["config"]["max_steps"]["value"] == 10
     logged = [line["step"] for line in metrics(run) if "loss" in line]
     assert logged == sorted(set(logged)) and logged[-1] == 10
-
-
-def test_ctrl_c_says_how_to_go_on(whole: Path, launcher: Launcher, workplace: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    (running,) = launcher.start(*arguments(whole, run), directory=workplace)
-    between_two_saves(running, run)
-    os.kill(running.pid, signal.SIGINT)
-    ended = running.wait()
-    assert ended.exit_code == 130 and "Traceback" not in ended.errors
-    assert f"interrupted; to continue from {run / 'checkpoint-4'}:\n  python " in ended.errors
-    command = ended.errors.rpartition("  python ")[2].splitlines()[0]
-    assert shlex.split(command)[1:] == arguments(whole, run, "--resume")
