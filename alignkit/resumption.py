@@ -30,7 +30,7 @@ def settled(loaded: LoadedConfig) -> LoadedConfig:
     if config.resume != AUTO:
         return loaded
     path = Path(config.output_dir)
-    resume = bool(complete_checkpoints(path))
+    resume = path.is_dir() and bool(complete_checkpoints(path))
     overwrite = not resume and _has_come_to_nothing(path)
     return dataclasses.replace(loaded, config=dataclasses.replace(config, resume=resume, overwrite=overwrite))
 
