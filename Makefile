@@ -25,7 +25,7 @@ define pip_install
 	printf ' done\n'
 endef
 
-.PHONY: help quickstart test check format bench claims docs clean
+.PHONY: help quickstart test chaos check format bench claims docs clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ quickstart: $(VENV)/.run  ## Install, train a tiny model on synthetic preference
 
 test: check  ## Static checks, then the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+chaos: $(VENV)/.dev  ## Long fault injection: kills, faults on one process, damaged files
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m chaos -s tests/chaos
 
 check: $(VENV)/.dev  ## Lint, format, types, layers, budgets
 	@$(BIN)/ruff check

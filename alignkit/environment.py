@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import alignkit
+from alignkit.errors import ConfigError
 
 RECORDED = (
     "torch",
@@ -81,3 +82,45 @@ def launched_with_fsdp() -> bool:
 def launched_with_deepspeed() -> bool:
     """Whether accelerate was told to train with DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def launched_on_cpu() -> bool:
+    """Whether accelerate was told to use the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+
+
+def process_of_launch() -> tuple[int, int]:
+    """Number of this process and how many there are, as launchers say before any of them are connected.
+
+    Raises:
+        ConfigError: The variables in which they say so do not fit together.
+    """
+    rank, size = _whole_number("RANK", 0), _whole_number("WORLD_SIZE", 1)
+    missing = [name for name in _LAUNCH_VARIABLES if size > 1 and not os.environ.get(name)]
+    problems = []
+    if missing:
+        set_by = "A launcher sets all of them: start the program with `accelerate launch`, or unset WORLD_SIZE"
+        problems.append(
+            f"`WORLD_SIZE={size}` asks for {size} processes, and {', '.join(missing)} are not set. {set_by}"
+        )
+    elif not 0 <= rank < size:
+        problems.append(
+            f"`RANK={rank}` is not one of the {size} processes of `WORLD_SIZE`, which count from 0. {_WAY_OUT}"
+        )
+    if size > 1 and not missing:
+        _whole_number("MASTER_PORT", 0)
+    if problems:
+        raise ConfigError(_LAUNCH_HEADLINE, problems)
+    return rank, size
+
+
+_LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCH_HEADLINE = "the environment describes no launch"
+_WAY_OUT = "Launchers set these variables; unset them to train in one process"
+
+
+def _whole_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ConfigError(_LAUNCH_HEADLINE, [f"`{variable}={text}` is not a whole number. {_WAY_OUT}"])
+    return int(text)

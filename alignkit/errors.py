@@ -41,6 +41,14 @@ class DataError(ProblemListError):
     """The data cannot be trained on; raised before a model is loaded."""
 
 
+class RanksDifferError(ProblemListError):
+    """The processes of a launch were not given the same; every one of them finds so and raises this."""
+
+
+class LaunchError(AlignkitError):
+    """Another process of the launch cannot be reached, has ended or does not answer."""
+
+
 class ModelError(AlignkitError):
     """The model, adapter or tokenizer cannot be used as asked."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from alignkit.errors import AlignkitError, ConfigError, Stopped
+from alignkit.errors import AlignkitError, RanksDifferError, Stopped
 
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128
@@ -85,18 +87,37 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         # The reader (head, less) has left. Python flushes stdout once more at exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_BROKEN_PIPE
+    except Exception as error:
+        _leave_for_launcher(f"{type(error).__name__}: {error}")
+        raise
     sys.exit(status)
 
 
 def _print_error(error: AlignkitError) -> None:
     """Print an error once a machine, where the processes of a launch all find the same."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank > 0 and isinstance(error, ConfigError):
-        return
     if _is_said_by_another_process(str(error)):
         return
-    prefix = f"[rank {rank}] error" if rank > 0 else "error"
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, RanksDifferError):
+        # All processes find this; where no launcher lets us see what another one has printed, the first one speaks.
+        if rank != "0" and "TORCHELASTIC_ERROR_FILE" not in os.environ:
+            return
+        prefix = "error"
+    else:
+        prefix = "error" if rank == "0" else f"[rank {rank}] error"
     print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+    _leave_for_launcher(str(error))
+
+
+def _leave_for_launcher(message: str) -> None:
+    """Put ``message`` where torch's launcher looks for it: its report is the last thing a user sees of a launch.
+
+    The report shows the error that was left first, and so the cause, not what other processes met because of it.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is not None:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(error_file).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _is_said_by_another_process(message: str) -> bool:

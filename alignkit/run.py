@@ -12,6 +12,7 @@ from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
 from alignkit.methods._preference import PreferenceTrainer
 from alignkit.methods._supervised import SupervisedTrainer
+from alignkit.ranks import Ranks, launched_with
 from alignkit.resumption import settled
 
 
@@ -54,10 +55,15 @@ def _train(given: Any, own: Any) -> Any:
     resume = loaded.config.resume
     loaded = settled(loaded)
     config = loaded.config
+    ranks = Ranks.join(config.ddp_timeout)
+    ranks.compare("launched with", launched_with(loaded))
     with StopRequest().heard() as request:
         directory = steps.open_run_directory(loaded)
-        with steps.failures_recorded(directory, resume=resume):
+        failures = steps.failures_recorded(directory, resume=resume)
+        with failures, ranks.losses_named(lambda status: directory.record(status=status)):
+            ranks.connect(use_cpu=config.use_cpu)
             args = own.training_arguments(config)
+            ranks.check_world_size(args.world_size)
             tokenizer = steps.load_tokenizer(config)
             data = own.prepare_data(config, args, tokenizer, directory)
             origin_steps.record_origin(config, tokenizer, data.train, directory)

@@ -15,6 +15,9 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 
+from tests.launches import launch_environment as launch_environment
+from tests.launches import launchers as launchers
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 GSM8K = REPOSITORY / "tests" / "data" / "gsm8k" / "model_solutions.jsonl"
 TRUTHFULQA = REPOSITORY / "tests" / "data" / "truthfulqa" / "TruthfulQA.csv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,12 +42,18 @@ def test_a_bug_keeps_its_traceback(repository: Path) -> None:
     assert "Traceback" in done.stderr
 
 
-def test_a_config_error_is_printed_by_the_first_process_alone(repository: Path) -> None:
-    raised = "raise ConfigError('c.yaml', ['unknown key betta'])"
-    assert "betta" in run_main(raised, repository, RANK="0").stderr
+def test_what_all_processes_find_is_said_by_the_first(repository: Path) -> None:
+    raised = "raise RanksDifferError('they differ', ['learning_rate'])"
+    assert "learning_rate" in run_main(raised, repository, RANK="0").stderr
     other = run_main(raised, repository, RANK="1")
     assert other.returncode == 2
     assert other.stderr == ""
+
+
+def test_a_config_error_of_another_process_is_said(repository: Path) -> None:
+    """A machine may have another config file than the first one."""
+    done = run_main("raise ConfigError('c.yaml', ['unknown key betta'])", repository, RANK="1")
+    assert done.stderr == "[rank 1] error: c.yaml: 1 problem\n  1. unknown key betta\n"
 
 
 def test_any_other_error_names_the_process(repository: Path) -> None:
@@ -89,6 +96,9 @@ def test_processes_of_a_launch_say_the_same_thing_once(repository: Path, tmp_pat
         for rank, file in enumerate(files)
     ]
     assert [done.returncode for done in said] == [2, 2, 2]
+    # What torch's launcher shows at the end of its report.
+    assert "row 3 is empty" in json.loads(files[0].read_text())["message"]["message"]
+    assert not files[1].exists()
     assert [("row 3" in done.stderr) for done in said] == [True, False, False]
     another = "raise DataError('rows.jsonl', ['row 4 is empty'])"
     assert "[rank 2]" in run_main(another, repository, RANK="2", TORCHELASTIC_ERROR_FILE=str(files[2])).stderr

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +14,15 @@ import torch
 from alignkit.data.synthetic import tiny_model, train_tokenizer
 from tests.conftest import GSM8K
 from tests.distributed.layouts import OPTIONS, Layout
-from tests.programs.launching import REPOSITORY, RUN_TIMEOUT, Ended, Launcher
+from tests.launches import accelerate
+from tests.programs.launching import REPOSITORY, RUN_TIMEOUT, Ended
 
-BUILD_COMMUNICATION = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 Launch = Callable[..., Path]
 ANSWERS = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-    """Environment of the launched programs, with DeepSpeed's CPU communication built once, outside any time limit.
-
-    DeepSpeed compiles it on first use, and a process killed while compiling leaves a lock that later ones wait for.
-    """
-    pytest.importorskip("deepspeed")
-    extensions = Path(sys.prefix) / "torch_extensions"
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "TORCH_EXTENSIONS_DIR": str(extensions),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    for lock in extensions.glob("*/lock"):
-        lock.unlink()
-    subprocess.run(
-        [sys.executable, "-c", BUILD_COMMUNICATION], check=True, env=environment, capture_output=True, timeout=600
-    )
-    return environment
-
-
-def accelerate(config: str | None) -> list[str]:
-    """``accelerate launch`` with a shipped config, or for one process."""
-    options = ["--num_processes", "1"]
-    if config is not None:
-        file = REPOSITORY / "configs" / "accelerate" / f"{config}.yaml"
-        options = ["--config_file", str(file), "--main_process_port", "0"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *options]
-
-
-@pytest.fixture(scope="session")
-def launchers(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Any]:
-    """One launch of each config, made when first asked for; its runs are forked from its processes."""
-    started: dict[str | None, Launcher] = {}
-
-    def launcher(layout: Layout) -> Launcher:
-        if layout.config not in started:
-            folder = tmp_path_factory.mktemp("launch")
-            started[layout.config] = Launcher(folder, environment, accelerate(layout.config), layout.world_size)
-        return started[layout.config]
-
-    yield launcher
-    for one in started.values():
-        one.close()
-
-
-@pytest.fixture(scope="session")
-def launch(launchers: Any, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def launch(launchers: Any, launch_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Run a program in a layout and return the run directory.
 
     The run is forked from the processes of a launch that all runs of the layout's config share; ``direct`` launches
@@ -100,7 +50,7 @@ def launch(launchers: Any, environment: dict[str, str], tmp_path_factory: pytest
         if direct:
             command = [*accelerate(layout.config), str(path), *words]
             done = subprocess.run(
-                command, env=environment | variables, capture_output=True, text=True, timeout=RUN_TIMEOUT,
+                command, env=launch_environment | variables, capture_output=True, text=True, timeout=RUN_TIMEOUT,
                 cwd=output.parent, check=False,
             )  # fmt: skip
             ended = Ended(done.returncode, done.stdout, done.stderr)

@@ -114,22 +114,36 @@ class Launcher:
                 return connection
 
     def start(
-        self, *arguments: str, directory: Path, program: Path = PREFERENCE, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        directory: Path,
+        program: Path = PREFERENCE,
+        environment: Mapping[str, str] | None = None,
+        last: Sequence[str] = (),
     ) -> list[Running]:
-        """Start a program in ``directory``, one at a time; returns its processes by rank."""
+        """Start a program in ``directory``, one at a time; returns its processes by rank.
+
+        ``last`` are arguments that the last rank has beside those of all.
+        """
         self.count += 1
         running = []
         variables = dict(environment or {})
         if len(self.connections) > 1:
             # The store of the launch is used up by the first run; every run has one of its own.
-            variables |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": free_port()}
+            variables = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": free_port()} | variables
         for rank, connection in enumerate(self.connections):
             output, errors = (self.directory / f"{self.count}.{rank}.{name}" for name in ("out", "err"))
+            own = dict(variables)
+            if len(self.connections) > 1:
+                # As the launcher gives every process a file for its error, in a folder that is new for every run.
+                own["TORCHELASTIC_ERROR_FILE"] = str(self.directory / str(self.count) / str(rank) / "error.json")
+                (self.directory / str(self.count) / str(rank)).mkdir(parents=True)
+            is_last = rank == len(self.connections) - 1
             job = {
                 "program": str(program),
-                "arguments": list(arguments),
+                "arguments": [*arguments, *(last if is_last else ())],
                 "directory": str(directory),
-                "environment": variables,
+                "environment": own,
                 "output": str(output),
                 "errors": str(errors),
             }

@@ -1,0 +1,74 @@
+"""The launch program ``trainers/preference.py`` with a fault on one rank, as a machine of a cluster may have one.
+
+``CHAOS_FAULT`` names the fault, ``CHAOS_RANK`` the rank. Nothing of the toolkit knows of either.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from alignkit.errors import DataError, ModelError
+from tests.programs.launching import PREFERENCE
+
+AT_STEP = 2
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    """A function that only raises."""
+
+    def function(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return function
+
+
+def in_step(act: Callable[[], object]) -> None:
+    """Do something amid a training step, when the processes are connected and one has begun to wait for the other."""
+    from transformers import Trainer
+
+    whole, count = Trainer.training_step, [0]
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] == AT_STEP:
+            act()
+        return whole(self, *args, **kwargs)
+
+    Trainer.training_step = step
+
+
+def patch(fault: str) -> None:
+    """Bring the fault about."""
+    import alignkit.ranks
+    import alignkit.steps
+    import alignkit.steps_preference
+
+    match fault:
+        case "config missing":
+            sys.argv = [word.replace("c.yaml", "gone.yaml") for word in sys.argv]
+        case "package":
+            installed = alignkit.ranks.installed_version
+            alignkit.ranks.installed_version = lambda name: "0.0.7" if name == "trl" else installed(name)
+        case "world size":
+            os.environ["WORLD_SIZE"] = "3"
+        case "data step":
+            alignkit.steps.load_splits = raises(DataError("rows.jsonl", ["row 3 is empty on this machine"]))
+        case "model loading":
+            alignkit.steps_preference.load_policy = raises(ModelError("the weights on this machine are damaged"))
+        case "training step":
+            in_step(raises(ArithmeticError("this device has failed")))
+        case "killed":
+            in_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        case "stopped":
+            in_step(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == os.environ.get("CHAOS_RANK"):
+        patch(os.environ["CHAOS_FAULT"])
+    runpy.run_path(str(PREFERENCE), run_name="__main__")

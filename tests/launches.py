@@ -1,0 +1,64 @@
+"""Launches on several processes, each made once in a session and shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.programs.launching import REPOSITORY, Launcher
+
+BUILD_COMMUNICATION = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+
+
+@pytest.fixture(scope="session")
+def launch_environment() -> dict[str, str]:
+    """Environment of the launched programs, with DeepSpeed's CPU communication built once, outside any time limit.
+
+    DeepSpeed compiles it on first use, and a process killed while compiling leaves a lock that later ones wait for.
+    """
+    pytest.importorskip("deepspeed")
+    extensions = Path(sys.prefix) / "torch_extensions"
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    for lock in extensions.glob("*/lock"):
+        lock.unlink()
+    subprocess.run(
+        [sys.executable, "-c", BUILD_COMMUNICATION], check=True, env=environment, capture_output=True, timeout=600
+    )
+    return environment
+
+
+def accelerate(config: str | None) -> list[str]:
+    """``accelerate launch`` with a shipped config, or for one process."""
+    options = ["--num_processes", "1"]
+    if config is not None:
+        file = REPOSITORY / "configs" / "accelerate" / f"{config}.yaml"
+        options = ["--config_file", str(file), "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options]
+
+
+@pytest.fixture(scope="session")
+def launchers(tmp_path_factory: pytest.TempPathFactory, launch_environment: dict[str, str]) -> Iterator[Any]:
+    """One launch of each config, made when first asked for; its runs are forked from its processes."""
+    started: dict[str | None, Launcher] = {}
+
+    def launcher(layout: Any) -> Launcher:
+        if layout.config not in started:
+            folder = tmp_path_factory.mktemp("launch")
+            started[layout.config] = Launcher(folder, launch_environment, accelerate(layout.config), layout.world_size)
+        return started[layout.config]
+
+    yield launcher
+    for one in started.values():
+        one.close()
