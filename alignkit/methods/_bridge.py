@@ -7,23 +7,29 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``_metrics`` of every trainer and the averaging in its ``log``
 - trl ``aux_loss_enabled`` and ``router_aux_loss_coef``
 - transformers ``Trainer._get_dataloader(dataset, description, batch_size, ...)`` of training and evaluation
+- transformers ``Trainer._load_from_checkpoint(resume_from_checkpoint, model)``, which DeepSpeed's resumption bypasses
 - transformers ``Trainer.get_batch_samples``, whose second value reaches ``compute_loss`` as ``num_items_in_batch``
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sized
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from alignkit.data.filling import FilledStream
+from alignkit.errors import CheckpointError
 from alignkit.gradients._hook import ChosenRule, GradientRuleHook
 from alignkit.losses.types import LossOutput, Metric
 from alignkit.methods._metrics import MetricSums
 from alignkit.methods._streams import StreamResume
+from alignkit.parametrizations.comparison import adapter_difference, load_saved_weights, model_difference
+from alignkit.parametrizations.files import ADAPTER_WEIGHTS
 from alignkit.parametrizations.precision import hold_in_float32
 
 
@@ -189,6 +195,29 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         if left <= 0:
             return dict(inputs)
         return self.keep_rows(inputs, max(left - self.accelerator.process_index * rows, 0))
+
+    # --- resumption ------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights that training goes on from, and compare the model with their files.
+
+        transformers reads a file by plain names and lets pass what does not fit: of a mixture of experts, which is
+        saved expert by expert, nothing. A model is loaded the way its class loads it. FSDP's own loading is strict.
+        """
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            kept = {name: folder / name for name in self.model.peft_config}
+            files = {name: (own if own.is_dir() else folder) / ADAPTER_WEIGHTS for name, own in kept.items()}
+            problems = [adapter_difference(self.model, file, name) for name, file in files.items()]
+        else:
+            load_saved_weights(self.model, folder)
+            problems = [model_difference(self.model, folder)]
+        if problem := next(filter(None, problems), None):
+            raise CheckpointError(f"{folder} did not come out as it was saved, and is not resumed from: {problem}")
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
+from alignkit.parametrizations.comparison import model_difference
 from alignkit.parametrizations.files import CARD_OF_THE_ADAPTER, AdapterFiles, is_local
 from alignkit.parametrizations.loading import (
     DTYPES,
@@ -134,9 +135,10 @@ def merge_adapter(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         draft = Path(folder) / output.name
-        _merged(adapter, exact, device).to(DTYPES[dtype]).save_pretrained(draft)
+        _save_compared(_merged(adapter, exact, device).to(DTYPES[dtype]), draft)
         # Tokenizers and configs of remote code stay with the base; only the weights are compared here.
         written = load_model(replace(exact, model=str(draft), revision=None, quantization="none"), device)
+        _refuse_difference(written, draft)
         error = logits_difference(tuned, logits_of(written, prompts, device))
         report = MergeReport(error, effect, dtype, quantization, tolerance)
         if report.problem is not None:
@@ -147,6 +149,19 @@ def merge_adapter(
             output.rmdir()
         draft.rename(output)
     return report
+
+
+def _save_compared(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model and compare the files with it."""
+    model.save_pretrained(folder)
+    _refuse_difference(model, folder)
+
+
+def _refuse_difference(model: PreTrainedModel, folder: Path) -> None:
+    if difference := model_difference(model, folder):
+        raise ModelError(
+            f"the merge is refused and nothing was written, as saving or loading lost weights: {difference}"
+        )
 
 
 def check_output(output: Path) -> None:

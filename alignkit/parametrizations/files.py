@@ -19,6 +19,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+RUN_MARKS = ("run.json", "complete.json")
+"""Files by which a folder of weights is known to have been written by a run."""
 CARD_OF_THE_ADAPTER = "adapter_card.md"
 """Name under which a merged model keeps the card of the adapter."""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from alignkit.errors import ModelError
+from alignkit.parametrizations.comparison import adapter_difference, model_difference
 from alignkit.parametrizations.files import (
+    RUN_MARKS,
     AdapterFiles,
     check_tensors,
     model_problem,
@@ -32,6 +34,7 @@ from alignkit.parametrizations.files import (
 from alignkit.parametrizations.fingerprints import ORIGIN_FILE, BaseFingerprint, base_fingerprint, read_origin
 from alignkit.parametrizations.quantization import keep_trainable_on_cpu, quantization_config
 
+_REPORT = "This is a fault of the software and not of yours: please report it with the model's config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,8 +67,8 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
         device: Where to; None leaves it to a trainer to place (a quantised model goes to this process's device).
 
     Raises:
-        ModelError: It does not exist, is no causal language model, is quantised otherwise than asked, or its checkpoint
-            lacks weights.
+        ModelError: It does not exist, is no causal language model, is quantised otherwise than asked, its checkpoint
+            lacks weights, or a run saved it and it does not come out as it was saved.
     """
     if problem := model_problem(source.model):
         raise ModelError(problem)
@@ -96,6 +99,10 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
             f"the checkpoint of {source.model!r} lacks {len(missing)} weights, such as {missing[0]}; they would be "
             "random. Give a causal language model with all its weights."
         )
+    folder = Path(source.model)
+    is_of_a_run = any((folder / mark).is_file() for mark in RUN_MARKS)
+    if is_of_a_run and quantization == "none" and (difference := model_difference(model, folder)):
+        raise ModelError(f"the model {source.model!r} was not loaded as it was saved: {difference}. {_REPORT}")
     if quantization == "nf4":
         keep_trainable_on_cpu(model)
     is_placed = device is None or quantization != "none"
@@ -247,14 +254,9 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable:
     except (ValueError, RuntimeError, SafetensorError) as error:
         detail = next((line for line in str(error).splitlines() if "size mismatch" in line), _first_line(error))
         raise ModelError(f"{misfit} {detail.strip()} {belongs}") from error
-    stored = set(check_tensors(adapter.weights))
-    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    # With resized embeddings PEFT stores these whole: base, copy and adapter.
-    with_embeddings = set(get_peft_model_state_dict(wrapped, save_embedding_layers=True))
-    homeless = stored - expected - with_embeddings - set(wrapped.state_dict())
-    for names, fault in ((homeless, "have no place in"), (expected - stored, "are missing for")):
-        if names:
-            raise ModelError(f"{misfit} {len(names)} tensors {fault} it, such as {min(names)}. {belongs}")
+    check_tensors(adapter.weights)
+    if problem := adapter_difference(wrapped, adapter.weights):
+        raise ModelError(f"{misfit} {problem}. {belongs}")
     return wrapped.eval()
 
 

@@ -44,6 +44,7 @@ def parameters(function: Any) -> list[str]:
             Trainer._get_dataloader,
             ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
         ),
+        (Trainer._load_from_checkpoint, ["self", "resume_from_checkpoint", "model"]),
         (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
         (
             Trainer._init_training_state,
@@ -81,6 +82,7 @@ OWN_HOOKS = {
 }
 SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluate", "log", "create_model_card"} | {
     "_init_training_state",
+    "_load_from_checkpoint",
     "predict",
 }
 
