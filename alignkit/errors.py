@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from alignkit.plain_text import visible, without_secrets
+
 
 class AlignkitError(Exception):
-    """Base of all errors whose message is complete without a traceback."""
+    """Base of all errors whose message is complete without a traceback.
+
+    Args:
+        message: What to tell; tokens and passwords that were written into a value are hidden, control characters shown.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(visible(without_secrets(message)))
 
 
 class ProblemListError(AlignkitError):
@@ -22,11 +31,11 @@ class ProblemListError(AlignkitError):
     """
 
     def __init__(self, headline: str, problems: Sequence[str]) -> None:
-        self.headline = headline
-        self.problems = list(problems)
+        self.headline = visible(without_secrets(headline))
+        self.problems = [visible(without_secrets(problem)) for problem in problems]
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
-        super().__init__(f"{headline}: {count}\n{lines}")
+        super().__init__(f"{self.headline}: {count}\n{lines}")
 
     def __reduce__(self) -> tuple[type[ProblemListError], tuple[str, list[str]]]:
         """Survive the way back from a worker process."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from alignkit.errors import AlignkitError, RanksDifferError, Stopped
+from alignkit.plain_text import guard_streams
 
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128
@@ -24,11 +25,14 @@ EXIT_BROKEN_PIPE = 141
 
 
 def disable_telemetry() -> None:
-    """Switch off the usage reports of the Hugging Face libraries, unless the environment says otherwise.
+    """Switch off what the Hugging Face libraries report of their use, unless the environment says otherwise.
+
+    ``datasets`` counts every data set opened, local files included, by a request to the Hub.
 
     They read these variables when imported, so this must run before them.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
@@ -63,7 +67,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit.
 
     An :class:`AlignkitError` is printed without a traceback and ends with status 2; what a signal
-    stopped ends with 128 and its number. Any other exception is a bug of ours and keeps its traceback.
+    stopped ends with 128 and its number. Any other exception is a bug of ours and keeps its traceback. No secret and no
+    raw control character is printed.
 
     Args:
         main: The program; returns its exit status, None for success.
@@ -71,6 +76,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     disable_telemetry()
     quiet_dependencies()
     bars_for_terminals()
+    guard_streams()
     try:
         status = main() or 0
         sys.stdout.flush()

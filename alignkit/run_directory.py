@@ -22,6 +22,7 @@ from typing import Any
 from alignkit.callbacks import durability
 from alignkit.callbacks.manifest import MANIFEST, RUN_FILE, Manifest
 from alignkit.errors import RunDirectoryError
+from alignkit.plain_text import all_without_secrets
 from alignkit.run_inputs import inputs_inside
 
 _FORMAT_KEY = "alignkit_run"
@@ -249,15 +250,19 @@ _NEW_RUN = "Remove `resume: true` to start a new run, or write the output_dir of
 
 
 def plain(value: Any) -> Any:
-    """``value`` in terms that JSON has."""
+    """``value`` in terms that JSON has, without the secrets that somebody wrote into it."""
+    return all_without_secrets(_plain(value))
+
+
+def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
+        return _plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(map(plain, value))
+        return sorted(map(_plain, value))
     if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value

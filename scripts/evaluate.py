@@ -27,6 +27,7 @@ from alignkit.arguments import (
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.outputs import add_overwrite, output_problems
 from alignkit.parametrizations.files import AdapterFiles, find_model, model_problem
+from alignkit.plain_text import all_without_secrets
 from alignkit.programs import run_program
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def report(
     print(sample_text(prompts, evaluation, base))
     if arguments.output is not None:
         options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        content = {**record, "options": options, **result_record(evaluation, base, prompts)}
+        content = {**record, "options": all_without_secrets(options), **result_record(evaluation, base, prompts)}
         write_whole(arguments.output, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         print(f"written to {arguments.output}")
 

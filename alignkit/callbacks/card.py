@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from alignkit.callbacks.card_equations import method_text, rule_text
 from alignkit.gradients.rule import GradientRule, load_rule
 from alignkit.methods.method import Method, load_method
+from alignkit.plain_text import markdown, markdown_code
 
 _LENGTHS_SHOWN = {
     "prompt": "tokens a prompt",
@@ -158,7 +159,7 @@ def render_card(content: CardContent) -> str:
         "Citation": f"```bibtex\n{_citations(content)}\n```",
     }
     body = [f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text]
-    return f"---\n{_metadata(content).to_yaml()}\n---\n\n# {content.name}\n\n" + "\n\n".join(body) + "\n"
+    return f"---\n{_metadata(content).to_yaml()}\n---\n\n# {markdown(content.name)}\n\n" + "\n\n".join(body) + "\n"
 
 
 def _metadata(content: CardContent) -> ModelCardData:
@@ -181,7 +182,11 @@ def _metadata(content: CardContent) -> ModelCardData:
 
 def _introduction(content: CardContent) -> str:
     base = hub_id(content.base_model)
-    named = f"[{base}](https://huggingface.co/{base})" if base else f"the local model `{_name(content.base_model)}`"
+    named = (
+        f"[{base}](https://huggingface.co/{base})"
+        if base
+        else f"the local model {markdown_code(_name(content.base_model))}"
+    )
     what = f"A LoRA adapter for {named}" if content.is_adapter else f"{named[0].upper()}{named[1:]}"
     method = content.method
     text = (
@@ -189,7 +194,7 @@ def _introduction(content: CardContent) -> str:
         f"{method.summary}"
     )
     if content.warnings:
-        text += "\n\nThe run warned:\n\n" + "\n".join(f"- {w}" for w in content.warnings)
+        text += "\n\nThe run warned:\n\n" + "\n".join(f"- {markdown(w)}" for w in content.warnings)
     return text
 
 
@@ -235,7 +240,9 @@ def _results(content: CardContent) -> str:
 
 def _training_data(content: CardContent) -> str:
     sources = [
-        f"[{found}](https://huggingface.co/datasets/{found})" if (found := hub_id(name)) else f"`{_name(name)}` (local)"
+        f"[{found}](https://huggingface.co/datasets/{found})"
+        if (found := hub_id(name))
+        else f"{markdown_code(_name(name))} (local)"
         for name in content.datasets
     ]
     listed = "\n".join(f"- {source}" for source in sources)
@@ -255,12 +262,12 @@ def _options(content: CardContent) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"`{json.dumps(_without_folders(value), ensure_ascii=False)}`"
+    return markdown_code(json.dumps(_without_folders(value), ensure_ascii=False))
 
 
 def _source(source: str) -> str:
     """``c.yaml:12`` without the folders before it."""
-    return _without_folders(source)
+    return markdown(_without_folders(source))
 
 
 def _without_folders(value: Any) -> Any:

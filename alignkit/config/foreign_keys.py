@@ -248,7 +248,9 @@ ABSENT: Mapping[str, str] = {
     **dict.fromkeys(("save_on_each_node", "save_safetensors", "enable_jit_checkpoint", "hub_strategy",
                      "hub_always_push", "hub_revision", "restore_callback_states_from_checkpoint"),
                     "this setting of saving"),
-    "hub_token": "tokens in files; log in with `hf auth login`, or set HF_TOKEN",
+    **dict.fromkeys(("hub_token", "hf_token", "token", "use_auth_token", "auth_token", "access_token", "api_key",
+                     "wandb_api_key"), "secrets in files or options, where others read them; log in with `hf auth "
+                    "login`, or set HF_TOKEN (of a tracker: its own variable) in the environment"),
 }  # fmt: skip
 """Name elsewhere to what alignkit has not."""
 

@@ -13,6 +13,7 @@ import yaml
 from alignkit.config.keys import Key
 from alignkit.config.yaml_schema import dump_yaml
 from alignkit.options import OptionInfo
+from alignkit.plain_text import without_secrets
 
 _WORDS_FOR_BOOL = {"yes": "true", "on": "true", "no": "false", "off": "false", "true": "true", "false": "false"}
 _SHOWN_LENGTH = 72
@@ -32,6 +33,7 @@ def show(value: Any) -> str:
         text = dump_yaml(value, one_line=True)
     except yaml.YAMLError:  # a Python object, such as a Path, passed to the dataclass
         text = repr(value)
+    text = without_secrets(text)  # before it is cut, which may leave half of one
     return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 4]} ..."
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from alignkit.plain_text import without_secrets
+
 _OUR_ARGUMENTS = frozenset(
     {"conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"}
     | {"truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
@@ -134,5 +136,5 @@ def is_blank(value: str | list[Any]) -> bool:
 
 def shorten(value: Any, length: int = 60) -> str:
     """``repr(value)`` cut in the middle to at most ``length`` characters."""
-    text, half = repr(value), (length - 5) // 2
+    text, half = without_secrets(repr(value)), (length - 5) // 2
     return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"

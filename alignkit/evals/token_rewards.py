@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.callbacks.durability import write_whole
 from alignkit.evals.estimates import row_sums
+from alignkit.plain_text import visible
 
 MIN_SPREAD = 1e-3
 """Standard deviation below which the rewards say nothing whatever their gap."""
@@ -157,7 +158,7 @@ def _section(number: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizer
         tokens = "".join(_span(text, values, scale) for text, values in _pieces(ids, rewards, tokenizer))
         mean = math.fsum(rewards) / len(rewards)
         cells.append(f"<div><h3>{html.escape(label)}, mean {mean:+.4f}</h3><p>{tokens}</p></div>")
-    return f'<h2>Row {number}</h2><pre>{html.escape(cut)}</pre><div class="row">{"".join(cells)}</div>'
+    return f'<h2>Row {number}</h2><pre>{html.escape(visible(cut))}</pre><div class="row">{"".join(cells)}</div>'
 
 
 def _pieces(
@@ -185,8 +186,8 @@ def _span(text: str, values: Sequence[float], scale: float) -> str:
     mean = math.fsum(values) / len(values)
     colour = "37,99,235" if mean > 0 else "220,38,38"
     title = ", ".join(f"{value:+.4f}" for value in values)
-    visible = html.escape(text).replace("\n", "↵\n")
-    return f'<span title="{title}" style="background:rgba({colour},{0.6 * abs(mean) / scale:.3f})">{visible}</span>'
+    shown = html.escape(visible(text)).replace("\n", "↵\n")
+    return f'<span title="{title}" style="background:rgba({colour},{0.6 * abs(mean) / scale:.3f})">{shown}</span>'
 
 
 _PAGE = """<!DOCTYPE html>

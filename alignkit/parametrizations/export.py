@@ -12,6 +12,7 @@ those weights. Both sides run in float32 except the quantised reference, whose k
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from alignkit.parametrizations.loading import (
     quantization_of,
 )
 from alignkit.parametrizations.vocabulary import check_token_ids
+from alignkit.plain_text import markdown
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 """Largest admissible difference of a logit by the type of the merged weights; ours, some ten times the rounding errors
@@ -301,9 +303,9 @@ def _write_card(directory: Path, adapter: AdapterFiles, source: ModelSource, rep
     error, effect = report.error, report.effect
     quantised = "" if report.quantization == "none" else f", {report.quantization} as in training and then dequantised"
     body = f"""
-# {directory.name}
+# {markdown(directory.name)}
 
-{base}{quantised}, with a {adapter.kind} adapter merged into its weights ({report.dtype}).
+{markdown(base)}{quantised}, with a {adapter.kind} adapter merged into its weights ({report.dtype}).
 
 | on {error.positions} tokens, against base + adapter | largest difference of a logit | KL, nats |
 |---|---|---|
@@ -313,8 +315,8 @@ def _write_card(directory: Path, adapter: AdapterFiles, source: ModelSource, rep
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{directory.name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{directory.name}")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(directory.name)}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory.name)})
 ```
 """
     (directory / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")

@@ -73,14 +73,17 @@ def test_a_closed_pipe_is_not_an_error_message(repository: Path) -> None:
         assert process.wait() == 141
 
 
-def test_telemetry_is_off_unless_asked_for(repository: Path) -> None:
-    printing = "import os; print(os.environ['HF_HUB_DISABLE_TELEMETRY'])"
-    variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+@pytest.mark.parametrize(
+    ("name", "off", "on"), [("HF_HUB_DISABLE_TELEMETRY", "1", "0"), ("HF_UPDATE_DOWNLOAD_COUNTS", "0", "1")]
+)
+def test_telemetry_is_off_unless_asked_for(name: str, off: str, on: str, repository: Path) -> None:
+    printing = f"import os; print(os.environ[{name!r}])"
+    variables = {key: value for key, value in os.environ.items() if key != name}
     code = f"{HEADER}\ndef main():\n    {printing}\n\nrun_program(main)\n"
-    for wish, expected in ((None, "1"), ("0", "0")):
+    for wish, expected in ((None, off), (on, on)):
         environment = {**variables, "PYTHONPATH": str(repository)}
         if wish is not None:
-            environment["HF_HUB_DISABLE_TELEMETRY"] = wish
+            environment[name] = wish
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
 
