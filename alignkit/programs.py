@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from alignkit.errors import AlignkitError, RanksDifferError, Stopped
-from alignkit.plain_text import guard_streams
+from alignkit.plain_text import guard_streams, visible, without_secrets
 
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128
@@ -122,7 +122,8 @@ def _leave_for_launcher(message: str) -> None:
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is not None:
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        shown = visible(without_secrets(message))
+        content = {"message": {"message": shown, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(error_file).write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ QUICK = ("--use_cpu", "--batch_size", "4")
 RUN = {**CONFIG, "max_steps": 2, "save_steps": 1, "eval_data": "rows.csv", "num_samples": 1, "sample_max_new_tokens": 4}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workplace with rows in every format."""
     folder = tmp_path_factory.mktemp("network")
@@ -63,8 +63,13 @@ def programs(repository: Path) -> list[list[str]]:
     ]
 
 
-def test_no_program_opens_a_connection(place: Path, repository: Path, tmp_path: Path) -> None:
-    commands = programs(repository)
+SHORT = ("preference", "evaluate", "token_rewards", "alignkit_env")
+"""What is tried in every test run: training, an adapter, data of every format."""
+
+
+@pytest.mark.parametrize("names", [SHORT, pytest.param((), marks=pytest.mark.chaos)], ids=["short", "all"])
+def test_no_program_opens_a_connection(names: tuple[str, ...], place: Path, repository: Path, tmp_path: Path) -> None:
+    commands = [command for command in programs(repository) if not names or command[0] in names]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
     environment = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
