@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from alignkit.errors import AlignkitError, RanksDifferError, Stopped
 from alignkit.plain_text import guard_streams, visible, without_secrets
+from alignkit.storage import storage_error
 
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128
@@ -66,9 +67,9 @@ def bars_for_terminals() -> None:
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit.
 
-    An :class:`AlignkitError` is printed without a traceback and ends with status 2; what a signal
-    stopped ends with 128 and its number. Any other exception is a bug of ours and keeps its traceback. No secret and no
-    raw control character is printed.
+    An :class:`AlignkitError` is printed without a traceback and ends with status 2, as is a disk that is full or
+    refuses; what a signal stopped ends with 128 and its number. Any other exception is a bug of ours and keeps its
+    traceback. No secret and no raw control character is printed.
 
     Args:
         main: The program; returns its exit status, None for success.
@@ -94,8 +95,12 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_BROKEN_PIPE
     except Exception as error:
-        _leave_for_launcher(f"{type(error).__name__}: {error}")
-        raise
+        told = storage_error(error)
+        if told is None:
+            _leave_for_launcher(f"{type(error).__name__}: {error}")
+            raise
+        _print_error(told)
+        status = EXIT_USER_ERROR
     sys.exit(status)
 
 

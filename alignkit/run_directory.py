@@ -306,9 +306,10 @@ def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True)
     except (FileExistsError, NotADirectoryError):
-        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        kind = "is a file" if existing.exists() else "is a link that leads nowhere"
         raise RunDirectoryError(
-            f"output_dir {path} cannot be a directory: {existing} is a file. Write another output_dir."
+            f"output_dir {path} cannot be a directory: {existing} {kind}. Write another output_dir."
         ) from None
     except OSError as error:
         raise RunDirectoryError(

@@ -31,6 +31,7 @@ from alignkit.callbacks.metrics_log import MetricsLog
 from alignkit.callbacks.preemption import StopRequest, StopWhenAsked
 from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
+from alignkit.callbacks.space import RoomForCheckpoints
 from alignkit.callbacks.start_line import StartLine
 from alignkit.callbacks.unmoved import UnmovedWeights
 from alignkit.config import LoadedConfig
@@ -51,6 +52,7 @@ from alignkit.parametrizations.files import read_adapter
 from alignkit.parametrizations.lora import trainable_report
 from alignkit.resumption import how_to_go_on
 from alignkit.run_directory import RunDirectory
+from alignkit.storage import Reserve, StorageError, storage_error
 
 _PASSED_THROUGH = (
     "output_dir seed data_seed num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
@@ -112,17 +114,28 @@ def failures_recorded(directory: RunDirectory, *, resume: bool | str) -> Iterato
         directory: The run.
         resume: The key of that name as it was given, for the command that goes on.
     """
+    reserve = Reserve(directory.path, is_main=directory.is_main)
+    reserve.hold()
     try:
         yield
     except Stopped as stopped:
+        reserve.release()
         name = signal.Signals(stopped.signal).name
         directory.record(status=f"stopped: {name}")
         go_on = how_to_go_on(directory, sys.argv, resume=resume) if directory.is_main else ""
         raise Stopped(stopped.signal, go_on and f"stopped by {name}; {go_on}") from None
     except BaseException as error:
-        headline = str(error).partition("\n")[0]
-        directory.record(status=f"failed: {type(error).__name__}: {headline}".removesuffix(": "))
+        told = storage_error(error, directory.path) or error
+        headline = str(told).partition("\n")[0]
+        reserve.release()
+        # Where a file may not even be as long as run.json is, what has happened is still printed.
+        with contextlib.suppress(StorageError):
+            directory.record(status=f"failed: {type(told).__name__}: {headline}".removesuffix(": "))
+        if told is not error:
+            raise told from error
         raise
+    finally:
+        reserve.release()
 
 
 def common_arguments(config: RunConfig) -> dict[str, Any]:
@@ -329,7 +342,10 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory, request:
         longer = f", which is made longer ({'; '.join(directory.extended)})" if directory.extended else ""
         print(f"resuming from {checkpoint}{left}{longer}")
     trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
-    trainer.add_callback(StopWhenAsked(request))
+    # The guard stays last: it announces what they have decided to save.
+    guard = trainer.pop_callback(CheckpointGuard)
+    for callback in (StopWhenAsked(request), RoomForCheckpoints(trainer), guard):
+        trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:

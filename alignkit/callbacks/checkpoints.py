@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from alignkit.callbacks import durability
 from alignkit.callbacks.manifest import Manifest
 from alignkit.errors import CheckpointError
+from alignkit.storage import StorageError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
@@ -205,7 +206,7 @@ class CheckpointGuard(TrainerCallback):
             verify_checkpoint(checkpoint, world_size)
             durability.mark_complete(checkpoint)
             self._rotate(Manifest(checkpoint.parent))
-        except OSError as error:
+        except (OSError, StorageError) as error:
             raise CheckpointError(f"{checkpoint} could not be finished: {error}") from error
 
     def _rotate(self, manifest: Manifest) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
+from alignkit.storage import FULL, full, storage_error
+
 MARKER = "complete.json"
 """File a checkpoint holds once, and only once, everything else in it has been written and verified."""
 
@@ -36,13 +38,23 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Args:
         path: File to create or replace.
         content: Text is encoded as UTF-8.
+
+    Raises:
+        StorageError: There is no room for it, or no right to write there.
     """
-    partial = partial_path(path)
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial, data = partial_path(path), content.encode() if isinstance(content, str) else content
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        told = storage_error(error)
+        if error.errno in FULL:
+            partial.unlink(missing_ok=True)
+            told = full(error.errno, path, needed=len(data))
+        raise told or error from error
     _sync(path.parent)
 
 

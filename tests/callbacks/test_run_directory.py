@@ -406,3 +406,9 @@ def test_a_run_may_be_resumed_to_become_longer(
     else:
         with pytest.raises(RunDirectoryError, match="cannot be resumed with other settings"):
             run.check_resumable(config(now))
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(RunDirectoryError, match=f"{tmp_path / 'link'} is a link that leads nowhere"):
+        RunDirectory.create(tmp_path / "link")
