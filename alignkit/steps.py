@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -25,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from alignkit.callbacks.checkpoints import CheckpointGuard
+from alignkit.callbacks.checkpoints import CheckpointGuard, refused_pickle
 from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.metrics_log import MetricsLog
 from alignkit.callbacks.preemption import StopRequest, StopWhenAsked
@@ -41,7 +42,7 @@ from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.messages import as_messages
 from alignkit.data.report import SplitReport, data_report
 from alignkit.environment import environment
-from alignkit.errors import ConfigError, ModelError, Stopped
+from alignkit.errors import CheckpointError, ConfigError, ModelError, Stopped
 from alignkit.gradients._support import RunLayout, check_layout
 from alignkit.gradients.rule import load_rule
 from alignkit.hub.upload import check_before_training
@@ -348,6 +349,10 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory, request:
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except UnpicklingError as error:
+        if checkpoint is None:
+            raise
+        raise CheckpointError(refused_pickle(checkpoint)) from error
     finally:
         request.training = False
         _end_bars(trainer)

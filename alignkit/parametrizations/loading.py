@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -33,6 +36,8 @@ from alignkit.parametrizations.files import (
 )
 from alignkit.parametrizations.fingerprints import ORIGIN_FILE, BaseFingerprint, base_fingerprint, read_origin
 from alignkit.parametrizations.quantization import keep_trainable_on_cpu, quantization_config
+
+logger = logging.getLogger(__name__)
 
 _REPORT = "This is a fault of the software and not of yours: please report it with the model's config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,6 +98,8 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"the model {source.model!r} cannot be loaded: {_cause(source.model, error)}") from error
+    except (UnpicklingError, EOFError) as error:
+        raise ModelError(_refused_pickle(source.model)) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -146,6 +153,8 @@ def load_tokenizer(
         ModelError: There is none.
     """
     options = {"revision": revision} if revision else {}
+    if trust_remote_code:
+        _say_that_code_runs(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -289,9 +298,29 @@ def _cause(model: str, error: BaseException) -> str:
             f"{_first_line(error)} No folder of that name is here either. Write the path of a saved model; or check "
             "the Hub id, the connection, HF_HUB_OFFLINE and, for gated models, `hf auth login`."
         )
+    if isinstance(error, ValueError) and "custom code" in str(error):
+        advice = "look at it, and where you trust it write trust_remote_code: true (--trust_remote_code)"
+        return f"it needs Python code that comes with it: {advice}"
     return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _refused_pickle(model: str) -> str:
+    """What to say of weights that are a pickle with more than tensors in it, or a damaged one."""
+    named = ", ".join(sorted(path.name for path in Path(model).expanduser().glob("pytorch_model*.bin")))
+    return (
+        f"the model {model!r} is not loaded: {named or 'its weights'} is a pickle that holds more than tensors, such "
+        "as code, or is damaged. Ask its author for safetensors, or load it where you trust it and save it again"
+    )
+
+
+@functools.cache
+def _say_that_code_runs(model: str) -> None:
+    """Once a process, for each model; nothing is asked, which would wait for ever where nobody sits at a terminal."""
+    files = sorted(path.name for path in Path(model).expanduser().glob("*.py"))
+    named = f" ({', '.join(files)})" if files else ""
+    logger.warning("trust_remote_code: Python code that comes with %r%s runs with all your rights", model, named)
