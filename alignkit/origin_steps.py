@@ -24,7 +24,10 @@ from alignkit.model_steps import RunConfig, model_source, other_models
 from alignkit.parametrizations.files import ADAPTER_CONFIG, read_adapter, sha256
 from alignkit.parametrizations.fingerprints import ORIGIN_FILE, BaseFingerprint, origin_text
 from alignkit.parametrizations.loading import fingerprint
+from alignkit.ranks import Ranks
 from alignkit.run_directory import RunDirectory
+
+Splits = Mapping[str, Dataset | IterableDataset | None]
 
 _ROWS_AT_ONCE = 1000
 _NAMES = {
@@ -36,23 +39,29 @@ _NAMES = {
 
 
 def record_origin(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Dataset | IterableDataset, directory: RunDirectory
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Splits, directory: RunDirectory, ranks: Ranks
 ) -> None:
     """Write down what the run is made of; when it is resumed, compare that with what it was made of first.
+
+    The processes of a launch compare it as well: a file of the same name and size may hold something else on another
+    machine.
 
     Args:
         config: The config.
         tokenizer: The tokenizer of the model.
-        rows: The training rows, tokenised; those of a stream are not at hand and not compared.
+        rows: The rows as ``train`` and ``held-out``, tokenised; those of a stream are not at hand and not compared.
         directory: The run.
+        ranks: The processes of the launch.
 
     Raises:
         ModelError: A model is not there.
+        RanksDifferError: Another process has something else.
         RunDirectoryError: The run is resumed, and something is not what it was.
     """
+    origin = _origin(config, tokenizer, rows["train"])
+    ranks.compare("origin", {**_by_name(origin), "the held-out rows": {"value": _rows(rows["held-out"])}})
     if not directory.is_main:
         return
-    origin = _origin(config, tokenizer, rows)
     recorded = directory.sections().get("origin")
     if config.resume and recorded is None:
         print(f"{directory.path} was begun before alignkit recorded what a run is made of: base and rows not compared")
@@ -128,8 +137,29 @@ def _origin(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Dataset
         "adapter": None if config.adapter is None else sha256(read_adapter(config.adapter).weights),
         "tokenizer": _hash(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])),
         "chat_template": None if template is None else _hash(template),
-        "rows": rows_fingerprint(rows) if isinstance(rows, Dataset) else None,
+        "rows": _rows(rows),
     }
+
+
+def _rows(rows: Dataset | IterableDataset | None) -> str | None:
+    return rows_fingerprint(rows) if isinstance(rows, Dataset) else None
+
+
+def _by_name(origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the run is made of, each thing under the name it has in messages."""
+    found = {}
+    for key, value in origin.items():
+        if isinstance(value, Mapping):
+            name = _model_name(key)
+            found[name] = {"value": f"weights {value['weights']}"}
+            found |= {f"{entry} in the config of {name}": {"value": one} for entry, one in value["config"].items()}
+        else:
+            found[_NAMES.get(key, key)] = {"value": value}
+    return found
+
+
+def _model_name(key: str) -> str:
+    return "the model" if key == "base" else f"the model of {key}"
 
 
 def _hash(value: Any) -> str:
@@ -141,7 +171,8 @@ def _differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterato
     for key, value in now.items():
         old = recorded.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            name = "the model" if key == "base" else f"the model of {key}"
-            yield from (f"{name}: {line}" for line in BaseFingerprint(**old).differences(BaseFingerprint(**value)))
+            yield from (
+                f"{_model_name(key)}: {line}" for line in BaseFingerprint(**old).differences(BaseFingerprint(**value))
+            )
         elif old != value:
             yield f"{_NAMES.get(key, key)}: not the same as when the run was begun"

@@ -66,7 +66,8 @@ def _train(given: Any, own: Any) -> Any:
             ranks.check_world_size(args.world_size)
             tokenizer = steps.load_tokenizer(config)
             data = own.prepare_data(config, args, tokenizer, directory)
-            origin_steps.record_origin(config, tokenizer, data.train, directory)
+            rows = {"train": data.train, "held-out": data.evaluation}
+            origin_steps.record_origin(config, tokenizer, rows, directory, ranks)
             trainer = own.build_trainer(config, args, tokenizer, data, directory)
             steps.train(config, trainer, directory, request)
             results.finish(loaded, trainer, data.prompts, directory)

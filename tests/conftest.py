@@ -28,6 +28,14 @@ SHARED_VARIABLE = "ALIGNKIT_SHARED"
 marked ``shared`` are skipped."""
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long fault injection out of whatever is asked for, unless the word is in it."""
+    if "chaos" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("chaos")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs more than the repository holds, unless it is said where that is."""
     if item.get_closest_marker("shared") and SHARED_VARIABLE not in os.environ:

@@ -54,6 +54,8 @@ def patch(fault: str) -> None:
         case "package":
             installed = alignkit.ranks.installed_version
             alignkit.ranks.installed_version = lambda name: "0.0.7" if name == "trl" else installed(name)
+        case "other files":
+            os.chdir("twin")
         case "world size":
             os.environ["WORLD_SIZE"] = "3"
         case "data step":

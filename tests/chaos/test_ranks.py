@@ -5,8 +5,10 @@ The processes are those of ``accelerate launch`` with the shipped config; a faul
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.distributed.layouts import LAYOUTS
 from tests.launches import accelerate
@@ -59,6 +62,11 @@ FAULTS = {
     "max_steps": Fault(differs("max_steps", "8", "3"), ("--max_steps", "3")),
     "lora_r": Fault(differs("lora_r", "16", "4"), ("--lora_r", "4")),
     "a package": Fault(r"trl: 1\.\S+ on rank 0, 0\.0\.7 on rank 1", fault="package"),
+    "rows and weights under the same names": Fault(
+        r"(the model: weights \w+ on rank 0, weights \w+ on rank 1\n)(.*\n)*"
+        r".*the training rows: \w+ on rank 0, \w+ on rank 1",
+        fault="other files",
+    ),
     "the world size": Fault("WORLD_SIZE: 2 on rank 0, 3 on rank 1", fault="world size"),
     "no config on rank 1": Fault(r"\[rank 1\] error: (.*\n)*.*gone\.yaml: no such file", fault="config missing"),
     "no data on rank 1": Fault(
@@ -83,6 +91,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(path / "rows.jsonl", pairs(40))
     write_rows(path / "short.jsonl", pairs(12, seed=1))
     write_config(path / "c.yaml", {**CONFIG, "ddp_timeout": WAITING})
+    twin = path / "twin"
+    shutil.copytree(path, twin)
+    rows = (path / "rows.jsonl").read_text()
+    (twin / "rows.jsonl").write_text(rows.replace("w1 ", "w2 ", 1))
+    weights = load_file(path / "model" / "model.safetensors")
+    weights = {name: tensor + tensor.abs().max() * 0.1 for name, tensor in weights.items()}
+    save_file(weights, twin / "model" / "model.safetensors", {"format": "pt"})
     return path
 
 
@@ -100,7 +115,8 @@ def end_of(running: list[Running], watched: list[Running]) -> tuple[int, str]:
         done, _ = wait([future for future, process in waiting.items() if process in watched], LIMIT, FIRST_COMPLETED)
         for future, process in waiting.items():
             if not future.done():
-                os.kill(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
+                    os.kill(process.pid, signal.SIGKILL)
     assert done, "not within a minute"
     assert time.monotonic() - begin < LIMIT
     return next(iter(done)).result().exit_code, "".join(future.result().errors for future in waiting)

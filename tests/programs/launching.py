@@ -165,7 +165,8 @@ class Launcher:
             finally:
                 for future, process in waiting.items():
                     if not future.done():
-                        os.kill(process.pid, signal.SIGKILL)
+                        with contextlib.suppress(ProcessLookupError):  # it has ended since
+                            os.kill(process.pid, signal.SIGKILL)
             ended = [future.result() for future in waiting]
         return Ended(code, "".join(one.output for one in ended), "".join(one.errors for one in ended))
 
