@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -202,5 +201,6 @@ def _effective(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
         if isinstance(value, Mapping):
             yield from _effective(value, f"{prefix}{key}.")
         elif value is not None:
-            is_finite = not isinstance(value, float) or math.isfinite(value)
-            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str)) if is_finite else str(value)
+            # As records give it back: lists for tuples, and text for infinity and NaN, wherever in them they are.
+            text = json.dumps(value, default=str)
+            yield f"{prefix}{key}", json.loads(text, parse_constant=lambda name: str(float(name)))

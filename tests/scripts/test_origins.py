@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mamba2Config
 
 from alignkit import SFTConfig, steps, train_sft
 from alignkit.errors import ModelError, ProblemListError, RunDirectoryError
 from alignkit.hub.upload import plan_upload
-from alignkit.parametrizations.fingerprints import BLOCK, BLOCKS, ORIGIN_FILE, WHOLE, base_fingerprint
+from alignkit.parametrizations.fingerprints import (
+    BLOCK,
+    BLOCKS,
+    ORIGIN_FILE,
+    WHOLE,
+    BaseFingerprint,
+    base_fingerprint,
+    origin_text,
+    read_origin,
+)
 from alignkit.parametrizations.loading import load_tokenizer
+from alignkit.run_directory import RunDirectory
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import chat_pairs, save_adapter, save_model, write_rows
 
@@ -111,6 +123,29 @@ def test_large_tensors_are_sampled_and_casts_compared_in_bfloat16(tmp_path: Path
     assert before.differences(base_fingerprint(str(missed))) == []
     cast = saved_again(read, tmp_path / "cast", lambda model: None, dtype=torch.bfloat16)
     assert before.differences(base_fingerprint(str(cast))) == ["its weights are others"]
+
+
+def test_a_fingerprint_is_the_same_when_it_is_read_back(tmp_path: Path) -> None:
+    """Mamba2's time steps have no upper limit: infinity, for which JSON has no word, inside a tuple."""
+    config = Mamba2Config(
+        vocab_size=16, hidden_size=8, num_heads=2, head_dim=8, num_hidden_layers=1, state_size=4, n_groups=1
+    )
+    assert config.time_step_limit == (0.0, math.inf), "or there would be nothing to lose"
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    fresh = base_fingerprint(str(tmp_path / "base"))
+    directory = RunDirectory.create(tmp_path / "run", is_main=True)
+    directory.record(origin={"base": asdict(fresh)})
+    recorded = directory.sections()["origin"]
+    (tmp_path / ORIGIN_FILE).write_text(origin_text({"base": asdict(fresh)}))
+    beside = read_origin(tmp_path)
+    assert beside is not None
+    for read in (recorded, beside):
+        assert BaseFingerprint(**read["base"]) == fresh
+        assert BaseFingerprint(**read["base"]).differences(fresh) == []
+    config.time_step_limit = (0.0, 1.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    other = base_fingerprint(str(tmp_path / "other"))
+    assert 'time_step_limit of its config was [0.0, "inf"] and is [0.0, 1.0]' in fresh.differences(other)
 
 
 # --- an adapter meets a base ---
