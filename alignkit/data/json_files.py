@@ -171,7 +171,7 @@ def _write_rows(
     writer = None
     try:
         for rows in _chunks(files, name):
-            for keys in {tuple(row) for row in rows}:
+            for keys in dict.fromkeys(tuple(row) for row in rows):
                 columns.update(dict.fromkeys(keys))
             written = list(as_text.items())
             wanted = dict.fromkeys([*as_text, *(c for c in columns if keep is None or c in keep)])

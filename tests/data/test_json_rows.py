@@ -219,3 +219,10 @@ def test_any_json_comes_back_as_it_is(first: list[Any], second: list[Any]) -> No
         table, columns = json_table(files, keep, "data")
         assert [json.dumps([row.get(name) for name in keep]) for row in table] == expected
         assert set(columns) == {name for row in first + second for name in row}
+
+
+def test_columns_stand_in_the_order_in_which_the_file_shows_them(write_jsonl: Write) -> None:
+    """Whatever the hash of their names is: rows of twelve other keys each would be in order once in 12!."""
+    names = [f"column {i}" for i in range(12)]
+    table, columns = json_table([write_jsonl("rows.jsonl", [{name: "x"} for name in names])], None, "rows")
+    assert table.column_names == columns == names
