@@ -16,6 +16,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py): the ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -193,9 +194,15 @@ def disagreement(one: Tensor, other: Tensor, precision: str) -> float:
         one: Log-probs.
         other: The same, computed in another way.
         precision: Key of ``LOGP_TOLERANCE``.
+
+    Returns:
+        The difference; 0 where there is no token.
     """
     differences = (one.float() - other.float()).abs().sort().values
-    kept = max(int(len(differences) * COMPARED_SHARE.get(precision, 0.99)), 1)
+    if len(differences) == 0:
+        return 0.0
+    # Rounded up: of fewer than a hundred tokens every one counts, or a short row could hide a gross difference.
+    kept = math.ceil(len(differences) * COMPARED_SHARE.get(precision, 0.99))
     # NaN is sorted to the end: it must not be among what is left out.
     return float("nan") if bool(differences.isnan().any()) else float(differences[kept - 1])
 
@@ -229,8 +236,8 @@ def _head_problem(run: ScoringRun, row: Mapping[str, Any]) -> str | None:
             "routing mixes tokens. Take a causal language model"
         )
     own = logps[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
-    fused = run.model(**inputs, labels=tokens, fused_lm_head=True).log_probs[:, 1 - count :]
-    difference = disagreement(own.flatten(), fused.flatten(), run.precision)
+    fused = run.model(**inputs, labels=tokens, fused_lm_head=True).log_probs
+    difference = disagreement(own.flatten(), fused[:, fused.shape[1] - own.shape[1] :].flatten(), run.precision)
     if not difference <= tolerance:
         return (
             f"{run.label}: log-probs from TRL's fused head differ by {difference:.2g} nats a token from those of the "

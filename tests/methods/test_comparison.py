@@ -156,6 +156,20 @@ def test_in_half_precision_one_token_in_a_hundred_may_be_off_by_more() -> None:
     assert not disagreement(exact, other, "bfloat16") <= 1e9
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "quantized"])
+def test_of_fewer_than_a_hundred_tokens_every_one_counts(precision: str) -> None:
+    for count in (1, 2, 12, 63, 99):
+        exact, other = torch.zeros(count), torch.zeros(count)
+        other[count // 2] = 7.0
+        assert disagreement(exact, other, precision) == 7.0, count
+    assert disagreement(torch.zeros(0), torch.zeros(0), precision) == 0.0
+
+
+@pytest.mark.parametrize("rows", [[[5]], [[5], [7]], [[5], [7, 9, 11, 3]]], ids=str)
+def test_a_row_of_one_token_has_no_log_prob_that_could_differ(rows: list[list[int]]) -> None:
+    refuse_other_scores(scored(build("qwen3", FAMILIES["qwen3"])), RowLengths.of([{"input_ids": ids} for ids in rows]))
+
+
 # --- rows beside one another -----------------------------------------------------------------------------------------
 
 
