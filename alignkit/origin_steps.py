@@ -59,7 +59,7 @@ def record_origin(
         RunDirectoryError: The run is resumed, and something is not what it was.
     """
     origin = _origin(config, tokenizer, rows["train"])
-    ranks.compare("origin", {**_by_name(origin), "the held-out rows": {"value": _rows(rows["held-out"])}})
+    ranks.compare("origin", lambda: {**_by_name(origin), "the held-out rows": {"value": _rows(rows["held-out"])}})
     if not directory.is_main:
         return
     recorded = directory.sections().get("origin")

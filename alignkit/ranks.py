@@ -66,12 +66,12 @@ class Ranks:
         limit = timedelta(seconds=timeout)
         return cls(rank, size, limit, _meeting_point(rank, limit) if size > 1 else None)
 
-    def compare(self, topic: str, found: Found) -> None:
+    def compare(self, topic: str, find: Callable[[], Found]) -> None:
         """Refuse to go on when another process has found something else; every process raises the same error.
 
         Args:
             topic: A name of this comparison, used once in a run.
-            found: What is compared. Sources are shown, not compared.
+            find: Returns what is compared; not called where there is one process. Sources are shown, not compared.
 
         Raises:
             RanksDifferError: Lists what differs, with the value of every process.
@@ -79,7 +79,7 @@ class Ranks:
         """
         if self.store is None:
             return
-        own = plain({"WORLD_SIZE": {"value": self.size}, **found})
+        own = plain({"WORLD_SIZE": {"value": self.size}, **find()})
         self.store.set(f"{topic}/{self.rank}", json.dumps(own))
         everyone: list[Found] = []
         for rank in range(self.size):

@@ -56,7 +56,7 @@ def _train(given: Any, own: Any) -> Any:
     loaded = settled(loaded)
     config = loaded.config
     ranks = Ranks.join(config.ddp_timeout)
-    ranks.compare("launched with", launched_with(loaded))
+    ranks.compare("launched with", lambda: launched_with(loaded))
     with StopRequest().heard() as request:
         directory = steps.open_run_directory(loaded)
         failures = steps.failures_recorded(directory, resume=resume)

@@ -108,9 +108,8 @@ def test_processes_of_a_launch_say_the_same_thing_once(repository: Path, tmp_pat
 
 
 def test_an_interrupt_says_what_it_carries(repository: Path) -> None:
-    assert run_main("raise KeyboardInterrupt('interrupted; to continue: x')", repository).stderr == (
-        "interrupted; to continue: x\n"
-    )
+    done = run_main("raise Stopped(2, 'stopped by SIGINT; to continue: x')", repository)
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; to continue: x\n")
     assert run_main("raise KeyboardInterrupt", repository).stderr == "interrupted\n"
 
 
