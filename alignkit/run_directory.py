@@ -24,6 +24,7 @@ from alignkit.callbacks.manifest import MANIFEST, RUN_FILE, Manifest
 from alignkit.errors import RunDirectoryError
 from alignkit.plain_text import all_without_secrets
 from alignkit.run_inputs import inputs_inside
+from alignkit.run_lock import RunLock, is_of_lock
 
 _FORMAT_KEY = "alignkit_run"
 _FORMAT = 1
@@ -48,7 +49,9 @@ class RunDirectory:
         path: The directory.
         is_main: Whether this process writes; on the other ranks every writing method does nothing.
         manifest: List of what the run writes; whatever is written here is listed there first.
+        lock: Held by this run, so that no other writes here; :meth:`create` takes it, the program gives it back.
         kept: Names in the directory that overwriting has left, because no run wrote them.
+        remarks: What there is to say of the checkpoints that were looked at for :meth:`checkpoint_to_resume`.
         extended: What :meth:`check_resumable` found to make the run longer than it was to be, in words.
     """
 
@@ -56,7 +59,10 @@ class RunDirectory:
         self.path, self.is_main = path, is_main
         self._new_session: dict[str, Any] | None = None
         self.manifest = Manifest(path)
+        self.lock = RunLock(path)
         self.kept: list[str] = []
+        self.remarks: list[str] = []
+        self._to_resume: Path | None = None
         self.extended: list[str] = []
 
     @classmethod
@@ -91,10 +97,18 @@ class RunDirectory:
             if resume:
                 raise RunDirectoryError(f"there is no run to resume: {run.path} {_what_is(run.path)}. {_NEW_RUN}")
             _make_directory(run.path)
-        elif any(run.path.iterdir()) or resume:
-            run._reopen(resume=resume, overwrite=overwrite, config=config or {})
+        is_new = not (names := _names(run.path)) and not resume
+        if not is_new and RUN_FILE not in names:
+            raise RunDirectoryError(_no_run(run.path, names, resume=resume))
         _check_writable(run.path)
-        run._begin(resume)
+        run.lock.acquire()
+        try:
+            if not is_new:
+                run._reopen(resume=resume, overwrite=overwrite, config=config or {})
+            run._begin(resume)
+        except BaseException:
+            run.lock.release()
+            raise
         return run
 
     @property
@@ -148,8 +162,23 @@ class RunDirectory:
             content[name] = {**old, **new} if isinstance(old, dict) and isinstance(new, dict) else new
         self._write(content)
 
+    def checkpoint_to_resume(self) -> Path | None:
+        """The newest checkpoint of which every byte is as it was saved; None when there is none. Looked for once."""
+        if self._to_resume is None:
+            for checkpoint in reversed(durability.checkpoints(self.path)):
+                if not self.manifest.was_complete(checkpoint):
+                    continue
+                if problem := durability.damage(checkpoint):
+                    self.remarks.append(f"{checkpoint} is damaged and not used: {problem}")
+                    continue
+                if not durability.has_hashes(checkpoint):
+                    self.remarks.append(f"{checkpoint} is from before hashes were saved: only sizes are compared")
+                self._to_resume = checkpoint
+                break
+        return self._to_resume
+
     def last_complete_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from; None when there is none."""
+        """The newest checkpoint marked complete, by the sizes of its files; None when there is none."""
         complete = durability.complete_checkpoints(self.path)
         return complete[-1] if complete else None
 
@@ -186,16 +215,8 @@ class RunDirectory:
 
     def _reopen(self, *, resume: bool, overwrite: bool, config: Mapping[str, Mapping[str, Any]]) -> None:
         """Accept a directory that exists and is not empty, or say why not."""
-        if not (self.path / RUN_FILE).is_file():
-            names = sorted(entry.name for entry in self.path.iterdir())
-            held = f"holds {_shortened(names)} and no {RUN_FILE}" if names else "is empty"
-            if resume:
-                raise RunDirectoryError(f"there is no run to resume: {self.path} {held}. {_NEW_RUN}")
-            raise RunDirectoryError(
-                f"{self.path} {held}, so no run of alignkit wrote it and nothing there is touched. Write an "
-                "output_dir that does not exist yet."
-            )
-        status, checkpoint = self.sections().get("status"), self.last_complete_checkpoint()
+        status = self.sections().get("status")
+        checkpoint = self.checkpoint_to_resume() if resume else self.last_complete_checkpoint()
         has_ended = str(status).startswith(("failed", "stopped"))
         nothing_to_lose = has_ended and _names(self.path) <= {RUN_FILE, MANIFEST}
         if overwrite or (nothing_to_lose and not resume):
@@ -207,8 +228,10 @@ class RunDirectory:
                 "and start again, or another output_dir."
             )
         elif checkpoint is None:
+            damaged = "".join(f"\n  {line}" for line in self.remarks)
             raise RunDirectoryError(
-                f"{self.path} holds a run (status: {status}) but no complete checkpoint, so there is nothing to resume "
+                f"{self.path} holds a run (status: {status}) but no complete checkpoint{damaged and ' that is whole:'}"
+                f"{damaged}{chr(10) if damaged else ', '}so there is nothing to resume "
                 "from. Write `overwrite: true` in place of `resume: true` to start it again; a smaller save_steps "
                 "saves earlier."
             )
@@ -230,7 +253,7 @@ class RunDirectory:
 
     def _begin(self, resume: bool) -> None:
         """Note when training starts and from where; on resuming at the first record, which a refusal never reaches."""
-        checkpoint = self.last_complete_checkpoint()
+        checkpoint = self.checkpoint_to_resume() if resume else None
         session = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_from": checkpoint.name if checkpoint else None,
@@ -291,7 +314,19 @@ def _shown(entry: Mapping[str, Any] | None) -> str:
 
 
 def _names(path: Path) -> set[str]:
-    return {entry.name for entry in path.iterdir()}
+    """What is in a run directory beside its lock."""
+    return {entry.name for entry in path.iterdir() if not is_of_lock(entry.name)}
+
+
+def _no_run(path: Path, names: set[str], *, resume: bool) -> str:
+    """Why a directory without run.json is not used."""
+    held = f"holds {_shortened(sorted(names))} and no {RUN_FILE}" if names else "is empty"
+    if resume:
+        return f"there is no run to resume: {path} {held}. {_NEW_RUN}"
+    return (
+        f"{path} {held}, so no run of alignkit wrote it and nothing there is touched. Write an output_dir that does "
+        "not exist yet."
+    )
 
 
 def _shortened(names: list[str]) -> str:

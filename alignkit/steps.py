@@ -12,6 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import (
     PreTrainedTokenizerBase,
@@ -101,9 +102,15 @@ def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
     directory = RunDirectory.create(config.output_dir, is_main=is_main, **reuse)
     if directory.kept:
         print(f"kept in {directory.path}, as no run is known to have written it: {', '.join(directory.kept)}")
-    if config.resume and is_main:
-        directory.check_resumable(loaded.effective(), world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    directory.record(config=loaded.effective(), environment=environment(), status="running")
+    for remark in directory.remarks:
+        print(f"warning: {remark}")
+    try:
+        if config.resume and is_main:
+            directory.check_resumable(loaded.effective(), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        directory.record(config=loaded.effective(), environment=environment(), status="running")
+    except BaseException:
+        directory.lock.release()
+        raise
     return directory
 
 
@@ -137,6 +144,7 @@ def failures_recorded(directory: RunDirectory, *, resume: bool | str) -> Iterato
         raise
     finally:
         reserve.release()
+        directory.lock.release()
 
 
 def common_arguments(config: RunConfig) -> dict[str, Any]:
@@ -308,7 +316,7 @@ def introduce(
         trainer.add_callback(EvaluationAtTheEnd())
     trainer.add_callback(OriginWriter(directory))
     # Last: whatever belongs to a checkpoint is in it before it is called complete.
-    trainer.add_callback(CheckpointGuard(config.save_total_limit))
+    trainer.add_callback(CheckpointGuard(config.save_total_limit, directory.lock.check))
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)
     if directory.is_main:
         directory.manifest.claim(directory.metrics_path.name)
@@ -335,7 +343,7 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory, request:
     Raises:
         Stopped: A signal asked for it; the last step is saved.
     """
-    checkpoint = directory.last_complete_checkpoint() if config.resume else None
+    checkpoint = _agreed(directory) if config.resume else None
     if checkpoint is not None and trainer.is_world_process_zero():
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         is_done = state.global_step >= state.max_steps and not directory.extended
@@ -358,6 +366,12 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory, request:
         _end_bars(trainer)
     if request.signal is not None:
         raise Stopped(request.signal)
+
+
+def _agreed(directory: RunDirectory) -> Path | None:
+    """The checkpoint to resume from, which the first process has looked through; a collective."""
+    (checkpoint,) = broadcast_object_list([directory.checkpoint_to_resume() if directory.is_main else None])
+    return checkpoint
 
 
 def _end_bars(trainer: Trainer) -> None:

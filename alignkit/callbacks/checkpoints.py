@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignkit.callbacks import durability
 from alignkit.callbacks.manifest import Manifest
-from alignkit.errors import CheckpointError
+from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.storage import StorageError
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -175,12 +175,13 @@ class CheckpointGuard(TrainerCallback):
 
     Args:
         save_total_limit: Number of complete checkpoints kept, the newest; None keeps all.
+        check: Called on the first rank before each save; raises where the run is no longer alone in its directory.
     """
 
-    def __init__(self, save_total_limit: int | None = None) -> None:
+    def __init__(self, save_total_limit: int | None = None, check: Callable[[], None] | None = None) -> None:
         if save_total_limit is not None and save_total_limit < 1:
             raise ValueError(f"save_total_limit must be at least 1 or None, not {save_total_limit}")
-        self.save_total_limit = save_total_limit
+        self.save_total_limit, self.check = save_total_limit, check
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,7 +192,7 @@ class CheckpointGuard(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Announce the checkpoint that is about to be saved."""
         if control.should_save:
-            _on_main(lambda: _announce(Manifest(Path(args.output_dir)), state.global_step))
+            _on_main(lambda: self._announce(Manifest(Path(args.output_dir)), state.global_step))
 
     on_epoch_end = on_step_end
 
@@ -201,12 +202,26 @@ class CheckpointGuard(TrainerCallback):
         PartialState().wait_for_everyone()
         _on_main(lambda: self._finish(checkpoint, args.world_size))
 
+    def _announce(self, manifest: Manifest, step: int) -> None:
+        """List the checkpoint of a step before it is written."""
+        if self.check is not None:
+            self.check()
+        folder = manifest.run / f"checkpoint-{step}"
+        if folder.is_symlink() or (folder.exists() and folder not in manifest.checkpoints()):
+            raise CheckpointError(
+                f"{folder} is there already and this run did not write it, so step {step} cannot be saved. Move it "
+                "elsewhere and resume from the last checkpoint."
+            )
+        manifest.claim_checkpoint(folder)
+
     def _finish(self, checkpoint: Path, world_size: int) -> None:
         """Verify, mark and rotate."""
         try:
             verify_checkpoint(checkpoint, world_size)
             durability.mark_complete(checkpoint)
-            self._rotate(Manifest(checkpoint.parent))
+            manifest = Manifest(checkpoint.parent)
+            manifest.complete(checkpoint)
+            self._rotate(manifest)
         except (OSError, StorageError) as error:
             raise CheckpointError(f"{checkpoint} could not be finished: {error}") from error
 
@@ -224,7 +239,7 @@ def _on_main(action: Callable[[], None]) -> None:
     if PartialState().is_main_process:
         try:
             action()
-        except CheckpointError as error:
+        except AlignkitError as error:
             problem = str(error)
     # The others must not go on to a collective that the first rank will never join.
     (problem,) = broadcast_object_list([problem])
@@ -232,21 +247,10 @@ def _on_main(action: Callable[[], None]) -> None:
         raise CheckpointError(problem)
 
 
-def _announce(manifest: Manifest, step: int) -> None:
-    """List the checkpoint of a step before it is written."""
-    folder = manifest.run / f"checkpoint-{step}"
-    if folder.is_symlink() or (folder.exists() and folder not in manifest.checkpoints()):
-        raise CheckpointError(
-            f"{folder} is there already and this run did not write it, so step {step} cannot be saved. Move it "
-            "elsewhere and resume from the last checkpoint."
-        )
-    manifest.claim_checkpoint(folder)
-
-
 def _delete_unfinished(manifest: Manifest) -> None:
     """Delete the run's checkpoints that were never complete."""
     for checkpoint in manifest.checkpoints():
-        if not durability.was_complete(checkpoint):
+        if not manifest.was_complete(checkpoint):
             manifest.delete_checkpoint(checkpoint)
 
 

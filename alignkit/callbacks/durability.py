@@ -11,6 +11,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import xxhash
 
@@ -22,6 +23,7 @@ MARKER = "complete.json"
 HASH = "xxh3_128"
 """Key of the marker under which it names the hash of every file."""
 
+_OWN_HASH = "of this list"
 _CONDEMNED = ".complete.json.condemned"
 _HASHED_AT_ONCE = 4 * 2**20
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
@@ -74,7 +76,8 @@ def mark_complete(checkpoint: Path) -> None:
         for each in written:
             each.result()
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    write_whole(checkpoint / MARKER, json.dumps({"files": sizes, HASH: hashes}, indent=1) + "\n")
+    content = {"files": sizes, HASH: hashes}
+    write_whole(checkpoint / MARKER, json.dumps({**content, _OWN_HASH: _hash_of(content)}, indent=1) + "\n")
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -137,10 +140,13 @@ def delete_checkpoint(checkpoint: Path) -> None:
         checkpoint: The folder, no link.
     """
     marker, condemned = checkpoint / MARKER, checkpoint / _CONDEMNED
-    if _listed(marker) is not None:
+    if marker.exists():
         os.replace(marker, condemned)
-    if (names := _listed(condemned)) is None:
+    if not condemned.exists():
         shutil.rmtree(checkpoint)
+        return
+    if (names := _listed(condemned)) is None:
+        os.replace(condemned, marker)  # it cannot be read: nobody knows what in this folder is the run's
         return
     for name in names:
         if (file := own_file(checkpoint, name)) is not None:
@@ -178,7 +184,10 @@ def remove_empty(folder: Path, root: Path) -> None:
 def _listed(marker: Path) -> dict[str, int] | None:
     """Names and sizes in a marker; None where there is none that can be read."""
     try:
-        return dict(json.loads(marker.read_bytes())["files"])
+        content = json.loads(marker.read_bytes())
+        if HASH in content and content.pop(_OWN_HASH) != _hash_of(content):
+            return None
+        return dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -187,7 +196,7 @@ def _missing(checkpoint: Path) -> str | None:
     """What can be seen to be wrong with a checkpoint without opening its files, or None."""
     sizes = _listed(checkpoint / MARKER)
     if sizes is None:
-        return f"{MARKER} cannot be read" if was_complete(checkpoint) else f"it has no {MARKER}"
+        return f"{MARKER} cannot be read" if was_complete(checkpoint) else f"{MARKER} is missing"
     for name, size in sizes.items():
         try:
             found = (checkpoint / name).stat().st_size
@@ -196,6 +205,11 @@ def _missing(checkpoint: Path) -> str | None:
         if found != size:
             return f"{name} has {found} bytes, {size} were saved"
     return None
+
+
+def _hash_of(content: dict[str, dict[str, Any]]) -> str:
+    """Hash of what a marker says."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _hash(path: Path) -> str:

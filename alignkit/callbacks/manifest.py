@@ -27,6 +27,7 @@ _NAMES_BEFORE = (
 )  # fmt: skip
 """What runs wrote before there was a manifest."""
 
+_OF_THE_RUN = (RUN_FILE, MANIFEST, "run.lock", ".run.lock.", ".run.json.")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -65,14 +66,31 @@ class Manifest:
         """
         self._change("checkpoints", lambda listed: listed | {folder.name})
 
+    def complete(self, folder: Path) -> None:
+        """List a checkpoint as one that has been complete, so that the loss of its marker is noticed.
+
+        Args:
+            folder: A listed checkpoint that holds its marker.
+        """
+        self._change("complete", lambda listed: listed | {folder.name})
+
+    def was_complete(self, folder: Path) -> bool:
+        """Whether a checkpoint has been marked complete once, whatever has become of it since.
+
+        Args:
+            folder: The folder.
+        """
+        return durability.was_complete(folder) or folder.name in self._read()["complete"]
+
     def delete_checkpoint(self, folder: Path) -> None:
         """Delete a listed checkpoint but for what someone else has put into it, and list it no longer.
 
         Args:
             folder: The folder.
         """
+        self._change("complete", lambda listed: listed - {folder.name})
         durability.delete_checkpoint(folder)
-        self._change("checkpoints", lambda listed: listed - {folder.name})
+        self._forget(folder)
 
     def move_aside(self, folder: Path) -> Path:
         """Give a listed checkpoint a name under which no run looks for it.
@@ -87,12 +105,12 @@ class Manifest:
         aside = next(path for path in map(folder.with_name, names) if not path.exists())
         self.claim_checkpoint(aside)
         folder.rename(aside)
-        self._change("checkpoints", lambda listed: listed - {folder.name})
+        self._forget(folder)
         return aside
 
     def begin(self) -> None:
         """Start the list of a new run."""
-        self._write({"files": set(), "checkpoints": set()})
+        self._write(_nothing())
 
     def adopt(self) -> None:
         """List what a run wrote before there was a manifest: exact names that are files, and complete checkpoints."""
@@ -115,7 +133,7 @@ class Manifest:
             if (file := durability.own_file(self.run, name)) is not None:
                 file.unlink()
                 durability.remove_empty(file.parent, self.run)
-        return sorted(path.name for path in self.run.iterdir() if path.name not in (RUN_FILE, MANIFEST))
+        return sorted(path.name for path in self.run.iterdir() if not path.name.startswith(_OF_THE_RUN))
 
     def links(self) -> list[str]:
         """Names the run writes under which someone else has put a link."""
@@ -129,7 +147,12 @@ class Manifest:
             shards = json.loads((self.run / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         names = {name for name in (*_NAMES_BEFORE, *shards) if durability.own_file(self.run, name) is not None}
         complete = [path for path in durability.complete_checkpoints(self.run) if not path.is_symlink()]
-        return {"files": names, "checkpoints": {path.name for path in complete}}
+        folders = {path.name for path in complete}
+        return {"files": names, "checkpoints": folders, "complete": folders}
+
+    def _forget(self, folder: Path) -> None:
+        for kind in ("complete", "checkpoints"):
+            self._change(kind, lambda listed: listed - {folder.name})
 
     def _change(self, kind: str, change: Callable[[set[str]], set[str]]) -> None:
         listed = self._read()
@@ -139,10 +162,14 @@ class Manifest:
 
     def _read(self) -> dict[str, set[str]]:
         if not self.path.exists():
-            return {"files": set(), "checkpoints": set()}
+            return _nothing()
         content = json.loads(self.path.read_text(encoding="utf-8"))
-        return {kind: {str(name) for name in content[kind]} for kind in ("files", "checkpoints")}
+        return {kind: {str(name) for name in content[kind]} for kind in _nothing()}
 
     def _write(self, listed: dict[str, set[str]]) -> None:
         content = {kind: sorted(names) for kind, names in listed.items()}
         durability.write_whole(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _nothing() -> dict[str, set[str]]:
+    return {"files": set(), "checkpoints": set(), "complete": set()}

@@ -48,7 +48,10 @@ def train(
     callbacks += [] if stop_at is None else [Stop(stop_at)]
     model = tiny_adapter(tiny_model())
     trainer = Trainer(model, args, train_dataset=rows(), eval_dataset=rows(4), callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=str(run.last_complete_checkpoint()) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(run.checkpoint_to_resume()) if resume else None)
+    finally:
+        run.lock.release()
     trainer.save_model()
     verify_weights(path)
     run.record(status="finished")

@@ -19,6 +19,7 @@ from alignkit.callbacks.durability import mark_complete
 from alignkit.callbacks.manifest import MANIFEST
 from alignkit.errors import RunDirectoryError
 from alignkit.run_directory import RUN_FILE, RunDirectory
+from alignkit.run_lock import LOCK_FILE
 from tests.callbacks.saved import write_checkpoint
 
 CONFIG = {
@@ -45,11 +46,14 @@ def earlier_run(path: Path, *, steps: tuple[int, ...] = (10, 20)) -> RunDirector
     run.manifest.claim("metrics.jsonl", "adapter_model.safetensors", "tokenizer.json", "plot.png", "ref/w.safetensors")
     for name in ("metrics.jsonl", "adapter_model.safetensors", "tokenizer.json", "plot.png"):
         (path / name).write_text("written by the run")
+    run.lock.release()
     return run
 
 
 def files(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    """Everything but the lock."""
+    found = (p for p in sorted(path.rglob("*")) if p.is_file() and p.name != LOCK_FILE)
+    return {str(p.relative_to(path)): p.read_bytes() for p in found}
 
 
 # --- refused, with the way out ---
@@ -139,7 +143,7 @@ def test_a_new_run(tmp_path: Path) -> None:
     sections = run.sections()
     assert sections["status"] == "running" and sections["sessions"][0]["resumed_from"] is None
     assert run.last_complete_checkpoint() is None
-    assert {p.name for p in run.path.iterdir()} == {RUN_FILE, MANIFEST}
+    assert {p.name for p in run.path.iterdir()} == {RUN_FILE, MANIFEST, LOCK_FILE}
     (tmp_path / "empty").mkdir()
     RunDirectory.create(tmp_path / "empty")
 
@@ -267,6 +271,7 @@ def test_a_manifest_that_names_something_outside_deletes_nothing(tmp_path: Path,
     (tmp_path / "run" / "link").symlink_to(tmp_path)
     (tmp_path / "run" / "folder").mkdir()
     run.manifest.claim(name.format(absolute=tmp_path / "precious"))
+    run.lock.release()
     RunDirectory.create(tmp_path / "run", overwrite=True)
     assert (tmp_path / "precious").exists() and (tmp_path / "run" / "folder").exists()
 
