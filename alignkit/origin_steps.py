@@ -31,7 +31,7 @@ Splits = Mapping[str, Dataset | IterableDataset | None]
 
 _ROWS_AT_ONCE = 1000
 _NAMES = {
-    "rows": "the training rows",
+    "rows": "the training rows (samples drawn for them included)",
     "tokenizer": "the tokenizer's vocabulary",
     "chat_template": "the chat template",
     "adapter": "the adapter the run starts from",

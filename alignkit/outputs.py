@@ -8,6 +8,7 @@ overwritten is replaced itself; what it points to stays as it is.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import glob
 import os
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 from alignkit.arguments import StrictParser
 from alignkit.callbacks.durability import partial_path
+from alignkit.callbacks.manifest import RUN_FILE
 
 
 def add_overwrite(parser: StrictParser) -> None:
@@ -94,7 +96,10 @@ def _files_under(path: str, seen: set[tuple[int, int]]) -> Iterator[tuple[int, i
         return
     seen.add(state)
     if os.path.isdir(path):
+        # An evaluation of a run is kept beside it and loaded by nothing, so that it may be made again.
+        results = "eval*.json" if os.path.lexists(os.path.join(path, RUN_FILE)) else ""
         for entry in os.scandir(path):
-            yield from _files_under(entry.path, seen)
+            if not fnmatch.fnmatchcase(entry.name, results):
+                yield from _files_under(entry.path, seen)
     else:
         yield state

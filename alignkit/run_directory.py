@@ -32,8 +32,8 @@ _FORMAT = 1
 FREE_ON_RESUME = frozenset(
     "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
     "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
-    "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction ddp_timeout "
-    "push_to_hub hub_model_id hub_private".split()
+    "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
+    "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private".split()
 )
 """Keys that may differ between a run and its resumption: what is written, watched or waited for, not what is learnt."""
 

@@ -65,7 +65,8 @@ class UnmovedWeights(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step; every process does, one without a share of the weights as well."""
-        counts = sum(self._counts, start=torch.zeros(2, dtype=torch.float64, device=args.device))
+        # The masters of an offloaded optimizer are on the CPU.
+        counts = torch.stack(self._counts or [torch.zeros(2, dtype=torch.float64)]).sum(0).to(args.device)
         self._counts.clear()
         self.trainer.record("unmoved_weights", Metric(counts[:1], counts[1:]))
 

@@ -208,7 +208,7 @@ def _still_tokens(series: LoggedSeries) -> str | None:
         return None
     if abs(losses[-1] - losses[0]) >= MOVED_LOSS:
         return None
-    return f"eval_loss is {losses[-1]:.4f} nats a token, before training it was {losses[0]:.4f}"
+    return f"eval_loss is {losses[-1]:.4f} nats a token, in the first evaluation it was {losses[0]:.4f}"
 
 
 def overfitting(series: LoggedSeries) -> Verdict | None:
@@ -285,7 +285,7 @@ def _fallen_chosen(series: LoggedSeries, prefix: str) -> str | None:
         if a_token <= -COLLAPSE:
             return f"{names[0]} is {ratio:.4g} nats a response, {a_token:.3g} a token"
     elif prefix and mean is not None and mean - series.all(names[2])[0] <= -COLLAPSE:
-        return f"{names[2]} is {mean:.4g} nats a token; before training it was {series.all(names[2])[0]:.4g}"
+        return f"{names[2]} is {mean:.4g} nats a token; the first evaluation gave {series.all(names[2])[0]:.4g}"
     return None
 
 

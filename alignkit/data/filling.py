@@ -9,7 +9,8 @@ import datasets
 import torch
 
 REPEATED = "is_repeated"
-"""Column of a row that only fills up a batch: it is computed like any other and nothing of it is trained or counted."""
+"""Column of a row that only fills up a batch: it is computed like any other, and none of its tokens is
+trained or counted. (The load-balancing loss of a mixture of experts, a mean over all of a micro-batch, sees it.)"""
 
 
 class FilledStream(torch.utils.data.IterableDataset[Mapping[str, Any]]):

@@ -17,6 +17,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.evals.bars import hidden_unless
 from alignkit.evals.estimates import RowSums, row_sums
 from alignkit.evals.modes import evaluating
 from alignkit.evals.sharding import length_batches, map_batches
@@ -92,7 +93,7 @@ def generate_samples(
 
     def answer(batches: list[list[int]]) -> list[Sample]:
         samples: list[Sample] = []
-        for batch in tqdm(batches, desc=progress, disable=progress is None or not state.is_main_process):
+        for batch in tqdm(batches, desc=progress, **hidden_unless(progress is not None and state.is_main_process)):
             padded = left_padded([prompts[i] for i in batch], config.pad_token_id)
             inputs = {name: tensor.to(state.device) for name, tensor in padded.items()}
             # Each batch has a seed of its own: its draws do not depend on which process it falls to.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 @contextmanager
@@ -28,10 +29,10 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every rate of dropout to 0: those of modules, and those that layers pass to functions.
+    """Set every rate of dropout to 0: of modules, those that layers pass to functions, and those read off the config.
 
-    TRL does the first alone. The attention of most models has a rate of its own, all of OPT does, and some skip whole
-    layers (``layerdrop``).
+    TRL does the first alone. The attention of most models has a rate of its own, all of OPT does, some skip whole
+    layers (``layerdrop``), and Falcon asks its config in every pass, so that a model saved afterwards says 0 there too.
 
     Args:
         model: Changed.
@@ -39,6 +40,8 @@ def switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        configs = [value for name, value in vars(module).items() if isinstance(value, PreTrainedConfig)]
+        for holder in (module, *configs):
+            for name, value in vars(holder).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)

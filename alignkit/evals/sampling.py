@@ -26,6 +26,7 @@ from alignkit.data.negatives import (
 )
 from alignkit.data.schema import is_blank
 from alignkit.errors import DataError
+from alignkit.evals.bars import hidden_unless
 from alignkit.evals.generation import Sample
 from alignkit.evals.sampling_engines import Drawing, Engine, Request
 from alignkit.evals.sampling_report import SamplingReport, SettingNames, make_report
@@ -178,7 +179,7 @@ def sample_candidates(
     order = sorted(fitting, key=lengths.__getitem__, reverse=True)
     chunks = [order[start : start + settings.chunk_size] for start in range(0, len(order), settings.chunk_size)]
     done = on_first_process(store.done, state)
-    with tqdm(total=len(order), desc=progress, disable=progress is None or not state.is_main_process) as bar:
+    with tqdm(total=len(order), desc=progress, **hidden_unless(progress is not None and state.is_main_process)) as bar:
         for number, chunk in enumerate(chunks):
             if number not in done:
                 records = _sample_chunk(prompts, chunk, engine, settings)

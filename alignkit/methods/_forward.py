@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from trl.trainer.utils import add_fused_lm_head
 
 from alignkit.data.prefix import CandidateCollator, Layout, branch_mask
+from alignkit.evals.bars import hidden_unless
 from alignkit.methods import _packed_attention
 
 PADDED_INPUTS = ("input_ids", "attention_mask", "labels")
@@ -258,7 +259,7 @@ def score_rows(
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     results: list[list[list[float]]] = [[] for _ in order]
     starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=progress, disable=progress is None):
+    for start in tqdm(starts, desc=progress, **hidden_unless(progress is not None)):
         indices = order[start : start + batch_size]
         batch = [rows[i] for i in indices]
         completions = [[tuple(completion) for completion in row["completion_ids"]] for row in batch]

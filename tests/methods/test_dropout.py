@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
 
 from alignkit.methods._forward import completion_logps
 from tests.methods.conftest import VOCABULARY, logged
@@ -21,8 +21,9 @@ def policy_model(model_path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attention_dropout=DROPOUT)
 
 
-def adapter() -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], lora_dropout=DROPOUT)
+def adapter(targets: Any = ("q_proj", "v_proj")) -> LoraConfig:
+    targets = targets if isinstance(targets, str) else list(targets)
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, lora_dropout=DROPOUT)
 
 
 def continued(model_path: str) -> PeftModel:
@@ -94,7 +95,12 @@ def test_disable_dropout_disables_what_is_not_a_module(make_trainer: Any, model_
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = OPTConfig(vocab_size=VOCABULARY, **sizes, word_embed_proj_dim=32, dropout=DROPOUT, layerdrop=DROPOUT)
-    for model in (OPTForCausalLM(config), policy_model(model_path)):  # `disable_dropout` is on by default
-        trainer = make_trainer(model=model, peft_config=adapter(), arguments={"max_steps": 1})
+    falcon = FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        hidden_dropout=DROPOUT, attention_dropout=DROPOUT,
+    )  # fmt: skip
+    # `disable_dropout` is on by default.
+    for model in (OPTForCausalLM(config), policy_model(model_path), FalconForCausalLM(falcon)):
+        trainer = make_trainer(model=model, peft_config=adapter("all-linear"), arguments={"max_steps": 1})
         trainer.train()
         assert logged(trainer, "loss") == [pytest.approx(0.693147, abs=1e-5)]
