@@ -87,8 +87,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     except Stopped as stopped:
         print(str(stopped) or f"stopped by {signal.Signals(stopped.signal).name}", file=sys.stderr)
         status = EXIT_SIGNAL + stopped.signal
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has left. Python flushes stdout once more at exit; give it somewhere to go.

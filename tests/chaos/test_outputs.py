@@ -122,6 +122,18 @@ def test_no_program_writes_over_what_is_there(home: Path, monkeypatch: pytest.Mo
     print(f"outputs that would have replaced something, refused: {tried} of {tried}")
 
 
+def test_an_evaluation_beside_a_run_may_be_made_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded by nothing; whatever else lies in a run is an input, and so is its name in another folder."""
+    options = {"--model": None, "--adapter": "adapter"}
+    for name in ("eval.json", "adapter_config.json"):
+        (home / "adapter" / "eval.json").write_text("{}")
+        assert refusal(monkeypatch, "evaluate", "output", f"adapter/{name}", options, "--overwrite")
+    (home / "adapter" / "run.json").write_text("{}")
+    assert "--overwrite" in refusal(monkeypatch, "evaluate", "output", "adapter/eval.json", options)
+    assert refusal(monkeypatch, "evaluate", "output", "adapter/eval.json", options, "--overwrite") == ""
+    assert refusal(monkeypatch, "evaluate", "output", "adapter/adapter_config.json", options, "--overwrite")
+
+
 def test_two_outputs_are_two_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = {"--output": "new.jsonl"}
     assert "--output too" in refusal(monkeypatch, "token_rewards", "heatmap", "bin/../new.jsonl", same)
