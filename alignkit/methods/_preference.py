@@ -45,7 +45,7 @@ from alignkit.methods._forward import (
     completion_logps,
 )
 from alignkit.methods._layout_timing import MICRO_BATCHES, agreed, choose_fastest, time_ways, ways_of
-from alignkit.methods._layouts import LayoutChoice, choose_layout
+from alignkit.methods._layouts import LayoutChoice, choose_layout, confirmed
 from alignkit.methods._reference_scoring import ReferenceScoring
 from alignkit.methods.method import Method
 from alignkit.parametrizations.precision import trained_values
@@ -173,22 +173,26 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         return is_open and not (self.shards_policy or self.args.torch_compile) and self.accelerator.device.type != "cpu"
 
     def _take_fastest_layout(self) -> None:
-        """Run some rows in every way there is and go on in the fastest; a collective, all processes take the same."""
-        model, size = self.model, self.args.per_device_train_batch_size
+        """Run some rows in every way there is and go on in the fastest; a collective, all processes take the same.
+
+        Padded rows are what is left where the fastest is not what every model of the run can do.
+        """
+        model, size, ways = self.model, self.args.per_device_train_batch_size, ways_of(self.model)
         rows, count = self.train_dataset, MICRO_BATCHES * size
         if isinstance(rows, Dataset):
             rows = rows.select(range(0, len(rows), max(len(rows) // count, 1)))
         with self._checkpointing():
             timings = time_ways(
                 model,
-                ways_of(model),
+                ways,
                 list(islice(rows, count)),
                 batch_size=size,
                 collator=self.data_collator,
                 mixed_precision=self.accelerator.mixed_precision,
             )
-        self.take_layout(choose_fastest(agreed(timings)))
-        base_model(model).set_attn_implementation(self.layout.attention)
+        # Only the policy was timed, on some rows: the others, and the longest of all rows, have not been run this way.
+        self.take_layout(confirmed(choose_fastest(agreed(timings)), self._scoring_runs(), self.lengths))
+        base_model(model).set_attn_implementation(self.layout.attention or ways[0].attention)
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:

@@ -62,6 +62,20 @@ def rope_model(kind: str) -> Any:
     return build("llama", SMALL | {"rope_parameters": ROPES[kind], "max_position_embeddings": limit})
 
 
+def with_window(model: Any) -> Any:
+    """Let the first layer of a model with eager attention look at the last 12 tokens, which no config says."""
+    original = model.model.layers[0].self_attn.forward
+
+    def windowed(hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+        length = hidden_states.shape[1]
+        near = torch.ones(length, length).tril().triu(-11).bool()
+        mask = torch.zeros(1, 1, length, length) if attention_mask is None else attention_mask
+        return original(hidden_states, attention_mask=mask.masked_fill(~near, torch.finfo(mask.dtype).min), **kwargs)
+
+    model.model.layers[0].self_attn.forward = windowed
+    return model
+
+
 def scored(model: Any) -> ScoringRun:
     add_completion_head(model)
     return ScoringRun("the policy", model, "float32")
@@ -230,17 +244,8 @@ def test_the_layout_is_that_of_every_model_that_is_run(make_trainer: Any, tmp_pa
 
 def test_a_window_that_no_rule_knows_is_seen_on_the_longest_row() -> None:
     """Layers that look at the last 12 tokens: sixteen tokens of the first row would not have shown it."""
-    model = build("qwen3", FAMILIES["qwen3"], "eager")
+    model = with_window(build("qwen3", FAMILIES["qwen3"], "eager"))
     run, lengths = scored(model), RowLengths.of(ROWS)
-    original = model.model.layers[0].self_attn.forward
-
-    def windowed(hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-        length = hidden_states.shape[1]
-        near = torch.ones(length, length).tril().triu(-11).bool()
-        mask = torch.zeros(1, 1, length, length) if attention_mask is None else attention_mask
-        return original(hidden_states, attention_mask=mask.masked_fill(~near, torch.finfo(mask.dtype).min), **kwargs)
-
-    model.model.layers[0].self_attn.forward = windowed
     choice = confirmed(choose_layout("auto", model, ROWS, batch_size=2), [run], lengths)
     assert choice.layout == "padded" and "the layouts differ by" in choice.reason
     for name, size in (("window_size", 16), ("keep_window_size", 16)):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from alignkit.data.prefix import CandidateCollator
@@ -16,6 +17,7 @@ from alignkit.methods._layout_timing import SPLIT, Timing, Way, agreed, choose_f
 from alignkit.methods._layouts import LayoutChoice
 from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
 from tests.methods.conftest import random_rows
+from tests.methods.test_comparison import own_logps, with_window
 from tests.methods.test_layouts import FAMILIES, build
 
 ROWS = random_rows([(24, (5, 3)), (9, (4, 2)), (14, (1, 6)), (6, (3, 4)), (8, (2, 2))], seed=3)
@@ -172,6 +174,44 @@ def test_a_run_times_its_own_rows(make_trainer: Any, monkeypatch: pytest.MonkeyP
     assert trainer.layout.attention in ("sdpa", SPLIT)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+LONG_ANSWERS = Dataset.from_list(random_rows([(2, (20, 20)), (3, (18, 18)), (2, (17, 17)), (3, (19, 19))], seed=5))
+"""For which padded rows take fewer FLOPs, so that no model has been run on packed ones before they are timed."""
+
+
+@pytest.mark.parametrize("whose", ["the policy", "the reference", "the helpful reference"])
+def test_the_fastest_way_is_one_that_every_model_of_the_run_can_do(
+    make_trainer: Any, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    def make(whose: str | None) -> PreferenceTrainer:
+        """A run in which one model sees 12 tokens; the policy is timed on rows that do not show it."""
+        models = {name: build("qwen3", FAMILIES["qwen3"], "eager") for name in ("the policy", "the reference")}
+        helpful = build("qwen3", FAMILIES["qwen3"], "eager") if whose == "the helpful reference" else None
+        if whose is not None:
+            with_window({**models, "the helpful reference": helpful}[whose])
+        return make_trainer(
+            model=models["the policy"],
+            ref_model=models["the reference"],
+            settings=BridgeSettings("auto", negative_reference=helpful),
+            train_dataset=LONG_ANSWERS,
+        )
+
+    timings = {Way("padded", "eager"): Timing(2.0), Way("shared_prefix", "eager"): Timing(1.0)}
+    monkeypatch.setattr(PreferenceTrainer, "_measures_layout", lambda self: self.layout.attention is not None)
+    monkeypatch.setattr(_preference, "time_ways", lambda model, ways, rows, **unused: timings)
+    assert make(None).layout.layout == "shared_prefix"
+    trainer = make(whose)
+    assert trainer.layout.layout == trainer.data_collator.layout == "padded"
+    assert f"a token on {whose}, Qwen3ForCausalLM" in trainer.layout.reason
+    assert trainer.model.config._attn_implementation == "eager"
+    inputs = trainer.data_collator(list(LONG_ANSWERS))
+    found = trainer.reference_logps(inputs)
+    for b, row in enumerate(LONG_ANSWERS):
+        for k in (0, 1):
+            by_helpful = k == 1 and whose == "the helpful reference"
+            other = trainer.settings.negative_reference if by_helpful else trainer.ref_model
+            assert float(found[b, k].sum()) == pytest.approx(float(own_logps(other, row, k).sum()), abs=1e-4)
 
 
 def test_ways_are_timed_as_training_will_compute(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
