@@ -37,7 +37,6 @@ from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ModelError
-from alignkit.evals.modes import evaluating
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import LossOutput, TokenBatch
 from alignkit.methods._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
@@ -47,6 +46,7 @@ from alignkit.methods._comparison import (
     CompareWhenTrainingBegins,
     ScoringRun,
     agreed,
+    disagreement,
     length_dependence,
     refuse_other_scores,
 )
@@ -146,8 +146,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         # Flash attention takes row boundaries as such.
         if not self.padding_free or "flash" in implementation:
             return
-        with run.scoring():
-            difference = packing_difference(model, self._packed_together())
+        difference = packing_difference(run, self._packed_together())
         tolerance = LOGP_TOLERANCE[precision]
         found = f"rows packed together differ by {difference:.2g} nats a token from the same rows apart"
         if problem := agreed(None if difference <= tolerance else found):
@@ -258,23 +257,33 @@ def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return marked
 
 
-@torch.no_grad()
-def packing_difference(model: nn.Module, rows: Sequence[Sequence[int]] | None = None) -> float:
-    """Largest difference of a token's log-prob between rows packed together and the same rows apart, nats.
+def packing_difference(run: ScoringRun, rows: Sequence[Sequence[int]] | None = None) -> float:
+    """How far apart the log-probs of rows packed together are from those of the same rows apart, nats.
+
+    Of the row that differs most: one that sees another may be short beside it.
 
     Args:
-        model: Plain, PEFT or wrapped.
+        run: The model, as it will be run.
         rows: Token ids of two rows or more; None takes the first ids of the vocabulary.
     """
     short = (range(CHECKED_TOKENS), range(CHECKED_TOKENS, 2 * CHECKED_TOKENS))
-    device = next(model.parameters()).device
+    device = next(run.model.parameters()).device
     ids = [torch.tensor([list(row)], device=device) for row in rows or short]
     positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None]
+
+    def logps(tokens: Tensor, **extra: Tensor) -> Tensor:
+        # No logits: those of a packed row of a large vocabulary take more memory than training does.
+        output = run.model(input_ids=tokens, labels=tokens, use_cache=False, fused_lm_head=True, **extra)
+        found: Tensor = output.log_probs[0]
+        # Behind the virtual tokens that prompt-learning adapters put before it.
+        return found[len(found) - tokens.shape[1] + 1 :]
+
     differences = []
-    with evaluating(model):
-        packed = model(input_ids=torch.cat(ids, 1), position_ids=positions, use_cache=False).logits
-        for row, logits in zip(ids, packed.split([row.shape[1] for row in ids], 1), strict=True):
-            pair = torch.cat([logits, model(input_ids=row, use_cache=False).logits])[:, :-1].float().log_softmax(-1)
-            one, other = pair.gather(-1, row[:, 1:, None].expand(2, -1, -1))[..., 0]
-            differences.append((one - other).abs())
-    return float(torch.cat(differences).max())
+    with run.scoring():
+        packed = logps(torch.cat(ids, 1), position_ids=positions)
+        for row, end in zip(ids, accumulate(row.shape[1] for row in ids), strict=True):
+            # The last token of a row predicts nothing of its own.
+            together = packed[end - row.shape[1] : end - 1]
+            differences.append(disagreement(together, logps(row), run.precision))
+    # Not Python's max, which passes over NaN.
+    return float(torch.tensor(differences).max())

@@ -14,9 +14,12 @@ from trl import SFTTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from alignkit.errors import ModelError
+from alignkit.methods._comparison import ScoringRun
+from alignkit.methods._forward import LOGP_TOLERANCE
 from alignkit.methods._supervised import METRICS, packing_difference, template_with_marks
 from tests.methods.conftest import flat_weights, logged
 from tests.methods.supervised import arguments, completions, conversations, make, model, token_rows, tokenizer
+from tests.methods.test_comparison import scored
 
 TRAINER_KEYS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 SPLITS = [(4, 1), (2, 2), (1, 4)]
@@ -57,7 +60,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(packing: bool, rows: Datas
 def test_packed_rows_do_not_see_each_other(attention: str, rows: Dataset, tmp_path: Path) -> None:
     """Evaluated behind one another in a single sequence, rows score what they score apart."""
     policy = model(attn_implementation=attention)
-    assert packing_difference(policy) < 1e-5
+    assert packing_difference(scored(policy)) < 1e-5
     apart = evaluated(make(tmp_path, rows, model=policy, eval_dataset=rows))
     packed = make(
         tmp_path, rows, model=model(attn_implementation=attention), packing=True, max_length=256, eval_dataset=rows
@@ -70,10 +73,22 @@ def test_attention_that_knows_no_boundaries_is_refused(rows: Dataset, tmp_path: 
     """A registered attention function without a mask function is given no mask: rows would see each other."""
     AttentionInterface.register("without_masks", sdpa_attention_forward)
     policy = model(attn_implementation="without_masks")
-    assert packing_difference(policy) > 0.1
+    assert packing_difference(scored(policy)) > 0.1
+    # In 16 bit a token in a hundred may be off by any amount, but not both of a short row beside a long one.
+    long_and_short = [[i % 90 for i in range(400)], [5, 9, 7]]
+    in_bfloat16 = ScoringRun("the policy", policy, "bfloat16")
+    assert packing_difference(in_bfloat16, long_and_short) > LOGP_TOLERANCE["bfloat16"]
     with pytest.raises(ModelError, match=r"attn_implementation: without_masks.*see each other.*Write attn_impl"):
         make(tmp_path, rows, model=policy, packing=True, max_length=256)
     make(tmp_path, rows, model=policy)
+
+
+def test_packed_rows_are_compared_without_their_logits() -> None:
+    """Logits of a packed row of 8,192 tokens and a vocabulary of 151,936 take 5 GB in float32, several times over."""
+    policy = model()
+    run = scored(policy)
+    policy.lm_head.register_forward_hook(lambda *unused: pytest.fail("the model's own head was run"))
+    assert packing_difference(run, [[(7 * i) % 290 for i in range(200)], [5], [9, 7, 4]]) < LOGP_TOLERANCE["float32"]
 
 
 def test_the_last_rows_of_an_evaluation_count_once(rows: Dataset, tmp_path: Path) -> None:
