@@ -16,7 +16,7 @@ from alignkit.errors import ModelError
 from alignkit.methods.method import load_method
 from alignkit.parametrizations import loading
 from alignkit.parametrizations.files import model_problem, read_adapter
-from alignkit.parametrizations.lora import check_modules, lora_config, unadaptable
+from alignkit.parametrizations.lora import check_modules, check_rank, lora_config, unadaptable
 from alignkit.parametrizations.precision import HALF
 
 RunConfig = PreferenceConfig | SFTConfig
@@ -158,6 +158,7 @@ def new_adapter(config: RunConfig, model: PreTrainedModel | PeftModel) -> Any:
     if config.parametrization != "lora" or config.adapter is not None:
         return None
     check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
+    check_rank(model, config.lora_r)
     left_out = unadaptable(model) if config.lora_target_modules == "all-linear" else {}
     if left_out and PartialState().is_main_process:
         for reason in dict.fromkeys(left_out.values()):

@@ -66,6 +66,7 @@ def _train(given: Any, own: Any) -> Any:
             ranks.check_world_size(args.world_size)
             tokenizer = steps.load_tokenizer(config)
             data = own.prepare_data(config, args, tokenizer, directory)
+            steps.check_length(config, args, data.train)
             rows = {"train": data.train, "held-out": data.evaluation}
             origin_steps.record_origin(config, tokenizer, rows, directory, ranks)
             trainer = own.build_trainer(config, args, tokenizer, data, directory)

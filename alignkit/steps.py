@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -66,6 +67,7 @@ _PASSED_THROUGH = (
 """Config keys that are TRL's own, handed on unchanged."""
 
 STREAM_BUFFER = 1000  # rows a stream is shuffled within; rows at hand are shuffled by the trainer, anew each epoch
+MOST_STEPS = 10**9
 ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
 
 Rows = Dataset | IterableDataset
@@ -184,11 +186,41 @@ def check_device(config: RunConfig, args: TrainingArguments) -> None:
     if config.fp16:
         advice = "Write bf16: true and use_cpu: true, or remove it"
         problems.append(f"`fp16: true`: float16 mixed precision needs an accelerator. {advice}")
+    if config.use_dora and config.quantization == "int8":
+        why = "PEFT measures unpacked weights, and int8 weights are unpacked on an accelerator alone"
+        advice = "Write quantization: nf4 or none, or remove use_dora"
+        problems.append(f"`use_dora: true` with `quantization: int8`: {why}. {advice}")
     if config.attn_implementation in ACCELERATOR_ATTENTION:
         kernel = f"`attn_implementation: {config.attn_implementation}`"
         problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")
     if problems:
         raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
+
+
+def check_length(config: RunConfig, args: TrainingArguments, rows: Rows) -> None:
+    """Refuse a share of the rows that is no step, and more steps than a run can take.
+
+    Args:
+        config: The config.
+        args: The trainer's arguments.
+        rows: The training rows, as the trainer takes them; those of a stream are not counted.
+
+    Raises:
+        ConfigError: Says how many steps it would be.
+    """
+    if config.max_steps > 0 or not isinstance(rows, Dataset):
+        return
+    batches = math.ceil(len(rows) / (args.per_device_train_batch_size * args.world_size))
+    an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = config.num_train_epochs * an_epoch
+    given = f"`num_train_epochs: {config.num_train_epochs:g}` of {an_epoch:,} steps each is"
+    if 0 < steps < 1:
+        problem = f"{given} less than one step. Write at least {1 / an_epoch:.3g}, or max_steps: 1"
+    elif steps > MOST_STEPS:
+        problem = f"{given} {steps:.3g} steps, which no run takes. Write a smaller number, or max_steps"
+    else:
+        return
+    raise ConfigError("the length of the run cannot be meant", [problem])
 
 
 def check_gradient_rule(config: RunConfig, args: TrainingArguments) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.values import is_union
@@ -68,6 +68,8 @@ def _type(annotation: Any) -> dict[str, Any]:
         members = {name: _type(hint) for name, hint in get_type_hints(annotation).items()}
         required = sorted(annotation.__required_keys__)
         return {"type": "object", "properties": members, "required": required, "additionalProperties": False}
+    if origin is Literal:
+        return {"type": "string", "enum": list(arguments)}
     if origin is list:
         return {"type": "array", "items": _type(arguments[0])}
     if origin is dict:

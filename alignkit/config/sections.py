@@ -78,7 +78,7 @@ class ParametrizationSection(Section):
         choices=("none", "nf4", "int8"),
         help="Precision of the frozen weights under lora: nf4 (QLoRA) or int8, through bitsandbytes.",
     )
-    lora_r: int = option(16, ge=1, help="Rank of the adapters.", source=TRL)
+    lora_r: int = option(16, ge=1, le=2**16, help="Rank of the adapters.", source=TRL)
     lora_alpha: int = option(32, ge=1, help="Scale of the adapters: the update is alpha / r * BA.", source=TRL)
     lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.", source=PEFT)
     lora_target_modules: str | list[str] = option(
@@ -143,7 +143,7 @@ class DataSection(Section):
     allow_overlap: bool = option(
         False, help="Evaluate although held-out rows are trained on; they are compared token for token."
     )
-    dataset_num_proc: int | None = option(None, ge=1, help="Processes that tokenise; null is one.", source=TRL)
+    dataset_num_proc: int | None = option(None, ge=1, le=256, help="Processes that tokenise; null is one.", source=TRL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class SupervisedDataSection(DataSection):
         source=TRL,
     )
     pad_to_multiple_of: int | None = option(
-        None, ge=1, help="Round row lengths up to a multiple of this.", source="alignkit (TRL 1.16: auto)"
+        None, ge=1, le=4096, help="Round row lengths up to a multiple of this.", source="alignkit (TRL 1.16: auto)"
     )
 
 
@@ -239,5 +239,5 @@ class LayoutSection(Section):
         "that the architecture allows and says which.",
     )
     pad_to_multiple_of: int | None = option(
-        None, ge=1, help="Round row lengths up to a multiple of this.", source="alignkit (TRL 1.16: auto)"
+        None, ge=1, le=4096, help="Round row lengths up to a multiple of this.", source="alignkit (TRL 1.16: auto)"
     )

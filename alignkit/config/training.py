@@ -51,14 +51,22 @@ class OptimizationSection(Section):
 
     title: ClassVar[str] = "Optimization"
 
-    num_train_epochs: float = option(1.0, gt=0, help="Passes over the training rows.", source="alignkit (TRL 1.16: 3)")
+    num_train_epochs: float = option(
+        1.0, gt=0, le=100_000, help="Passes over the training rows.", source="alignkit (TRL 1.16: 3)"
+    )
     max_steps: int = option(
-        -1, ge=-1, help="Optimizer steps in place of num_train_epochs; -1 is off.", source=TRANSFORMERS
+        -1, ge=-1, le=10**9, help="Optimizer steps in place of num_train_epochs; -1 is off.", source=TRANSFORMERS
     )
     per_device_train_batch_size: int = option(
-        8, ge=1, help="Rows (prompts with all their completions) per device and micro-batch.", source=TRANSFORMERS
+        8,
+        ge=1,
+        le=2**20,
+        help="Rows (prompts with all their completions) per device and micro-batch.",
+        source=TRANSFORMERS,
     )
-    gradient_accumulation_steps: int = option(1, ge=1, help="Micro-batches per optimizer step.", source=TRANSFORMERS)
+    gradient_accumulation_steps: int = option(
+        1, ge=1, le=2**20, help="Micro-batches per optimizer step.", source=TRANSFORMERS
+    )
     learning_rate: float | None = option(
         None,
         gt=0,
@@ -97,7 +105,7 @@ class SupervisedOptimizationSection(OptimizationSection):
     """Length of training, batch size and optimizer, of supervised rows."""
 
     per_device_train_batch_size: int = option(
-        8, ge=1, help="Rows per device and micro-batch; with packing, packed rows.", source=TRANSFORMERS
+        8, ge=1, le=2**20, help="Rows per device and micro-batch; with packing, packed rows.", source=TRANSFORMERS
     )
     learning_rate: float | None = option(
         None,
@@ -122,7 +130,7 @@ class HardwareSection(Section):
     )
     torch_compile: bool = option(False, help="Compile the model with torch.compile.", source=TRANSFORMERS)
     use_cpu: bool = option(False, help="Train on the CPU even where there is an accelerator.", source=TRANSFORMERS)
-    dataloader_num_workers: int = option(0, ge=0, help="Processes that load batches.", source=TRANSFORMERS)
+    dataloader_num_workers: int = option(0, ge=0, le=256, help="Processes that load batches.", source=TRANSFORMERS)
     ddp_timeout: int = option(
         1800, ge=1, help="Seconds one process may wait for another before the launch is ended.", source=TRANSFORMERS
     )
@@ -140,7 +148,9 @@ class LoggingSection(Section):
     eval_steps: int | None = option(
         None, ge=1, help="Steps between evaluations; null takes logging_steps.", source=TRANSFORMERS
     )
-    per_device_eval_batch_size: int = option(8, ge=1, help="Rows per device in an evaluation.", source=TRANSFORMERS)
+    per_device_eval_batch_size: int = option(
+        8, ge=1, le=2**20, help="Rows per device in an evaluation.", source=TRANSFORMERS
+    )
     save_strategy: str = option("steps", choices=INTERVALS, help="When to save a checkpoint.", source=TRANSFORMERS)
     save_steps: int = option(500, ge=1, help="Steps between checkpoints.", source=TRANSFORMERS)
     save_total_limit: int | None = option(None, ge=1, help="Checkpoints to keep; null is all.", source=TRANSFORMERS)

@@ -17,6 +17,8 @@ from alignkit.plain_text import without_secrets
 
 _WORDS_FOR_BOOL = {"yes": "true", "on": "true", "no": "false", "off": "false", "true": "true", "false": "false"}
 _SHOWN_LENGTH = 72
+LARGEST = 2**31 - 1
+"""Bound of whole numbers that have no other: libraries below count with 32 bits here and there."""
 
 
 class ValueMismatch(Exception):
@@ -102,7 +104,7 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
     if origin is Literal and value in arguments:
         return value
     if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _finite(float(value))
+        return _finite(value)
     if annotation is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if annotation in (bool, str) and isinstance(value, annotation):
@@ -119,7 +121,7 @@ def _convert_union(value: Any, annotation: Any, path: str) -> Any:
         try:
             return _convert(value, member, path)
         except ValueMismatch as mismatch:
-            if isinstance(value, _outer_type(member)):
+            if isinstance(value, (int, float) if member is float else _outer_type(member)):
                 complaints.append(mismatch)
     raise complaints[0] if complaints else _mismatch(value, annotation, path)
 
@@ -137,9 +139,13 @@ def _convert_typed_dict(value: Mapping[Any, Any], annotation: Any, path: str) ->
 
 
 def _finite(value: float) -> float:
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueMismatch("is not a finite number", "Write a finite number")
-    return value
+    return number
 
 
 def _mismatch(value: Any, annotation: Any, path: str) -> ValueMismatch:
@@ -185,6 +191,8 @@ def _check_bounds(key: Key, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     info = key.info
+    if isinstance(value, int) and abs(value) > LARGEST and info.le is None and info.lt is None:
+        raise ValueMismatch("is beyond anything a run can have", f"Write a value <= {LARGEST}")
     broken = {
         ">": info.gt is not None and not value > info.gt,
         ">=": info.ge is not None and not value >= info.ge,

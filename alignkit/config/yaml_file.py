@@ -12,6 +12,8 @@ from alignkit.config.settings import Entry, Origin, Problem
 from alignkit.config.yaml_schema import CoreLoader
 from alignkit.errors import ConfigError
 
+MOST_BYTES = 2**18
+
 
 def read_entries(path: Path, label: str) -> tuple[dict[str, Entry], list[Problem]]:
     """Top-level keys of a YAML file with their lines, and the problems of its form.
@@ -25,6 +27,8 @@ def read_entries(path: Path, label: str) -> tuple[dict[str, Entry], list[Problem
     """
     entries: dict[str, Entry] = {}
     with _reading(label):
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise _unreadable(label, f"{size:,} bytes, which is no configuration", "Give the path of a YAML file")
         loader = CoreLoader(path.read_text(encoding="utf-8"))
         root = _require_mapping(loader.get_single_node(), label)
         for key_node, value_node in root.value:

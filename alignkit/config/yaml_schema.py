@@ -20,10 +20,49 @@ _SCALARS = {
 }
 
 
+MOST_VALUES = 20_000
+"""Values one document may hold, aliases counted as often as they stand for something."""
+
+
 class CoreLoader(yaml.SafeLoader):
-    """A safe loader with the scalars of the core schema."""
+    """A safe loader with the scalars of the core schema, for documents of a size that a person writes."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, once it is known to be finite and not too large."""
+        try:
+            root = super().get_single_node()
+            size = 0 if root is None else _expanded_size(root, {})
+        except RecursionError:
+            raise yaml.YAMLError("it is nested too deeply") from None
+        if size > MOST_VALUES:
+            raise yaml.YAMLError(f"with its aliases written out it has {size:.2g} values, more than {MOST_VALUES:,}")
+        return root
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number; Python reads none of more than 4,300 digits."""
+        try:
+            return int(str(self.construct_scalar(node)))
+        except ValueError:
+            digits = f"a number of {len(node.value):,} digits cannot be read"
+            raise yaml.constructor.ConstructorError(None, None, digits, node.start_mark) from None
+
+
+CoreLoader.add_constructor("tag:yaml.org,2002:int", CoreLoader.construct_yaml_int)
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Number of values in a node when every alias is written out; ``known`` holds None for what is being counted."""
+    if id(node) not in known:
+        known[id(node)] = None
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in flat)
+    size = known[id(node)]
+    if size is None:
+        raise yaml.YAMLError("an alias stands within what it stands for, so the document has no end")
+    return size
 
 
 class _CoreDumper(yaml.SafeDumper):

@@ -79,6 +79,19 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     return AdapterFiles(path, config.get("base_model_name_or_path"), config.get("revision"), peft_type)
 
 
+def module_patterns(adapter: AdapterFiles) -> list[str]:
+    """The regular expressions in a saved adapter's config, which PEFT matches with the names of modules.
+
+    Args:
+        adapter: The saved adapter.
+    """
+    config = _read_json(adapter.directory / ADAPTER_CONFIG)
+    values = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    keys = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or {}]
+    listed = [item for value in values if isinstance(value, list) for item in value]
+    return [pattern for pattern in (*values, *listed, *keys) if isinstance(pattern, str)]
+
+
 def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None, AdapterFiles | None]:
     """What the options ``--model`` and ``--adapter`` name together.
 

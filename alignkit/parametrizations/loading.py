@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -23,13 +25,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from alignkit.bounded import slow_pattern, too_much
 from alignkit.errors import ModelError
 from alignkit.parametrizations.comparison import adapter_difference, model_difference
 from alignkit.parametrizations.files import (
+    ADAPTER_CONFIG,
     RUN_MARKS,
     AdapterFiles,
     check_tensors,
     model_problem,
+    module_patterns,
     quantization_problem,
     stored_quantization,
     tensor_shapes,
@@ -161,7 +166,25 @@ def load_tokenizer(
         raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {_cause(model, error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    if tokenizer.chat_template is not None and (problem := too_much(lambda: _try_templates(tokenizer))):
+        raise ModelError(
+            f"the chat template of {str(chat_template or model)!r} {problem} with two short messages, so rows could "
+            "not be rendered with it. Write chat_template with a jinja file that ends."
+        )
     return tokenizer
+
+
+def _try_templates(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Render a short conversation with every template there is."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        for count in (1, 2):
+            # A template may refuse these messages, which is no reason not to try it with the others.
+            with contextlib.suppress(TemplateError, TypeError, ValueError):
+                tokenizer.apply_chat_template(
+                    messages[:count], chat_template=template, tokenize=False, add_generation_prompt=count == 1
+                )
 
 
 def generation_stop_ids(model: str, revision: str | None = None) -> list[int]:
@@ -256,6 +279,9 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable:
         ModelError: The adapter does not belong to this base.
     """
     misfit = f"the adapter {str(adapter.directory)!r} does not fit the model:"
+    if slow := slow_pattern(module_patterns(adapter), [name for name, _ in model.named_modules()]):
+        pattern = f"its {ADAPTER_CONFIG} has a pattern, {slow}"
+        raise ModelError(f"the adapter {str(adapter.directory)!r} cannot be used: {pattern}. Write the names instead.")
     _resize_embeddings(model, adapter)
     belongs = f"It was trained on {adapter.base!r}; is that the model given?"
     try:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from alignkit.bounded import slow_pattern
 from alignkit.errors import ModelError
 
 _SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")
@@ -97,6 +98,8 @@ def check_modules(
         ModelError: Names the unknown modules and those there are.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    if isinstance(target_modules, str) and (slow := slow_pattern([target_modules], list(modules))):
+        raise ModelError(f"lora_target_modules: {slow}. Write all-linear, or a list of names.")
     barred = unadaptable(model)
     adaptable = {
         name
@@ -115,6 +118,26 @@ def check_modules(
         head = model.get_output_embeddings()
         kinds = sorted({name.rpartition(".")[2] for name in adaptable if modules[name] is not head})
         raise ModelError(f"{'; '.join(problems)}. Write all-linear, or names among {', '.join(kinds)}.")
+
+
+def check_rank(model: PreTrainedModel, rank: int) -> None:
+    """Check that adapters of this rank are not larger than every layer they could adapt.
+
+    Args:
+        model: The base.
+        rank: ``lora_r``.
+
+    Raises:
+        ModelError: They are.
+    """
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    widest = max((max(layer.in_features, layer.out_features) for layer in layers), default=rank)
+    if rank > widest:
+        raise ModelError(
+            f"`lora_r: {rank}` is larger than the layers it adapts, whose sides have at most {widest}: a pair "
+            f"of factors would hold more than the layer. Write a value well below {widest}, or parametrization: full."
+        )
 
 
 def _barred(target_modules: str | Sequence[str], barred: Mapping[str, str], modules: Iterable[str]) -> list[str]:

@@ -51,7 +51,7 @@ LINES = {
     "below": ("learning_rate: 0", "is out of range. Write a value > 0."),
     "above": ("eval_fraction: 1.5", "is out of range. Write a value >= 0 and < 1."),
     "below, option of the method": ("beta_neg: -0.1", "is out of range. Write a value >= 0."),
-    "below, whole number": ("lora_r: 0", "is out of range. Write a value >= 1."),
+    "below, whole number": ("lora_r: 0", "is out of range. Write a value >= 1 and <= 65536."),
     "seed too large": ("seed: 4294967296", "Write a value >= 0 and < 4294967296"),
 }
 
