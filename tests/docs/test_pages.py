@@ -54,7 +54,7 @@ def check_config(program: str, recipe: str, overrides: list[str], folder: Path) 
         recipe = str(folder / "run.yaml")
     elif not recipe.endswith(".yaml"):
         assert recipe in recipe_names()
-    own = {"--resume", "--help", "--print_config"}
+    own = {"--help", "--print_config"}
     load_config(program, recipe, [word for word in overrides if word not in own], check_files=False)
 
 
