@@ -124,13 +124,20 @@ def auto(path: Path) -> Any:
     return settled(load_config("preference", None, words, check_files=False)).config
 
 
+def begun(path: Path, status: str) -> None:
+    """A run that is no longer alive."""
+    run = RunDirectory.create(path)
+    run.record(status=status)
+    run.lock.release()
+
+
 @pytest.mark.parametrize("left", ["nothing", "an empty folder", "an attempt that failed", "an attempt that was killed"])
 def test_auto_starts_where_there_is_nothing_to_continue(left: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     if left == "an empty folder":
         path.mkdir()
     elif left != "nothing":
-        RunDirectory.create(path).record(status="failed: x" if "failed" in left else "running")
+        begun(path, "failed: x" if "failed" in left else "running")
         write_checkpoint(path, 10)  # without its marker
     config = auto(path)
     assert config.resume is False
@@ -143,7 +150,7 @@ def test_auto_never_starts_over_what_is_worth_keeping(held: str, tmp_path: Path)
     if held == "another folder":
         (tmp_path / "thesis.tex").write_text("precious")
     else:
-        RunDirectory.create(tmp_path).record(status="finished" if held == "a finished run" else "running")
+        begun(tmp_path, "finished" if held == "a finished run" else "running")
     if held == "weights":
         (tmp_path / "adapter_model.safetensors").write_text("precious")
     before = contents(tmp_path)
