@@ -31,17 +31,17 @@ from torch import Tensor, nn
 
 from alignkit.errors import CheckpointError
 from alignkit.methods._forward import LOGP_TOLERANCE, base_model
+from alignkit.parametrizations.fingerprints import has_effect
 
 Scores = list[list[list[float]]]
 """Per row, per candidate, per token."""
 
 COLUMN = "ref_token_logps"
-NOT_COMPUTED = {
-    "_name_or_path", "architectures", "use_cache", "output_router_logits", "router_aux_loss_coef", "bos_token_id",
-    "eos_token_id", "pad_token_id", "id2label", "label2id", "base_model_name_or_path", "revision", "inference_mode",
-    "lora_dropout", "auto_mapping",
-}  # fmt: skip
-"""Entries of a model's or an adapter's config that no log-prob depends on. Whatever is not listed is in the key."""
+NOT_COMPUTED = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping")
+"""Entries of an adapter's config that no log-prob depends on; of a model's, those that have no effect on any base.
+
+Whatever is left is in the key.
+"""
 CHECKED_ROWS = 4
 
 
@@ -71,7 +71,9 @@ def model_fingerprint(model: nn.Module, adapter: str | None) -> str:
 def _computed(value: Any) -> Any:
     """``value`` without the entries that nothing computed depends on, sets in a fixed order."""
     if isinstance(value, Mapping):
-        return {str(name): _computed(entry) for name, entry in value.items() if name not in NOT_COMPUTED}
+        entries = {str(name): entry for name, entry in value.items()}
+        kept = (name for name in entries if name not in NOT_COMPUTED and has_effect(name))
+        return {name: _computed(entries[name]) for name in kept}
     if isinstance(value, set):
         return sorted(value)
     return [_computed(entry) for entry in value] if isinstance(value, (list, tuple)) else value

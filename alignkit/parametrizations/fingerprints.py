@@ -39,12 +39,24 @@ _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _WIDTHS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
-_WITHOUT_EFFECT = (
-    "transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config", "use_cache", "id2label",
-    "label2id", "initializer_range", "initializer_factor", "output_attentions", "output_hidden_states", "return_dict",
-    "output_router_logits", "router_aux_loss_coef", "problem_type", "auto_map",
-)  # fmt: skip
-"""Entries of a config that do not change the logits; neither do dropout and token ids."""
+WITHOUT_EFFECT = frozenset(
+    "architectures use_cache id2label label2id initializer_range initializer_factor output_attentions "
+    "output_hidden_states return_dict output_router_logits router_aux_loss_coef problem_type auto_map".split()
+)
+"""Entries of a config that do not change the logits; see :func:`has_effect` for the others."""
+
+_OF_THE_FILES = ("transformers_version", "dtype", "torch_dtype", "quantization_config")
+"""Entries that say how a base is stored, or with what it was saved: two copies of it may differ in them."""
+
+
+def has_effect(key: str) -> bool:
+    """Whether an entry of a config can change what a model computes outside training: not names, dropout, token ids.
+
+    Args:
+        key: Its name.
+    """
+    is_training_or_token = "dropout" in key or key.endswith(("pdrop", "_token_id"))
+    return not (key.startswith("_") or key in WITHOUT_EFFECT or is_training_or_token)
 
 
 @dataclass(frozen=True)
@@ -196,7 +208,7 @@ def _as_bfloat16(raw: bytes, kind: str) -> bytes:
 def _effective(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Entries of a config that change what the model computes; those without a value are left out."""
     for key, value in config.items():
-        if key.startswith("_") or key in _WITHOUT_EFFECT or "dropout" in key or key.endswith(("pdrop", "_token_id")):
+        if key in _OF_THE_FILES or not has_effect(key):
             continue
         if isinstance(value, Mapping):
             yield from _effective(value, f"{prefix}{key}.")

@@ -115,6 +115,9 @@ def test_the_key_is_the_function_not_the_weights_alone(model_path: str) -> None:
 
     plain = key()
     assert key() == plain == key({"use_cache": False, "attn_implementation": "eager"}) == key({"pad_token_id": 3})
+    # A base is the same for the cache as it is for the adapters trained on it.
+    without_effect = {"initializer_range": 0.5, "attention_dropout": 0.5, "output_hidden_states": True}
+    assert key(without_effect | {"problem_type": "regression"}) == plain
     functions = [{"rms_norm_eps": 0.1}, {"attention_bias": True}, {"sliding_window": 4, "use_sliding_window": True}]
     functions += [{"rope_parameters": {"rope_type": "default", "rope_theta": 2.0}}]
     assert len({plain, *map(key, functions)}) == 5
