@@ -1,0 +1,192 @@
+"""Killed at a random moment and started again by the same command, a run ends with the bits of the run never killed.
+
+Method x parametrisation x gradient rule x architecture class, one kill each. A run is a forked child that takes all of
+the program's steps; ``--resume auto`` continues where a checkpoint is complete and begins anew where none is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignkit.config import load_config
+from alignkit.run import train_preference, train_sft
+from tests.chaos.architectures import ARCHITECTURES, MIXTURES, save_base
+from tests.programs.conftest import pairs, save_model, write_rows
+from tests.programs.launching import read_lines
+
+pytestmark = pytest.mark.xdist_group("kills")
+FORK = multiprocessing.get_context("fork")
+COMMON: Mapping[str, Any] = {
+    "use_cpu": True, "bf16": False, "max_steps": 8, "save_steps": 2, "logging_steps": 1,
+    "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_total_limit": 2, "max_length": 64, "num_samples": 0,
+}  # fmt: skip
+METHODS = ("sft", "dpo", "flex_dpo", "adpo")
+RULES = (None, "glad", "sam", "perpgrad", "decay_to_init")
+SEED = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: what it trains, how, and on what."""
+
+    method: str
+    parametrization: str
+    rule: str | None
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.parametrization}-{self.rule or 'none'}-{self.kind}"
+
+    def settings(self) -> dict[str, Any]:
+        """Keys of its config."""
+        rule = {} if self.rule is None else {"gradient_rule": self.rule}
+        rows = "answers.jsonl" if self.method == "sft" else "pairs.jsonl"
+        return {
+            **COMMON, **rule, "method": self.method, "parametrization": self.parametrization,
+            "model": f"models/{self.kind}", "data": rows,
+        }  # fmt: skip
+
+
+def cases() -> Iterator[Case]:
+    """Every architecture class in full and by adapter, the methods and rules going round."""
+    methods, rules = itertools.cycle(METHODS), itertools.cycle(RULES)
+    for kind in [*ARCHITECTURES, *ARCHITECTURES]:
+        for parametrization in ("full", "lora"):
+            yield Case(next(methods), parametrization, next(rules), kind)
+        next(methods)
+
+
+SHORT = (
+    Case("sft", "full", None, "qwen3_moe"),
+    Case("dpo", "lora", None, "qwen3"),
+    Case("flex_dpo", "full", None, "gpt_oss"),
+)
+LONG = [case for case in dict.fromkeys(cases()) if case not in SHORT]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows; models join it when they are asked for."""
+    path = tmp_path_factory.mktemp("kills")
+    save_model(path / "tokenizer")
+    rows = pairs(12)
+    write_rows(path / "pairs.jsonl", rows)
+    write_rows(path / "answers.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+    return path
+
+
+def base(workplace: Path, kind: str) -> None:
+    """Save a model of an architecture with the tokenizer, once."""
+    folder = workplace / "models" / kind
+    if not folder.exists():
+        save_base(kind, folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(workplace / "tokenizer" / name, folder)
+
+
+def _run(settings: Mapping[str, Any], workplace: Path, log: Path) -> None:
+    """The program, in a child."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(workplace)
+    torch.set_num_threads(1)
+    program, train = ("sft", train_sft) if settings["method"] == "sft" else ("preference", train_preference)
+    train(load_config(program, None, [f"--{key}={value}" for key, value in settings.items()]))
+    os._exit(0)
+
+
+def start(settings: Mapping[str, Any], workplace: Path, log: Path) -> Any:
+    child = FORK.Process(target=_run, args=(settings, workplace, log))
+    child.start()
+    return child
+
+
+def first_save(child: Any, run: Path) -> float:
+    """Wait until a checkpoint is complete or the child has ended; returns when that was."""
+    while child.is_alive() and not any(run.glob("checkpoint-*/complete.json")):
+        time.sleep(0.005)
+    return time.monotonic()
+
+
+def finish(settings: Mapping[str, Any], workplace: Path, log: Path) -> float:
+    """Run to the end; returns the seconds from the first save on."""
+    child = start(settings, workplace, log)
+    saved = first_save(child, Path(settings["output_dir"]))
+    child.join(timeout=600)
+    assert child.exitcode == 0, log.read_text()[-3000:]
+    return time.monotonic() - saved
+
+
+def result(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor saved."""
+    return {f"{file.name}:{name}": t for file in run.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """What was logged, without clock times."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if "train_runtime" not in line]
+    return [{k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k} for line in lines]
+
+
+def killed_and_whole_agree(case: Case, workplace: Path, folder: Path) -> str:
+    """Run, run again with a kill on the way, and compare; returns when the kill came."""
+    base(workplace, case.kind)
+    whole, killed = (
+        case.settings() | {"output_dir": str(folder / name), "resume": "auto"} for name in ("whole", "killed")
+    )
+    seconds = finish(whole, workplace, folder / "whole.log")
+    share = random.Random(f"{SEED} {case}").uniform(0.0, 0.9)
+    child = start(killed, workplace, folder / "killed.log")
+    first_save(child, folder / "killed")
+    child.join(timeout=share * seconds)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, "the kill came too late"
+    had = [path.name for path in sorted((folder / "killed").glob("checkpoint-*"))]
+    finish(killed, workplace, folder / "killed.log")
+    ours, theirs = result(folder / "killed"), result(folder / "whole")
+    assert ours.keys() == theirs.keys()
+    different = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"{case}: {len(different)} of {len(theirs)} tensors differ, such as {different[0]}"
+    assert logged(folder / "killed") == logged(folder / "whole")
+    return f"{share:.0%} of the time after the first save, with {', '.join(had)}"
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_killed_equals_whole(case: Case, workplace: Path, tmp_path: Path) -> None:
+    print(f"killed at {killed_and_whole_agree(case, workplace, tmp_path)}, bitwise, {case}: 1 of 1")
+
+
+@pytest.mark.chaos
+def test_killed_equals_whole_of_all(workplace: Path, tmp_path: Path) -> None:
+    same, faults = 0, []
+    for number, case in enumerate(LONG):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        try:
+            moment = killed_and_whole_agree(case, workplace, folder)
+        except AssertionError as fault:
+            faults.append(f"{case}: {fault}")
+            print(f"  FAULT {case}: {str(fault)[-400:]}", flush=True)
+        else:
+            same += 1
+            print(f"  {case}: killed at {moment}", flush=True)
+            shutil.rmtree(folder)
+    print(f"kills that resumed bitwise: {same} of {len(LONG)}")
+    assert not faults, "\n".join(faults)
+    assert {case.kind for case in LONG} >= set(MIXTURES) and len(LONG) >= 57
