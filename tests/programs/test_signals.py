@@ -66,13 +66,16 @@ def test_every_signal_saves_the_step_and_says_how_to_go_on(
     whole: Path, launcher: Launcher, workplace: Path, tmp_path: Path
 ) -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    seconds = []
     for number in numbers:
         run = tmp_path / number.name
         (running,) = launcher.start(*arguments(whole, run), directory=workplace)
         amid_the_run(running, run)
+        begun = time.monotonic()
         os.kill(running.pid, number)
         running.go_on()
         ended = running.wait()
+        seconds.append(time.monotonic() - begun)
         assert ended.exit_code == 128 + number and "Traceback" not in ended.errors, ended.errors[-3000:]
         (checkpoint,) = run.glob("checkpoint-*")
         step = int(checkpoint.name.removeprefix("checkpoint-"))
@@ -84,7 +87,8 @@ def test_every_signal_saves_the_step_and_says_how_to_go_on(
         again = launcher.run(*command_printed(ended.errors), directory=workplace)
         assert again.exit_code == 0, again.errors[-3000:]
         assert same_weights(whole, run) and run_json(run)["status"] == "finished"
-    print(f"\nsignals on one process: {len(numbers)} of {len(numbers)}")
+    assert max(seconds) < 30
+    print(f"\nsignals on one process: {len(numbers)} of {len(numbers)}, ended within {max(seconds):.1f} s")
 
 
 def test_before_the_first_step_there_is_nothing_to_save(
