@@ -58,8 +58,8 @@ def main() -> None:
     given, rows = prepare_rows(arguments, tokenizer, contrast, state)
     model = steps.load_evaluated(source, adapter, state.device)
     refuse_long_sequences(rows, model, "data")
-    compare_with_itself(model, RowLengths.of(rows), "the model", together=arguments.batch_size > 1)
     check_token_ids(model, tokenizer, {"a row": rows}, name=repr(source.model))
+    compare_with_itself(model, RowLengths.of(rows), "the model", together=arguments.batch_size > 1)
     rewarded, report = compute(arguments, model, None if adapter is None else "default", tokenizer, rows, state)
     if state.is_main_process:
         write_rows(arguments.output, list(with_rewards(given, rows, rewarded)))

@@ -103,6 +103,12 @@ def _describe_rule(rule: str) -> Iterator[str]:
 def _describe(key: Key) -> Iterator[str]:
     choices, limits = key.info.choices, bounds(key.info)
     admissible = " | ".join(map(str, choices)) if choices else type_name(key.type) + (f", {limits}" if limits else "")
-    default = "required" if key.required else f"default {show(key.default)}, from {key.info.source}"
+    default = "required" if key.required else _default(key)
     yield from textwrap.wrap(f"--{key.name}  {admissible}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 10)
     yield from textwrap.wrap(f"{key.info.help} ({default})", _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _default(key: Key) -> str:
+    """The default and its source; one that depends on another key says both itself."""
+    derived = key.info.derived
+    return f"default {show(key.default)}, from {key.info.source}" if derived is None else f"default {derived}"

@@ -5,12 +5,14 @@ from dataclasses import fields
 
 import pytest
 
+from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
 from alignkit.config.keys import PROGRAMS, Key, base_keys, method_keys, methods_with, program_methods
-from alignkit.config.names import _ELSEWHERE, is_launcher_key
+from alignkit.config.names import is_launcher_key
 from alignkit.config.training import OPTIMIZERS, SCHEDULERS
 from alignkit.config.values import check_value
 from alignkit.methods.method import load_method, method_names
 
+FOREIGN = {*WRITE, *ABSENT, *SETTLED}
 METHODS = [(program, method) for program in PROGRAMS for method in program_methods(program)]
 KEYS = [(program, key) for program in PROGRAMS for key in base_keys(program).values()] + [
     (program, key) for program, method in METHODS for key in method_keys(method).values()
@@ -30,13 +32,13 @@ def test_key_is_complete(program: str, key: Key) -> None:
 def test_options_of_a_method_do_not_collide_with_other_words(program: str, method: str) -> None:
     taken = {*base_keys(program), "config", "help", "print_config", "method_options"}
     assert not taken & set(method_keys(method))
-    assert not [name for name in method_keys(method) if is_launcher_key(name) or name in _ELSEWHERE]
+    assert not [name for name in method_keys(method) if is_launcher_key(name) or name in FOREIGN]
 
 
 def test_program_keys_do_not_collide_with_other_words() -> None:
     for program in PROGRAMS:
         assert not {"config", "help", "print_config"} & set(base_keys(program))
-        assert not [name for name in base_keys(program) if is_launcher_key(name) or name in _ELSEWHERE]
+        assert not [name for name in base_keys(program) if is_launcher_key(name) or name in FOREIGN]
 
 
 def test_every_method_belongs_to_a_program_that_exists_here() -> None:
@@ -44,14 +46,6 @@ def test_every_method_belongs_to_a_program_that_exists_here() -> None:
     assert configured == {method for _, method in METHODS}
     assert {"dpo", "flex_dpo"} <= set(program_methods("preference"))
     assert methods_with("preference", "beta") == ["adpo", "d2o", "dpo", "treg"]
-
-
-def test_advice_for_names_from_elsewhere_names_keys_that_exist() -> None:
-    keys = base_keys("preference")
-    exempt = {"config_file", "lora_task_type"}
-    for name, advice in _ELSEWHERE.items():
-        if name not in exempt:
-            assert re.split(r"[: (]", advice)[0] in keys, name
 
 
 def test_choices_are_names_that_transformers_knows() -> None:

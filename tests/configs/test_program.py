@@ -76,7 +76,7 @@ def test_help_describes_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     own += [name for rule in rule_names() for name in rule_keys(rule)]
     assert sorted(described) == sorted(["config", "print_config", "help", *base_keys("preference"), *own])
     assert "\n  --beta_neg  a number, >= 0\n" in printed
-    assert "(default 1e-06, from TRL 1.16)" in " ".join(printed.split())
+    assert "(default under lora 1e-05 (10 times full" in " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 120
 
 

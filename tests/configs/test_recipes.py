@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from alignkit.config import find_recipe, load_config
-from alignkit.config.names import _ELSEWHERE, is_launcher_key
+from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
+from alignkit.config.names import is_launcher_key
 from alignkit.config.yaml_schema import parse_yaml
 from alignkit.errors import ConfigError
 from alignkit.gradients.glad import GLADConfig
@@ -73,7 +74,7 @@ def keys_of(value: Any) -> set[str]:
 @pytest.mark.parametrize("path", LAUNCHER_FILES, ids=lambda path: path.stem)
 def test_every_key_of_a_launcher_file_is_refused_as_such(path: Path) -> None:
     for key in keys_of(yaml.safe_load(path.read_text())):
-        assert is_launcher_key(key) or key in {*_ELSEWHERE, "gradient_accumulation_steps", "use_cpu"}, key
+        assert is_launcher_key(key) or key in {*WRITE, *ABSENT, *SETTLED, "gradient_accumulation_steps", "use_cpu"}, key
 
 
 def test_launcher_files_named_in_messages_are_shipped(workspace: Path) -> None:

@@ -77,7 +77,7 @@ def test_what_is_imported_is_declared(folder: str, with_tools: bool, repository:
     extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     tools = {canonicalize_name(Requirement(line).name) for line in extras["dev"]}
     names = {canonicalize_name(r.name) for r in declared(repository)} - (set() if with_tools else tools)
-    distributions = {"yaml": "pyyaml"}
+    distributions = {"yaml": "pyyaml", "markdown_it": "markdown-it-py"}
     found = {canonicalize_name(distributions.get(name, name)) for name in imported(repository / folder)}
     assert found <= names
 

@@ -165,7 +165,7 @@ BAD_RUNS = (
     Bad(
         "NaN scores",
         {"data": "nan.jsonl"},
-        ("NaN", "every score must be finite"),
+        ("nan.jsonl:1: malformed JSON", "NaN is not a number of JSON", "write null"),
         rows_in("nan.jsonl", [{**row, "scores": [1.0, float("nan")]} for row in LISTS]),
     ),
     Bad(
@@ -314,7 +314,10 @@ def test_an_adapter_of_another_base(launcher: Launcher, place: Path) -> None:
     save_model(place / "wide", hidden=48)
     arguments = ("--config", "c.yaml", "--output_dir", "second", "--model", "wide", "--adapter", "run")
     ended = launcher.run(*arguments, directory=place)
-    check(Bad("", {}, ("the adapter 'run' does not fit", "trained on 'model'")), ended)
+    check(
+        Bad("", {}, ("the adapter 'run' was trained on another base than 'wide'", "hidden_size", "it calls 'model'")),
+        ended,
+    )
 
 
 def test_an_upload_that_nobody_could_load(launcher: Launcher, place: Path) -> None:
@@ -328,7 +331,7 @@ def test_a_mended_run_starts_where_the_failed_one_was(launcher: Launcher, place:
     """Nothing was trained, so nothing can be lost; once there is anything, the directory is refused."""
     write_config(place / "c.yaml", {**CONFIG, "max_steps": 1, "max_length": 2})
     check(Bad("", {}, ("64 would do",)), launcher.run("--config", "c.yaml", directory=place))
-    assert [path.name for path in (place / "run").iterdir()] == ["run.json"]
+    assert {path.name for path in (place / "run").iterdir()} == {"run.json", "manifest.json"}
     assert "\n" not in run_json(place / "run")["status"]
     write_rows(place / "rows.jsonl", pairs(4))
     assert launcher.run("--config", "c.yaml", "--max_length", "64", directory=place).exit_code == 0
