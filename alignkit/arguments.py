@@ -64,18 +64,33 @@ class StrictParser(argparse.ArgumentParser):
         return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)")
 
 
+LARGEST = 2**31 - 1
+"""Of the whole numbers that are taken: what generators of random numbers and tensor sizes hold."""
+
+
 def positive_int(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
+    """An argparse type: a whole number from 1 to ``LARGEST``."""
+    return _whole(text, 1)
 
 
 def non_negative_int(text: str) -> int:
-    """An argparse type: a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    """An argparse type: a whole number from 0 to ``LARGEST``."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    # Longer texts are not even turned into a number: that takes quadratic time.
+    if not (text.isdecimal() and len(text) <= 19 and least <= int(text) <= LARGEST):
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {LARGEST}, got {text[:40]!r}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above 0 and up to 1."""
+    value = non_negative_float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share, above 0 and up to 1, got {text!r}")
+    return value
 
 
 def non_negative_float(text: str) -> float:

@@ -91,7 +91,12 @@ def read_steps(path: Path) -> Steps:
         raise ProblemListError("the runs cannot be compared", [f"{path} {what}; give the output_dir of a run"])
     steps: Steps = {}
     problems = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        advice = "give the output_dir of a run, or its metrics.jsonl"
+        raise ProblemListError("the runs cannot be compared", [f"{file} is no text; {advice}"]) from None
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             if "loss" in entry:

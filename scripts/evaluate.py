@@ -23,6 +23,7 @@ from alignkit.arguments import (
     non_negative_int,
     pick,
     positive_int,
+    share,
 )
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.outputs import add_overwrite, output_problems
@@ -57,6 +58,7 @@ def main() -> None:
     limits = pick(arguments, "max_rows", "max_length", "num_samples", "apply_chat_template")
     data = steps.prepare_data(sources, tokenizer, column_map=dict(arguments.column_map), state=state, **limits)
     model = steps.load_evaluated(source, adapter, state.device)
+    steps.check_positions(model, data, arguments.max_new_tokens)
     sampling = Sampling(**pick(arguments, "max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
 
     def evaluate(tried: PreTrainedModel | PeftModel, name: str) -> tuple[Evaluation, Layout]:
@@ -122,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=non_negative_int, default=4, help="prompts to answer; 0 for none")
     parser.add_argument("--max_new_tokens", type=positive_int, default=64, help="longest answer, tokens")
     parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("--top_p", type=non_negative_float, default=1.0, help="nucleus sampling")
+    parser.add_argument("--top_p", type=share, default=1.0, help="nucleus sampling")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the sampled answers")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a forward pass")
     parser.add_argument("--layout", choices=("auto", "padded", "shared_prefix"), default="auto")
@@ -154,6 +156,8 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
             problems.append("--compare_base: the base of an adapter is the model it sits on: leave the name out")
         elif problem := model_problem(arguments.compare_base):
             problems.append(f"--compare_base: {problem}")
+    if found[0] and arguments.revision is not None and Path(found[0]).expanduser().is_dir():
+        problems.append(f"--revision: {found[0]} is a folder, which has one version: leave the option out")
     if arguments.chat_template is not None and not arguments.chat_template.is_file():
         problems.append(f"--chat_template: there is no file {arguments.chat_template}")
     problems += output_problems(arguments, "output", inputs=[found[0]])

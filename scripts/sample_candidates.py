@@ -27,6 +27,7 @@ from alignkit.arguments import (
     non_negative_int,
     pick,
     positive_int,
+    share,
 )
 from alignkit.errors import AlignkitError, ConfigError, ModelError
 from alignkit.outputs import add_overwrite, output_problems
@@ -187,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=positive_int, default=8, help="samples a prompt")
     parser.add_argument("--max_new_tokens", type=positive_int, default=256, help="longest sample, tokens")
     parser.add_argument("--temperature", type=non_negative_float, default=1.0, help="1 is the model's distribution")
-    parser.add_argument("--top_p", type=non_negative_float, default=1.0, help="nucleus sampling")
+    parser.add_argument("--top_p", type=share, default=1.0, help="nucleus sampling")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the draws")
     parser.add_argument("--instruction", metavar="TEXT", help="put before the prompt while sampling, never written")
     parser.add_argument("--unique", action="store_true", help="discard samples equal to an earlier one of the row")
@@ -216,8 +217,6 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
         found = find_model(arguments.model, arguments.adapter)
     except AlignkitError as error:
         problems.append(str(error))
-    if not 0 < arguments.top_p <= 1:
-        problems.append(f"--top_p: {arguments.top_p} is not a share; write a number above 0 and up to 1")
     if arguments.temperature == 0 and arguments.num_samples > 1:
         advice = "write --num_samples 1, or a temperature above 0"
         problems.append(f"--temperature 0 gives the same answer {arguments.num_samples} times: {advice}")

@@ -25,6 +25,7 @@ from alignkit.data.load import load_rows
 from alignkit.data.messages import as_messages
 from alignkit.data.prefix import Layout
 from alignkit.environment import environment
+from alignkit.errors import ConfigError
 from alignkit.evals.generation import Sample, Sampling, generate_samples, generation_sums
 from alignkit.evals.preference import likelihood_sums, preference_sums
 from alignkit.evals.results import Evaluation
@@ -35,6 +36,7 @@ from alignkit.methods._layouts import choose_layout, confirmed
 from alignkit.methods._reference import rows_fingerprint
 from alignkit.parametrizations.files import AdapterFiles, sha256
 from alignkit.parametrizations.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
+from alignkit.parametrizations.positions import positions_of
 from alignkit.parametrizations.vocabulary import check_token_ids
 
 logger = logging.getLogger(__name__)
@@ -151,6 +153,26 @@ def load_evaluated(
     # The head goes on before PEFT wraps the model.
     add_completion_head(model)
     return model if adapter is None else load_adapter(model, adapter)
+
+
+def check_positions(model: PreTrainedModel | PeftModel, data: EvaluationData, max_new_tokens: int) -> None:
+    """Refuse answers that would run past the last position of the model.
+
+    Args:
+        model: The model.
+        data: With the prompts to answer.
+        max_new_tokens: Longest answer, tokens.
+
+    Raises:
+        ConfigError: A prompt and its answer can be longer than the model is made for.
+    """
+    positions, longest = positions_of(model.config), max(map(len, data.prompts), default=0)
+    if data.prompts and positions is not None and longest + max_new_tokens > positions:
+        problem = (
+            f"--max_new_tokens: {max_new_tokens} behind a prompt of {longest} tokens is more than the {positions} "
+            f"positions of the model. Write at most {positions - longest}, or --num_samples 0 for no answers"
+        )
+        raise ConfigError("the answers have no room", [problem])
 
 
 def check_vocabulary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def score_samples(
         state: This process among the others.
 
     Raises:
-        DataError: It does not give one finite number a completion.
+        DataError: It raises, or does not give one finite number a completion; what was sampled is kept.
     """
 
     def work(mine: list[list[int]]) -> list[list[float] | None]:
@@ -77,7 +78,14 @@ def _scores_of(
     if not record.texts:
         return None
     row = assemble_row(rows[record.row], record.texts, kind)
-    given = scorer(row["prompt"], row["completions"])
+    try:
+        given = scorer(row["prompt"], row["completions"])
+    # It is code of the user's, and may fail in any way.
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        failed = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+        shown = f"prompt {shorten(row['prompt'])}, completions {shorten(row['completions'])}"
+        raise DataError("the scorer", [f"row {record.row}: it raised {failed} on {shown}"]) from error
     count = len(row["completions"])
     try:
         scores = np.asarray(given, dtype=np.float64)

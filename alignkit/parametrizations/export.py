@@ -173,6 +173,8 @@ def check_output(output: Path) -> None:
         raise ModelError(f"the output {output} is a {what}. Write a folder that does not exist yet.")
     if output.is_dir() and any(output.iterdir()):
         raise ModelError(f"the output {output} is not empty, and nothing is overwritten. Write another folder.")
+    if files := [parent for parent in output.parents if parent.exists() and not parent.is_dir()]:
+        raise ModelError(f"the output {output} would lie in {files[0]}, which is a file. Write another folder.")
 
 
 def checkpoint_dtype(source: ModelSource) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.arguments import StrictParser, non_negative_float, non_negative_int, positive_int
+from alignkit.arguments import StrictParser, non_negative_float, non_negative_int, positive_int, share
 from alignkit.errors import ConfigError
 
 SCRIPTS = ("evaluate", "merge_adapter", "push_to_hub", "compare_runs", "sample_candidates", "token_rewards")
@@ -20,13 +20,14 @@ def parser() -> StrictParser:
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows")
     parser.add_argument("--tolerance", type=non_negative_float)
     parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--top_p", type=share, default=1.0)
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
     return parser
 
 
 def test_values_and_defaults(parser: StrictParser) -> None:
     found = parser.parse(["--tolerance=1e-3", "--seed", "7"])
-    assert vars(found) == {"batch_size": 8, "tolerance": 1e-3, "seed": 7, "use_cpu": False}
+    assert vars(found) == {"batch_size": 8, "tolerance": 1e-3, "seed": 7, "top_p": 1.0, "use_cpu": False}
     text = parser.format_help()
     assert "rows; default 8" in text and "default 0" in text and "default False" not in text
 
@@ -38,14 +39,18 @@ def test_values_and_defaults(parser: StrictParser) -> None:
         (["--batch", "4"], "unknown option --batch; did you mean --batch_size?"),
         (["--tolerence=1"], "unknown option --tolerence; did you mean --tolerance?"),
         (["--zzz"], "unknown option --zzz (see --help)"),
-        (["--batch_size", "0"], "expected a whole number from 1, got '0'"),
-        (["--batch_size", "2.5"], "expected a whole number from 1, got '2.5'"),
+        (["--batch_size", "0"], "expected a whole number from 1 to 2147483647, got '0'"),
+        (["--batch_size", "2.5"], "expected a whole number from 1 to 2147483647, got '2.5'"),
         (["--batch_size"], "argument --batch_size: expected one argument"),
         (["--tolerance", "nan"], "expected a number from 0, got 'nan'"),
         (["--tolerance", "inf"], "expected a number from 0, got 'inf'"),
         (["--tolerance=-1"], "expected a number from 0, got '-1'"),
         (["--tolerance", "much"], "expected a number from 0, got 'much'"),
-        (["--seed", "x"], "expected a whole number from 0, got 'x'"),
+        (["--seed", "x"], "expected a whole number from 0 to 2147483647, got 'x'"),
+        (["--seed", str(2**70)], "expected a whole number from 0 to 2147483647, got '1180591620717411303424'"),
+        (["--seed", "9" * 5000], "expected a whole number from 0"),
+        (["--top_p", "5"], "expected a share, above 0 and up to 1, got '5'"),
+        (["--top_p", "0"], "expected a share, above 0 and up to 1, got '0'"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )

@@ -120,6 +120,13 @@ def test_unusable_runs(
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_text(tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write_run(tmp_path / "first", {}, steps=[1])
+    (tmp_path / "weights").write_bytes(bytes(range(256)))
+    assert run_script("compare_runs", first, tmp_path / "weights") == 2
+    assert "is no text" in capsys.readouterr().err
+
+
 def test_a_long_run_is_thinned_but_not_where_it_matters(
     tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:

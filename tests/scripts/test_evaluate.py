@@ -191,6 +191,8 @@ def test_two_processes_give_the_same_figures(
         (["--model", "{assets}/base", "--data", "{assets}/none.jsonl"], ["none.jsonl: not found"]),
         (["--model", "{assets}/base", "--data", "{tmp}/empty.jsonl"], ["no rows", "is empty"]),
         (["--model", "{assets}/base", "--max_length", "2"], ["held-out"]),
+        (["--model", "{assets}/base", "--revision", "main"], ["--revision", "is a folder"]),
+        (["--model", "{assets}/base", "--max_new_tokens", "100000"], ["100000 behind a prompt", "Write at most"]),
     ],
 )
 def test_what_cannot_be_evaluated(
@@ -204,7 +206,7 @@ def test_what_cannot_be_evaluated(
     (tmp_path / "empty.jsonl").write_text("")
     words = [word.format(assets=assets, tmp=tmp_path) for word in words]
     data = [] if "--data" in words else ["--data", assets / "pairs.jsonl"]
-    assert run_script("evaluate", *words, *data, *QUICK) == 2
+    assert run_script("evaluate", *data, *QUICK, *words) == 2
     err = capsys.readouterr().err
     assert all(part in err for part in expected), err
     assert err.count("error:") == 1 and "Traceback" not in err

@@ -290,3 +290,9 @@ def test_an_adapter_of_virtual_tokens_has_nothing_to_merge(assets: Path, tmp_pat
             tokenizer=AutoTokenizer.from_pretrained(assets / "base"),
             prompts=[[5, 6, 7]],
         )
+
+
+def test_an_output_inside_a_file(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(ModelError, match="pairs.jsonl, which is a file"):
+        export.check_output(tmp_path / "pairs.jsonl" / "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,20 @@ def test_prompts_with_a_scorer(assets: Path, data: Path, tmp_path: Path, run_scr
     assert report.candidates_per_row == {3: 3} and report.mean_score_gap == 2
 
 
+def test_a_scorer_that_raises_is_named_and_loses_no_sample(
+    assets: Path, data: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer = tmp_path / "rewards.py"
+    scorer.write_text("def score(prompt, completions):\n    return [1.0 / len('') for _ in completions]\n")
+    words = ("--model", assets / "base", "--data", data, "--output", tmp_path / "rows.jsonl", *QUICK)
+    assert run_script("sample_candidates", *words, "--scorer", f"{scorer}:score") == 2
+    said = capsys.readouterr().err
+    assert (
+        re.search(r"row \d: it raised ZeroDivisionError", said) and "(rewards.py:2)" in said and "completions [" in said
+    )
+    assert "Traceback" not in said and any((tmp_path / "rows.jsonl.partial").iterdir())
+
+
 def test_two_processes_write_the_same_file(
     assets: Path, data: Path, tmp_path: Path, run_script: Script, launch: Launch, repository: Path
 ) -> None:
@@ -165,7 +180,8 @@ def test_two_processes_write_the_same_file(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--output", "{tmp}/none/x.jsonl", "--top_p", "0"], ["2 problems", "does not exist", "is not a share"]),
+        (["--output", "{tmp}/none/x.jsonl", "--model", "{assets}/none"], ["2 problems", "one that does not exist"]),
+        (["--top_p", "0"], ["expected a share, above 0 and up to 1, got '0'"]),
         (["--output", "{tmp}/x.json"], ["must end in .jsonl or .parquet"]),
         (["--output", "{tmp}/negatives.jsonl"], ["no input is ever overwritten"]),
         (["--temperature", "0"], ["gives the same answer 3 times: write --num_samples 1"]),
