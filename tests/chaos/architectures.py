@@ -46,8 +46,8 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": {key: value for key, value in DENSE.items() if key != "num_key_value_heads"},
     "olmoe": {**DENSE, "num_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {**LATENT, "n_group": 1},
-    "granitemoe": {**DENSE, **LOCAL},
-    "phimoe": {**DENSE, **LOCAL, "sliding_window": 256},
+    "granitemoe": {**DENSE, **LOCAL, "router_aux_loss_coef": 0.0},
+    "phimoe": {**DENSE, **LOCAL, "sliding_window": 256, "router_aux_loss_coef": 0.0},
     "mamba2": {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8,
         "head_dim": 8, "n_groups": 1, "chunk_size": 16, "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 1,
