@@ -210,8 +210,9 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             return
         if isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            kept = {name: folder / name for name in self.model.peft_config}
-            files = {name: (own if own.is_dir() else folder) / ADAPTER_WEIGHTS for name, own in kept.items()}
+            # PEFT saves the adapter "default" in the folder itself and others, such as a frozen copy, in one of theirs.
+            homes = {name: folder if name == "default" else folder / name for name in self.model.peft_config}
+            files = {name: home / ADAPTER_WEIGHTS for name, home in homes.items() if home.is_dir()}
             problems = [adapter_difference(self.model, file, name) for name, file in files.items()]
         else:
             load_saved_weights(self.model, folder)

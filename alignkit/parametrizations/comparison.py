@@ -8,6 +8,7 @@ comes out must be the file, no tensor more and none less.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,8 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-
-from alignkit.parametrizations.files import ADAPTER_WEIGHTS
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 @torch.no_grad()
@@ -43,9 +43,9 @@ def model_difference(model: PreTrainedModel, folder: Path) -> str | None:
 
     Args:
         model: The model, not quantised.
-        folder: Folder of its ``*.safetensors``.
+        folder: Folder of its files; other tensors in it, such as a moving anchor, are none of them.
     """
-    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != ADAPTER_WEIGHTS]
+    files = _model_files(folder)
     live = revert_weight_conversion(model, model.state_dict())
     stored: set[str] = set()
     for file in files:
@@ -88,6 +88,14 @@ def adapter_difference(wrapped: PeftModel, weights: Path, adapter: str = "defaul
         if different
         else None
     )
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The files of a saved model: those of its index, or the one there is without."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
 def _adapter_state(wrapped: PeftModel, adapter: str, **how: bool) -> Mapping[str, Tensor]:

@@ -251,7 +251,7 @@ def other_template(root: Path) -> None:
 
 
 REPLACED = {
-    "rows": (other_rows, "the training rows: not the same as when the run was begun"),
+    "rows": (other_rows, "the training rows (samples drawn for them included): not the same as when the run was begun"),
     "base": (other_base, "the model: its weights are others"),
     "template": (other_template, "the chat template: not the same as when the run was begun"),
 }
