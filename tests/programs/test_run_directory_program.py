@@ -185,7 +185,7 @@ def test_weights_that_are_not_finite_are_never_called_finished(launcher: Launche
     assert ended.exit_code == 2 and "Traceback" not in ended.errors
     assert "learning_rate" in ended.message and "max_grad_norm: 1.0" in ended.message
     assert "checkpoint" not in ended.message, "none was written"
-    assert "\nerror: " in ended.errors, "the message begins a line, not in that of the progress bar"
+    assert "\nerror: " in f"\n{ended.errors}", "the message begins a line, not in that of the progress bar"
     assert run_json(workplace / "diverged")["status"].startswith("failed: ")
     assert not (workplace / "diverged" / "README.md").exists()
 
