@@ -10,6 +10,7 @@ from alignkit.config import LoadedConfig, PreferenceConfig, SFTConfig
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
+from alignkit.errors import Stopped
 from alignkit.methods._preference import PreferenceTrainer
 from alignkit.methods._supervised import SupervisedTrainer
 from alignkit.ranks import Ranks, launched_with
@@ -70,7 +71,13 @@ def _train(given: Any, own: Any) -> Any:
             rows = {"train": data.train, "held-out": data.evaluation}
             origin_steps.record_origin(config, tokenizer, rows, directory, ranks)
             trainer = own.build_trainer(config, args, tokenizer, data, directory)
-            steps.train(config, trainer, directory, request)
+            steps.stop_when_asked(trainer, request)
+            try:
+                steps.train(config, trainer, directory)
+            finally:
+                request.training = False
+            if request.signal is not None:
+                raise Stopped(request.signal)
             results.finish(loaded, trainer, data.prompts, directory)
     return trainer
 

@@ -367,13 +367,18 @@ class EvaluationAtTheEnd(TrainerCallback):
         control.should_evaluate = control.should_evaluate or state.global_step >= state.max_steps
 
 
-def train(config: RunConfig, trainer: Trainer, directory: RunDirectory, request: StopRequest) -> None:
+def stop_when_asked(trainer: Trainer, request: StopRequest) -> None:
+    """Let a signal end training after a step, and refuse a checkpoint for which there is no room."""
+    # The guard stays last: it announces what they have decided to save.
+    guard = trainer.pop_callback(CheckpointGuard)
+    for callback in (StopWhenAsked(request), RoomForCheckpoints(trainer), guard):
+        trainer.add_callback(callback)
+
+
+def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
     """Train, from the last complete checkpoint when resuming; after the last step nothing is left but the report.
 
     Held-out rows are evaluated before the first step, so that there is something to compare with.
-
-    Raises:
-        Stopped: A signal asked for it; the last step is saved.
     """
     checkpoint = _agreed(directory) if config.resume else None
     if checkpoint is not None and trainer.is_world_process_zero():
@@ -383,10 +388,6 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory, request:
         longer = f", which is made longer ({'; '.join(directory.extended)})" if directory.extended else ""
         print(f"resuming from {checkpoint}{left}{longer}")
     trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
-    # The guard stays last: it announces what they have decided to save.
-    guard = trainer.pop_callback(CheckpointGuard)
-    for callback in (StopWhenAsked(request), RoomForCheckpoints(trainer), guard):
-        trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except UnpicklingError as error:
@@ -394,10 +395,7 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory, request:
             raise
         raise CheckpointError(refused_pickle(checkpoint)) from error
     finally:
-        request.training = False
         _end_bars(trainer)
-    if request.signal is not None:
-        raise Stopped(request.signal)
 
 
 def _agreed(directory: RunDirectory) -> Path | None:

@@ -17,8 +17,6 @@ from alignkit.parametrizations.files import newest_inside, quantization_problem,
 from alignkit.parametrizations.positions import stated_positions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "openai-gpt", "gpt_neo", "opt", "biogpt", "ctrl"))
-"""Model types whose positions are rows of a table."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 
@@ -105,16 +103,15 @@ def _check_quantization(settings: Settings) -> None:
 def _check_positions(settings: Settings) -> None:
     """Report a ``max_length`` beyond what a model was made for; packed examples count their positions anew.
 
-    The default is reported only where the positions are certain to be a table that ends, as in GPT-2.
+    Of the default nothing is said: rows that really are too long are found when the model is looked at.
     """
-    if settings.is_set("packing"):
+    if settings.is_set("packing") or not settings.is_set("max_length"):
         return
     names = (settings.values.get(key) for key in ("model", "reference_model"))
     for path in (Path(name) for name in names if name is not None):
         config = _json(path / "config.json")
         key, limit = stated_positions(config) or ("", math.inf)
-        asked = settings.is_set("max_length") or config.get("model_type") in LEARNED_POSITIONS
-        if asked and limit < settings.values.get("max_length", 0) and not _stretches(config):
+        if limit < settings.values["max_length"] and not _stretches(config):
             why = f"is beyond the {limit} positions of {path} ({key} in its config.json)"
             settings.report("max_length", why, f"Write max_length: {limit}, or less")
 

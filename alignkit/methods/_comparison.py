@@ -32,6 +32,7 @@ from alignkit.data.prefix import Layout
 from alignkit.errors import ModelError
 from alignkit.evals.modes import evaluating
 from alignkit.methods._forward import LOGP_TOLERANCE, base_model, compute_precision, score_rows
+from alignkit.parametrizations.positions import LEARNED_POSITIONS, positions_of
 
 CHECKED_TOKENS = 64
 """Of one row, for what a head does and what a token sees: both show at any length, and logits take memory."""
@@ -117,6 +118,13 @@ def refuse_other_scores(run: ScoringRun, lengths: RowLengths) -> None:
         ModelError: Its tokens see later ones, the fused head gives other log-probs than the model's logits, or a row's
             log-probs depend on the rows beside it.
     """
+    config: Any = run.base.config
+    positions, longest = positions_of(config), int(lengths.longest.max())
+    if config.model_type in LEARNED_POSITIONS and positions is not None and longest > positions:
+        raise ModelError(
+            f"{run.label} has a table of {positions} positions and the longest row {longest} tokens. Write "
+            f"max_length: {positions}, or less."
+        )
     if run.base.base_model is run.base:
         raise ModelError(
             f"{run.label} has no backbone apart from its head under the name transformers knows it by "

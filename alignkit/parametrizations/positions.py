@@ -10,6 +10,9 @@ OTHER_NAMES = ("n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "mo
 """What families call it that have no ``max_position_embeddings``: GPT-2 and its kin, DBRX and MPT, Kimi Linear. The
 ``context_length`` of recurrent models is none of them: these have no positions that could run out."""
 
+LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "openai-gpt", "gpt_neo", "opt", "biogpt"))
+"""Model types whose positions are rows of a table, which ends; a rotary model may go beyond what its config states."""
+
 
 def stated_positions(config: Mapping[str, Any]) -> tuple[str, int] | None:
     """The key that states the number of positions and its value, or None where the config states none.

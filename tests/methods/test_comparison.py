@@ -11,7 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.errors import ModelError
@@ -182,6 +182,14 @@ def test_of_fewer_than_a_hundred_tokens_every_one_counts(precision: str) -> None
 @pytest.mark.parametrize("rows", [[[5]], [[5], [7]], [[5], [7, 9, 11, 3]]], ids=str)
 def test_a_row_of_one_token_has_no_log_prob_that_could_differ(rows: list[list[int]]) -> None:
     refuse_other_scores(scored(build("qwen3", FAMILIES["qwen3"])), RowLengths.of([{"input_ids": ids} for ids in rows]))
+
+
+def test_rows_beyond_a_table_of_positions_are_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    refuse_other_scores(scored(model), RowLengths.of([{"input_ids": list(range(16))}]))
+    with pytest.raises(ModelError, match="a table of 16 positions and the longest row 17 tokens. Write max_length: 16"):
+        refuse_other_scores(scored(model), RowLengths.of([{"input_ids": list(range(17))}]))
 
 
 # --- rows beside one another -----------------------------------------------------------------------------------------
