@@ -105,13 +105,14 @@ def _check_positions(settings: Settings) -> None:
 
     Of the default nothing is said: rows that really are too long are found when the model is looked at.
     """
-    if settings.is_set("packing") or not settings.is_set("max_length"):
+    asked = settings.values.get("max_length")
+    if asked is None or settings.is_set("packing") or not settings.is_set("max_length"):
         return
     names = (settings.values.get(key) for key in ("model", "reference_model"))
     for path in (Path(name) for name in names if name is not None):
         config = _json(path / "config.json")
         key, limit = stated_positions(config) or ("", math.inf)
-        if limit < settings.values["max_length"] and not _stretches(config):
+        if limit < asked and not _stretches(config):
             why = f"is beyond the {limit} positions of {path} ({key} in its config.json)"
             settings.report("max_length", why, f"Write max_length: {limit}, or less")
 

@@ -78,8 +78,8 @@ def accepts(annotation: Any, kind: type) -> bool:
     return any(_outer_type(member) is kind for member in members)
 
 
-def _outer_type(annotation: Any) -> type:
-    """``list`` of ``list[str]``, ``dict`` of a typed dict, and a plain type itself."""
+def _outer_type(annotation: Any) -> Any:
+    """``list`` of ``list[str]``, ``Literal`` of ``Literal["a"]``, ``dict`` of a typed dict, and a plain type itself."""
     return dict if is_typeddict(annotation) else get_origin(annotation) or annotation
 
 
@@ -121,7 +121,8 @@ def _convert_union(value: Any, annotation: Any, path: str) -> Any:
         try:
             return _convert(value, member, path)
         except ValueMismatch as mismatch:
-            if isinstance(value, (int, float) if member is float else _outer_type(member)):
+            outer = (int, float) if member is float else _outer_type(member)
+            if outer is not Literal and isinstance(value, outer):
                 complaints.append(mismatch)
     raise complaints[0] if complaints else _mismatch(value, annotation, path)
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from alignkit.config import load_config
+from alignkit.config.keys import base_keys, method_keys
+from alignkit.config.yaml_schema import dump_yaml
 from alignkit.errors import ConfigError
-from tests.configs.cases import problems
+from alignkit.methods.method import load_method, method_names
+from tests.configs.cases import GOOD, SUPERVISED, problems
 
 BASE = "model: base\ndata: rows.jsonl\nmethod: flex_dpo\noutput_dir: runs/x\n"
 
@@ -32,6 +35,7 @@ LINES = {
     "text for a float": ("learning_rate: fast", "must be a number"),
     "bool for an int": ("seed: true", "must be a whole number"),
     "int for a bool": ("bf16: 1", "must be true or false"),
+    "neither bool nor the word": ("resume: newest", "must be true or false or auto. Write true or false or auto."),
     "word for a bool": ("bf16: yes", "must be true or false. Write true."),
     "float for an int": ("seed: 8.0", "must be a whole number. Write 8."),
     "int in quotes": ('seed: "8"', "must be a whole number. Write 8 without quotes"),
@@ -148,3 +152,15 @@ def test_text_keeps_its_form_where_yaml_1_1_would_change_it() -> None:
         "hub_model_id: 010",
         "report_to: 2024-01-01",
     ]
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("method", method_names())
+def test_a_key_of_a_kind_it_cannot_be_is_one_problem_whatever_is_checked_afterwards(method: str) -> None:
+    """No later check may rely on a value that an earlier one found wrong: it is not there any more."""
+    good = {**GOOD, **(SUPERVISED if load_method(method).program == "sft" else {"method": method})}
+    for key in [*base_keys(load_method(method).program), *method_keys(method)]:
+        Path("c.yaml").write_text(dump_yaml({**good, key: [[{"no": {"kind": "of value"}}]]}))
+        with pytest.raises(ConfigError) as caught:
+            load_config(load_method(method).program, "c.yaml", [])
+        assert any(f"`{key}:" in problem for problem in caught.value.problems), key
