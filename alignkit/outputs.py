@@ -3,6 +3,9 @@
 An output that exists is refused without ``--overwrite``. An output that is an input is refused always, by whatever name
 it is reached: another spelling, a symbolic link, a hard link, a folder or a pattern that holds it. A link that is
 overwritten is replaced itself; what it points to stays as it is.
+
+A folder is written beside its place and moved there whole. It holds a list of its files, by which alone it is replaced:
+what someone else has put there stays, and a folder without the list is never written into.
 """
 
 from __future__ import annotations
@@ -10,14 +13,21 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import glob
+import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from alignkit.arguments import StrictParser
-from alignkit.callbacks.durability import partial_path
+from alignkit.callbacks.durability import own_file, partial_path, remove_empty, write_whole
 from alignkit.callbacks.manifest import RUN_FILE
+from alignkit.errors import RunDirectoryError
+
+FOLDER_LIST = "written_files.json"
+"""File of a written folder that names the others."""
 
 
 def add_overwrite(parser: StrictParser) -> None:
@@ -46,6 +56,85 @@ def output_problems(arguments: argparse.Namespace, *options: str, inputs: Iterab
         if problem := _problem(path, [*given, *inputs], overwrite=arguments.overwrite, others=others):
             problems.append(f"--{option}: {path} {problem}")
     return problems
+
+
+def folder_problems(arguments: argparse.Namespace, option: str, *, inputs: Iterable[str] = ()) -> list[str]:
+    """Why the folder that a command line wants written may not be; one line a problem.
+
+    Args:
+        arguments: The command line, as for :func:`output_problems`.
+        option: The option that names the folder.
+        inputs: Paths read besides.
+    """
+    path: Path = getattr(arguments, option)
+    given = [value for name, value in vars(arguments).items() if name != option]
+    problem = _folder_problem(path, [*given, *inputs], overwrite=arguments.overwrite)
+    return [f"--{option}: {path} {problem}"] if problem else []
+
+
+@contextmanager
+def written_folder(output: Path, *, last: str) -> Iterator[Path]:
+    """A path to make a folder at, which becomes ``output`` once all of it is there; nothing does after an error.
+
+    Args:
+        output: The folder; one that is there is replaced by the list of its files.
+        last: The file without which nobody takes the folder for whole, such as the config of a model.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        draft = Path(folder) / output.name
+        yield draft
+        _write_list(draft, {file.relative_to(draft).as_posix() for file in draft.rglob("*") if file.is_file()})
+        if output.is_dir() and any(output.iterdir()):
+            _replace(output, draft, last)
+        else:
+            if output.is_dir():
+                output.rmdir()
+            draft.rename(output)
+
+
+def _replace(output: Path, draft: Path, last: str) -> None:
+    """Put the files of a folder in the place of those that an earlier one lists."""
+    before, after = _listed(output), _listed(draft)
+    for name in sorted(after):
+        place, folder = output / name, output.resolve() / PurePosixPath(name).parent
+        if (os.path.lexists(place) and name not in before) or place.parent.resolve() != folder:
+            raise RunDirectoryError(
+                f"{place} is in the way: no earlier call wrote it. Move it, or write another folder."
+            )
+    # All names are listed before the first file moves: wherever this is stopped, the next call can do it again.
+    _write_list(output, before | after)
+    for name in [last, *sorted(before - after)]:
+        if (file := own_file(output, name)) is not None:
+            file.unlink()
+            remove_empty(file.parent, output)
+    for name in sorted(after, key=lambda name: name == last):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(draft / name, output / name)
+    _write_list(output, after)
+
+
+def _write_list(folder: Path, names: set[str]) -> None:
+    write_whole(folder / FOLDER_LIST, json.dumps({"files": sorted(names)}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _listed(folder: Path) -> set[str]:
+    content = json.loads((folder / FOLDER_LIST).read_text(encoding="utf-8"))
+    return {str(name) for name in content["files"]}
+
+
+def _folder_problem(path: Path, inputs: Iterable[Any], *, overwrite: bool) -> str | None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        return f"is a {'link' if path.is_symlink() else 'file'}: write a folder that does not exist yet"
+    if files := [parent for parent in path.parents if parent.exists() and not parent.is_dir()]:
+        return f"would lie in {files[0]}, which is a file: write another name"
+    if not path.is_dir() or not any(path.iterdir()):
+        return None
+    if set(_files_under(str(path), set())) & set(_identities(inputs)):
+        return "is an input, or holds one, and no input is ever overwritten: write another name"
+    if own_file(path, FOLDER_LIST) is None:
+        return f"is not empty, and without {FOLDER_LIST} nobody knows what in it may go: write another name"
+    return None if overwrite else "is there already: write another name, or --overwrite to replace it"
 
 
 def _problem(path: Path, inputs: Iterable[Any], *, overwrite: bool, others: list[str]) -> str | None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from alignkit.arguments import StrictParser, non_negative_float, positive_int
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.parametrizations.files import AdapterFiles, find_model
+from alignkit.outputs import add_overwrite, folder_problems, written_folder
+from alignkit.parametrizations.files import MODEL_CONFIG, AdapterFiles, find_model
 from alignkit.programs import run_program
 from alignkit.run_directory import RUN_FILE, RunDirectory
 
@@ -63,15 +64,16 @@ def main() -> None:
         if adapter.has_tokenizer
         else load_tokenizer(base, revision=source.revision, trust_remote_code=arguments.trust_remote_code)
     )
-    report = merge_adapter(
-        adapter,
-        source,
-        arguments.output,
-        tokenizer=tokenizer,
-        prompts=token_ids(arguments, tokenizer),
-        tolerance=arguments.tolerance,
-        device=PartialState().device,
-    )
+    with written_folder(arguments.output, last=MODEL_CONFIG) as folder:
+        report = merge_adapter(
+            adapter,
+            source,
+            folder,
+            tokenizer=tokenizer,
+            prompts=token_ids(arguments, tokenizer),
+            tolerance=arguments.tolerance,
+            device=PartialState().device,
+        )
     print(describe(report))
     print(f"\nwritten to {arguments.output}")
 
@@ -80,7 +82,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = StrictParser(*__doc__.split("\n\n", 1))
     parser.add_argument("--adapter", required=True, help="folder of the adapter: a finished run, or a checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, not there yet or empty")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    add_overwrite(parser)
     parser.add_argument("--model", help="the base, where the adapter's config does not name one that is here")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub base")
     parser.add_argument(
@@ -102,11 +105,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, AdapterFiles]:
-    """The base, its revision and the adapter, checked without loading anything."""
+    """The base, its revision and the adapter; every problem that can be seen without loading anything, together."""
+    problems, base, revision, adapter = [], "", None, None
     try:
         base, revision, adapter = find_model(arguments.model, arguments.adapter)
     except AlignkitError as error:
-        raise ConfigError(Path(sys.argv[0]).name, [str(error)]) from error
+        problems.append(str(error))
+    problems += folder_problems(arguments, "output", inputs=[base])
+    if problems:
+        raise ConfigError(Path(sys.argv[0]).name, problems)
     assert adapter is not None
     return base, revision, adapter
 

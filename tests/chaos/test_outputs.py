@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignkit.errors import ConfigError, ModelError, RunDirectoryError
-from alignkit.parametrizations.export import check_output
+from alignkit.errors import ConfigError, RunDirectoryError
 from scripts import quickstart
 
 OPTIONS = {"evaluate": ("output",), "token_rewards": ("output", "heatmap"), "sample_candidates": ("output",)}
@@ -148,15 +147,23 @@ def test_every_program_with_an_output_is_tried(repository: Path) -> None:
     assert programs == {*OPTIONS, *FOLDERS}
 
 
-def test_a_merge_takes_no_place_that_is_taken(home: Path) -> None:
+def test_a_merge_takes_no_place_that_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "soft").symlink_to(home / "empty")
-    before = snapshot(home)
-    for name in ("rows", "pairs.jsonl", "soft", "adapter", "model"):
-        with pytest.raises(ModelError, match="the output .* is "):
-            check_output(home / name)
+    (home / "listed").mkdir()
+    for folder in ("listed", "adapter"):
+        (home / folder / "written_files.json").write_text('{"files": []}')
+    places = {
+        "rows": "is not empty", "pairs.jsonl": "is a file", "soft": "is a link", "adapter": "is an input",
+        "model": "is an input", "listed": "--overwrite", "pairs.jsonl/x": "would lie in pairs.jsonl",
+    }  # fmt: skip
+    before, options = snapshot(home), {"--model": None, "--data": None, "--adapter": "adapter"}
+    for flags in ((), ("--overwrite",)):
+        for name, reason in places.items():
+            said = refusal(monkeypatch, "merge_adapter", "output", name, options, *flags)
+            assert (reason in said) if (name, flags) != ("listed", ("--overwrite",)) else not said, (name, said)
     (home / "empty").mkdir()
-    with pytest.raises(ModelError, match="is a link"):
-        check_output(home / "soft")
+    assert "is a link" in refusal(monkeypatch, "merge_adapter", "output", "soft", options)
+    assert not refusal(monkeypatch, "merge_adapter", "output", "empty", options)
     assert snapshot(home) == before
 
 

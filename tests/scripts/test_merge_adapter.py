@@ -236,7 +236,7 @@ def test_the_card(assets: Path, tmp_path: Path, run_script: Script) -> None:
     assert str(assets) not in str(card) and "base, with a LORA adapter merged" in card.text
     assert "# The adapter" in (tmp_path / "merged" / "adapter_card.md").read_text()
     upload = plan_upload(tmp_path / "merged", "ada/merged")
-    assert upload.kind == "model" and upload.left_out == ("adapter_card.md",)
+    assert upload.kind == "model" and upload.left_out == ("adapter_card.md", "written_files.json")
 
 
 def test_nothing_is_overwritten(
@@ -245,13 +245,42 @@ def test_nothing_is_overwritten(
     output = tmp_path / "merged"
     output.mkdir()
     (output / "mine.txt").write_text("mine")
-    assert run_script("merge_adapter", "--adapter", assets / "adapter", "--output", output) == 2
-    assert "is not empty, and nothing is overwritten" in capsys.readouterr().err
-    assert run_script("merge_adapter", "--adapter", assets / "adapter", "--output", output / "mine.txt") == 2
-    assert "is a file" in capsys.readouterr().err
+    words = ("merge_adapter", "--adapter", assets / "adapter", "--output")
+    for flags in ((), ("--overwrite",)):
+        assert run_script(*words, output, *flags) == 2
+        assert "is not empty, and without written_files.json nobody knows" in capsys.readouterr().err
+        assert run_script(*words, output / "mine.txt", *flags) == 2
+        assert "is a file" in capsys.readouterr().err
     assert left_behind(output) == ["mine.txt"]
     (output / "mine.txt").unlink()
-    assert run_script("merge_adapter", "--adapter", assets / "adapter", "--output", output) == 0
+    assert run_script(*words, output) == 0
+    assert run_script(*words, output) == 2
+    assert "is there already: write another name, or --overwrite to replace it" in capsys.readouterr().err
+
+
+def test_an_earlier_merge_is_replaced_by_its_own_list(
+    assets: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "merged"
+    words = ("merge_adapter", "--adapter", assets / "adapter", "--output", output, "--overwrite")
+    assert run_script(*words) == 0
+    whole = {name: (output / name).read_bytes() for name in left_behind(output)}
+    for name in ("mine.txt", "model.safetensors"):
+        (output / name).write_text("mine")
+    (output / "written_files.json").write_text(json.dumps({"files": [*whole, "older.safetensors", "../out.txt"]}))
+    (output / "older.safetensors").write_text("of an earlier merge, in more files")
+    (tmp_path / "out.txt").write_text("no list reaches this")
+    assert run_script(*words) == 0
+    assert {name: (output / name).read_bytes() for name in left_behind(output)} == whole | {"mine.txt": b"mine"}
+    assert left_behind(tmp_path) == ["merged", "out.txt"]
+    # What an earlier merge is merged with again is an input.
+    assert run_script(*words, "--model", output) == 2
+    assert "is an input, or holds one" in capsys.readouterr().err
+    (output / "model.safetensors").unlink()
+    (output / "written_files.json").write_text(json.dumps({"files": ["config.json"]}))
+    assert run_script(*words) == 2
+    assert "is in the way: no earlier call wrote it" in capsys.readouterr().err
+    assert (output / "config.json").read_bytes() == whole["config.json"]
 
 
 def test_texts_of_the_users_own_rows(
