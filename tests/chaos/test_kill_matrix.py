@@ -31,11 +31,43 @@ from tests.programs.launching import read_lines
 pytestmark = pytest.mark.xdist_group("kills")
 FORK = multiprocessing.get_context("fork")
 COMMON: Mapping[str, Any] = {
-    "use_cpu": True, "bf16": False, "max_steps": 8, "save_steps": 2, "logging_steps": 1,
+    "use_cpu": True, "bf16": False, "max_steps": 8, "save_steps": 2, "logging_steps": 1, "warmup_steps": 1,
     "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_total_limit": 2, "max_length": 64, "num_samples": 0,
 }  # fmt: skip
-METHODS = ("sft", "dpo", "flex_dpo", "adpo")
-RULES = (None, "glad", "sam", "perpgrad", "decay_to_init")
+SAMPLED = {"method": "d2o", "data": "negatives.jsonl", "num_samples_per_prompt": 2, "sampling_max_new_tokens": 4}
+ANCHORED = {"method": "adpo", "data": "pairs.jsonl"}
+OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
+    "sft": {"method": "sft", "data": "answers.jsonl"},
+    "dpo": {"method": "dpo", "data": "pairs.jsonl"},
+    "flex_dpo": {"method": "flex_dpo", "data": "pairs.jsonl"},
+    "treg": {"method": "treg", "data": "pairs.jsonl", "contrast_prompts": "contrast.yaml"},
+    "treg simpo": {"method": "treg", "form": "simpo", "data": "pairs.jsonl", "contrast_prompts": "contrast.yaml"},
+    "d2o": SAMPLED,
+    "d2o refreshed": {**SAMPLED, "sample_refresh_steps": 3},
+    "adpo fixed": ANCHORED,
+    "adpo ema": {**ANCHORED, "anchor": "ema", "anchor_decay": 0.5},
+    "adpo periodic": {**ANCHORED, "anchor": "periodic", "anchor_steps": 3},
+    "adpo kl_triggered": {**ANCHORED, "anchor": "kl_triggered", "anchor_threshold": 1e-3, "anchor_window": 2},
+    "adpo uniform": {**ANCHORED, "anchor": "uniform"},
+}
+"""Every method, with every kind of state that it may keep; each moves within the few steps of a run."""
+RULES: Mapping[str | None, Mapping[str, Any]] = {
+    None: {}, "asam": {"rho": 0.5}, "decay_to_init": {}, "glad": {}, "gnp": {}, "gsam": {}, "l2_sp": {}, "perpgrad": {},
+    "random_perturbation": {}, "sagm": {}, "sam": {"every_k": 2},
+}  # fmt: skip
+PARAMETRIZATIONS: Mapping[str, Mapping[str, Any]] = {
+    "full": {"parametrization": "full"},
+    "lora": {"parametrization": "lora"},
+    "nf4": {"parametrization": "lora", "quantization": "nf4"},
+}
+CONTRAST = """\
+version: 1
+with_response: {better: "w1 w2 {prompt} w3 {response} w4", worse: "w5 w6 {prompt} w7 {response} w8"}
+without_response: {better: "w1 w2 {prompt} w3", worse: "w5 w6 {prompt} w7"}
+plain_text_ending: " "
+"""
+"""Prompts of token rewards in the words that these models know; others are all one word to them."""
+QUANTIZED = ("qwen3", "llama", "gemma2", "gpt_neox", "qwen3_moe", "deepseek_v3")
 SEED = 9
 
 
@@ -43,39 +75,46 @@ SEED = 9
 class Case:
     """One run: what it trains, how, and on what."""
 
-    method: str
+    objective: str
     parametrization: str
     rule: str | None
     kind: str
 
     def __str__(self) -> str:
-        return f"{self.method}-{self.parametrization}-{self.rule or 'none'}-{self.kind}"
+        return f"{self.objective}-{self.parametrization}-{self.rule or 'none'}-{self.kind}"
 
     def settings(self) -> dict[str, Any]:
         """Keys of its config."""
-        rule = {} if self.rule is None else {"gradient_rule": self.rule}
+        rule = {} if self.rule is None else {"gradient_rule": self.rule, **RULES[self.rule]}
         if (self.rule, self.parametrization) == ("glad", "full"):
             rule["rule_targets"] = "all"
-        rows = "answers.jsonl" if self.method == "sft" else "pairs.jsonl"
-        return {
-            **COMMON, **rule, "method": self.method, "parametrization": self.parametrization,
-            "model": f"models/{self.kind}", "data": rows,
-        }  # fmt: skip
+        chosen = {**OBJECTIVES[self.objective], **PARAMETRIZATIONS[self.parametrization], **rule}
+        return {**COMMON, **chosen, "model": f"models/{self.kind}"}
 
 
 def cases() -> Iterator[Case]:
-    """Every architecture class in full and by adapter, the methods and rules going round."""
-    methods, rules = itertools.cycle(METHODS), itertools.cycle(RULES)
-    for kind in [*ARCHITECTURES, *ARCHITECTURES]:
-        for parametrization in ("full", "lora"):
-            yield Case(next(methods), parametrization, next(rules), kind)
-        next(methods)
+    """Every architecture class in full and by adapter and every objective on nf4, objectives and rules going round."""
+    number = itertools.count()
+
+    def following(parametrization: str, kind: str) -> Case:
+        n = next(number)
+        # One rule further every round of the objectives, or each would meet the same few rules.
+        rule = list(RULES)[(n + n // len(OBJECTIVES)) % len(RULES)]
+        return Case(list(OBJECTIVES)[n % len(OBJECTIVES)], parametrization, rule, kind)
+
+    for order in (("full", "lora"), ("lora", "full")):
+        for kind in ARCHITECTURES:
+            for parametrization in order:
+                yield following(parametrization, kind)
+    for _, kind in zip(OBJECTIVES, itertools.cycle(QUANTIZED)):
+        yield following("nf4", kind)
 
 
 SHORT = (
     Case("sft", "full", None, "qwen3_moe"),
-    Case("dpo", "lora", None, "qwen3"),
-    Case("flex_dpo", "full", None, "gpt_oss"),
+    Case("treg", "lora", "glad", "qwen3"),
+    Case("d2o refreshed", "nf4", None, "llama"),
+    Case("adpo ema", "full", "sam", "gpt_oss"),
 )
 LONG = [case for case in dict.fromkeys(cases()) if case not in SHORT]
 
@@ -88,6 +127,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = pairs(12)
     write_rows(path / "pairs.jsonl", rows)
     write_rows(path / "answers.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+    write_rows(path / "negatives.jsonl", [{key: row[key] for key in ("prompt", "rejected")} for row in rows])
+    (path / "contrast.yaml").write_text(CONTRAST)
     return path
 
 
