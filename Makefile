@@ -25,7 +25,7 @@ define pip_install
 	printf ' done\n'
 endef
 
-.PHONY: help quickstart test chaos check format bench claims docs clean
+.PHONY: help quickstart test chaos check audit format bench claims docs clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,12 +59,18 @@ test: check  ## Static checks, then the whole test suite
 chaos: $(VENV)/.dev  ## Long fault injection: kills, faults on one process, damaged files
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m chaos -s tests/chaos
 
-check: $(VENV)/.dev  ## Lint, format, types, layers, budgets
+check: $(VENV)/.dev  ## Lint, format, types, layers, budgets, licences
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
-	@$(PY) -m pytest -q tests/contracts/test_budgets.py
+	@$(PY) -m pytest -q tests/contracts/test_budgets.py tests/contracts/test_licences.py
+
+# Not a part of check: it asks the package index about every pinned version, and what it finds changes from day to day
+# while the code stays. --strict because without it a version that nobody could look up passes.
+audit:  ## Known vulnerabilities of the pinned packages; needs the network
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install -q pip-audit==2.10.1; }
+	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 format: $(VENV)/.dev  ## Rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix
