@@ -39,7 +39,7 @@ class CandidateCollator:
         pad_to_multiple_of: Pads the row length up to a multiple of this, or None.
 
     A batch of either layout holds ``completion_mask`` [B, K, T] bool, ``candidate_mask`` [B, K] bool, ``scores`` [B, K]
-    float32 and, when the rows carry them, ``ref_token_logps`` and ``token_rewards`` [B, K, T] float32. ``padded`` adds
+    float32, ``first_equal`` [B, K] int64 (the first candidate of the row with the same tokens) and, when the rows carry them, ``ref_token_logps`` and ``token_rewards`` [B, K, T] float32. ``padded`` adds
     ``input_ids``, ``attention_mask``, ``labels`` [R, L] and ``row_slots`` [R] (b * K + k); ``shared_prefix`` adds
     ``input_ids``, ``position_ids``, ``segment_ids`` [B, S], ``completion_positions`` and ``shift_labels`` [B, K * T].
     Both masks of a row that only fills up a stream (``is_repeated``) are False throughout.
@@ -54,9 +54,12 @@ class CandidateCollator:
         shape = (len(rows), max(len(row["completion_ids"]) for row in rows))
         candidate_mask = torch.zeros(shape, dtype=torch.bool)
         scores = torch.zeros(shape, dtype=torch.float32)
+        first_equal = torch.arange(shape[1]).repeat(shape[0], 1)
         for b, row in enumerate(rows):
-            count = len(row["completion_ids"])
+            completions = row["completion_ids"]
+            count = len(completions)
             candidate_mask[b, :count] = True
+            first_equal[b, :count] = torch.tensor([completions.index(completion) for completion in completions])
             scores[b, :count] = torch.tensor(row["scores"], dtype=torch.float32)
         pack = self._padded if self.layout == "padded" else self._shared_prefix
         tensors, starts, length = pack(rows, shape)
@@ -75,6 +78,7 @@ class CandidateCollator:
             "completion_mask": completion_mask,
             "candidate_mask": candidate_mask,
             "scores": scores,
+            "first_equal": first_equal,
             **columns,
             **tensors,
         }

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from alignkit.losses.lists import existing_candidates, last_of, masked_log_softmax, masked_mean
@@ -221,11 +221,25 @@ def _candidate_metrics(
         metrics[f"logps/{role}"] = masked_metric(logps, trains)
         metrics[f"mean_logps/{role}"] = masked_metric(logps, trains, _pick(tokens, is_it))
     metrics["rewards/margins"] = masked_metric(rewards["chosen"] - rewards["rejected"], trains)
-    pairs = exists.unsqueeze(2) & exists.unsqueeze(1) & (scores.unsqueeze(2) > scores.unsqueeze(1))
-    ordered = pairs & (u.unsqueeze(2) > u.unsqueeze(1))
-    right, possible = (mask.flatten(1).sum(-1).to(u.dtype) for mask in (ordered, pairs))
+    right, possible = _ordered_pairs(u, scores, exists, batch.first_equal)
     metrics["rewards/accuracies"] = masked_metric(right, trains, possible)
     return metrics
+
+
+def _ordered_pairs(
+    u: Float[Tensor, "B K"],
+    scores: Float[Tensor, "B K"],
+    exists: Bool[Tensor, "B K"],
+    first_equal: Int[Tensor, "B K"] | None,
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """How many pairs of unequal score u orders as the scores do, a tie counting half; and how many there are."""
+    if first_equal is not None:
+        # The same tokens computed in two places differ in their last digits, which would decide.
+        u = u.gather(1, first_equal)
+    pairs = exists.unsqueeze(2) & exists.unsqueeze(1) & (scores.unsqueeze(2) > scores.unsqueeze(1))
+    gap = u.unsqueeze(2) - u.unsqueeze(1)
+    right = (0.5 * (1 + gap.sign())).masked_fill(~pairs, 0.0)
+    return right.flatten(1).sum(-1), pairs.flatten(1).sum(-1).to(u.dtype)
 
 
 @torch.no_grad()

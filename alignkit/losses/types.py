@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 ITEM_KINDS = ("group", "chosen_token", "completion_token")
@@ -68,6 +68,8 @@ class CandidateBatch:
         ref_token_logps: The same as ``policy_token_logps`` under the reference, without gradient.
         token_rewards: Per-token rewards, 0 where masked.
         vocabulary_size: V of the policy, or None where nobody asked.
+        first_equal: Index of the first candidate of the row with the same tokens, its own where there is none before
+            it; None takes all candidates for different ones.
     """
 
     policy_token_logps: Float[Tensor, "B K T"]
@@ -77,6 +79,7 @@ class CandidateBatch:
     ref_token_logps: Float[Tensor, "B K T"] | None = None
     token_rewards: Float[Tensor, "B K T"] | None = None
     vocabulary_size: int | None = None
+    first_equal: Int[Tensor, "B K"] | None = None
 
     @property
     def policy_logps(self) -> Float[Tensor, "B K"]:

@@ -240,6 +240,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
             ref_token_logps=ref_token_logps,
             token_rewards=inputs.get("token_rewards"),
             vocabulary_size=self._vocabulary_size,
+            first_equal=inputs["first_equal"],
         )
 
     @property

@@ -6,7 +6,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from alignkit.losses.types import LossOutput
 from alignkit.methods.adpo import ADPOConfig, anchor, needs
 from tests import list_oracles
 from tests.list_oracles import Candidate, Row
-from tests.losses.batches import VOCABULARY, batch_loss, list_batch
+from tests.losses.batches import VOCABULARY, batch_loss, list_batch, metric_mean
 from tests.losses.test_d2o import candidate
 from tests.losses.test_dpo import TIGHT, check_metrics
 
@@ -204,7 +204,7 @@ def expected_metrics(
         for a, u_a in zip(rows[i], us[i], strict=True):
             for other, u_other in zip(rows[i], us[i], strict=True):
                 if a.score > other.score:
-                    verdicts.append(float(u_a > u_other))
+                    verdicts.append(0.5 if u_a == u_other else float(u_a > u_other))
     metrics["rewards/accuracies"] = mean(verdicts)
     return metrics
 
@@ -261,3 +261,17 @@ def test_what_is_missing_is_named() -> None:
     unknown = type(batch)(**{**vars(batch), "vocabulary_size": None})
     with pytest.raises(ValueError, match="vocabulary_size is None"):
         adpo_loss(unknown, tau=RULE)
+
+
+def test_equal_candidates_are_a_tie_however_they_round() -> None:
+    """The third candidate has the tokens of the first, whose log-probs it has but for the last digits.
+
+    Scores 3 > 2 > 1 > 0.5 > 0.5: u is 1, 2, 1 + rounding, 1 / 2, 1 / 2 in turn. By hand, of the nine pairs of unequal
+    score: (0, 1) wrong, (0, 2) tied, (0, 3) and (0, 4) right, (1, 2), (1, 3), (1, 4) right, (2, 3) and (2, 4) right.
+    """
+    for rounding in (-1e-6, 0.0, 1e-6):
+        values = [(1.0, 3.0), (2.0, 2.0), (1.0 + rounding, 1.0), (0.5, 0.5), (0.5, 0.5)]
+        batch = list_batch([[Candidate([u - 3.0], [-3.0], score) for u, score in values]])
+        known = replace(batch, first_equal=torch.tensor([[0, 1, 0, 3, 4]]))
+        right = metric_mean(adpo_loss(known).metrics["rewards/accuracies"])
+        assert right == pytest.approx(7.5 / 9, **TIGHT), rounding

@@ -222,3 +222,11 @@ def test_score_rows_restores_the_order_and_ignores_padding() -> None:
             assert [len(x) for x in a] == [len(x) for x in b]
             for x, y in zip(a, b, strict=True):
                 assert x == pytest.approx(y, abs=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_candidates_with_the_same_tokens_are_known(layout: str) -> None:
+    row = {"prompt_ids": [5, 6], "completion_ids": [[7, 8], [9], [7, 8], [9], [7]], "scores": [4.0, 3.0, 2.0, 1.0, 0.0]}
+    other = {"prompt_ids": [5], "completion_ids": [[7], [7]], "scores": [1.0, 0.0]}
+    known = CandidateCollator(0, layout)([row, other])["first_equal"]
+    assert known.tolist() == [[0, 1, 0, 1, 4], [0, 0, 2, 3, 4]]
