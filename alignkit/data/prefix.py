@@ -39,9 +39,10 @@ class CandidateCollator:
         pad_to_multiple_of: Pads the row length up to a multiple of this, or None.
 
     A batch of either layout holds ``completion_mask`` [B, K, T] bool, ``candidate_mask`` [B, K] bool, ``scores`` [B, K]
-    float32, ``first_equal`` [B, K] int64 (the first candidate of the row with the same tokens) and, when the rows carry them, ``ref_token_logps`` and ``token_rewards`` [B, K, T] float32. ``padded`` adds
-    ``input_ids``, ``attention_mask``, ``labels`` [R, L] and ``row_slots`` [R] (b * K + k); ``shared_prefix`` adds
-    ``input_ids``, ``position_ids``, ``segment_ids`` [B, S], ``completion_positions`` and ``shift_labels`` [B, K * T].
+    float32, ``first_equal`` [B, K] int64 (the first candidate of the row with the same tokens) and, when the rows carry
+    them, ``ref_token_logps`` and ``token_rewards`` [B, K, T] float32. ``padded`` adds ``input_ids``,
+    ``attention_mask``, ``labels`` [R, L] and ``row_slots`` [R] (b * K + k); ``shared_prefix`` adds ``input_ids``,
+    ``position_ids``, ``segment_ids`` [B, S], ``completion_positions`` and ``shift_labels`` [B, K * T].
     Both masks of a row that only fills up a stream (``is_repeated``) are False throughout.
     """
 

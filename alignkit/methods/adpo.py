@@ -172,8 +172,8 @@ METRICS = {
     "rewards/chosen": "u of the best candidate: its log-ratio to the anchor over tau",
     "rewards/rejected": "u of the worst candidate",
     "rewards/margins": "the best minus the worst candidate's u",
-    "rewards/accuracies": "share of the pairs of candidates with unequal scores that u orders as the scores do; equal u, "
-    "as of two candidates with the same tokens, counts half",
+    "rewards/accuracies": "share of the pairs of candidates with unequal scores that u orders as the scores do; equal "
+    "u, as of two candidates with the same tokens, counts half",
     "logps/chosen": "log-likelihood of the best candidate under the policy, nats a sequence",
     "logps/rejected": "log-likelihood of the worst candidate, nats a sequence",
     "mean_logps/chosen": "log-likelihood of the best candidates, nats a token, every token weighing the same",

@@ -150,7 +150,9 @@ def test_every_pinned_package_may_be_used(repository: Path, installed: dict[str,
 def test_nothing_is_excused_that_is_not_pinned(repository: Path) -> None:
     pinned = pins(repository)
     assert {pin for several in READ_BY_HAND.values() for pin in several.split()} <= set(pinned)
-    assert {name for names, _ in EXCEPTIONS.values() for name in names.split()} <= {p.partition("==")[0] for p in pinned}
+    assert {name for names, _ in EXCEPTIONS.values() for name in names.split()} <= {
+        p.partition("==")[0] for p in pinned
+    }
 
 
 @pytest.mark.parametrize(
