@@ -182,3 +182,14 @@ def test_generated_tables_are_current() -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_begins_with_the_two_commands() -> None:
+    readme = [block for block in SHELL_BLOCKS if block.where.startswith("README.md")]
+    assert readme[0].text.split("\n")[:2] == ["make quickstart", "make test"]
+
+
+def test_the_row_that_the_readme_shows_is_messages() -> None:
+    """As plain text it would pass the chat template of an instruction-tuned model by."""
+    (row,) = [json.loads(block.text) for block in blocks("json") if block.where.startswith("README.md")]
+    assert detect_kind(list(row), [row], name="README.md").conversational
