@@ -62,13 +62,13 @@ def rope_model(kind: str) -> Any:
     return build("llama", SMALL | {"rope_parameters": ROPES[kind], "max_position_embeddings": limit})
 
 
-def with_window(model: Any) -> Any:
-    """Let the first layer of a model with eager attention look at the last 12 tokens, which no config says."""
+def with_window(model: Any, size: int = 12) -> Any:
+    """Let the first layer of a model with eager attention look at the last few tokens, which no config says."""
     original = model.model.layers[0].self_attn.forward
 
     def windowed(hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         length = hidden_states.shape[1]
-        near = torch.ones(length, length).tril().triu(-11).bool()
+        near = torch.ones(length, length).tril().triu(1 - size).bool()
         mask = torch.zeros(1, 1, length, length) if attention_mask is None else attention_mask
         return original(hidden_states, attention_mask=mask.masked_fill(~near, torch.finfo(mask.dtype).min), **kwargs)
 
@@ -251,8 +251,8 @@ def test_the_layout_is_that_of_every_model_that_is_run(make_trainer: Any, tmp_pa
 
 
 def test_a_window_that_no_rule_knows_is_seen_on_the_longest_row() -> None:
-    """Layers that look at the last 12 tokens: sixteen tokens of the first row would not have shown it."""
-    model = with_window(build("qwen3", FAMILIES["qwen3"], "eager"))
+    """A layer that looks at the last 16 tokens: a packed row of sixteen tokens would not have shown it."""
+    model = with_window(build("qwen3", FAMILIES["qwen3"], "eager"), 16)
     run, lengths = scored(model), RowLengths.of(ROWS)
     choice = confirmed(choose_layout("auto", model, ROWS, batch_size=2), [run], lengths)
     assert choice.layout == "padded" and "the layouts differ by" in choice.reason
