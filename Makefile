@@ -25,7 +25,7 @@ define pip_install
 	printf ' done\n'
 endef
 
-.PHONY: help quickstart test chaos check audit format bench claims docs clean
+.PHONY: help quickstart test chaos trajectories check audit format bench claims docs clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,10 @@ test: check  ## Static checks, then the whole test suite
 
 chaos: $(VENV)/.dev  ## Long fault injection: kills, faults on one process, damaged files
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m chaos -s tests/chaos
+
+trajectories: $(VENV)/.dev  ## What no refactor may change: runs of BASE=<commit> and of this tree, bit for bit
+	@test -n "$(BASE)" || { echo 'say what to compare with: make trajectories BASE=main'; exit 2; }
+	@$(PY) -m tests.trajectories since $(BASE)
 
 check: $(VENV)/.dev  ## Lint, format, types, layers, budgets, licences
 	@$(BIN)/ruff check

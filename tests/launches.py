@@ -19,11 +19,16 @@ BUILD_COMMUNICATION = "from deepspeed.comm.torch import build_shm_op; build_shm_
 
 @pytest.fixture(scope="session")
 def launch_environment() -> dict[str, str]:
-    """Environment of the launched programs, with DeepSpeed's CPU communication built once, outside any time limit.
+    """Environment of the launched programs."""
+    pytest.importorskip("deepspeed")
+    return environment_of_launches()
+
+
+def environment_of_launches() -> dict[str, str]:
+    """Environment of launched programs, with DeepSpeed's CPU communication built once, outside any time limit.
 
     DeepSpeed compiles it on first use, and a process killed while compiling leaves a lock that later ones wait for.
     """
-    pytest.importorskip("deepspeed")
     extensions = Path(sys.prefix) / "torch_extensions"
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

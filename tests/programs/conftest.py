@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tests.programs.launching import REPOSITORY, Launcher
+from tests.programs.launching import Launcher, program_environment
 
 WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
 
@@ -33,28 +32,30 @@ CONFIG: dict[str, Any] = {
 """A config that works in the workplace."""
 
 
-def save_model(path: Path, *, words: Sequence[str] = WORDS, hidden: int = 32, eos: str | None = "<eos>") -> None:
-    """Save a tiny Qwen3 and its word-level tokenizer."""
+def save_model(
+    path: Path, *, words: Sequence[str] = WORDS, hidden: int = 32, eos: str | None = "<eos>", **shape: int
+) -> None:
+    """Save a tiny Qwen3, of another ``shape`` if one is given, and its word-level tokenizer."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>"} | ({"eos_token": eos} if eos else {})
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(words),
-        hidden_size=hidden,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    usual: dict[str, Any] = {
+        "vocab_size": len(words),
+        "hidden_size": hidden,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    Qwen3ForCausalLM(Qwen3Config(**usual | shape)).save_pretrained(path)
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -75,16 +76,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables of the programs: nothing of theirs goes to the user's home, one thread, no token."""
-    home = tmp_path_factory.mktemp("home")
-    kept = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "RANK", "WORLD_SIZE")}
-    return {
-        **kept,
-        "HF_HOME": str(home / "hf"),
-        "HF_DATASETS_CACHE": str(home / "datasets"),
-        "ALIGNKIT_CACHE": str(home / "alignkit"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
+    return program_environment(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")

@@ -177,6 +177,19 @@ class Launcher:
         self.process.wait(TIMEOUT)
 
 
+def program_environment(home: Path, code: Path = REPOSITORY) -> dict[str, str]:
+    """Variables of the programs of ``code``: what they keep of their own lies in ``home``; one thread, no token."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "RANK", "WORLD_SIZE")}
+    return {
+        **kept,
+        "HF_HOME": str(home / "hf"),
+        "HF_DATASETS_CACHE": str(home / "datasets"),
+        "ALIGNKIT_CACHE": str(home / "alignkit"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(code),
+    }
+
+
 def free_port() -> str:
     """A port nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:

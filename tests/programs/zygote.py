@@ -19,12 +19,18 @@ import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import runpy
 import socket
 import sys
 from typing import Any
 
-IMPORTED = ["alignkit.run", "alignkit.results", "transformers.models.qwen3.modeling_qwen3"]
+import alignkit
+
+IMPORTED = [
+    *(module.name for module in pkgutil.walk_packages(alignkit.__path__, "alignkit.")),
+    "transformers.models.qwen3.modeling_qwen3",
+]
 if importlib.util.find_spec("deepspeed"):
     # accelerate imports it in every run, to ask whether a model is wrapped by it.
     IMPORTED.append("deepspeed")
