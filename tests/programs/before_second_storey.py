@@ -33,7 +33,7 @@ BASE: Mapping[str, Any] = {
     "max_length": 64,
     "use_cpu": True,
     "max_steps": LAST,
-    "save_steps": KEPT,
+    "save_steps": 1,
     "logging_steps": 1,
     "per_device_train_batch_size": 2,
     "learning_rate": 1.0e-2,
@@ -127,10 +127,9 @@ def main() -> None:
         finally:
             launcher.close()
         assert not (named := list(paths_of_this_machine(place))), f"these name a path of this machine: {named}"
-        (readme,) = (path.read_text() for path in [FOLDER / "README.md"])
+        shutil.copy(FOLDER / "README.md", place)
         shutil.rmtree(FOLDER)
         shutil.copytree(place, FOLDER)
-        (FOLDER / "README.md").write_text(readme)
 
 
 if __name__ == "__main__":
