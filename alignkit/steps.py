@@ -13,7 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from transformers import (
     PreTrainedTokenizerBase,
@@ -28,9 +28,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from alignkit.callbacks.checkpoints import CheckpointGuard, refused_pickle
+from alignkit.callbacks.checkpoints import CheckpointGuard
 from alignkit.callbacks.health import HealthMonitor
 from alignkit.callbacks.metrics_log import MetricsLog
+from alignkit.callbacks.pickles import check_deepspeed_shards, check_sharded_model, refused_pickle
 from alignkit.callbacks.preemption import StopRequest, StopWhenAsked
 from alignkit.callbacks.process_layout import ProcessLayoutRecorder
 from alignkit.callbacks.progress import ShortProgress
@@ -388,6 +389,8 @@ def train(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
         longer = f", which is made longer ({'; '.join(directory.extended)})" if directory.extended else ""
         print(f"resuming from {checkpoint}{left}{longer}")
     trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
+    if checkpoint is not None:
+        _check_pickles(checkpoint, trainer)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except UnpicklingError as error:
@@ -402,6 +405,21 @@ def _agreed(directory: RunDirectory) -> Path | None:
     """The checkpoint to resume from, which the first process has looked through; a collective."""
     (checkpoint,) = broadcast_object_list([directory.checkpoint_to_resume() if directory.is_main else None])
     return checkpoint
+
+
+def _check_pickles(checkpoint: Path, trainer: Trainer) -> None:
+    """Look at what DeepSpeed or torch would read with trust, once a machine; a collective."""
+    problem = None
+    if trainer.args.local_process_index == 0:
+        try:
+            if trainer.is_deepspeed_enabled:
+                check_deepspeed_shards(checkpoint)
+            elif trainer.is_fsdp_enabled:
+                check_sharded_model(checkpoint)
+        except CheckpointError as error:
+            problem = str(error)
+    if problem := next(filter(None, gather_object([problem])), None):
+        raise CheckpointError(problem)
 
 
 def _end_bars(trainer: Trainer) -> None:

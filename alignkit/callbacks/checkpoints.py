@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignkit.callbacks import durability
 from alignkit.callbacks.manifest import Manifest
+from alignkit.callbacks.pickles import DEEPSPEED_TAG
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.storage import StorageError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
-DEEPSPEED_TAG = "latest"
 SHARDED_MODELS = (DEEPSPEED_TAG, "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")
 """What DeepSpeed and FSDP save beside, or in place of, consolidated weights."""
 FSDP_OPTIMIZERS = ("optimizer_0", "optimizer.bin")
@@ -270,26 +269,3 @@ def _clear(manifest: Manifest, step: int, max_steps: int) -> None:
 
 def _step_of(checkpoint: Path) -> int:
     return durability.checkpoint_order(checkpoint)[0]
-
-
-def refused_pickle(checkpoint: Path) -> str:
-    """What to say of a checkpoint one of whose pickles holds more than tensors and numbers, which none of ours does.
-
-    Args:
-        checkpoint: One that could not be resumed from; its files are opened again, without running what they hold.
-    """
-    # Generator states hold arrays of numpy, which need more than this: looked at last, and named where no other is.
-    files = sorted(checkpoint.rglob("*.pt")) + sorted(checkpoint.rglob("*.pth"))
-    refused = next((path for path in files if path.suffix == ".pth" or not _is_plain_pickle(path)), checkpoint)
-    return (
-        f"{refused} is a pickle that holds more than tensors and numbers, such as code, so it is not opened: no run "
-        "wrote it. Put back the file that was saved, or delete the checkpoint and resume from the one before it."
-    )
-
-
-def _is_plain_pickle(path: Path) -> bool:
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:
-        return False
-    return True

@@ -8,6 +8,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``aux_loss_enabled`` and ``router_aux_loss_coef``
 - transformers ``Trainer._get_dataloader(dataset, description, batch_size, ...)`` of training and evaluation
 - transformers ``Trainer._load_from_checkpoint(resume_from_checkpoint, model)``, which DeepSpeed's resumption bypasses
+- transformers ``Trainer._load_optimizer_and_scheduler(checkpoint)``, called once DeepSpeed has loaded its engine
 - transformers ``Trainer.get_batch_samples``, whose second value reaches ``compute_loss`` as ``num_items_in_batch``
 """
 
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 
 import datasets
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from alignkit.data.filling import FilledStream
 from alignkit.errors import CheckpointError
 from alignkit.gradients._hook import ChosenRule, GradientRuleHook
 from alignkit.losses.types import LossOutput, Metric
+from alignkit.methods._engine import engine_difference
 from alignkit.methods._metrics import MetricSums
 from alignkit.methods._streams import StreamResume
 from alignkit.parametrizations.comparison import adapter_difference, load_saved_weights, model_difference
@@ -217,8 +220,16 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         else:
             load_saved_weights(self.model, folder)
             problems = [model_difference(self.model, folder)]
-        if problem := next(filter(None, problems), None):
-            raise CheckpointError(f"{folder} did not come out as it was saved, and is not resumed from: {problem}")
+        _refuse(folder, next(filter(None, problems), None))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them, then compare the model that DeepSpeed has loaded from its shards with the files beside these."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.is_deepspeed_enabled:
+            return
+        problem = engine_difference(self.model_wrapped, self.model, Path(checkpoint))
+        (problem,) = broadcast_object_list([problem])
+        _refuse(Path(checkpoint), problem)
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 
@@ -277,6 +288,11 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
 
     def create_model_card(self, *unused: Any, **also_unused: Any) -> None:
         """Leave TRL's card out: the run writes one that names the method it really used."""
+
+
+def _refuse(folder: Path, problem: str | None) -> None:
+    if problem is not None:
+        raise CheckpointError(f"{folder} did not come out as it was saved, and is not resumed from: {problem}")
 
 
 def ratio(numerators: Tensor, denominators: Tensor) -> Metric:

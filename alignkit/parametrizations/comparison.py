@@ -35,7 +35,7 @@ def load_saved_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def model_difference(model: PreTrainedModel, folder: Path) -> str | None:
+def model_difference(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> str | None:
     """What differs between a model and the files of one, or None: two numbers are the same only to the last bit.
 
     A tied weight may be in the files under one of its names. Files of another precision are compared as rounded to
@@ -44,9 +44,10 @@ def model_difference(model: PreTrainedModel, folder: Path) -> str | None:
     Args:
         model: The model, not quantised.
         folder: Folder of its files; other tensors in it, such as a moving anchor, are none of them.
+        state: Its tensors by name, where the model itself holds only a part of them.
     """
     files = _model_files(folder)
-    live = revert_weight_conversion(model, model.state_dict())
+    live = revert_weight_conversion(model, dict(model.state_dict() if state is None else state))
     stored: set[str] = set()
     for file in files:
         for name, tensor in _tensors(file):
@@ -88,6 +89,15 @@ def adapter_difference(wrapped: PeftModel, weights: Path, adapter: str = "defaul
         if different
         else None
     )
+
+
+def has_model(folder: Path) -> bool:
+    """Whether the weights of a whole model are in a folder.
+
+    Args:
+        folder: A checkpoint.
+    """
+    return _model_files(folder)[0].is_file()
 
 
 def _model_files(folder: Path) -> list[Path]:

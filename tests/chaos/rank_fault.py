@@ -42,8 +42,23 @@ def in_step(act: Callable[[], object]) -> None:
     Trainer.training_step = step
 
 
+def after_loading(engine: Any, *args: Any, **kwargs: Any) -> None:
+    """Load the shards of a checkpoint as DeepSpeed does, but for one number of a weight that trains."""
+    from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+    deepspeed_load_checkpoint(engine, *args, **kwargs)
+    # DeepSpeed keeps the true size of what it has taken apart.
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    largest = max(trained, key=lambda p: p.ds_numel if hasattr(p, "ds_numel") else p.numel())
+    # Under ZeRO-3 a process has a part of it, and of what is small the whole beside that.
+    for held in (largest.data, largest.ds_tensor.data) if hasattr(largest, "ds_tensor") else (largest.data,):
+        held.view(-1)[:1] += 1
+
+
 def patch(fault: str) -> None:
     """Bring the fault about."""
+    import transformers.trainer
+
     import alignkit.ranks
     import alignkit.steps
     import alignkit.steps_preference
@@ -62,6 +77,8 @@ def patch(fault: str) -> None:
             alignkit.steps.load_splits = raises(DataError("rows.jsonl", ["row 3 is empty on this machine"]))
         case "model loading":
             alignkit.steps_preference.load_policy = raises(ModelError("the weights on this machine are damaged"))
+        case "resumption":
+            transformers.trainer.deepspeed_load_checkpoint = after_loading
         case "training step":
             in_step(raises(ArithmeticError("this device has failed")))
         case "killed":

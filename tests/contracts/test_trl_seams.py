@@ -45,6 +45,7 @@ def parameters(function: Any) -> list[str]:
             ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
         ),
         (Trainer._load_from_checkpoint, ["self", "resume_from_checkpoint", "model"]),
+        (Trainer._load_optimizer_and_scheduler, ["self", "checkpoint"]),
         (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
         (
             Trainer._init_training_state,
@@ -83,8 +84,14 @@ OWN_HOOKS = {
 SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluate", "log", "create_model_card"} | {
     "_init_training_state",
     "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
     "predict",
 }
+
+
+def test_signature_of_the_engine() -> None:
+    engine = pytest.importorskip("deepspeed").DeepSpeedEngine
+    assert parameters(engine._zero3_consolidated_16bit_state_dict) == ["self", "exclude_frozen_parameters"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(PreferenceTrainer, DPOTrainer), (SupervisedTrainer, SFTTrainer)])
