@@ -67,7 +67,7 @@ def resumed_equals_whole(kind: str, folder: Path) -> None:
 @pytest.mark.parametrize("kind", LONG)
 def test_resumed_equals_whole(kind: str, tmp_path: Path) -> None:
     resumed_equals_whole(kind, tmp_path)
-    print(f"resumed bitwise, full fine-tuning of {kind}: 1 of 1")
+    print(f"architectures resumed bitwise in full: 1 of 1 ({kind})")
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3"])

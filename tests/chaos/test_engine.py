@@ -103,7 +103,7 @@ def test_shards_are_not_trusted_and_the_model_is_compared(
         ended = launch(checkpoint.parent, "--resume")
         assert ended.exit_code == 2 and f"error: {expected}" in ended.errors, ended.errors[-3000:]
         assert "Traceback" not in ended.errors and not (tmp_path / "sprung").exists()
-    print(f"pickles in shards of {layout}, {parametrization}, refused by name: {len(TRAPS)} of {len(TRAPS)}")
+    print(f"pickles in shards of DeepSpeed refused: {len(TRAPS)} of {len(TRAPS)} ({layout}, {parametrization})")
 
     checkpoint = without_the_end(whole, tmp_path / "lost")
     # Of a whole model under ZeRO-3, what the other process holds is gathered; all else the first one has itself.
@@ -116,7 +116,7 @@ def test_shards_are_not_trusted_and_the_model_is_compared(
     (file,) = whole.glob("*model.safetensors")
     ours, theirs = load_file(checkpoint.parent / file.name), load_file(file)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    print(f"models of {layout}, {parametrization}, compared after resuming: 2 of 2")
+    print(f"models compared after DeepSpeed has resumed them: 2 of 2 ({layout}, {parametrization})")
 
 
 @pytest.mark.parametrize("where", ["nowhere", "index", "entry"])

@@ -220,7 +220,8 @@ def killed_and_whole_agree(case: Case, workplace: Path, folder: Path) -> str:
 
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_killed_equals_whole(case: Case, workplace: Path, tmp_path: Path) -> None:
-    print(f"killed at {killed_and_whole_agree(case, workplace, tmp_path)}, bitwise, {case}: 1 of 1")
+    moment = killed_and_whole_agree(case, workplace, tmp_path)
+    print(f"kills that resumed bitwise: 1 of 1 ({case}, at {moment})")
 
 
 @pytest.mark.chaos
