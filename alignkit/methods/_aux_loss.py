@@ -12,9 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import add_fused_lm_head
 
+from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ModelError
 from alignkit.evals.modes import evaluating
 from alignkit.methods._forward import base_model
@@ -45,20 +48,35 @@ def aux_loss_coefficient(model: nn.Module, requested: float | None) -> float:
     return 0.0
 
 
+def checked_aux_loss(model: nn.Module, requested: float | None) -> float:
+    """The weight in force, after a comparison where every process has the weights; sharded ones are compared later.
+
+    Args:
+        model: The policy, plain or PEFT, before a trainer has it.
+        requested: ``router_aux_loss_coef``; None takes the model's own.
+
+    Raises:
+        ModelError: One is asked for in vain, or what would be trained is not the model's own.
+    """
+    coefficient = aux_loss_coefficient(model, requested)
+    if coefficient != 0.0 and not is_deepspeed_zero3_enabled() and not launched_with_fsdp():
+        add_fused_lm_head(base_model(model))
+        check_aux_loss(model, coefficient)
+    return coefficient
+
+
 @torch.no_grad()
 def check_aux_loss(model: nn.Module, coefficient: float) -> None:
     """Compare the load-balancing loss that would be trained with the model's own, on a few tokens.
 
     Args:
-        model: The policy, plain or PEFT, neither sharded nor wrapped.
-        coefficient: What :func:`aux_loss_coefficient` returned.
+        model: The policy with its completion head; a collective where it is sharded.
+        coefficient: What :func:`aux_loss_coefficient` returned, not 0.
 
     Raises:
         ModelError: They differ, or one of them cannot be computed.
     """
-    if coefficient == 0.0:
-        return
-    base: Any = base_model(model)
+    base: Any = base_model(extract_model_from_parallel(model))
     device = next(base.parameters()).device
     ids = torch.arange(1, 17, device=device).view(2, 8) % base.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
@@ -68,7 +86,6 @@ def check_aux_loss(model: nn.Module, coefficient: float) -> None:
     try:
         with evaluating(model):
             own = model(**inputs).aux_loss
-            add_fused_lm_head(base)
             trained = model(**inputs, labels=ids.masked_fill(mask == 0, -100), fused_lm_head=True).aux_loss
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         problem = f"it cannot be computed for {name} ({type(error).__name__}: {error})"

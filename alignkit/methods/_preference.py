@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
@@ -29,13 +28,12 @@ from trl.trainer.utils import add_fused_lm_head
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
-from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ModelError
 from alignkit.evals.modes import evaluating, switch_off_dropout
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_items
 from alignkit.methods._arguments import REFUSED_FOR_PREFERENCE, refuse_unused
-from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
+from alignkit.methods._aux_loss import checked_aux_loss
 from alignkit.methods._bridge import ObjectiveBridge, ratio
 from alignkit.methods._comparison import length_dependence
 from alignkit.methods._forward import (
@@ -153,9 +151,6 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         for name, each in {"the policy": model, **others}.items():
             if problem := length_dependence(each, self.lengths, together=together):
                 raise ModelError(f"{name}, {problem}.")
-        coefficient = aux_loss_coefficient(model, args.router_aux_loss_coef)
-        if not is_deepspeed_zero3_enabled() and not launched_with_fsdp():
-            check_aux_loss(model, coefficient)
         return choose_layout(
             self.settings.layout,
             model,
@@ -164,7 +159,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
             lengths=self.lengths,
             adapter=inherited.get("peft_config"),
             others=others,
-            aux_loss=coefficient != 0.0,
+            aux_loss=checked_aux_loss(model, args.router_aux_loss_coef) != 0.0,
         )
 
     def _measures_layout(self) -> bool:

@@ -32,6 +32,7 @@ from alignkit.evals.modes import evaluating
 from alignkit.evals.token_rewards import TokenRewardReport, token_reward_report
 from alignkit.methods import _reference as reference
 from alignkit.methods._anchor import MovingAnchor, add_anchor_adapter
+from alignkit.methods._aux_loss import check_aux_loss
 from alignkit.methods._comparison import (
     CompareWhenTrainingBegins,
     ScoringRun,
@@ -153,6 +154,8 @@ class ReferenceScoring(DPOTrainer):
         return runs
 
     def _compare_sharded_policy(self) -> None:
+        if self.aux_loss_enabled:
+            check_aux_loss(self.model_wrapped, self.router_aux_loss_coef)
         precision = compute_precision(self.model, self.accelerator.mixed_precision)
         run = ScoringRun("the policy", self.model_wrapped, precision, self.accelerator.autocast)
         refuse_other_scores(run, self.lengths)
@@ -249,28 +252,35 @@ class ReferenceScoring(DPOTrainer):
             DataError: A contrast prompt with its completion is longer than the model takes.
         """
         self.token_reward_reports: dict[str, TokenRewardReport] = {}
-        for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
-            if not isinstance(rows, Dataset):
-                continue
-            if "better_prompt_ids" not in rows.column_names:
-                self.token_reward_reports[name] = token_reward_report(rows)
-                continue
-            model = self._plain(self._reference_model())
-            refuse_long_sequences(rows, model, name)
-            precision = compute_precision(self.model, self.accelerator.mixed_precision)
-            run = ScoringRun("the reference", self._reference_engine(), precision, self._scoring_mode)
-            layout = choose_pass_layout(self.settings.layout, model, rows, run=run)
-            size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-            rewarded, report = with_token_rewards(
-                rows,
-                cache=reference.ReferenceCache(self.settings.token_reward_cache or token_reward_cache_dir()),
-                weights=reference.model_fingerprint(model, self._reference_adapter()),
-                precision=precision,
-                layout=layout,
-                score=partial(self._score_over_ranks, batch_size=size, layout=layout.layout),
-            )
-            setattr(self, f"{name}_dataset", rewarded)
-            self.token_reward_reports[name] = report
+        self.train_dataset = self._with_token_rewards("train", self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            sets = self.eval_dataset.items()
+            self.eval_dataset = {name: self._with_token_rewards(f"eval_{name}", rows) for name, rows in sets}
+        else:
+            self.eval_dataset = self._with_token_rewards("eval", self.eval_dataset)
+
+    def _with_token_rewards(self, name: str, rows: Any) -> Any:
+        """One set of rows with its token rewards, and their report kept; a stream, or nothing, as it is."""
+        if not isinstance(rows, Dataset):
+            return rows
+        if "better_prompt_ids" not in rows.column_names:
+            self.token_reward_reports[name] = token_reward_report(rows)
+            return rows
+        model = self._plain(self._reference_model())
+        refuse_long_sequences(rows, model, name)
+        precision = compute_precision(self.model, self.accelerator.mixed_precision)
+        run = ScoringRun("the reference", self._reference_engine(), precision, self._scoring_mode)
+        layout = choose_pass_layout(self.settings.layout, model, rows, run=run)
+        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        rewarded, self.token_reward_reports[name] = with_token_rewards(
+            rows,
+            cache=reference.ReferenceCache(self.settings.token_reward_cache or token_reward_cache_dir()),
+            weights=reference.model_fingerprint(model, self._reference_adapter()),
+            precision=precision,
+            layout=layout,
+            score=partial(self._score_over_ranks, batch_size=size, layout=layout.layout),
+        )
+        return rewarded
 
     def _score_over_ranks(
         self, rows: Dataset, title: str, *, batch_size: int, layout: Layout | None = None

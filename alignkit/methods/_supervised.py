@@ -35,12 +35,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
-from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import LossOutput, TokenBatch
 from alignkit.methods._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
-from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
+from alignkit.methods._aux_loss import check_aux_loss, checked_aux_loss
 from alignkit.methods._bridge import ObjectiveBridge, ratio
 from alignkit.methods._comparison import (
     CompareWhenTrainingBegins,
@@ -102,9 +101,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         self.method, self.method_options = method, options
         self.prepare_bridge(gradient_rule)
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
-        coefficient = aux_loss_coefficient(model, args.router_aux_loss_coef)
-        if not is_deepspeed_zero3_enabled() and not launched_with_fsdp():
-            check_aux_loss(model, coefficient)
+        checked_aux_loss(model, args.router_aux_loss_coef)
         self.lengths = self._look_at_rows(model, args, train_dataset, inherited.get("eval_dataset"))
         start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
@@ -112,7 +109,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         self.data_collator = SupervisedCollator(**vars(self.data_collator))
         if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
             # No process has the weights before.
-            self.add_callback(CompareWhenTrainingBegins(lambda: self._compare(self.model_wrapped)))
+            self.add_callback(CompareWhenTrainingBegins(self._compare_sharded))
         else:
             # DeepSpeed places the model when training begins.
             if next(self.model.parameters()).device.type != self.accelerator.device.type:
@@ -132,6 +129,11 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         if problem := length_dependence(model, lengths, together=together):
             raise ModelError(f"the policy, {problem}.")
         return lengths
+
+    def _compare_sharded(self) -> None:
+        if self.aux_loss_enabled:
+            check_aux_loss(self.model_wrapped, self.router_aux_loss_coef)
+        self._compare(self.model_wrapped)
 
     def _compare(self, model: nn.Module) -> None:
         """Compare the model's scores with its own logits, and rows packed together with the same rows apart.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignkit.errors import ModelError
+from alignkit.methods import _aux_loss, _reference_scoring, _supervised
 from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
+from alignkit.methods._forward import add_completion_head
 from tests.methods.conftest import VOCABULARY, logged, random_rows
+from tests.methods.supervised import make as make_supervised
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
 SIZES = {
@@ -86,6 +90,7 @@ def test_a_coefficient_for_a_dense_model_and_a_loss_that_is_not_the_models_are_r
     with pytest.raises(ModelError, match="Qwen3ForCausalLM is no mixture of experts.*Remove router_aux_loss_coef"):
         make_trainer(arguments={"router_aux_loss_coef": 0.1})
     model = mixture("mixtral")
+    add_completion_head(model)
     check_aux_loss(model, 0.1)
     forward = type(model).forward
 
@@ -96,4 +101,25 @@ def test_a_coefficient_for_a_dense_model_and_a_loss_that_is_not_the_models_are_r
 
     monkeypatch.setattr(type(model), "forward", other)
     with pytest.raises(ModelError, match=r"TRL computes 2\.\d+, the model itself"):
-        check_aux_loss(mixture("mixtral"), 0.1)
+        other_model = mixture("mixtral")
+        add_completion_head(other_model)
+        check_aux_loss(other_model, 0.1)
+
+
+@pytest.mark.parametrize("program", ["preference", "sft"])
+def test_weights_that_are_sharded_are_compared_when_training_begins(
+    make_trainer: Any, pairs: Dataset, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process has them before, so a model whose loss breaks is found then, and by the same message."""
+    for module in (_aux_loss, _reference_scoring, _supervised):
+        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+    model = mixture("phimoe")
+    if program == "preference":
+        trainer = make_trainer(model=model, train_dataset=pairs, peft_config=LORA)
+    else:
+        rows = [row["prompt_ids"] + row["completion_ids"][0] for row in pairs]
+        trainer = make_supervised(
+            tmp_path, Dataset.from_list([{"input_ids": r, "labels": r} for r in rows]), model=model
+        )
+    with pytest.raises(ModelError, match=r"router_aux_loss_coef: 0\.001.*cannot be computed for Phimoe"):
+        trainer.train()

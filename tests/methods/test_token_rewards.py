@@ -23,6 +23,7 @@ from alignkit.evals.token_rewards import token_reward_report, write_heatmap
 from alignkit.methods import _reference as reference
 from alignkit.methods import _token_rewards as token_rewards
 from alignkit.methods._forward import add_completion_head, score_rows
+from alignkit.methods._preference import BridgeSettings
 from alignkit.methods._token_rewards import choose_pass_layout, scored_rows, token_rewards_of, with_token_rewards
 from scripts.claims.gsm8k_pairs import make_pairs, read_questions
 from tests.conftest import GSM8K
@@ -288,6 +289,25 @@ def test_too_long_a_sequence_is_refused_before_anything_is_scored(model: Any) ->
     assert all(
         way in text for way in ("include_response: false", "max_length", "contrast_prompts", "remove these rows")
     )
+
+
+def test_every_evaluation_set_is_given_its_rewards(make_trainer: Any, model: Any, tmp_path: Path) -> None:
+    """A dictionary of sets, one of which brings rewards of its own."""
+    easy, hard = (contrast_rows([2] * 4, include_response=True, seed=seed) for seed in (5, 6))
+    own = hard.add_column("token_rewards", [[[0.25] * len(ids) for ids in row] for row in hard["completion_ids"]])
+    own = own.remove_columns(["better_prompt_ids", "worse_prompt_ids"])
+    trainer = make_trainer(
+        "treg",
+        settings=BridgeSettings(token_reward_cache=tmp_path / "cache"),
+        train_dataset=contrast_rows([2] * 4, include_response=True),
+        eval_dataset={"easy": easy, "hard": hard, "own": own},
+    )
+    for name, rows in (("easy", easy), ("hard", hard)):
+        found = flat(trainer.eval_dataset[name]["token_rewards"])
+        torch.testing.assert_close(found, flat(naive(model, rows)), atol=1e-5, rtol=0)
+    assert set(flat(trainer.eval_dataset["own"]["token_rewards"]).tolist()) == {0.25}
+    assert set(trainer.token_reward_reports) == {"train", "eval_easy", "eval_hard", "eval_own"}
+    assert {f"eval_{name}_loss/token_regularizer" for name in ("easy", "hard", "own")} <= trainer.evaluate().keys()
 
 
 # --- report and heat map ----------------------------------------------------------------------------------------------
