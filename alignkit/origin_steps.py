@@ -22,7 +22,7 @@ from alignkit.config import PreferenceConfig
 from alignkit.errors import RunDirectoryError
 from alignkit.model_steps import RunConfig, model_source, other_models
 from alignkit.parametrizations.files import ADAPTER_CONFIG, read_adapter, sha256
-from alignkit.parametrizations.fingerprints import ORIGIN_FILE, BaseFingerprint, origin_text
+from alignkit.parametrizations.fingerprints import ORIGIN_FILE, QUANTIZATION, BaseFingerprint, origin_text
 from alignkit.parametrizations.loading import fingerprint
 from alignkit.ranks import Ranks
 from alignkit.run_directory import RunDirectory
@@ -84,7 +84,9 @@ def write_origin(directory: RunDirectory, folder: Path) -> None:
         folder: The run directory or one of its checkpoints.
     """
     if directory.is_main and (folder / ADAPTER_CONFIG).is_file():
-        write_whole(folder / ORIGIN_FILE, origin_text(directory.sections()["origin"]))
+        sections = directory.sections()
+        quantization = sections["config"]["quantization"]["value"]
+        write_whole(folder / ORIGIN_FILE, origin_text({**sections["origin"], QUANTIZATION: quantization}))
 
 
 class OriginWriter(TrainerCallback):

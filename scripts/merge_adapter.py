@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quantization",
         choices=("none", "nf4", "int8"),
-        help="how training saw the base; by default what run.json beside the adapter says, otherwise none",
+        help="how training saw the base; by default what alignkit.json or run.json beside the adapter says, else none",
     )
     parser.add_argument("--tolerance", type=non_negative_float, help="largest difference of a logit; default by type")
     parser.add_argument("--data", nargs="+", help="rows whose texts are compared, in place of the built-in ones")
@@ -119,7 +119,11 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
 
 
 def quantization_in_training(adapter: AdapterFiles) -> str:
-    """How the run that wrote an adapter quantised its base, from its ``run.json``; ``none`` where there is none."""
+    """How the run that wrote an adapter quantised its base, by ``alignkit.json`` or ``run.json``; else ``none``."""
+    from alignkit.parametrizations.fingerprints import QUANTIZATION, read_origin
+
+    if (recorded := (read_origin(adapter.directory) or {}).get(QUANTIZATION)) is not None:
+        return str(recorded)
     for folder in (adapter.directory, adapter.directory.parent):
         if (folder / RUN_FILE).is_file():
             config = RunDirectory(folder, is_main=False).sections().get("config", {})

@@ -64,6 +64,8 @@ class ReferenceScoring(DPOTrainer):
     lengths: RowLengths
     layout: LayoutChoice
     data_collator: CandidateCollator
+    train_dataset: Any
+    eval_dataset: Any
 
     _precompute_engine: nn.Module | None
     anchor: MovingAnchor | None = None

@@ -27,6 +27,9 @@ from transformers.utils import cached_file
 from alignkit.errors import ModelError
 
 ORIGIN_FILE = "alignkit.json"
+QUANTIZATION = "quantization"
+"""Key of it that says how the run quantised the base when it loaded it; files of earlier versions lack it."""
+
 _FORMAT_KEY, _FORMAT = "alignkit_origin", 1
 
 WHOLE, BLOCK, BLOCKS = 65_536, 1_024, 16

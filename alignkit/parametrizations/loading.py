@@ -39,7 +39,13 @@ from alignkit.parametrizations.files import (
     stored_quantization,
     tensor_shapes,
 )
-from alignkit.parametrizations.fingerprints import ORIGIN_FILE, BaseFingerprint, base_fingerprint, read_origin
+from alignkit.parametrizations.fingerprints import (
+    ORIGIN_FILE,
+    QUANTIZATION,
+    BaseFingerprint,
+    base_fingerprint,
+    read_origin,
+)
 from alignkit.parametrizations.quantization import keep_trainable_on_cpu, quantization_config
 
 logger = logging.getLogger(__name__)
@@ -240,7 +246,8 @@ def fingerprint(source: ModelSource) -> BaseFingerprint:
 def check_base(adapter: AdapterFiles, source: ModelSource) -> None:
     """Compare a model with the base that an adapter was trained on, before either is loaded.
 
-    An adapter of which alignkit has no record, made by PEFT alone, is let through with a line that says so.
+    An adapter of which alignkit has no record, made by PEFT alone, is let through with a line that says so. So is one
+    on its own base when that is quantised otherwise than in training.
 
     Args:
         adapter: The adapter.
@@ -261,6 +268,14 @@ def check_base(adapter: AdapterFiles, source: ModelSource) -> None:
             f"the adapter {str(adapter.directory)!r} was trained on another base than {source.model!r}: "
             f"{'; '.join(differences)}. Give the model it was trained on, which it calls {adapter.base!r}; or, to use "
             f"it on this one all the same, remove {ORIGIN_FILE} beside it."
+        )
+    trained, used = origin.get(QUANTIZATION), source.quantization
+    # A base that is quantised in its files was so in training, whatever was asked for.
+    if trained not in (None, used) and quantization_of(source) is None and PartialState().is_main_process:
+        print(
+            f"adapter {str(adapter.directory)!r}: TRAINED WITH quantization {trained} AND USED WITH {used}: the base "
+            f"has other weights than in training, so the figures are not those of what was trained; quantization "
+            f"{trained} gives these"
         )
 
 

@@ -155,7 +155,7 @@ def test_an_adapter_and_its_checkpoints_carry_their_base(place: Path) -> None:
     run = json.loads((place / "run" / "run.json").read_text())
     for folder in (place / "run", place / "run" / "checkpoint-2", place / "run" / "checkpoint-4"):
         text = (folder / ORIGIN_FILE).read_text()
-        assert json.loads(text) == {"alignkit_origin": 1, **run["origin"]}
+        assert json.loads(text) == {"alignkit_origin": 1, **run["origin"], "quantization": "none"}
         assert str(place) not in text
 
 
@@ -202,6 +202,28 @@ def test_an_adapter_of_peft_alone_is_taken_with_a_word(
     assert run_script("merge_adapter", *words) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "not checked" in line]
     assert len(said) == 1 and str(place / "base") in said[0] and str(place / "other") in said[0]
+
+
+@pytest.mark.parametrize("used", ["none", "nf4"])
+def test_a_base_quantised_otherwise_than_in_training_is_said(
+    used: str, place: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Width 64, which bitsandbytes needs. Merging takes what training had, unless another is asked for."""
+    pytest.importorskip("bitsandbytes")
+    base = save_model(tmp_path / "wide", hidden=64)
+    run = tmp_path / "run"
+    train_sft(settings(place, model=str(base), output_dir=str(run), quantization="nf4", max_steps=2))
+    assert read_origin(run)["quantization"] == read_origin(run / "checkpoint-2")["quantization"] == "nf4"
+    moved = Path(shutil.copytree(run / "checkpoint-2", tmp_path / "moved"))
+    words = ("--adapter", moved, "--data", place / "pairs.jsonl", "--num_samples", "0", "--use_cpu")
+    capsys.readouterr()
+    assert run_script("evaluate", *words, *(() if used == "none" else ("--quantization", used))) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "TRAINED WITH quantization nf4 AND USED" in line]
+    assert len(said) == (used == "none") and all(str(moved) in line for line in said)
+    words = ("--adapter", moved, "--output", tmp_path / "merged", "--num_prompts", "2", "--tolerance", "9")
+    assert run_script("merge_adapter", *words, *(() if used == "nf4" else ("--quantization", used))) == 0
+    out = capsys.readouterr().out
+    assert ("TRAINED WITH" in out, "base quantised to nf4" in out) == (used == "none", used == "nf4")
 
 
 @pytest.mark.parametrize(("cached", "expected"), [("base", None), ("other", "its weights are others"), (None, "")])
