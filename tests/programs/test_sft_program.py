@@ -113,12 +113,17 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoint-8")
     (resumed / "adapter_model.safetensors").unlink()
+    often = shutil.copytree(resumed, tmp_path / "often")
     ended = launcher.run(*arguments, str(resumed), "--resume", directory=place, program=SFT)
     assert ended.exit_code == 0, ended.errors[-3000:]
     assert "resuming from" in ended.output
     assert logs(resumed) == logs(whole)
     ours, theirs = (load_file(run / "adapter_model.safetensors") for run in (resumed, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    intervals = ["--logging_steps", "1", "--save_steps", "3"]
+    assert launcher.run(*arguments, str(often), "--resume", *intervals, directory=place, program=SFT).exit_code == 0
+    assert [entry["step"] for entry in logs(often) if "loss" in entry and entry["step"] > 4] == [5, 6, 7, 8]
+    assert {path.name for path in often.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
     other = launcher.run(*arguments, str(resumed), "--resume", "--max_length", "32", directory=place, program=SFT)
     assert other.exit_code == 2 and "max_length: 24" in other.message
 
