@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -187,10 +188,12 @@ def check_device(config: RunConfig, args: TrainingArguments) -> None:
     if config.fp16:
         advice = "Write bf16: true and use_cpu: true, or remove it"
         problems.append(f"`fp16: true`: float16 mixed precision needs an accelerator. {advice}")
-    if config.use_dora and config.quantization == "int8":
+    adapter = None if config.adapter is None else LoraConfig.from_pretrained(config.adapter)
+    if config.quantization == "int8" and (config.use_dora or (adapter is not None and adapter.use_dora)):
         why = "PEFT measures unpacked weights, and int8 weights are unpacked on an accelerator alone"
-        advice = "Write quantization: nf4 or none, or remove use_dora"
-        problems.append(f"`use_dora: true` with `quantization: int8`: {why}. {advice}")
+        named = "`use_dora: true`" if adapter is None else f"`adapter: {config.adapter}`, which has use_dora,"
+        advice = "Write quantization: nf4 or none" + (", or remove use_dora" if adapter is None else "")
+        problems.append(f"{named} with `quantization: int8`: {why}. {advice}")
     if config.attn_implementation in ACCELERATOR_ATTENTION:
         kernel = f"`attn_implementation: {config.attn_implementation}`"
         problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")

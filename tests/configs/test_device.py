@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from transformers import TrainingArguments
 
 from alignkit import PreferenceConfig
@@ -20,6 +21,19 @@ REFUSED = {
     "DoRA": ({"use_dora": True}, []),
     "LoRA on int8": ({"quantization": "int8"}, []),
 }
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_a_saved_adapter_with_dora_counts_as_well(use_dora: bool, tmp_path: Path) -> None:
+    LoraConfig(use_dora=use_dora, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    where = {"output_dir": str(tmp_path), "adapter": str(tmp_path)}
+    config = PreferenceConfig(method="dpo", model="m", data="d", quantization="int8", **where)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    if not use_dora:
+        check_device(config, args)
+        return
+    with pytest.raises(ConfigError, match=f"`adapter: {tmp_path}`, which has use_dora, with `quantization: int8`"):
+        check_device(config, args)
 
 
 @pytest.mark.parametrize(("options", "named"), REFUSED.values(), ids=REFUSED.keys())

@@ -121,7 +121,8 @@ def negatives_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def gsm8k_pairs(path: Path, count: int) -> list[dict[str, Any]]:
     """The first line of a correct against that of a wrong solution of the same question.
 
-    Lines and not whole solutions, because the log-likelihoods of few tokens round less than those of many.
+    Lines and not whole solutions: a larger gradient shows that its norm is summed up in float32 where DeepSpeed takes
+    float64, 5e-6 of it (tests/methods/test_gradient_in_float64.py).
     """
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
