@@ -84,10 +84,11 @@ format: $(VENV)/.dev  ## Rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(VENV)/.dev  ## Speed: training against trl.DPOTrainer, the token reward pass, the cost of gradient rules
+bench: $(VENV)/.dev  ## Speed: training against trl.DPOTrainer, the token reward pass, gradient rules, the start of a run
 	@$(PY) scripts/benchmark.py
 	@$(PY) scripts/benchmark_token_rewards.py
 	@$(PY) scripts/benchmark_gradients.py
+	@$(PY) scripts/benchmark_startup.py
 
 claims: $(VENV)/.run  ## Repeat the experiments of docs/results
 	@for script in $$(grep -l __main__ scripts/claims/*.py); do $(PY) $$script; done

@@ -34,7 +34,6 @@ def training_arguments(config: SFTConfig) -> SFTArguments:
         eval_packing=False,
         # Rows are cut before they get here; packing fills rows up to this length.
         max_length=config.max_length if config.packing else None,
-        dataset_num_proc=config.dataset_num_proc,
     )
     steps.check_device(config, args)
     steps.check_gradient_rule(config, args)

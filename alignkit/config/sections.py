@@ -7,7 +7,7 @@ the reader: in a config file all keys are flat.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 from alignkit.options import option
 
@@ -143,7 +143,14 @@ class DataSection(Section):
     allow_overlap: bool = option(
         False, help="Evaluate although held-out rows are trained on; they are compared token for token."
     )
-    dataset_num_proc: int | None = option(None, ge=1, le=256, help="Processes that tokenise; null is one.", source=TRL)
+    dataset_num_proc: Literal["auto"] | int = option(
+        "auto",
+        ge=1,
+        le=256,
+        help="Processes that check and tokenise the rows; auto takes one for every 5,000 rows, up to the cores that "
+        "this process may use. The tokens are the same with any number.",
+        source="alignkit (TRL 1.16: null, one)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.json_files import HEAD_ROWS
 from alignkit.data.problems import Problem
+from alignkit.data.processes import NumProc, process_count
 from alignkit.data.report import QUANTILES, SplitReport, length_line
 from alignkit.data.schema import describe_problems
 from alignkit.errors import DataError
@@ -63,7 +64,7 @@ class Conversion:
 
 
 def convert_table(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, conversion: Conversion, num_proc: int | None, name: str
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, conversion: Conversion, num_proc: NumProc, name: str
 ) -> tuple[Dataset, pd.DataFrame]:
     """Convert rows at hand; returns those that are kept, and the counts of all.
 
@@ -71,7 +72,7 @@ def convert_table(
         dataset: Rows as loaded.
         tokenizer: The tokenizer of the model.
         conversion: What they become.
-        num_proc: Worker processes, or None for this process.
+        num_proc: Worker processes; see :mod:`alignkit.data.processes`.
         name: What the rows are called in messages.
 
     Raises:
@@ -80,7 +81,7 @@ def convert_table(
     options = {
         "batched": True,
         "batch_size": BATCH_ROWS,
-        "num_proc": num_proc,
+        "num_proc": process_count(num_proc, len(dataset)),
         "remove_columns": dataset.column_names,
     }
     problems = dataset.map(

@@ -20,6 +20,7 @@ from alignkit.data.columns import PREFERENCE_FORMS, columns_of
 from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
+from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
 from alignkit.data.reward_rows import reward_problems
 from alignkit.data.schema import detect_kind, row_problems
@@ -39,7 +40,7 @@ def to_candidate_rows(
     max_length: int | None,
     num_candidates: int | None,
     max_dropped_fraction: float = 0.1,
-    num_proc: int | None = None,
+    num_proc: NumProc = "auto",
     name: str = "train",
     stop_token_ids: Sequence[int] = (),
     contrast: ContrastPrompts | None = None,
@@ -54,7 +55,7 @@ def to_candidate_rows(
         num_candidates: 2 for a pair method (lists of two become pairs by score), None for any number. Candidates come
             out by descending score; those of equal score keep their order.
         max_dropped_fraction: Highest share of rows that may be dropped.
-        num_proc: Worker processes, or None for this process; not used for streamed rows.
+        num_proc: Worker processes (:mod:`alignkit.data.processes`); not used for streamed rows.
         name: What the rows are called in messages.
         stop_token_ids: Ids at which generation stops besides the tokenizer's EOS (from the generation config).
         contrast: Also tokenise the contrast prompts of every completion (columns ``better_prompt_ids`` and

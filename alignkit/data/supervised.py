@@ -18,6 +18,7 @@ from alignkit.data import conversion as engine
 from alignkit.data.columns import SUPERVISED_FORMS, columns_of
 from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
+from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
 from alignkit.data.schema import describe_problems
 from alignkit.data.sources import SOURCE_COLUMN, source_counts
@@ -43,7 +44,7 @@ def to_supervised_rows(
     max_length: int | None,
     trained: TrainedTokens = DEFAULT_TRAINED,
     max_dropped_fraction: float = 0.1,
-    num_proc: int | None = None,
+    num_proc: NumProc = "auto",
     name: str = "train",
     stop_token_ids: Sequence[int] = (),
 ) -> tuple[Dataset | IterableDataset, SupervisedReport]:
@@ -55,7 +56,7 @@ def to_supervised_rows(
         max_length: Limit on a row in tokens, or None; rows are cut at their end.
         trained: Which tokens are trained.
         max_dropped_fraction: Highest share of rows that may be dropped.
-        num_proc: Worker processes, or None for this process; not used for streamed rows.
+        num_proc: Worker processes (:mod:`alignkit.data.processes`); not used for streamed rows.
         name: What the rows are called in messages.
         stop_token_ids: Ids at which generation stops besides the tokenizer's EOS (from the generation config).
 

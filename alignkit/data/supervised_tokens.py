@@ -13,9 +13,10 @@ EOS adds none here, where TRL trains two of them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import compress
 from typing import Any
 
 from datasets import Features, List, Value
@@ -110,20 +111,20 @@ class Tokens:
 
     Attributes:
         input_ids: Its tokens.
-        is_trained: Which of them are trained.
+        is_trained: Which of them are trained, 1 or 0.
         prompt_ids: The prompt tokenised on its own, empty where there is none.
         start: Where the completion starts, 0 without a prompt.
     """
 
     input_ids: list[int]
-    is_trained: list[bool]
+    is_trained: list[int]
     prompt_ids: list[int]
     start: int
 
 
 def _convert_row(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict[str, Any]:
     input_ids, is_trained, start = tokens.input_ids, tokens.is_trained, tokens.start
-    trained_at = [i for i in range(1, len(input_ids)) if is_trained[i]]
+    trained_at = list(compress(range(1, len(input_ids)), is_trained[1:]))
     limit = len(input_ids) if settings.max_length is None else settings.max_length
     is_cut = len(input_ids) > limit
     cause = NOTHING_TRAINED if not trained_at else CUT_AWAY if trained_at[0] >= limit else ""
@@ -136,7 +137,7 @@ def _convert_row(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: S
         "misfit_shown": "",
         "length": len(input_ids),
         "num_trained": len(trained_at),
-        "num_trained_kept": 0 if cause else sum(i < limit for i in trained_at),
+        "num_trained_kept": 0 if cause else bisect_left(trained_at, limit),
         "needed_length": trained_at[0] + 1 if trained_at else 0,
         "is_cut": is_cut,
         "cut_prompt_end": tokenizer.decode(tokens.prompt_ids[start:]) if start < len(tokens.prompt_ids) else "",
@@ -167,7 +168,7 @@ def _tokenise(
         start = engine.common_prefix_length(prompt_ids, ids)
         if trained.completion_only is not False:
             mask = [0] * start + mask[start:]
-        tokenised.append(Tokens(ids, [bool(bit) for bit in mask], prompt_ids, start))
+        tokenised.append(Tokens(ids, mask, prompt_ids, start))
     return tokenised
 
 
@@ -175,9 +176,8 @@ def _whole(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, kind: Sup
     """The text or the messages of a whole row."""
     if kind.conversational:
         return row["prompt"] + row["completion"] if kind.has_prompt else row["messages"]
-    return (
-        row["prompt"] + with_eos(row["completion"], tokenizer) if kind.has_prompt else with_eos(row["text"], tokenizer)
-    )
+    eos = tokenizer.eos_token
+    return row["prompt"] + with_eos(row["completion"], eos) if kind.has_prompt else with_eos(row["text"], eos)
 
 
 def encode(
@@ -224,11 +224,11 @@ def _with_ones(ids: list[int]) -> Encoded:
     return ids, [1] * len(ids)
 
 
-def _last_run(is_trained: Sequence[bool]) -> range:
+def _last_run(is_trained: list[int]) -> range:
     """The last positions that are trained one behind the other."""
-    position, last = 0, range(0)
-    for trained, run in groupby(is_trained):
-        length = len(list(run))
-        last = range(position, position + length) if trained else last
-        position += length
-    return last
+    if 1 not in is_trained:
+        return range(0)
+    backwards = is_trained[::-1]
+    first = backwards.index(1)
+    end = backwards.index(0, first) if 0 in backwards[first:] else len(backwards)
+    return range(len(backwards) - end, len(backwards) - first)

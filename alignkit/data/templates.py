@@ -81,9 +81,13 @@ def has_doubled_token(
         completion_ids: An untruncated completion.
         tokenizer: Names the two tokens.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    doubled_bos = bos is not None and list(prompt_ids[:2]) == [bos, bos]
-    return doubled_bos or (eos is not None and list(completion_ids[-2:]) == [eos, eos])
+    # Hardly a row has the same token twice there, and to ask a tokenizer for its tokens takes long.
+    doubled_bos = _is_twice(prompt_ids[:2]) and prompt_ids[0] == tokenizer.bos_token_id
+    return doubled_bos or (_is_twice(completion_ids[-2:]) and completion_ids[-1] == tokenizer.eos_token_id)
+
+
+def _is_twice(ids: Sequence[int]) -> bool:
+    return len(ids) == 2 and ids[0] == ids[1]
 
 
 def check_conversion(

@@ -67,6 +67,9 @@ or has another number of token rewards than tokens."""
 
 END_TOKENS = 4
 
+_IDS_ALONE: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+"""Lists of ones, which nobody reads, would be made of every text as well."""
+
 _WRONG_LENGTH = (
     "token rewards are not as many as the tokens of their completion: give one number a token, EOS included, counted "
     "before truncation with the tokenizer and chat template of this run (scripts/token_rewards.py writes such rows)"
@@ -159,14 +162,14 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"tools": tools, **(kwargs or {})}
 
 
-def with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def with_eos(text: str, eos: str) -> str:
     """Plain text with EOS at its end, unless it ends in it."""
-    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+    return text if text.endswith(eos) else text + eos
 
 
 def rendered_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of what a chat template wrote, its special tokens included."""
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, **_IDS_ALONE)["input_ids"]
     return ids
 
 
@@ -179,7 +182,7 @@ def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[l
         texts: Texts as they are to be read.
         tokenizer: The tokenizer of the model.
     """
-    ids: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(texts), **_IDS_ALONE)["input_ids"]
     with_special, bare = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
     adds_eos = with_special[-1] == tokenizer.eos_token_id != bare[-1]
     return [sequence[:-1] for sequence in ids] if adds_eos else ids
@@ -226,7 +229,8 @@ def _texts(row: TextRow, tokenizer: PreTrainedTokenizerBase, settings: Settings)
     """The prompt, the prompt with each completion, and the contrast prompts."""
     contrast = settings.contrast.prompts(row.prompt, row.completions) if settings.contrast else []
     if not settings.kind.conversational:
-        return [row.prompt, *(row.prompt + with_eos(text, tokenizer) for text in row.completions), *contrast]
+        eos = tokenizer.eos_token
+        return [row.prompt, *(row.prompt + with_eos(text, eos) for text in row.completions), *contrast]
 
     def rendered(messages: Any, part: str, *, opens_answer: bool = False) -> str:
         return render(messages, tokenizer, row.template, part=part, add_generation_prompt=opens_answer)

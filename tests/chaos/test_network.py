@@ -97,6 +97,7 @@ def test_no_program_is_left_out(repository: Path) -> None:
         "benchmark_worker": "is a process of benchmark",
         "benchmark_gradients": "reads nothing but a model it makes",
         "benchmark_token_rewards": "reads nothing but a model it makes",
+        "benchmark_startup": "reads nothing but rows and a model it makes",
     }
     there = {path.stem for folder in ("scripts", "trainers") for path in (repository / folder).glob("*.py")}
     assert there == (tried & there) | without.keys()

@@ -20,7 +20,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from alignkit.data.convert import to_candidate_rows
+from alignkit.data.load import load_rows
+from alignkit.origin_steps import rows_fingerprint
 from tests.distributed.layouts import LAYOUTS
 from tests.launches import accelerate
 from tests.programs.conftest import CONFIG, pairs, save_model, write_rows
@@ -158,6 +162,17 @@ def test_processes_that_would_train_apart_are_refused(two: Launcher, place: Path
     assert code == 2
     assert "launcher started 2 processes, and each finds itself alone" in errors
     assert "Write use_cpu: true" in errors and errors.count("error: ") == 1
+
+
+def test_workers_are_forked_from_connected_processes(two: Launcher, place: Path, tmp_path: Path) -> None:
+    """The first process prepares the rows with two of its own, and the second one finds them in the cache."""
+    words = ["--config", "c.yaml", "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    ended = two.run(*words, "--dataset_num_proc", "2", "--max_length", "101", directory=place)
+    assert ended.exit_code == 0, ended.errors
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    limits = {"max_length": 101, "num_candidates": 2, "num_proc": 1}
+    rows, _ = to_candidate_rows(load_rows(str(place / "rows.jsonl")), tokenizer, **limits)
+    assert run_json(tmp_path / "run")["origin"]["rows"] == rows_fingerprint(rows)
 
 
 @pytest.mark.parametrize("name", SHORT)
