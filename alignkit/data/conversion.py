@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.json_files import HEAD_ROWS
 from alignkit.data.problems import Problem
-from alignkit.data.processes import NumProc, process_count
+from alignkit.data.processes import NumProc, process_count, workers_ending
 from alignkit.data.report import QUANTILES, SplitReport, length_line
 from alignkit.data.schema import describe_problems
 from alignkit.errors import DataError
@@ -84,22 +84,24 @@ def convert_table(
         "num_proc": process_count(num_proc, len(dataset)),
         "remove_columns": dataset.column_names,
     }
-    problems = dataset.map(
-        _find_problems,
-        with_indices=True,
-        features=_PROBLEM_FEATURES,
-        fn_kwargs={"find": conversion.find_problems, "settings": conversion.settings},
-        desc=f"Checking {name} rows",
-        **options,
-    )
+    with workers_ending(name):
+        problems = dataset.map(
+            _find_problems,
+            with_indices=True,
+            features=_PROBLEM_FEATURES,
+            fn_kwargs={"find": conversion.find_problems, "settings": conversion.settings},
+            desc=f"Checking {name} rows",
+            **options,
+        )
     _refuse_problems(problems[:], name)
-    converted = dataset.map(
-        conversion.convert,
-        features=Features({**conversion.features, **conversion.counts}),
-        fn_kwargs={"tokenizer": tokenizer, "settings": conversion.settings},
-        desc=f"Tokenising {name} rows",
-        **options,
-    )
+    with workers_ending(name):
+        converted = dataset.map(
+            conversion.convert,
+            features=Features({**conversion.features, **conversion.counts}),
+            fn_kwargs={"tokenizer": tokenizer, "settings": conversion.settings},
+            desc=f"Tokenising {name} rows",
+            **options,
+        )
     counts = converted.select_columns(list(conversion.counts)).to_pandas()
     _refuse_misfits(counts, range(len(counts)), name)
     return converted.select_columns(list(conversion.output)).select(kept_rows(counts)), counts

@@ -6,8 +6,12 @@ whatever their number was. Processes therefore cost nothing but their start, whi
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Literal
+
+from alignkit.errors import DataError
 
 ROWS_PER_PROCESS = 5_000
 """Rows that keep a process busy for longer, 2 to 5 seconds, than starting it and collecting what it wrote takes."""
@@ -25,6 +29,31 @@ def process_count(asked: NumProc, num_rows: int) -> int | None:
     """
     count = min(_cores(), num_rows // ROWS_PER_PROCESS) if asked == "auto" else min(asked, num_rows)
     return count if count > 1 else None
+
+
+@contextlib.contextmanager
+def workers_ending(name: str) -> Iterator[None]:
+    """Let what ended ``datasets.map`` be seen: a signal to this process, or the loss of a worker.
+
+    Args:
+        name: What the rows are called in an error.
+
+    Raises:
+        DataError: A worker was ended from outside.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Left by a signal, datasets still asks its workers for their results, and their silence is the error it raises.
+        before: BaseException | None = error
+        while before is not None and not isinstance(before, KeyboardInterrupt):
+            before = before.__context__
+        if before is not None:
+            raise before from None
+        if isinstance(error, RuntimeError) and "abruptly died" in str(error):
+            advice = "most often by the system, for want of memory: write a smaller dataset_num_proc, 1 for no worker"
+            raise DataError(f"{name}: cannot be prepared", [f"a worker process was ended, {advice}"]) from error
+        raise
 
 
 def _cores() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from alignkit.callbacks.preemption import StopRequest
 from alignkit.config import SFTConfig
 from alignkit.data import processes
 from alignkit.data.convert import to_candidate_rows
@@ -21,6 +24,7 @@ from alignkit.data.report import data_report
 from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
 from alignkit.data.supervised_tokens import _last_run
+from alignkit.errors import DataError, Stopped
 from alignkit.origin_steps import rows_fingerprint
 from alignkit.steps_sft import training_arguments
 from tests.data.rows import message, pair
@@ -111,6 +115,36 @@ def test_rows_report_and_cache_are_those_of_one_process(
         again, _ = prepared(kind, source, tokenizer, count)
         assert again.cache_files == two.cache_files
         assert again._fingerprint == two._fingerprint
+
+
+def stop_the_parent(*_: Any) -> list[Any]:
+    """What a scheduler does while a worker is busy."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+    return []
+
+
+def die(*_: Any) -> list[Any]:
+    """What the system does to a worker when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return []
+
+
+def test_a_signal_while_workers_prepare_rows_stops_the_run(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignkit.data.convert.row_problems", stop_the_parent)
+    begun = time.monotonic()
+    with StopRequest().heard() as request, pytest.raises(Stopped) as stopped:
+        to_candidate_rows(Dataset.from_list(preferences()), tokenizer, max_length=40, num_candidates=2, num_proc=2)
+    assert stopped.value.signal == request.signal == signal.SIGTERM
+    assert time.monotonic() - begun < 30
+
+
+def test_a_worker_that_is_lost_is_said(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.data.convert.row_problems", die)
+    with pytest.raises(DataError, match="a worker process was ended.*write a smaller dataset_num_proc"):
+        to_candidate_rows(Dataset.from_list(preferences()), tokenizer, max_length=40, num_candidates=2, num_proc=2)
 
 
 def test_packing_does_not_depend_on_the_processes() -> None:
