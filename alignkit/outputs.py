@@ -25,6 +25,7 @@ from alignkit.arguments import StrictParser
 from alignkit.callbacks.durability import own_file, partial_path, remove_empty, write_whole
 from alignkit.callbacks.manifest import RUN_FILE
 from alignkit.errors import RunDirectoryError
+from alignkit.storage import writing
 
 FOLDER_LIST = "written_files.json"
 """File of a written folder that names the others."""
@@ -81,7 +82,7 @@ def written_folder(output: Path, *, last: str) -> Iterator[Path]:
         last: The file without which nobody takes the folder for whole, such as the config of a model.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+    with writing(output), tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         draft = Path(folder) / output.name
         yield draft
         _write_list(draft, {file.relative_to(draft).as_posix() for file in draft.rglob("*") if file.is_file()})

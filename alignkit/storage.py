@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alignkit.errors import AlignkitError
@@ -49,12 +50,15 @@ class StorageError(AlignkitError):
     """A file cannot be written or read, for a reason outside the program."""
 
 
-def storage_error(error: BaseException, output_dir: Path | None = None) -> StorageError | None:
+def storage_error(
+    error: BaseException, output_dir: Path | None = None, *, writing: Path | None = None
+) -> StorageError | None:
     """The error as one that a user can mend; None if it is another kind of error.
 
     Args:
         error: What was raised; what it was raised from is looked at too.
         output_dir: The run directory, among the places whose free space is told.
+        writing: What was being written, named where a full disk does not say which file it was.
     """
     for cause in _causes(error):
         if isinstance(cause, StorageError):
@@ -65,10 +69,29 @@ def storage_error(error: BaseException, output_dir: Path | None = None) -> Stora
             continue
         path = cause.filename if isinstance(cause, OSError) and cause.filename is not None else None
         if code in FULL:
-            return full(code, None if path is None else Path(os.fsdecode(path)), output_dir=output_dir)
+            return full(code, writing or (None if path is None else Path(os.fsdecode(path))), output_dir=output_dir)
         if path is not None or code in (errno.EROFS, errno.EIO):
             return StorageError(f"{os.fsdecode(path) if path is not None else 'a file'}: {_REFUSED[code]}.")
     return None
+
+
+@contextmanager
+def writing(path: Path, draft: Path | None = None) -> Iterator[None]:
+    """Name ``path`` in what a full disk says, whichever library meets it, and leave nothing half-written behind.
+
+    Args:
+        path: The file or folder that is being made.
+        draft: Where its content is gathered, deleted after any error.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+        told = storage_error(error, writing=path)
+        if told is None:
+            raise
+        raise told from error
 
 
 def full(code: int, path: Path | None, *, needed: int | None = None, output_dir: Path | None = None) -> StorageError:

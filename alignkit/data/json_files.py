@@ -28,6 +28,7 @@ from huggingface_hub import HfFileSystem
 
 from alignkit.data.json_values import column_of, features_of
 from alignkit.errors import DataError
+from alignkit.storage import writing
 
 MALFORMED_SHOWN = 3
 HEAD_ROWS = 64
@@ -91,9 +92,10 @@ def json_table(files: Sequence[str], keep: Collection[str] | None, name: str) ->
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=folder.parent))
         try:
-            columns = _write_table(files, keep, scratch / "rows.arrow", name)
-            (scratch / "columns.json").write_text(json.dumps(columns))
-            _move(scratch, folder)
+            with writing(folder):
+                columns = _write_table(files, keep, scratch / "rows.arrow", name)
+                (scratch / "columns.json").write_text(json.dumps(columns))
+                _move(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return Dataset.from_file(str(folder / "rows.arrow")), json.loads((folder / "columns.json").read_text())

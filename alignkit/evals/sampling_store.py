@@ -21,6 +21,7 @@ from alignkit.data.schema import shorten
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.parametrizations.files import ADAPTER_CONFIG, MODEL_CONFIG, AdapterFiles, sha256
 from alignkit.parametrizations.loading import ModelSource
+from alignkit.storage import writing
 
 SETTINGS = "settings.json"
 WEIGHT_FILES = (".safetensors", ".bin")
@@ -151,14 +152,15 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         rows: The rows.
     """
     partial = partial_path(path)
-    if path.suffix == ".parquet":
-        Dataset.from_list(list(rows)).to_parquet(str(partial))
-    else:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with writing(path, partial):
+        if path.suffix == ".parquet":
+            Dataset.from_list(list(rows)).to_parquet(str(partial))
+        else:
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 def fingerprint(value: Any) -> str:

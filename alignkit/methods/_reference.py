@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from alignkit.errors import CheckpointError
 from alignkit.methods._forward import LOGP_TOLERANCE, base_model
 from alignkit.parametrizations.fingerprints import has_effect
+from alignkit.storage import writing
 
 Scores = list[list[list[float]]]
 """Per row, per candidate, per token."""
@@ -146,11 +147,12 @@ class ReferenceCache:
         return values
 
     def store(self, path: Path, values: Tensor) -> None:
-        """Write atomically: a killed run leaves no half-written cache."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Write atomically: neither a killed run nor a full disk leaves a half-written cache."""
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"token_logps": values.contiguous()}, partial)
-        os.replace(partial, path)
+        with writing(path, partial):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_file({"token_logps": values.contiguous()}, partial)
+            os.replace(partial, path)
 
 
 def with_reference(
