@@ -93,7 +93,7 @@ bench: $(VENV)/.dev  ## Speed: training against trl.DPOTrainer, the token reward
 claims: $(VENV)/.run  ## Repeat the experiments of docs/results
 	@for script in $$(grep -l __main__ scripts/claims/*.py); do $(PY) $$script; done
 
-docs: $(VENV)/.run  ## Regenerate the tables in README.md and docs/
+docs: $(VENV)/.dev  ## Regenerate the tables in README.md and docs/
 	@$(PY) scripts/docs.py
 
 clean:  ## Remove the environment, caches, builds and the quickstart's output

@@ -13,6 +13,18 @@ import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
+
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What a chat template may raise: ``raise_exception``, and all that its expressions can do wrong."""
 SECONDS = 10
 MEMORY = 2**30
 _OUT_OF_MEMORY = 3

@@ -10,6 +10,11 @@ from collections.abc import Sequence
 
 from alignkit.plain_text import visible, without_secrets
 
+MOST_CHARACTERS = 4000
+"""A longer message is cut in the middle: what it quotes may be of any length, such as the columns of a file."""
+MOST_PROBLEMS = 50
+"""Problems that one message lists."""
+
 
 class AlignkitError(Exception):
     """Base of all errors whose message is complete without a traceback.
@@ -19,7 +24,7 @@ class AlignkitError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(visible(without_secrets(message)))
+        super().__init__(_shown(message))
 
 
 class ProblemListError(AlignkitError):
@@ -31,11 +36,13 @@ class ProblemListError(AlignkitError):
     """
 
     def __init__(self, headline: str, problems: Sequence[str]) -> None:
-        self.headline = visible(without_secrets(headline))
-        self.problems = [visible(without_secrets(problem)) for problem in problems]
+        self.headline, self.problems = _shown(headline), [_shown(problem) for problem in problems]
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
-        lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
-        super().__init__(f"{self.headline}: {count}\n{lines}")
+        lines = [f"  {i}. {p}" for i, p in enumerate(self.problems[:MOST_PROBLEMS], 1)]
+        if (more := len(self.problems) - MOST_PROBLEMS) > 0:
+            lines.append(f"  ... and {more:,} more")
+        # Each part is shown as it may be; together they may be longer than one message.
+        Exception.__init__(self, "\n".join([f"{self.headline}: {count}", *lines]))
 
     def __reduce__(self) -> tuple[type[ProblemListError], tuple[str, list[str]]]:
         """Survive the way back from a worker process."""
@@ -81,3 +88,10 @@ class Stopped(KeyboardInterrupt):
 
 class CheckpointError(AlignkitError):
     """A saved file is empty, truncated or not finite."""
+
+
+def _shown(text: str) -> str:
+    """A text as it may be printed: without secrets, nothing invisible in it, and of a length that somebody reads."""
+    text = visible(without_secrets(text))
+    half = MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}"

@@ -19,6 +19,7 @@ from typing import Any
 from alignkit.arguments import StrictParser, non_negative_float, positive_int
 from alignkit.errors import ProblemListError
 from alignkit.evals.table import render_table
+from alignkit.json_text import parse_json
 from alignkit.programs import run_program
 from alignkit.run_directory import RUN_FILE, RunDirectory
 
@@ -98,7 +99,7 @@ def read_steps(path: Path) -> Steps:
         raise ProblemListError("the runs cannot be compared", [f"{file} is no text; {advice}"]) from None
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if "loss" in entry:
                 steps[int(entry["step"])] = numbers(entry)
         except (ValueError, KeyError, TypeError) as error:

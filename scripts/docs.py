@@ -201,8 +201,35 @@ def compositions() -> str:
     return table(*matrix()) + "\n" + "".join(f"- {line}\n" for line in refusals())
 
 
+def wrong_inputs() -> str:
+    """How many wrong inputs the tests try, by kind."""
+    sys.path.insert(0, str(REPOSITORY))
+    from tests.wrong_inputs import counts
+
+    found = counts()
+    rows = [[kind, str(count), f"{count} of {count}"] for kind, count in found.items()]
+    total = str(sum(found.values()))
+    return table(["kind of input", "tried", "answered by one message"], [*rows, ["all", total, f"{total} of {total}"]])
+
+
+def hostile_files() -> str:
+    """How many hostile files the tests try, by kind."""
+    sys.path.insert(0, str(REPOSITORY))
+    from tests.chaos.hostile import KINDS
+    from tests.chaos.hostile_runs import CORPUS
+
+    rows = []
+    for kind, meaning in KINDS.items():
+        found = [case for case in CORPUS if case.kind == kind]
+        works = sum(case.says is None for case in found)
+        rows.append([meaning, str(len(found)), str(len(found) - works), str(works)])
+    rows.append(["all", *(str(sum(int(row[column]) for row in rows)) for column in (1, 2, 3))])
+    return table(["kind of file", "tried", "refused by one message", "used, as nothing but its look is hostile"], rows)
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
     "compositions": compositions,
+    "hostile-files": hostile_files,
     "keys": all_keys,
     "method-docstring": method_docstring,
     "method-head": method_head,
@@ -221,6 +248,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "rules": rules,
     "rules-table": rules_table,
     "supervised-metrics": supervised_metrics,
+    "wrong-inputs": wrong_inputs,
 }
 
 

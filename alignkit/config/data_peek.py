@@ -5,17 +5,26 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from alignkit.json_text import parse_json
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
 HEAD_ROWS = 16
+MOST_OF_A_ROW = 1 << 26
+MOST_BETWEEN_ROWS = 1 << 20
+"""Characters of a row, and of empty lines before it: an archive of a few kB may unpack to any number."""
 _CHUNK = 1 << 16
+
+
+_ROW_OR_END = re.compile(r"[^\s,]")
 
 
 class DataFault(Exception):
@@ -64,16 +73,16 @@ def peek(path: Path) -> Head:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataFault(f"{path} is a broken gzip archive ({error})", "Copy it again") from None
     except OSError as error:
-        raise DataFault(f"{path} cannot be read: {error.strerror}", "Make it readable") from None
+        raise DataFault(
+            f"{path} cannot be read: {error.strerror or error}", "Make it readable, or copy it again"
+        ) from None
 
 
 def _peek_json(path: Path) -> Head:
     with path.open("rb") as packed:
         is_gzip = packed.read(2) == b"\x1f\x8b"
     with (gzip.open if is_gzip else open)(path, "rt", encoding="utf-8-sig") as stream:
-        first = stream.read(1)
-        while first.isspace():
-            first = stream.read(1)
+        first = stream.read(_CHUNK).lstrip()[:1]
         stream.seek(0)
         rows = list(islice(_array_rows(stream.read, path) if first == "[" else _lines(stream, path), HEAD_ROWS))
     if not rows:
@@ -81,12 +90,17 @@ def _peek_json(path: Path) -> Head:
     return Head(list(dict.fromkeys(name for row in rows for name in row)), rows)
 
 
-def _lines(stream: Iterator[str], path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(stream, 1):
-        if line.strip():
+def _lines(stream: TextIO, path: Path) -> Iterator[dict[str, Any]]:
+    number, blank = 0, 0
+    while line := stream.readline(MOST_OF_A_ROW + 1):
+        number += 1
+        blank = 0 if line.strip() else blank + len(line)
+        if len(line) > MOST_OF_A_ROW or blank > MOST_BETWEEN_ROWS:
+            raise _too_long(f"{path}:{number}")
+        if not blank:
             try:
-                yield _as_row(json.loads(line), f"{path}:{number}")
-            except json.JSONDecodeError as error:
+                yield _as_row(parse_json(line), f"{path}:{number}")
+            except ValueError as error:
                 raise _malformed(f"{path}:{number}", error, line) from None
 
 
@@ -96,16 +110,24 @@ def _array_rows(read: Any, path: Path) -> Iterator[dict[str, Any]]:
     text = read(_CHUNK)
     position = text.index("[") + 1
     while True:
-        while position < len(text) and (text[position].isspace() or text[position] == ","):
-            position += 1
-        if text[position : position + 1] == "]":
+        found = _ROW_OR_END.search(text, position)
+        start = len(text) if found is None else found.start()
+        if start - position > MOST_BETWEEN_ROWS:
+            raise _too_long(str(path))
+        if text[start : start + 1] == "]":
             return
         try:
-            row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
+            row, position = decoder.raw_decode(text, start)
+        except RecursionError:
+            raise _malformed(str(path), ValueError("it is nested too deeply"), text[start:]) from None
+        except ValueError as error:
+            # What is not whole yet looks malformed; a number cut off at its end may still be read wrongly or refused.
+            if len(text) - start > MOST_OF_A_ROW:
+                raise _too_long(str(path)) from None
             chunk = read(max(_CHUNK, len(text)))
             if not chunk:
-                raise _malformed(f"{path}:{error.lineno}", error, text) from None
+                line = text.count("\n", 0, error.pos if isinstance(error, json.JSONDecodeError) else start) + 1
+                raise _malformed(f"{path}:{line}", error, text) from None
             text += chunk
             continue
         yield _as_row(row, str(path))
@@ -118,9 +140,15 @@ def _as_row(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def _malformed(place: str, error: json.JSONDecodeError, text: str) -> DataFault:
-    nearby = text[max(0, error.pos - 20) : error.pos + 20].strip()
-    why = f"{place} is malformed JSON: {error.msg} near {nearby!r}"
+def _too_long(place: str) -> DataFault:
+    advice = "Write one row a line; an archive that unpacks to this from a few bytes was not made of rows"
+    return DataFault(f"{place} has too many characters without a row", advice)
+
+
+def _malformed(place: str, error: ValueError, text: str) -> DataFault:
+    at, reason = (error.pos, error.msg) if isinstance(error, json.JSONDecodeError) else (0, str(error))
+    nearby = text[max(0, at - 20) : at + 20].strip()
+    why = f"{place} is malformed JSON: {reason} near {nearby!r}"
     return DataFault(why, "Mend that line; jsonl holds one whole JSON object on each line")
 
 
@@ -165,7 +193,7 @@ def peek_saved(folder: Path) -> Head:
     from pyarrow import ArrowInvalid, ipc
 
     try:
-        files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        files = parse_json((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
         with (folder / files[0]["filename"]).open("rb") as stream, ipc.open_stream(stream) as reader:
             rows: list[dict[str, Any]] = next((batch.slice(0, HEAD_ROWS).to_pylist() for batch in reader), [])
             return _head(folder, reader.schema.names, rows)

@@ -13,6 +13,8 @@ from typing import Any
 
 from alignkit.config.conflicts import names_output_head
 from alignkit.config.settings import Settings
+from alignkit.json_text import parse_json
+from alignkit.parametrizations.adapter_config import config_problem
 from alignkit.parametrizations.files import newest_inside, quantization_problem, stored_quantization
 from alignkit.parametrizations.positions import stated_positions
 
@@ -129,7 +131,7 @@ def _any_file(path: Path, patterns: tuple[str, ...]) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -144,8 +146,10 @@ def _check_adapter(settings: Settings, path: Path) -> None:
         settings.report("adapter", "has no adapter_config.json", fix)
     elif not _any_file(path, ("adapter_model.safetensors", "adapter_model.bin")):
         settings.report("adapter", "has no adapter_model.safetensors", "Write the folder of an adapter saved by PEFT")
+    elif problem := config_problem(config := _json(path / "adapter_config.json")):
+        settings.report("adapter", f"has a config that cannot be used: {problem}", "Save it again with PEFT")
     else:
-        _check_adapter_config(settings, _json(path / "adapter_config.json"))
+        _check_adapter_config(settings, config)
 
 
 def _check_adapter_config(settings: Settings, config: dict[str, Any]) -> None:
@@ -160,6 +164,9 @@ def _check_adapter_config(settings: Settings, config: dict[str, Any]) -> None:
 
 def _check_directory(settings: Settings, key: str) -> None:
     path = Path(settings.values[key])
+    if "\0" in str(path):
+        settings.report(key, "holds a NUL character", "Write the name of a folder")
+        return
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():

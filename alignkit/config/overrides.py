@@ -14,7 +14,7 @@ import yaml
 from alignkit.config.keys import Key
 from alignkit.config.settings import COMMAND_LINE, Entry, Origin, Problem
 from alignkit.config.values import accepts
-from alignkit.config.yaml_schema import parse_yaml
+from alignkit.yaml_text import parse_yaml
 
 UNSET = object()
 """Value of an override that takes a key back to its default."""

@@ -11,9 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 import yaml
 
 from alignkit.config.keys import Key
-from alignkit.config.yaml_schema import dump_yaml
 from alignkit.options import OptionInfo
 from alignkit.plain_text import without_secrets
+from alignkit.yaml_text import dump_yaml
 
 _WORDS_FOR_BOOL = {"yes": "true", "on": "true", "no": "false", "off": "false", "true": "true", "false": "false"}
 _SHOWN_LENGTH = 72

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from alignkit.config.settings import Entry, Origin, Problem
-from alignkit.config.yaml_schema import CoreLoader
 from alignkit.errors import ConfigError
+from alignkit.yaml_text import CoreLoader
 
 MOST_BYTES = 2**18
 
@@ -27,9 +27,12 @@ def read_entries(path: Path, label: str) -> tuple[dict[str, Entry], list[Problem
     """
     entries: dict[str, Entry] = {}
     with _reading(label):
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise _unreadable(label, f"{size:,} bytes, which is no configuration", "Give the path of a YAML file")
-        loader = CoreLoader(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            why = f"more than {MOST_BYTES:,} bytes, which is no configuration"
+            raise _unreadable(label, why, "Give the path of a YAML file")
+        loader = CoreLoader(content.decode())
         root = _require_mapping(loader.get_single_node(), label)
         for key_node, value_node in root.value:
             key = loader.construct_object(key_node, deep=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
@@ -13,6 +14,7 @@ COMPLETION_COLUMNS = ("prompt", "completion")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 PAIR_REWARD_COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
 LIST_REWARD_COLUMNS = ("token_rewards",)
+_LISTED = 50
 
 
 class Form(NamedTuple):
@@ -199,3 +201,13 @@ def misnamed_prompt(columns: Sequence[str]) -> str | None:
         f"there is no column 'prompt' but one called {near!r}. Write column_map: {{prompt: {near}}}; if chosen and "
         "rejected already begin with the prompt, remove that column"
     )
+
+
+def listed_columns(names: Collection[str]) -> str:
+    """Names of columns for a line of text, of which a file may have thousands.
+
+    Args:
+        names: The names.
+    """
+    shown = [name if len(name) <= 60 else f"{name[:60]} ..." for name in islice(names, _LISTED)]
+    return ", ".join(shown) + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from alignkit.errors import ConfigError
+from alignkit.yaml_text import parse_yaml
 
 DEFAULT_FILE = Path(__file__).with_name("contrast_prompts.yaml")
 VERSION = 1
@@ -81,7 +82,7 @@ def load_contrast_prompts(path: Path | None = None, *, include_response: bool = 
     if not path.is_file():
         raise ConfigError(name, ["there is no such file"])
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(name, [f"is not YAML in UTF-8: {' '.join(str(error).split())}"]) from error
     if problems := _problems(content):
@@ -94,7 +95,7 @@ def _problems(content: Any) -> list[str]:
     if not isinstance(content, dict):
         return [f"holds {type(content).__name__}, expected the keys version, {', '.join(_PLACEHOLDERS)}, {_ENDING}"]
     if content.get("version") != VERSION:
-        return [f"version is {content.get('version')!r}; this alignkit reads version {VERSION}"]
+        return [f"version is {content.get('version')!r:.60}; this alignkit reads version {VERSION}"]
     known = {"version", *_PLACEHOLDERS, _ENDING}
     problems = [f"unknown key {key!r}" for key in content if key not in known]
     if not isinstance(content.get(_ENDING), str):

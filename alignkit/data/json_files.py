@@ -34,7 +34,12 @@ MALFORMED_SHOWN = 3
 HEAD_ROWS = 64
 """Rows looked at to recognise the form of a source, and checked up front when streaming."""
 
+MOST_OF_A_LINE = 2**26
+MOST_BETWEEN_ROWS = 2**20
+MOST_OF_AN_ARRAY = 2**31
+"""Bytes; an archive of a few kB may unpack to any number of them."""
 _CHUNK_ROWS = 256
+_CHUNK_BYTES = 2**24
 _VERSION = "1"
 """Changes with what a table in the cache holds."""
 _EXPECTED = "write one JSON object a line, or one array of objects"
@@ -53,14 +58,19 @@ def read_json_rows(file: str) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     Yields:
         Place of a row, and the row or what is wrong with it.
     """
-    number = 0
+    number = blank = 0
     try:
         with _opened(file) as stream:
             if _first_byte(stream) == b"[":
-                yield from _array_rows(file, stream.read())
+                yield from _whole_array(file, stream)
                 return
-            for number, line in enumerate(stream, 1):
-                if line.strip():
+            for number, line in enumerate(iter(lambda: stream.readline(MOST_OF_A_LINE + 1), b""), 1):
+                blank = 0 if line.strip() else blank + len(line)
+                if len(line) > MOST_OF_A_LINE or blank > MOST_BETWEEN_ROWS:
+                    long = f"{max(len(line), blank):,} bytes without a row, and there may be more"
+                    yield f"{file}:{number}", Fault(f"{file}:{number}: {long}; {_EXPECTED}")
+                    return
+                if not blank:
                     yield f"{file}:{number}", _parsed(file, number, line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         yield f"{file}:{number}", Fault(f"{file}:{number + 1}: broken gzip archive ({error}); copy the file again")
@@ -252,7 +262,19 @@ def _parsed(file: str, number: int, line: bytes) -> dict[str, Any] | Fault:
     return row if isinstance(row, dict) else Fault(f"{file}:{number}: got {row!r:.60}; {_EXPECTED}")
 
 
-def _array_rows(file: str, content: bytes) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+def _whole_array(file: str, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    """The rows of an array, which is read as a whole, unless an archive unpacks to more than that can be."""
+    content = bytearray()
+    while chunk := stream.read(_CHUNK_BYTES):
+        content += chunk
+        if len(content) > MOST_OF_AN_ARRAY:
+            long = f"an array of more than {MOST_OF_AN_ARRAY:,} bytes is not read; write one JSON object a line"
+            yield file, Fault(f"{file}: {long}, which is read line by line")
+            return
+    yield from _array_rows(file, content)
+
+
+def _array_rows(file: str, content: bytearray) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     try:
         text = content.removeprefix(codecs.BOM_UTF8).decode()
         rows = _decode(text)

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from alignkit.data.columns import LIST_REWARD_COLUMNS, PAIR_REWARD_COLUMNS, RowFamily, nearest_name
+from alignkit.data.columns import LIST_REWARD_COLUMNS, PAIR_REWARD_COLUMNS, RowFamily, listed_columns, nearest_name
 from alignkit.data.json_values import map_values, without_filled_nulls
 from alignkit.data.mixture import mix
 from alignkit.data.readers import Source, first_rows, is_csv, list_of_cell, open_source
 from alignkit.data.schema import preference_rows
 from alignkit.data.sharegpt import holds_turns, messages_of_turns
 from alignkit.errors import DataError
+from alignkit.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _load_source(
     dataset, columns = rename_columns(dataset, columns, column_map, source.path, family.columns)
     used = [name for name in columns if name in family.columns]
     if ignored := [name for name in columns if name not in used]:
-        logger.warning("%s: columns not used and dropped: %s", source.path, ", ".join(ignored))
+        logger.warning("%s: columns not used and dropped: %s", source.path, listed_columns(ignored))
     if not used:
         family.detect(columns, [], name=source.path)
     if is_csv(source.path):
@@ -272,8 +273,8 @@ def _messages_in(text: Any) -> Any:
     if not isinstance(text, str) or not text.lstrip().startswith("["):
         return text
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
+        found = parse_json(text)
+    except ValueError:
         return text
     is_messages = bool(found) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found)
     return found if is_messages else text

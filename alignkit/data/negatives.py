@@ -13,7 +13,14 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.columns import LIST_COLUMNS, PREFERENCE_FORMS, TEMPLATE_COLUMNS, columns_of, refused_columns
+from alignkit.data.columns import (
+    LIST_COLUMNS,
+    PREFERENCE_FORMS,
+    TEMPLATE_COLUMNS,
+    columns_of,
+    listed_columns,
+    refused_columns,
+)
 from alignkit.data.json_values import is_plain, without_filled_nulls
 from alignkit.data.load import parse_messages, parse_sources, rename_columns
 from alignkit.data.negative_schema import PromptKind, detect_prompt_kind, prompt_problems
@@ -104,7 +111,7 @@ def ignored_note(rows: Sequence[Mapping[str, Any]]) -> str | None:
         rows: The rows.
     """
     ignored = [column for column in ("chosen", "completions", "scores") if column in rows[0]]
-    return f"columns not used and left out: {', '.join(ignored)}" if ignored else None
+    return f"columns not used and left out: {listed_columns(ignored)}" if ignored else None
 
 
 def prompt_token_ids(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from alignkit.json_text import parse_json
 from alignkit.plain_text import without_secrets
 
 _OUR_ARGUMENTS = frozenset(
@@ -13,6 +16,10 @@ _OUR_ARGUMENTS = frozenset(
     | {"truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 )
 """Arguments of ``apply_chat_template`` that are not handed on to the template."""
+
+_BROKEN = (
+    r"holds half of a character (such as \ud800 without its second half): write the whole character, or leave it out"
+)
 
 
 class Problem(NamedTuple):
@@ -43,6 +50,8 @@ def value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
         return _message_problems(column, value)
     if not isinstance(value, str):
         return [Problem(f"{column} is {type(value).__name__}, expected text", shorten(value))]
+    if _is_broken(value):
+        return [Problem(f"{column} {_BROKEN}", shorten(value))]
     return [Problem(f"{column} is empty: it needs at least one character", shorten(value))] if is_blank(value) else []
 
 
@@ -67,6 +76,8 @@ def _message_problems(column: str, value: Any) -> list[Problem]:
         if foreign := _foreign_part(message.get("content")):
             advice = "alignkit trains on text alone, and would train the rest without it. Remove such rows"
             return [Problem(f"{column} has content that is not text ({foreign}): {advice}", shorten(message))]
+        if _is_broken(message["role"]) or _is_broken(content_text(message.get("content"))):
+            return [Problem(f"{column} {_BROKEN}", shorten(message))]
     last = value[-1]
     if column != "prompt" and is_blank(content_text(last.get("content"))) and not last.get("tool_calls"):
         return [Problem(f"{column} ends in an empty message: there is nothing to learn", shorten(last))]
@@ -84,19 +95,35 @@ def template_problems(row: Mapping[str, Any]) -> list[Problem]:
         value = row.get(column)
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                problems.append(Problem(f"{column} is text that is no JSON ({error.msg})", shorten(value)))
+                value = parse_json(value)
+            except ValueError as error:
+                problems.append(Problem(f"{column} is text that is no JSON ({error})", shorten(value)))
                 continue
         if value is not None and not isinstance(value, kind):
             found = type(value).__name__
             problems.append(
                 Problem(f"{column} is {found}, expected {kind.__name__}, or one written as JSON", shorten(value))
             )
+        elif value is not None and _is_broken(json.dumps(value, ensure_ascii=False)):
+            problems.append(Problem(f"{column} {_BROKEN}", shorten(value)))
         elif column == "chat_template_kwargs" and (taken := sorted(_OUR_ARGUMENTS & {*(value or ())})):
             why = f"chat_template_kwargs holds {taken[0]!r}, which is not the row's to set: remove it"
             problems.append(Problem(why, shorten(value)))
     return problems
+
+
+def is_finite(number: float) -> bool:
+    """Whether a number of JSON is one that a float can hold; whole numbers may be of any size.
+
+    Args:
+        number: The number.
+    """
+    return abs(number) <= sys.float_info.max
+
+
+def _is_broken(text: str) -> bool:
+    """Whether a text holds half of a character that JSON writes as two, which no tokenizer takes."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 def content_text(content: Any) -> str:

@@ -8,7 +8,6 @@ are, and a clear word when a path or a Hub id leads nowhere.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from datasets.packaged_modules.json.json import Json as JsonBuilder
 from alignkit.data.json_files import HEAD_ROWS, cache_folder, json_stream, json_table
 from alignkit.data.paths import is_pattern, matched_files, plain_path
 from alignkit.errors import DataError
+from alignkit.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -185,10 +185,10 @@ def list_of_cell(text: str, index: int, column: str, name: str) -> Any:
         DataError: The cell holds no JSON.
     """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         advice = 'Write ["first", "second"] in the cell, or use a jsonl file'
-        problem = f"row {index}: {column} is not a list written as JSON: {text!r:.60} ({error.msg}). {advice}"
+        problem = f"row {index}: {column} is not a list written as JSON: {text!r:.60} ({error}). {advice}"
         raise DataError(f"{name}: lists in a CSV are written as JSON", [problem]) from error
 
 

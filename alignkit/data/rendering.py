@@ -13,17 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.bounded import TEMPLATE_ERRORS
 from alignkit.data.problems import Problem, content_text, is_blank, shorten
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 """Roles that templates know; what one leaves out of them, a system turn say, it leaves out on purpose."""
 _KNOWN_AS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
-
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""What a template may raise: ``raise_exception``, and all that its expressions can do wrong."""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -62,7 +59,7 @@ def render(
     messages = renderable(messages, tokenizer, how)
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    except _TEMPLATE_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         raise RenderingError(_refusal(messages, tokenizer, how, part, error)) from error
     for index, message in enumerate(messages):
         if not _is_simple(message) and (why := _left_out(message, text)):
@@ -97,7 +94,7 @@ def render_marked(
     marks = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     try:
         encoded = tokenizer.apply_chat_template(messages, **marks, **how)
-    except _TEMPLATE_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         raise RenderingError(_refusal(messages, tokenizer, how, part, error)) from error
     return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
@@ -121,7 +118,7 @@ def renderable(messages: Messages, tokenizer: PreTrainedTokenizerBase, how: Mapp
     plain = tokenizer.apply_chat_template
     try:
         as_given = plain(messages, tokenize=False, **how)
-    except _TEMPLATE_ERRORS:
+    except TEMPLATE_ERRORS:
         return joined
     contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     if any(str(content) in as_given for content in contents):
@@ -131,7 +128,7 @@ def renderable(messages: Messages, tokenizer: PreTrainedTokenizerBase, how: Mapp
         return messages
     try:
         as_joined = plain(joined, tokenize=False, **how)
-    except _TEMPLATE_ERRORS:
+    except TEMPLATE_ERRORS:
         return messages
     # A template may drop text on purpose, as some do with earlier thoughts; it then does so in both.
     return joined if any(text in as_joined and text not in as_given for text in texts) else messages
@@ -162,7 +159,7 @@ def _refusal(
 def _error_of(messages: Messages, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> str | None:
     try:
         tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    except _TEMPLATE_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         return " ".join(str(error).split())
     return None
 

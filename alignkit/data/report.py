@@ -21,6 +21,7 @@ from alignkit.data.checks import (
     check_template,
     check_truncation,
 )
+from alignkit.data.columns import listed_columns
 from alignkit.data.problems import shorten
 from alignkit.data.repeats import Content, Prints, RepeatCounts, count_repeats, fingerprints
 from alignkit.data.sources import SourceCounts
@@ -264,7 +265,7 @@ def _counts(splits: Sequence[SplitReport]) -> str:
         ["cut at max_length", *(f"{split.num_truncated_rows}" for split in splits)],
         *([label, *(split.details()[label] for split in splits)] for label in splits[0].details()),
     ]
-    ignored = [f"{split.name}: columns not used: {', '.join(split.ignored_columns)}" for split in splits]
+    ignored = [f"{split.name}: columns not used: {listed_columns(split.ignored_columns)}" for split in splits]
     notes = [note for note, split in zip(ignored, splits, strict=True) if split.ignored_columns]
     return "\n".join([_table(rows), *notes])
 

@@ -5,11 +5,10 @@ Whether a list is as long as its completion has tokens is known after tokenisati
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from alignkit.data.problems import Problem, shorten
+from alignkit.data.problems import Problem, is_finite, shorten
 from alignkit.data.schema import RowKind
 
 
@@ -42,6 +41,6 @@ def _vector_problems(column: str, rewards: Any) -> list[Problem]:
     for reward in rewards:
         if isinstance(reward, bool) or not isinstance(reward, (int, float)):
             return [Problem(f"{column} holds something that is not a number", shorten(reward))]
-        if not math.isfinite(reward):
+        if not is_finite(reward):
             return [Problem(f"{column} holds NaN or infinity: every token reward must be finite", repr(reward))]
     return []

@@ -21,7 +21,6 @@ beside a candidate list. They are cut at ``max_length`` with the tokens they bel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +37,7 @@ from alignkit.data.columns import (
     missing_columns,
     refused_columns,
 )
-from alignkit.data.problems import Problem, is_blank, shorten, template_problems, value_problems
+from alignkit.data.problems import Problem, is_blank, is_finite, shorten, template_problems, value_problems
 from alignkit.errors import DataError
 
 EXAMPLES_SHOWN = 3
@@ -241,8 +240,9 @@ def _list_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | 
     for score in scores:
         if not isinstance(score, (int, float)):
             problems.append(Problem("a score is not a number", shorten(score)))
-        elif not math.isfinite(score):
-            problems.append(Problem("a score is NaN or infinite: every score must be finite", repr(score)))
+        elif not is_finite(score):
+            what = "beyond the range of a number" if isinstance(score, int) else "NaN or infinite"
+            problems.append(Problem(f"a score is {what}: every score must be finite", shorten(score)))
     if problems:
         return problems
     if len(set(scores)) == 1:

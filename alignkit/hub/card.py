@@ -11,9 +11,10 @@ from typing import Any, Literal
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from yaml import YAMLError
 
 from alignkit.callbacks.card import hub_id
+from alignkit.errors import ModelError
+from alignkit.parametrizations.card_file import read_card
 from alignkit.parametrizations.files import ADAPTER_CONFIG
 from alignkit.parametrizations.fingerprints import BaseFingerprint, base_fingerprint, read_origin
 
@@ -50,9 +51,9 @@ def prepare_card(root: Path, kind: Kind, base_model: str | None) -> CardCopy:
     if not (root / CARD).is_file():
         return CardCopy(problems=[f"there is no {CARD}: add a model card (trainings and merges write one)"])
     try:
-        card = ModelCard((root / CARD).read_text(encoding="utf-8"))
-    except (YAMLError, ValueError) as error:
-        return CardCopy(problems=[f"the metadata of {CARD} is not valid: {' '.join(str(error).split())}"])
+        card = read_card(root / CARD)
+    except ModelError as error:
+        return CardCopy(problems=[str(error)])
     copy = CardCopy()
     config = json.loads((root / ADAPTER_CONFIG).read_text(encoding="utf-8")) if kind == "adapter" else {}
     trained_on = config.get("base_model_name_or_path")

@@ -233,6 +233,11 @@ def _head_problem(run: ScoringRun, row: Mapping[str, Any]) -> str | None:
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     # Prompt-learning adapters put virtual tokens before the row; the row is at the end.
     logps = run.model(**inputs).logits[:, -count:].float().log_softmax(-1)
+    if logps.isnan().any():
+        return (
+            f"{run.label}: its log-probs are no numbers (NaN). Its weights hold NaN or infinity, or overflow in "
+            f"{run.precision}: give weights that are numbers, or write dtype: float32 without bf16 and fp16"
+        )
     first = logps[:, :half].gather(-1, tokens[:1, 1 : half + 1, None].expand(2, -1, -1))
     tolerance = LOGP_TOLERANCE[run.precision]
     moved = disagreement(first[0, :, 0], first[1, :, 0], run.precision)

@@ -83,6 +83,8 @@ def adapter_difference(wrapped: PeftModel, weights: Path, adapter: str = "defaul
     ):
         if names:
             return f"{len(names)} tensors {fault} it, such as {min(names)}"
+    if unusable := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
+        return f"{len(unusable)} tensors hold NaN or infinity, such as {unusable[0]}"
     different = [name for name, tensor in stored.items() if not _same(tensor, live[name])]
     return (
         f"{len(different)} tensors came out otherwise than they are stored, such as {different[0]}"

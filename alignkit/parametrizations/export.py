@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
+from alignkit.parametrizations.card_file import read_card
 from alignkit.parametrizations.comparison import model_difference
 from alignkit.parametrizations.files import CARD_OF_THE_ADAPTER, AdapterFiles, is_local
 from alignkit.parametrizations.loading import (
@@ -128,6 +129,8 @@ def merge_adapter(
     """
     check_output(output)
     check_base(adapter, source)
+    if (adapter.directory / "README.md").is_file():
+        read_card(adapter.directory / "README.md")  # Before hours of merging: the merged model inherits from it.
     dtype = checkpoint_dtype(source) if source.dtype == "auto" else source.dtype
     quantization = quantization_of(source) or source.quantization
     if tolerance is None:
@@ -293,7 +296,7 @@ def _method_tags(tags: Sequence[str]) -> list[str]:
 
 def _write_card(directory: Path, adapter: AdapterFiles, source: ModelSource, report: MergeReport) -> None:
     card_of_adapter = adapter.directory / "README.md"
-    inherited = ModelCard.load(card_of_adapter).data.to_dict() if card_of_adapter.is_file() else {}
+    inherited = read_card(card_of_adapter).data.to_dict() if card_of_adapter.is_file() else {}
     base = Path(source.model).name if is_local(source.model) else source.model
     data = ModelCardData(
         base_model=None if is_local(source.model) else source.model,

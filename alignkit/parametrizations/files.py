@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from alignkit.errors import CheckpointError, ModelError
+from alignkit.json_text import parse_json
+from alignkit.parametrizations.adapter_config import MOST_LAYERS, config_problem, possible_patterns
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -76,20 +77,18 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise ModelError(f"{path / ADAPTER_CONFIG} has no peft_type: PEFT did not write it")
+    if problem := config_problem(config):
+        raise ModelError(f"{path / ADAPTER_CONFIG} cannot be used: {problem}. Save the adapter again with PEFT")
     return AdapterFiles(path, config.get("base_model_name_or_path"), config.get("revision"), peft_type)
 
 
 def module_patterns(adapter: AdapterFiles) -> list[str]:
-    """The regular expressions in a saved adapter's config, which PEFT matches with the names of modules.
+    """What in a saved adapter's config may be a regular expression, which PEFT matches with the names of modules.
 
     Args:
         adapter: The saved adapter.
     """
-    config = _read_json(adapter.directory / ADAPTER_CONFIG)
-    values = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
-    keys = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or {}]
-    listed = [item for value in values if isinstance(value, list) for item in value]
-    return [pattern for pattern in (*values, *listed, *keys) if isinstance(pattern, str)]
+    return possible_patterns(_read_json(adapter.directory / ADAPTER_CONFIG))
 
 
 def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None, AdapterFiles | None]:
@@ -129,7 +128,7 @@ def model_problem(model: str) -> str | None:
     """
     path = Path(model).expanduser()
     if (path / MODEL_CONFIG).is_file():
-        return None
+        return content_problem(path)
     if (path / ADAPTER_CONFIG).is_file():
         return f"{model!r} is an adapter, not a model: give it as --adapter"
     if path.is_dir():
@@ -141,6 +140,37 @@ def model_problem(model: str) -> str | None:
     return None
 
 
+def content_problem(folder: Path) -> str | None:
+    """What in the files of a saved model cannot be true, and would be believed at any cost; or None.
+
+    A model is built as large as its config says before a weight is read, and its index may name any file.
+
+    Args:
+        folder: Folder with a ``config.json``.
+
+    Raises:
+        ModelError: Its config or index is no JSON.
+    """
+    config = _read_json(folder / MODEL_CONFIG)
+    for index in folder.glob("*.index.json"):
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            return f"{index} has no weight_map of names: save the model again"
+        for name in sorted(set(shards.values())):
+            if Path(name).name != name:
+                return f"{index} names {name!r}, which lies elsewhere: a shard lies beside its index"
+            if not (folder / name).is_file():
+                return f"{index} names {name!r}, which is not here: save or download the model again"
+    files = [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
+    numbers = 8 * sum(file.stat().st_size for file in files)
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    sizes = {key: text.get(key) for key in ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size")}
+    for key, size in sizes.items():
+        if files and isinstance(size, int) and size > (most := MOST_LAYERS if key == "num_hidden_layers" else numbers):
+            return f"{folder / MODEL_CONFIG} says {key}: {size}, of which its weights can have at most {most:,}"
+    return None
+
+
 def stored_quantization(config: Mapping[str, Any]) -> str | None:
     """How the weights of a saved model are quantised: ``nf4``, ``int8`` or what its config calls it; None if not.
 
@@ -148,7 +178,7 @@ def stored_quantization(config: Mapping[str, Any]) -> str | None:
         config: Content of its ``config.json``.
     """
     stored = config.get("quantization_config")
-    if not stored:
+    if not isinstance(stored, Mapping) or not stored:
         return None
     if stored.get("load_in_8bit"):
         return "int8"
@@ -228,8 +258,8 @@ def sha256(file: Path) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds {type(value).__name__}, expected an object")

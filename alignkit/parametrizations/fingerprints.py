@@ -25,6 +25,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from alignkit.errors import ModelError
+from alignkit.json_text import parse_json
 
 ORIGIN_FILE = "alignkit.json"
 QUANTIZATION = "quantization"
@@ -137,7 +138,7 @@ def read_origin(directory: Path) -> dict[str, Any] | None:
         return None
     advice = "Remove it to use the adapter without comparing its base."
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file} cannot be read ({error}). {advice}") from error
     if not isinstance(content, dict) or content.get(_FORMAT_KEY) != _FORMAT:
@@ -163,7 +164,7 @@ def _weight_files(model: str, where: Mapping[str, Any]) -> list[Path]:
             continue  # Not there under this name; the next one may be.
         if not name.endswith(".index.json"):
             return [found]
-        shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(parse_json(found.read_text(encoding="utf-8"))["weight_map"].values()))
         return [Path(cached_file(model, shard, **where)) for shard in shards]
     raise OSError(f"{model} has no weights: none of {', '.join((*_SAFETENSORS, *_PICKLES))}")
 
@@ -177,7 +178,9 @@ def _sampled_tensors(files: list[Path]) -> Iterator[tuple[str, str, str, bytes]]
             continue
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
+            if size > file.stat().st_size:
+                raise ValueError(f"{file} is truncated or not a safetensors file: its header ends beyond the file")
+            header = parse_json(stream.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]

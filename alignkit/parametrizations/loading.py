@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from jinja2 import TemplateError
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,15 +25,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN_QUANTIZERS
 
-from alignkit.bounded import slow_pattern, too_much
+from alignkit.bounded import TEMPLATE_ERRORS, slow_pattern, too_much
 from alignkit.errors import ModelError
 from alignkit.parametrizations.comparison import adapter_difference, model_difference
 from alignkit.parametrizations.files import (
     ADAPTER_CONFIG,
+    MODEL_CONFIG,
     RUN_MARKS,
     AdapterFiles,
     check_tensors,
+    content_problem,
     model_problem,
     module_patterns,
     quantization_problem,
@@ -51,6 +55,23 @@ from alignkit.parametrizations.quantization import keep_trainable_on_cpu, quanti
 logger = logging.getLogger(__name__)
 
 _REPORT = "This is a fault of the software and not of yours: please report it with the model's config.json"
+MOST_TOKEN_ID = 2**31 - 1
+"""Rows hold ids of 32 bits."""
+MOST_OF_TWO_MESSAGES = 2**17
+"""Characters that a chat template may make of two messages of one letter; long system prompts have a tenth of it."""
+FROM_CONTENT = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers and PEFT raise over the content of a file: they check little of it, and fail where it is used."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -107,7 +128,7 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except FROM_CONTENT as error:
         raise ModelError(f"the model {source.model!r} cannot be loaded: {_cause(source.model, error)}") from error
     except (UnpicklingError, EOFError) as error:
         raise ModelError(_refused_pickle(source.model)) from error
@@ -140,9 +161,17 @@ def quantization_of(source: ModelSource, *, in_full: bool = False) -> str | None
     options = {"revision": source.revision} if source.revision else {}
     try:
         config = AutoConfig.from_pretrained(source.model, trust_remote_code=source.trust_remote_code, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except FROM_CONTENT as error:
         raise ModelError(f"the model {source.model!r} cannot be loaded: {_cause(source.model, error)}") from error
-    stored = stored_quantization(config.to_dict())
+    content = config.to_dict()
+    stored = stored_quantization(content)
+    method = None if stored is None else content["quantization_config"].get("quant_method")
+    if method not in (None, "bitsandbytes", *KNOWN_QUANTIZERS):
+        known = ", ".join(sorted(KNOWN_QUANTIZERS))
+        raise ModelError(
+            f"the model {source.model!r} is quantised by {method!r}, which transformers does not know (it knows "
+            f"{known}) and would pass over. Give the model before it was quantised."
+        )
     if problem := quantization_problem(stored, wanted=source.quantization, in_full=in_full):
         why, fix = problem
         raise ModelError(f"the model {source.model!r} cannot be used like this: {why}. {fix}.")
@@ -164,15 +193,20 @@ def load_tokenizer(
         ModelError: There is none.
     """
     options = {"revision": revision} if revision else {}
+    folder = Path(model).expanduser()
+    if (folder / MODEL_CONFIG).is_file() and (problem := content_problem(folder)):
+        raise ModelError(problem)  # The config is read with the tokenizer, and lists its layers.
     if trust_remote_code:
         _say_that_code_runs(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # The tokenizers of Rust raise nothing more precise over their file.
         raise ModelError(f"the tokenizer of {model!r} cannot be loaded: {_cause(model, error)}") from error
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) > MOST_TOKEN_ID:
+        raise ModelError(f"the tokenizer of {model!r} has a token with the id {largest:,}, which no model has")
     if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-    if tokenizer.chat_template is not None and (problem := too_much(lambda: _try_templates(tokenizer))):
+        tokenizer.chat_template = _template_text(chat_template)
+    if tokenizer.chat_template is not None and (problem := _template_problem(tokenizer)):
         raise ModelError(
             f"the chat template of {str(chat_template or model)!r} {problem} with two short messages, so rows could "
             "not be rendered with it. Write chat_template with a jinja file that ends."
@@ -180,17 +214,38 @@ def load_tokenizer(
     return tokenizer
 
 
-def _try_templates(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render a short conversation with every template there is."""
+def _template_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"the chat template {str(file)!r} cannot be read: {error}. Write a jinja file in UTF-8."
+        ) from error
+
+
+def _template_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What keeps a chat template from being used for thousands of rows, tried where it can do no harm; or None."""
+    if (problem := too_much(lambda: _longest_rendering(tokenizer))) is not None:
+        return problem
+    if (longest := _longest_rendering(tokenizer)) > MOST_OF_TWO_MESSAGES:
+        return f"writes {longest:,} characters"
+    return None
+
+
+def _longest_rendering(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Length of what the templates there are make of a short conversation, at most."""
+    longest = 0
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     templates = tokenizer.chat_template
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         for count in (1, 2):
             # A template may refuse these messages, which is no reason not to try it with the others.
-            with contextlib.suppress(TemplateError, TypeError, ValueError):
-                tokenizer.apply_chat_template(
+            with contextlib.suppress(*TEMPLATE_ERRORS):
+                text = tokenizer.apply_chat_template(
                     messages[:count], chat_template=template, tokenize=False, add_generation_prompt=count == 1
                 )
+                longest = max(longest, len(text))
+    return longest
 
 
 def generation_stop_ids(model: str, revision: str | None = None) -> list[int]:
@@ -201,7 +256,11 @@ def generation_stop_ids(model: str, revision: str | None = None) -> list[int]:
         revision: Branch, tag or commit of a Hub model.
     """
     ids = saved_generation_config(model, revision).eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(token, int) for token in listed):
+        problem = f"eos_token_id is {ids!r:.60}, expected a whole number or a list of these"
+        raise ModelError(f"the generation config of {model!r} cannot be used: {problem}.")
+    return listed
 
 
 def saved_generation_config(model: str, revision: str | None = None) -> GenerationConfig:
@@ -215,6 +274,8 @@ def saved_generation_config(model: str, revision: str | None = None) -> Generati
         return GenerationConfig.from_pretrained(model, **({"revision": revision} if revision else {}))
     except OSError:
         return GenerationConfig()
+    except FROM_CONTENT as error:
+        raise ModelError(f"the generation config of {model!r} cannot be read: {_first_line(error)}") from error
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -239,7 +300,7 @@ def fingerprint(source: ModelSource) -> BaseFingerprint:
         raise ModelError(problem)
     try:
         return base_fingerprint(source.model, source.revision, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except FROM_CONTENT as error:
         raise ModelError(f"the model {source.model!r} cannot be loaded: {_cause(source.model, error)}") from error
 
 
@@ -297,13 +358,16 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable:
     if slow := slow_pattern(module_patterns(adapter), [name for name, _ in model.named_modules()]):
         pattern = f"its {ADAPTER_CONFIG} has a pattern, {slow}"
         raise ModelError(f"the adapter {str(adapter.directory)!r} cannot be used: {pattern}. Write the names instead.")
+    if adapter.kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        kinds = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise ModelError(f"the adapter {str(adapter.directory)!r} is of kind {adapter.kind!r}; PEFT knows {kinds}")
     _resize_embeddings(model, adapter)
     belongs = f"It was trained on {adapter.base!r}; is that the model given?"
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter.directory), is_trainable=is_trainable)
-    except (ValueError, RuntimeError, SafetensorError) as error:
+    except FROM_CONTENT as error:
         detail = next((line for line in str(error).splitlines() if "size mismatch" in line), _first_line(error))
-        raise ModelError(f"{misfit} {detail.strip()} {belongs}") from error
+        raise ModelError(f"{misfit} {detail.strip().rstrip('.')}. {belongs}") from error
     check_tensors(adapter.weights)
     if problem := adapter_difference(wrapped, adapter.weights):
         raise ModelError(f"{misfit} {problem}. {belongs}")
@@ -339,6 +403,8 @@ def _cause(model: str, error: BaseException) -> str:
             f"{_first_line(error)} No folder of that name is here either. Write the path of a saved model; or check "
             "the Hub id, the connection, HF_HUB_OFFLINE and, for gated models, `hf auth login`."
         )
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other sizes than its config.json says. Give the config.json they were saved with."
     if isinstance(error, ValueError) and "custom code" in str(error):
         advice = "look at it, and where you trust it write trust_remote_code: true (--trust_remote_code)"
         return f"it needs Python code that comes with it: {advice}"
@@ -346,7 +412,10 @@ def _cause(model: str, error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    """What an error says; where that is meant for programmers, such as the key of a KeyError, with its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)):
+        lines = [": ".join([type(error).__name__, *lines])]
     return lines[0] if lines else type(error).__name__
 
 

@@ -107,6 +107,12 @@ def check_modules(
         if isinstance(module, ADAPTABLE) and name.rpartition(".")[2] not in barred
     }
     problems = _barred(target_modules, barred, modules)
+    head = model.get_output_embeddings()
+    linear = [
+        name for name in adaptable if isinstance(modules[name], (nn.Linear, Conv1D)) and modules[name] is not head
+    ]
+    if target_modules == "all-linear" and not linear:
+        raise ModelError("the model has no linear layer that could take an adapter. Write parametrization: full.")
     if isinstance(target_modules, str):
         if target_modules != "all-linear" and not any(re.fullmatch(target_modules, name) for name in adaptable):
             problems.append(f"no module that can take an adapter matches lora_target_modules: {target_modules}")
@@ -115,7 +121,6 @@ def check_modules(
     if unknown := [name for name in modules_to_save if not _leads_to(name, set(modules))]:
         problems.append(f"lora_modules_to_save names {', '.join(unknown)}, which the model does not have")
     if problems:
-        head = model.get_output_embeddings()
         kinds = sorted({name.rpartition(".")[2] for name in adaptable if modules[name] is not head})
         raise ModelError(f"{'; '.join(problems)}. Write all-linear, or names among {', '.join(kinds)}.")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config import LoadedConfig, load_config
-from alignkit.config.yaml_schema import dump_yaml
 from alignkit.errors import ConfigError
 from alignkit.methods.method import load_method, method_names
+from alignkit.yaml_text import dump_yaml
 
 ROWS = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},

@@ -12,7 +12,7 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 from alignkit.config.foreign_keys import ABSENT, METHODS, SETTLED, WRITE
 from alignkit.config.keys import PROGRAMS, base_keys, method_keys, program_methods
 from alignkit.config.names import is_launcher_key
-from alignkit.config.yaml_schema import parse_yaml
+from alignkit.yaml_text import parse_yaml
 from tests.configs.cases import problems_of
 
 KEYS = {name: key for program in PROGRAMS for name, key in base_keys(program).items()}

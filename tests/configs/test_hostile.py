@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from alignkit.config import load_config
-from alignkit.config.yaml_schema import MOST_VALUES, parse_yaml
 from alignkit.errors import ConfigError
+from alignkit.yaml_text import MOST_VALUES, parse_yaml
+from tests.chaos.hostile import DOCUMENTS
 
 GIVEN = {"model": "m", "data": "d.jsonl", "method": "dpo", "output_dir": "run"}
-
-
-def bomb(levels: int, width: int) -> str:
-    """Aliases of aliases: few lines that stand for width ** levels values."""
-    lines = ["a0: &a0 [x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, levels)]
-    return "\n".join(lines)
-
-
-HOSTILE = {
-    "a bomb of aliases": (bomb(12, 10), "values, more than"),
-    "a bomb of mappings": (bomb(40, 2).replace("[x]", "{x: y}"), "values, more than"),
-    "a document that contains itself": ("data: &a [*a]", "has no end"),
-    "a mapping that contains itself": ("data: &a {b: *a}", "has no end"),
-    "a deep nest": (f"data: {'[' * 20_000}{']' * 20_000}", "nested too deeply"),
-    "a number of many digits": (f"max_steps: {'9' * 5000}", "5,000 digits"),
-    "a large file": (f"data: '{'x' * 300_000}'", "which is no configuration"),
-    "many values": (f"data: [{'x,' * 25_000}]", "values, more than"),
-    "an object": ("data: !!python/object/apply:os.system ['touch pwned']", "could not determine a constructor"),
-    "bytes": ("data: \x00", "not valid YAML"),
-}
 
 
 def refusal(path: Path | None, *words: str) -> str:
@@ -45,11 +26,11 @@ def refusal(path: Path | None, *words: str) -> str:
 
 def test_a_hostile_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for text, reason in HOSTILE.values():
-        (tmp_path / "c.yaml").write_text(text)
-        assert reason in refusal(Path("c.yaml"))
+    for name, (text, reason) in DOCUMENTS.items():
+        (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert re.search(reason, refusal(Path("c.yaml"))), name
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "nothing was executed"
-    print(f"\nhostile YAML: {len(HOSTILE)} of {len(HOSTILE)}")
+    print(f"\nfiles that are no config: {len(DOCUMENTS)} of {len(DOCUMENTS)}")
 
 
 def test_aliases_that_a_person_writes_are_read() -> None:
@@ -77,9 +58,8 @@ NUMBERS = (
 )
 
 
-def test_astronomic_numbers_are_refused_with_the_bound() -> None:
-    words = [word for key, value in GIVEN.items() for word in (f"--{key}", value)]
-    for key, value, reason in NUMBERS:
-        said = refusal(None, *words, f"--{key}", value)
-        assert f"`{key}: " in said and reason in said and ": 1 problem" in said
-    print(f"\nastronomic numbers: {len(NUMBERS)} of {len(NUMBERS)}")
+@pytest.mark.parametrize(("key", "value", "reason"), NUMBERS, ids=[f"{key}-{value:.9}" for key, value, _ in NUMBERS])
+def test_astronomic_numbers_are_refused_with_the_bound(key: str, value: str, reason: str) -> None:
+    words = [word for given in GIVEN.items() for word in (f"--{given[0]}", given[1])]
+    said = refusal(None, *words, f"--{key}", value)
+    assert f"`{key}: " in said and reason in said and ": 1 problem" in said

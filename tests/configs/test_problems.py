@@ -8,9 +8,9 @@ import pytest
 
 from alignkit.config import load_config
 from alignkit.config.keys import base_keys, method_keys
-from alignkit.config.yaml_schema import dump_yaml
 from alignkit.errors import ConfigError
 from alignkit.methods.method import load_method, method_names
+from alignkit.yaml_text import dump_yaml
 from tests.configs.cases import GOOD, SUPERVISED, problems
 
 BASE = "model: base\ndata: rows.jsonl\nmethod: flex_dpo\noutput_dir: runs/x\n"

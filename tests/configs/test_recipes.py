@@ -9,11 +9,11 @@ import yaml
 from alignkit.config import find_recipe, load_config
 from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
 from alignkit.config.names import is_launcher_key
-from alignkit.config.yaml_schema import parse_yaml
 from alignkit.errors import ConfigError
 from alignkit.gradients.glad import GLADConfig
 from alignkit.methods.method import load_method
 from alignkit.shipped import configs_dir, recipe_names, recipe_path
+from alignkit.yaml_text import parse_yaml
 
 LAUNCHER_FILES = sorted((configs_dir() / "accelerate").glob("*.yaml"))
 

@@ -20,15 +20,9 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.parametrizations.files import read_adapter
 from alignkit.parametrizations.loading import load_adapter, load_tokenizer
 from alignkit.parametrizations.lora import check_modules, check_rank
+from tests.chaos.hostile import TEMPLATES
 from tests.programs.conftest import save_model
 
-TEMPLATES = {
-    "a loop in a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x",
-    "a power": "{{ 10 ** (10 ** 9) }}",
-    "a repetition": "{{ 'a' * 10 ** 11 }}",
-    "a doubling": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}x",
-    "a loop over the generation prompt": "{% if add_generation_prompt %}{{ 'a' * 10 ** 11 }}{% endif %}x",
-}
 HONEST = {
     "plain": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
     "one that refuses these messages": "{{ raise_exception('no') }}",
@@ -52,13 +46,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_template_that_never_ends_is_refused(saved: Path, tmp_path: Path) -> None:
     file = tmp_path / "t.jinja"
-    for template in TEMPLATES.values():
-        file.write_text(template)
+    for name in ("a loop in a loop", "a repetition before an answer"):
+        file.write_text(str(TEMPLATES[name][0]))
         begun = time.perf_counter()
         with pytest.raises(ModelError, match=r"the chat template of .*t\.jinja.* (takes longer than|needs more than)"):
             load_tokenizer(str(saved), chat_template=file)
         assert time.perf_counter() - begun < 30
-    print(f"\nhostile templates: {len(TEMPLATES)} of {len(TEMPLATES)}")
 
 
 @pytest.mark.parametrize("name", HONEST)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -28,6 +29,7 @@ class CoreLoader(yaml.SafeLoader):
     """A safe loader with the scalars of the core schema, for documents of a size that a person writes."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
+    yaml_constructors: dict[Any, Any] = {}
 
     def get_single_node(self) -> yaml.Node | None:
         """The document, once it is known to be finite and not too large."""
@@ -42,14 +44,35 @@ class CoreLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """A whole number; Python reads none of more than 4,300 digits."""
+        return int(str(self.construct_scalar(node)))
+
+
+def _constructor(kind: str) -> Callable[[CoreLoader, yaml.Node], Any]:
+    """What makes a value of a node; ``!!int x``, which says another kind than it is, is an error like any other."""
+    construct = {
+        "map": CoreLoader.construct_yaml_map,
+        "seq": CoreLoader.construct_yaml_seq,
+        "str": CoreLoader.construct_yaml_str,
+        "null": CoreLoader.construct_yaml_null,
+        "bool": CoreLoader.construct_yaml_bool,
+        "int": CoreLoader.construct_yaml_int,
+        "float": CoreLoader.construct_yaml_float,
+    }[kind]
+
+    def checked(loader: CoreLoader, node: yaml.Node) -> Any:
         try:
-            return int(str(self.construct_scalar(node)))
-        except ValueError:
-            digits = f"a number of {len(node.value):,} digits cannot be read"
-            raise yaml.constructor.ConstructorError(None, None, digits, node.start_mark) from None
+            return construct(loader, node)
+        except (ValueError, KeyError):
+            long = f"a number of {len(node.value):,} digits" if str(node.value).isdigit() else f"{node.value!r:.60}"
+            why = f"{long} cannot be read as {kind}"
+            raise yaml.constructor.ConstructorError(None, None, why, node.start_mark) from None
+
+    return checked
 
 
-CoreLoader.add_constructor("tag:yaml.org,2002:int", CoreLoader.construct_yaml_int)
+for _kind in ("map", "seq", "str", "null", "bool", "int", "float"):
+    CoreLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _constructor(_kind))
+CoreLoader.add_constructor(None, CoreLoader.construct_undefined)
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
