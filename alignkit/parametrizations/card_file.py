@@ -32,4 +32,5 @@ def read_card(file: Path) -> ModelCard:
             raise ValueError(f"tags is {tags!r:.60}, expected a list of texts")
         return ModelCard(text)
     except (YAMLError, ValueError, TypeError) as error:
-        raise ModelError(f"the metadata of {file} is not valid: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the metadata of {file.name} is not valid: {reason} (folder {file.parent})") from error
