@@ -20,6 +20,7 @@ from alignkit.parametrizations.files import (
     CARD_OF_THE_ADAPTER,
     MODEL_CONFIG,
     TOKENIZER_CONFIG,
+    read_json,
 )
 from alignkit.parametrizations.fingerprints import ORIGIN_FILE
 
@@ -84,7 +85,7 @@ def _modules(root: Path) -> Iterator[str]:
     """Python files that the configs name as the code of the model or tokenizer."""
     for config in (MODEL_CONFIG, TOKENIZER_CONFIG):
         if (root / config).is_file():
-            content = json.loads((root / config).read_text(encoding="utf-8"))
+            content = read_json(root / config)
             for module in re.findall(r'"(\w+)\.\w+"', json.dumps(content.get("auto_map", {}))):
                 yield f"{module}.py"
 

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from alignkit.callbacks.card import hub_id
 from alignkit.errors import ModelError
 from alignkit.parametrizations.card_file import read_card
-from alignkit.parametrizations.files import ADAPTER_CONFIG
+from alignkit.parametrizations.files import ADAPTER_CONFIG, read_json
 from alignkit.parametrizations.fingerprints import BaseFingerprint, base_fingerprint, read_origin
 
 CARD = "README.md"
@@ -55,7 +55,7 @@ def prepare_card(root: Path, kind: Kind, base_model: str | None) -> CardCopy:
     except ModelError as error:
         return CardCopy(problems=[str(error)])
     copy = CardCopy()
-    config = json.loads((root / ADAPTER_CONFIG).read_text(encoding="utf-8")) if kind == "adapter" else {}
+    config = read_json(root / ADAPTER_CONFIG) if kind == "adapter" else {}
     trained_on = config.get("base_model_name_or_path")
     base = _hub_base(base_model, card.data.base_model, trained_on)
     if base is None and kind == "adapter":

@@ -70,7 +70,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     if not (path / ADAPTER_CONFIG).is_file():
         kind = "it holds a full model: give it as --model" if (path / MODEL_CONFIG).is_file() else _checkpoints(path)
         raise ModelError(f"{str(directory)!r} has no {ADAPTER_CONFIG}, so it is not a saved adapter; {kind}")
-    config = _read_json(path / ADAPTER_CONFIG)
+    config = read_json(path / ADAPTER_CONFIG)
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{str(directory)!r} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}: save the adapter again")
     check_tensors(path / ADAPTER_WEIGHTS)
@@ -88,7 +88,7 @@ def module_patterns(adapter: AdapterFiles) -> list[str]:
     Args:
         adapter: The saved adapter.
     """
-    return possible_patterns(_read_json(adapter.directory / ADAPTER_CONFIG))
+    return possible_patterns(read_json(adapter.directory / ADAPTER_CONFIG))
 
 
 def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None, AdapterFiles | None]:
@@ -151,9 +151,9 @@ def content_problem(folder: Path) -> str | None:
     Raises:
         ModelError: Its config or index is no JSON.
     """
-    config = _read_json(folder / MODEL_CONFIG)
+    config = read_json(folder / MODEL_CONFIG)
     for index in folder.glob("*.index.json"):
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             return f"{index} has no weight_map of names: save the model again"
         for name in sorted(set(shards.values())):
@@ -256,7 +256,15 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that anybody may have written.
+
+    Args:
+        file: The file.
+
+    Raises:
+        ModelError: It holds something else, or no JSON.
+    """
     try:
         value = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:

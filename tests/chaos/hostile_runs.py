@@ -70,7 +70,9 @@ def put_before(case: Hostile, launcher: Launcher, workplace: Path, folder: Path)
         assert len(message) < 20_000, f"{len(message)} characters, {case.kind}: {case.name}"
     for card in place.glob("*/README.md"):
         if card.parent.name not in ("adapter", "model"):
-            assert set(metadata_load(card) or {}) <= {"library_name", "pipeline_tag", "tags", "base_model"}, label
+            metadata = metadata_load(card) or {}
+            assert set(metadata) <= {"library_name", "pipeline_tag", "tags", "base_model", "license"}, label
+            assert metadata.get("license") != "evil", label
             assert not RAW.search(card.read_text()), label
     shutil.rmtree(place)
 
