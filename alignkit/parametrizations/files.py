@@ -20,6 +20,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+_LOADED_FIRST = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Of the weights of a model those that transformers loads: the first that is there."""
 RUN_MARKS = ("run.json", "complete.json")
 """Files by which a folder of weights is known to have been written by a run."""
 CARD_OF_THE_ADAPTER = "adapter_card.md"
@@ -152,7 +159,8 @@ def content_problem(folder: Path) -> str | None:
         ModelError: Its config or index is no JSON.
     """
     config = read_json(folder / MODEL_CONFIG)
-    for index in folder.glob("*.index.json"):
+    index = next((folder / name for name in _LOADED_FIRST if (folder / name).is_file()), folder)
+    if index.name.endswith(".index.json"):  # Others, as of weights that were not downloaded, are not looked at.
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             return f"{index} has no weight_map of names: save the model again"

@@ -296,6 +296,10 @@ MODELS: Mapping[str, tuple[Edit, str | None]] = {
     "shards outside": (index({"model.norm.weight": "../secret.safetensors"}), "which lies elsewhere"),
     "shards of a rooted path": (index({"model.norm.weight": "/etc/hostname"}), "which lies elsewhere"),
     "shards that are missing": (index({"model.norm.weight": "gone.safetensors"}), "which is not here"),
+    "an index of weights that nobody loads": (
+        holding("pytorch_model.bin.index.json", json.dumps({"weight_map": {"x": "pytorch_model-1.bin"}})),
+        None,
+    ),
     "an index that is a list": (index(["x"]), "no weight_map"),
     "an index nested deeply": (both(holding(INDEX, "[" * 10**5, MODEL)), "has no weights"),
     "weights cut off": (cut(MODEL), "truncated or damaged"),
