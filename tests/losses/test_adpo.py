@@ -91,6 +91,21 @@ def check_loss(loss: Callable[..., LossOutput]) -> None:
     check_case(loss, scored(rows, (0.75, 0.5, 0.5, 0.25), (1.0, 0.0)), Case("listwise_raw", tau=RULE))
     # A candidate with the score that padding has is not tied with padding.
     check_case(loss, scored(rows, (0.75, 0.5, 0.5, 0.25), (0.0, -1.0)), Case("plackett_luce"))
+    check_ties(loss)
+
+
+def check_ties(loss: Callable[..., LossOutput]) -> None:
+    """The third candidate has the tokens of the first, whose log-probs it has but for the last digits.
+
+    Scores 3 > 2 > 1 > 0.5 > 0.5: u is 1, 2, 1 + rounding, 1 / 2, 1 / 2 in turn. By hand, of the nine pairs of unequal
+    score: (0, 1) wrong, (0, 2) tied, (0, 3) and (0, 4) right, (1, 2), (1, 3), (1, 4) right, (2, 3) and (2, 4) right.
+    """
+    for rounding in (-1e-6, 0.0, 1e-6):
+        values = [(1.0, 3.0), (2.0, 2.0), (1.0 + rounding, 1.0), (0.5, 0.5), (0.5, 0.5)]
+        batch = list_batch([[Candidate([u - 3.0], [-3.0], score) for u, score in values]])
+        known = replace(batch, first_equal=torch.tensor([[0, 1, 0, 3, 4]]))
+        right = metric_mean(loss(known).metrics["rewards/accuracies"])
+        assert right == pytest.approx(7.5 / 9, **TIGHT), rounding
 
 
 def scored(rows: list[Row], *scores: tuple[float, ...]) -> list[Row]:
@@ -264,14 +279,4 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_equal_candidates_are_a_tie_however_they_round() -> None:
-    """The third candidate has the tokens of the first, whose log-probs it has but for the last digits.
-
-    Scores 3 > 2 > 1 > 0.5 > 0.5: u is 1, 2, 1 + rounding, 1 / 2, 1 / 2 in turn. By hand, of the nine pairs of unequal
-    score: (0, 1) wrong, (0, 2) tied, (0, 3) and (0, 4) right, (1, 2), (1, 3), (1, 4) right, (2, 3) and (2, 4) right.
-    """
-    for rounding in (-1e-6, 0.0, 1e-6):
-        values = [(1.0, 3.0), (2.0, 2.0), (1.0 + rounding, 1.0), (0.5, 0.5), (0.5, 0.5)]
-        batch = list_batch([[Candidate([u - 3.0], [-3.0], score) for u, score in values]])
-        known = replace(batch, first_equal=torch.tensor([[0, 1, 0, 3, 4]]))
-        right = metric_mean(adpo_loss(known).metrics["rewards/accuracies"])
-        assert right == pytest.approx(7.5 / 9, **TIGHT), rounding
+    check_ties(adpo_loss)
