@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from alignkit.losses.types import LossTerm as LossTerm
     from alignkit.losses.types import Metric as Metric
     from alignkit.losses.types import TokenBatch as TokenBatch
-    from alignkit.methods._preference import PreferenceTrainer as PreferenceTrainer
-    from alignkit.methods._supervised import SupervisedTrainer as SupervisedTrainer
-    from alignkit.methods.method import Method as Method
-    from alignkit.methods.method import load_method as load_method
-    from alignkit.methods.method import method_names as method_names
-    from alignkit.run import train_preference as train_preference
-    from alignkit.run import train_sft as train_sft
+    from alignkit.parts.method import Method as Method
+    from alignkit.parts.method import load_method as load_method
+    from alignkit.parts.method import method_names as method_names
+    from alignkit.runs.run import train_preference as train_preference
+    from alignkit.runs.run import train_sft as train_sft
+    from alignkit.shapes._candidates import PreferenceTrainer as PreferenceTrainer
+    from alignkit.shapes._tokens import SupervisedTrainer as SupervisedTrainer
 
 __version__ = "0.1.0"
 
@@ -54,10 +54,10 @@ _PUBLIC = {
     "alignkit.losses.flex_dpo": ("flex_dpo_loss",),
     "alignkit.losses.sft": ("sft_loss",),
     "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric", "TokenBatch"),
-    "alignkit.methods._preference": ("PreferenceTrainer",),
-    "alignkit.methods._supervised": ("SupervisedTrainer",),
-    "alignkit.methods.method": ("Method", "load_method", "method_names"),
-    "alignkit.run": ("train_preference", "train_sft"),
+    "alignkit.shapes._candidates": ("PreferenceTrainer",),
+    "alignkit.shapes._tokens": ("SupervisedTrainer",),
+    "alignkit.parts.method": ("Method", "load_method", "method_names"),
+    "alignkit.runs.run": ("train_preference", "train_sft"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

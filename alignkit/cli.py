@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from alignkit import __version__
-from alignkit.programs import run_program
+from alignkit.programs.entry import run_program
 from alignkit.shipped import configs_dir, program_path, recipe_names, recipe_path
 
 _EPILOG = """\
@@ -116,7 +116,7 @@ def _program_of(recipe: str | None, overrides: list[str]) -> str:
     from alignkit.config.overrides import split_overrides
     from alignkit.config.recipes import find_recipe
     from alignkit.config.yaml_file import read_entries
-    from alignkit.methods.method import load_method, method_names
+    from alignkit.parts.method import load_method, method_names
 
     named = [override.text for override in split_overrides(overrides) if override.name == "method"]
     if not named and recipe is not None:
@@ -126,7 +126,7 @@ def _program_of(recipe: str | None, overrides: list[str]) -> str:
 
 
 def _methods() -> int | None:
-    from alignkit.methods.method import load_method, method_names
+    from alignkit.parts.method import load_method, method_names
 
     for method in map(load_method, method_names()):
         print(f"{method.name}\n  {method.summary}")
@@ -145,7 +145,7 @@ def _recipes() -> int | None:
 
 
 def _env() -> int | None:
-    from alignkit.doctor import report
+    from alignkit.programs.doctor import report
 
     text, fits = report()
     print(text)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.programs import run_program
+from alignkit.programs.entry import run_program
 
 WORKER = Path(__file__).with_name("benchmark_worker.py")
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.programs import run_program
+from alignkit.programs.entry import run_program
 from benchmark import KEPT_MEMORY
 
 MIB = 2**20
@@ -113,10 +113,10 @@ def build(name: str, directory: str, options: argparse.Namespace) -> Any:
     from trl import DPOConfig
 
     from alignkit.gradients._hook import chosen_rule
-    from alignkit.gradients.rule import load_rule
-    from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-    from alignkit.methods.method import load_method
     from alignkit.parametrizations.lora import lora_config
+    from alignkit.parts.method import load_method
+    from alignkit.parts.rule import load_rule
+    from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 
     side, method = SIDES[name], load_method("dpo")
     is_lora = options.parametrization == "lora"

@@ -25,16 +25,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from alignkit.arguments import StrictParser, positive_int
-from alignkit.programs import run_program
+from alignkit.programs.arguments import StrictParser, positive_int
+from alignkit.programs.entry import run_program
 
 PHASES = {
-    "read the files": ("alignkit.steps", "load_splits"),
-    "check and tokenise": ("alignkit.steps", "convert_splits"),
-    "report": ("alignkit.steps", "report_data"),
-    "hash what the run is made of": ("alignkit.origin_steps", "record_origin"),
+    "read the files": ("alignkit.runs.steps", "load_splits"),
+    "check and tokenise": ("alignkit.runs.steps", "convert_splits"),
+    "report": ("alignkit.runs.steps", "report_data"),
+    "hash what the run is made of": ("alignkit.runs.origin", "record_origin"),
     "load the model, choose the layout": ("alignkit.steps_{program}", "build_trainer"),
-    "up to the first step": ("alignkit.steps", "train"),
+    "up to the first step": ("alignkit.runs.steps", "train"),
 }
 """Phase to the step of a run that is timed."""
 
@@ -120,7 +120,7 @@ def start(options: argparse.Namespace, model: str, data: str, scratch: str) -> C
 
         words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
         loaded = parse_program_arguments(options.program, words)
-        return loaded, importlib.import_module("alignkit.run")
+        return loaded, importlib.import_module("alignkit.runs.run")
 
     loaded, program = clock.timed("read the config, import the libraries", load)()
     for phase, (module, name) in PHASES.items():

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from alignkit.arguments import StrictParser, non_negative_int, positive_int
-from alignkit.programs import run_program
+from alignkit.programs.arguments import StrictParser, non_negative_int, positive_int
+from alignkit.programs.entry import run_program
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,8 +66,8 @@ def passes(options: Any, directory: str, rows: Dataset) -> tuple[Callable[[], An
     import torch
     from transformers import AutoModelForCausalLM
 
-    from alignkit.methods._forward import add_completion_head, score_rows
-    from alignkit.methods._token_rewards import PassLayout, choose_pass_layout, scored_rows
+    from alignkit.models._forward import add_completion_head, score_rows
+    from alignkit.references._token_rewards import PassLayout, choose_pass_layout, scored_rows
 
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

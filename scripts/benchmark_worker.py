@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import DPOConfig, DPOTrainer
 
 from alignkit.data.convert import to_candidate_rows
-from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-from alignkit.methods.method import load_method
 from alignkit.parametrizations.lora import lora_config
+from alignkit.parts.method import load_method
+from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 
 VOCABULARY = 2048
 WARM_UP_STEPS = 1

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.arguments import StrictParser, non_negative_float, positive_int
 from alignkit.errors import ProblemListError
-from alignkit.evals.table import render_table
 from alignkit.json_text import parse_json
-from alignkit.programs import run_program
-from alignkit.run_directory import RUN_FILE, RunDirectory
+from alignkit.programs.arguments import StrictParser, non_negative_float, positive_int
+from alignkit.programs.entry import run_program
+from alignkit.reports.table import render_table
+from alignkit.runs.directory import RUN_FILE, RunDirectory
 
 EXIT_DIFFERENT = 1
 METRICS_FILE = "metrics.jsonl"

@@ -22,9 +22,9 @@ from alignkit.config.keys import Key, base_keys, method_keys, rule_keys
 from alignkit.config.rules import IgnoredKeys, Rule
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import AlignkitError
-from alignkit.gradients.rule import load_rule, rule_names
-from alignkit.methods.method import load_method, method_names
-from alignkit.programs import run_program
+from alignkit.parts.method import load_method, method_names
+from alignkit.parts.rule import load_rule, rule_names
+from alignkit.programs.entry import run_program
 from alignkit.shipped import recipe_names, recipe_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -133,7 +133,7 @@ def metrics_table(metrics: Iterable[tuple[str, str]]) -> str:
 
 def probe_metrics() -> str:
     """What the probe callback logs."""
-    from alignkit.callbacks.probe import METRICS
+    from alignkit.runs.probe import METRICS
 
     return metrics_table(METRICS.items())
 
@@ -162,7 +162,7 @@ def own_keys(program: str) -> str:
 
 def supervised_metrics() -> str:
     """What the supervised bridge logs."""
-    from alignkit.methods._supervised import METRICS
+    from alignkit.shapes._tokens import METRICS
 
     return metrics_table(METRICS.items())
 

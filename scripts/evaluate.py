@@ -16,7 +16,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.arguments import (
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.models.files import AdapterFiles, find_model, model_problem
+from alignkit.plain_text import all_without_secrets
+from alignkit.programs.arguments import (
     StrictParser,
     column_pair,
     non_negative_float,
@@ -25,11 +28,8 @@ from alignkit.arguments import (
     positive_int,
     share,
 )
-from alignkit.errors import AlignkitError, ConfigError
-from alignkit.outputs import add_overwrite, output_problems
-from alignkit.parametrizations.files import AdapterFiles, find_model, model_problem
-from alignkit.plain_text import all_without_secrets
-from alignkit.programs import run_program
+from alignkit.programs.entry import run_program
+from alignkit.programs.outputs import add_overwrite, output_problems
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,8 +47,8 @@ def main() -> None:
 
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
     from alignkit.evals import evaluate as steps
-    from alignkit.evals.generation import Sampling
-    from alignkit.parametrizations.loading import ModelSource
+    from alignkit.models.loading import ModelSource
+    from alignkit.sampling.generation import Sampling
 
     state = steps.start_processes(use_cpu=arguments.use_cpu)
     how = pick(arguments, "dtype", "quantization", "attn_implementation", "trust_remote_code")
@@ -91,8 +91,8 @@ def report(
     data: EvaluationData,
 ) -> None:
     """Print the table and the sample answers, and write the record."""
-    from alignkit.callbacks.durability import write_whole
     from alignkit.evals.results import result_record, result_table, sample_text
+    from alignkit.storage.durability import write_whole
 
     prompts = [tokenizer.decode(ids) for ids in data.prompts]
     print(result_table(evaluation, base, show_top1=any(len(scores) > 2 for scores in data.rows["scores"])))

@@ -15,17 +15,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignkit.arguments import StrictParser, non_negative_float, positive_int
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.outputs import add_overwrite, folder_problems, written_folder
-from alignkit.parametrizations.files import MODEL_CONFIG, AdapterFiles, find_model
-from alignkit.programs import run_program
-from alignkit.run_directory import RUN_FILE, RunDirectory
+from alignkit.models.files import MODEL_CONFIG, AdapterFiles, find_model
+from alignkit.programs.arguments import StrictParser, non_negative_float, positive_int
+from alignkit.programs.entry import run_program
+from alignkit.programs.outputs import add_overwrite, folder_problems, written_folder
+from alignkit.runs.directory import RUN_FILE, RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from alignkit.parametrizations.export import MergeReport
+    from alignkit.models.export import MergeReport
 
 MAX_TOKENS = 128
 TEXTS = (
@@ -49,8 +49,8 @@ def main() -> None:
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
     from accelerate import PartialState
 
-    from alignkit.parametrizations.export import merge_adapter
-    from alignkit.parametrizations.loading import ModelSource, load_tokenizer
+    from alignkit.models.export import merge_adapter
+    from alignkit.models.loading import ModelSource, load_tokenizer
 
     source = ModelSource(
         base,
@@ -120,7 +120,7 @@ def check_inputs(arguments: argparse.Namespace) -> tuple[str, str | None, Adapte
 
 def quantization_in_training(adapter: AdapterFiles) -> str:
     """How the run that wrote an adapter quantised its base, by ``alignkit.json`` or ``run.json``; else ``none``."""
-    from alignkit.parametrizations.fingerprints import QUANTIZATION, read_origin
+    from alignkit.models.fingerprints import QUANTIZATION, read_origin
 
     if (recorded := (read_origin(adapter.directory) or {}).get(QUANTIZATION)) is not None:
         return str(recorded)
@@ -145,7 +145,7 @@ def token_ids(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase)
 
 def describe(report: MergeReport) -> str:
     """The comparison as a table."""
-    from alignkit.evals.table import render_table
+    from alignkit.reports.table import render_table
 
     differences = {"the adapter's effect on the base": report.effect, "error of the merge": report.error}
     rows = [[name, f"{found.max_abs:.3g}", f"{found.kl:.3g}"] for name, found in differences.items()]

@@ -14,8 +14,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from alignkit.arguments import StrictParser
-from alignkit.programs import run_program
+from alignkit.programs.arguments import StrictParser
+from alignkit.programs.entry import run_program
 
 if TYPE_CHECKING:
     from alignkit.hub.upload import Upload
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def describe(upload: Upload) -> str:
     """Files, total, the card's metadata, and what stays here."""
-    from alignkit.evals.table import render_table
+    from alignkit.reports.table import render_table
 
     files = [[file.path, f"{file.size:,}"] for file in upload.files]
     blocks = [

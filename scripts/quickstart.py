@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import AlignkitError, RunDirectoryError
-from alignkit.programs import run_program
+from alignkit.programs.entry import run_program
 from alignkit.shipped import program_path
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -87,8 +87,8 @@ def train_base(folder: Path, seed: int) -> dict[str, Path]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from alignkit.callbacks.progress import ShortProgress
     from alignkit.data.synthetic import tiny_model, train_tokenizer, write_quickstart_data
+    from alignkit.runs.progress import ShortProgress
 
     torch.set_num_threads(os.cpu_count() or 1)
     files = write_quickstart_data(folder / "data", seed)

@@ -20,7 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.arguments import (
+from alignkit.errors import AlignkitError, ConfigError, ModelError
+from alignkit.models.files import AdapterFiles, find_model, sha256
+from alignkit.programs.arguments import (
     StrictParser,
     column_pair,
     non_negative_float,
@@ -29,18 +31,16 @@ from alignkit.arguments import (
     positive_int,
     share,
 )
-from alignkit.errors import AlignkitError, ConfigError, ModelError
-from alignkit.outputs import add_overwrite, output_problems
-from alignkit.parametrizations.files import AdapterFiles, find_model, sha256
-from alignkit.programs import run_program
+from alignkit.programs.entry import run_program
+from alignkit.programs.outputs import add_overwrite, output_problems
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from alignkit.evals.sampling import Prompts, SampleSettings
-    from alignkit.evals.sampling_engines import Engine
-    from alignkit.parametrizations.loading import ModelSource
+    from alignkit.models.loading import ModelSource
+    from alignkit.sampling.candidates import Prompts, SampleSettings
+    from alignkit.sampling.engines import Engine
 
 SETTINGS = (
     "num_samples", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "chunk_size", "instruction",
@@ -54,13 +54,13 @@ def main() -> None:
     model_name, revision, adapter = check_inputs(arguments)
 
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
-    from alignkit.evals import sampling as steps
     from alignkit.evals.evaluate import start_processes, tokenizer_for
-    from alignkit.evals.sampling_report import SettingNames
-    from alignkit.evals.sampling_room import check_room
-    from alignkit.evals.sampling_scorer import load_scorer
-    from alignkit.evals.sampling_store import ChunkStore, on_first_process, write_rows
-    from alignkit.parametrizations.loading import ModelSource
+    from alignkit.models.loading import ModelSource
+    from alignkit.sampling import candidates as steps
+    from alignkit.sampling.report import SettingNames
+    from alignkit.sampling.room import check_room
+    from alignkit.sampling.scorer import load_scorer
+    from alignkit.sampling.store import ChunkStore, on_first_process, write_rows
 
     state = start_processes(use_cpu=arguments.use_cpu)
     scorer = None if arguments.scorer is None else load_scorer(*arguments.scorer)
@@ -94,7 +94,7 @@ def read_prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
     from alignkit.data.checks import check_template
     from alignkit.data.messages import rows_as_messages
     from alignkit.data.negatives import load_prompts
-    from alignkit.evals.sampling import prepare_prompts
+    from alignkit.sampling.candidates import prepare_prompts
 
     with state.main_process_first():
         options = pick(arguments, "split", "max_rows")
@@ -124,9 +124,9 @@ def load_engine(
     state: PartialState,
 ) -> Engine:
     """The engine with its model."""
-    from alignkit.evals.sampling_engines import HuggingFaceEngine, VllmEngine
-    from alignkit.parametrizations.loading import check_base, load_adapter, load_model
-    from alignkit.parametrizations.vocabulary import check_token_ids
+    from alignkit.models.loading import check_base, load_adapter, load_model
+    from alignkit.models.vocabulary import check_token_ids
+    from alignkit.sampling.engines import HuggingFaceEngine, VllmEngine
 
     if adapter is not None:
         check_base(adapter, source)
@@ -153,7 +153,7 @@ def what_samples_depend_on(
     arguments: argparse.Namespace, source: ModelSource, adapter: AdapterFiles | None, engine: str
 ) -> dict[str, Any]:
     """Everything besides the prompts and the sampling settings."""
-    from alignkit.evals.sampling_store import source_identity
+    from alignkit.sampling.store import source_identity
 
     scorer = None if arguments.scorer is None else [sha256(arguments.scorer[0]), arguments.scorer[1]]
     return source_identity(source, adapter) | {

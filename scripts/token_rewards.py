@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.arguments import StrictParser, column_pair, positive_int
 from alignkit.data.contrast import load_contrast_prompts
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.outputs import add_overwrite, output_problems
-from alignkit.parametrizations.files import AdapterFiles, find_model
-from alignkit.programs import run_program
+from alignkit.models.files import AdapterFiles, find_model
+from alignkit.programs.arguments import StrictParser, column_pair, positive_int
+from alignkit.programs.entry import run_program
+from alignkit.programs.outputs import add_overwrite, output_problems
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from alignkit.data.contrast import ContrastPrompts
-    from alignkit.evals.token_rewards import TokenRewardReport
+    from alignkit.references.token_reward_report import TokenRewardReport
 
 ENDINGS = (".jsonl", ".parquet")
 
@@ -44,12 +44,12 @@ def main() -> None:
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
     from alignkit.data.lengths import RowLengths
     from alignkit.evals import evaluate as steps
-    from alignkit.evals.sampling_store import write_rows
-    from alignkit.evals.token_rewards import write_heatmap
-    from alignkit.methods._comparison import compare_with_itself
-    from alignkit.methods._token_rewards import refuse_long_sequences
-    from alignkit.parametrizations.loading import ModelSource
-    from alignkit.parametrizations.vocabulary import check_token_ids
+    from alignkit.models._comparison import compare_with_itself
+    from alignkit.models.loading import ModelSource
+    from alignkit.models.vocabulary import check_token_ids
+    from alignkit.references._token_rewards import refuse_long_sequences
+    from alignkit.references.token_reward_report import write_heatmap
+    from alignkit.sampling.store import write_rows
 
     state = steps.start_processes(use_cpu=arguments.use_cpu)
     how = ("dtype", "quantization", "attn_implementation", "trust_remote_code")
@@ -104,10 +104,10 @@ def compute(
     state: PartialState,
 ) -> tuple[Dataset, TokenRewardReport]:
     """Score the rows on all processes, or take from the cache what an earlier pass has left there."""
-    from alignkit.evals.sharding import score_over_ranks
-    from alignkit.methods import _reference as reference
-    from alignkit.methods import _token_rewards as token_rewards
-    from alignkit.methods._forward import compute_precision
+    from alignkit.models._forward import compute_precision
+    from alignkit.models.sharding import score_over_ranks
+    from alignkit.references import _cache as reference
+    from alignkit.references import _token_rewards as token_rewards
 
     choice = token_rewards.choose_pass_layout(arguments.layout, model, rows)
     if state.is_main_process:

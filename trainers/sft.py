@@ -4,13 +4,13 @@
     accelerate launch --config_file configs/accelerate/zero2.yaml trainers/sft.py --config my_run.yaml
 
 ``--help`` lists every key; ``--print_config`` shows each value and where it comes from. The run itself reads top to
-bottom in ``alignkit/run.py``.
+bottom in ``alignkit/runs/run.py``.
 """
 
 import sys
 
 from alignkit.config import parse_program_arguments
-from alignkit.programs import run_program
+from alignkit.programs.entry import run_program
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     loaded = parse_program_arguments("sft", sys.argv[1:])
 
     # Torch and the Hugging Face libraries are imported here, once the configuration is known to be right.
-    from alignkit.run import train_sft
+    from alignkit.runs.run import train_sft
 
     train_sft(loaded)
 

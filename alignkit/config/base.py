@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from alignkit.data.columns import RowFamily
-from alignkit.gradients.rule import load_rule, rule_names
-from alignkit.methods.method import load_method, method_names
+from alignkit.parts.method import load_method, method_names
+from alignkit.parts.rule import load_rule, rule_names
 
 
 @dataclass(frozen=True, kw_only=True)

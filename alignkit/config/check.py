@@ -15,8 +15,8 @@ from alignkit.config.names import explain_method, explain_rule_option, explain_u
 from alignkit.config.settings import Entry, Origin, Settings
 from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
-from alignkit.gradients.rule import load_rule
-from alignkit.methods.method import load_method
+from alignkit.parts.method import load_method
+from alignkit.parts.rule import load_rule
 
 
 def build_config(settings: Settings, headline: str, *, check_files: bool) -> ProgramConfig:

@@ -10,9 +10,9 @@ from alignkit.config.conflicts import CONFLICTS
 from alignkit.config.ignored import IGNORED
 from alignkit.config.rules import IgnoredKeys, Rule
 from alignkit.config.values import show
-from alignkit.gradients.rule import load_rule, rule_names
-from alignkit.methods.method import Method, load_method, method_names
-from alignkit.options import Conflict, OnlyWith
+from alignkit.parts.method import Method, load_method, method_names
+from alignkit.parts.options import Conflict, OnlyWith
+from alignkit.parts.rule import load_rule, rule_names
 
 
 def _rule_of(method: Method, conflict: Conflict) -> Rule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from alignkit.config.rules import Rule, no_heldout_rows
-from alignkit.gradients.rule import load_rule
+from alignkit.parts.rule import load_rule
 
 _OUTPUT_HEAD = "lm_head"
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typedd
 
 from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.values import is_union
-from alignkit.gradients.rule import GradientRule, load_rule, rule_names
-from alignkit.methods.method import Method, load_method
+from alignkit.parts.method import Method, load_method
+from alignkit.parts.rule import GradientRule, load_rule, rule_names
 
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null"}
 _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}

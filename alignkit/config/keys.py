@@ -11,9 +11,9 @@ from alignkit.config.base import ProgramConfig
 from alignkit.config.preference import PreferenceConfig
 from alignkit.config.sections import GradientSection, MethodSection, Section
 from alignkit.config.sft import SFTConfig
-from alignkit.gradients.rule import load_rule, rule_names
-from alignkit.methods.method import load_method, method_names
-from alignkit.options import OptionInfo
+from alignkit.parts.method import load_method, method_names
+from alignkit.parts.options import OptionInfo
+from alignkit.parts.rule import load_rule, rule_names
 
 PROGRAMS: Mapping[str, type[ProgramConfig]] = {config.program: config for config in (PreferenceConfig, SFTConfig)}
 """Launch program to its config class."""

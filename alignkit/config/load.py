@@ -15,7 +15,7 @@ from alignkit.config.recipes import find_recipe
 from alignkit.config.settings import COMMAND_LINE, DEFAULT, Entry, Origin, Settings
 from alignkit.config.values import show
 from alignkit.config.yaml_file import read_entries
-from alignkit.gradients.rule import rule_names
+from alignkit.parts.rule import rule_names
 from alignkit.yaml_text import dump_yaml
 
 PATH_KEYS = ("model", "reference_model", "adapter", "chat_template", "output_dir", "reference_cache")

@@ -14,9 +14,9 @@ from typing import Any
 from alignkit.config.conflicts import names_output_head
 from alignkit.config.settings import Settings
 from alignkit.json_text import parse_json
-from alignkit.parametrizations.adapter_config import config_problem
-from alignkit.parametrizations.files import newest_inside, quantization_problem, stored_quantization
-from alignkit.parametrizations.positions import stated_positions
+from alignkit.models.adapter_config import config_problem
+from alignkit.models.files import newest_inside, quantization_problem, stored_quantization
+from alignkit.models.positions import stated_positions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

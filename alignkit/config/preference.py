@@ -29,7 +29,7 @@ from alignkit.config.training import (
 from alignkit.data.columns import RowFamily
 from alignkit.data.negative_schema import negative_rows
 from alignkit.data.schema import preference_rows
-from alignkit.methods.method import load_method, method_names
+from alignkit.parts.method import load_method, method_names
 
 
 @dataclass(frozen=True, kw_only=True)

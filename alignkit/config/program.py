@@ -10,8 +10,8 @@ from alignkit.config.load import LoadedConfig, load_config
 from alignkit.config.overrides import split_overrides
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import ConfigError
-from alignkit.gradients.rule import load_rule, rule_names
-from alignkit.methods.method import load_method
+from alignkit.parts.method import load_method
+from alignkit.parts.rule import load_rule, rule_names
 from alignkit.shipped import recipe_names
 
 _WIDTH = 100

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from alignkit.config.settings import Settings
-from alignkit.options import Conflict
+from alignkit.parts.options import Conflict
 
 
 def no_heldout_rows(c: Any) -> bool:

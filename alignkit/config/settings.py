@@ -8,7 +8,7 @@ from typing import Any
 
 from alignkit.config.keys import Key, base_keys, option_keys, program_methods
 from alignkit.config.values import show
-from alignkit.gradients.rule import rule_names
+from alignkit.parts.rule import rule_names
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"

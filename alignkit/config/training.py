@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from alignkit.config.sections import TRANSFORMERS, TRL, Section
-from alignkit.options import DerivedDefault, option
+from alignkit.parts.options import DerivedDefault, option
 
 OPTIMIZERS = (
     "adamw_torch",

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 import yaml
 
 from alignkit.config.keys import Key
-from alignkit.options import OptionInfo
+from alignkit.parts.options import OptionInfo
 from alignkit.plain_text import without_secrets
 from alignkit.yaml_text import dump_yaml
 

@@ -28,7 +28,7 @@ from huggingface_hub import HfFileSystem
 
 from alignkit.data.json_values import column_of, features_of
 from alignkit.errors import DataError
-from alignkit.storage import writing
+from alignkit.storage.refusals import writing
 
 MALFORMED_SHOWN = 3
 HEAD_ROWS = 64

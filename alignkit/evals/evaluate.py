@@ -26,18 +26,18 @@ from alignkit.data.messages import as_messages
 from alignkit.data.prefix import Layout
 from alignkit.environment import environment
 from alignkit.errors import ConfigError
-from alignkit.evals.generation import Sample, Sampling, generate_samples, generation_sums
 from alignkit.evals.preference import likelihood_sums, preference_sums
 from alignkit.evals.results import Evaluation
-from alignkit.evals.sharding import score_over_ranks
-from alignkit.methods._comparison import compare_with_itself
-from alignkit.methods._forward import add_completion_head, use_packed_attention
-from alignkit.methods._layouts import choose_layout, confirmed
-from alignkit.methods._reference import rows_fingerprint
-from alignkit.parametrizations.files import AdapterFiles, sha256
-from alignkit.parametrizations.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
-from alignkit.parametrizations.positions import positions_of
-from alignkit.parametrizations.vocabulary import check_token_ids
+from alignkit.models._comparison import compare_with_itself
+from alignkit.models._forward import add_completion_head, use_packed_attention
+from alignkit.models._layouts import choose_layout, confirmed
+from alignkit.models.files import AdapterFiles, sha256
+from alignkit.models.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
+from alignkit.models.positions import positions_of
+from alignkit.models.sharding import score_over_ranks
+from alignkit.models.vocabulary import check_token_ids
+from alignkit.references._cache import rows_fingerprint
+from alignkit.sampling.generation import Sample, Sampling, generate_samples, generation_sums
 
 logger = logging.getLogger(__name__)
 

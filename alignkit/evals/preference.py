@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from alignkit.evals.estimates import RowSums, row_sums
+from alignkit.reports.estimates import RowSums, row_sums
 
 TokenLogps = Sequence[Sequence[float]]
 """Token log-probs of the candidates of one row, nats."""

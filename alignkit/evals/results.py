@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alignkit.evals.estimates import Estimate, RowSums
-from alignkit.evals.generation import Sample
-from alignkit.evals.table import render_table
+from alignkit.reports.estimates import Estimate, RowSums
+from alignkit.reports.table import render_table
+from alignkit.sampling.generation import Sample
 
 PROMPT_SHOWN = 300
 """Characters of a prompt shown on the screen, its end."""

@@ -45,8 +45,8 @@ from alignkit.gradients._weights import (
     whole_weights,
     zero_with_gradients,
 )
-from alignkit.gradients.rule import DisplacedOptions, EditOptions, GradientRule, load_rule
 from alignkit.losses.types import Metric
+from alignkit.parts.rule import DisplacedOptions, EditOptions, GradientRule, load_rule
 
 
 @dataclass(frozen=True)

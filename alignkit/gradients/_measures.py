@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from alignkit.gradients._family import EPSILON, Evaluation, dot, norm, products
-from alignkit.gradients.rule import GradientRule
 from alignkit.losses.types import Metric
+from alignkit.parts.rule import GradientRule
 
 LOST = (
     "warning: of a gradient rule's displacement, {whole:.3g} long, rounding leaves {held:.3g} "

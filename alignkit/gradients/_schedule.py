@@ -8,7 +8,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignkit.gradients.rule import DisplacedOptions
+from alignkit.parts.rule import DisplacedOptions
 
 IN_WARMUP = (
     "warning: gradient_rule: {name} never acts in this run. It rests while the learning rate warms up, {warmup} steps, "

@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError
 from alignkit.gradients._weights import Trainable
-from alignkit.gradients.rule import EditOptions, GradientRule
+from alignkit.parts.rule import EditOptions, GradientRule
 
 
 @dataclass(frozen=True)

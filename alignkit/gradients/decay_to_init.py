@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignkit.gradients.rule import GradientRule
-from alignkit.methods.method import Paper
-from alignkit.options import option
+from alignkit.parts.method import Paper
+from alignkit.parts.options import option
+from alignkit.parts.rule import GradientRule
 
 
 @dataclass(frozen=True, kw_only=True)

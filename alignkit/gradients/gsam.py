@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.gradients.rule import TWO_GRADIENT_METRICS, DisplacedOptions, GradientRule
 from alignkit.gradients.sam import displacement
-from alignkit.methods.method import Paper
-from alignkit.options import option
+from alignkit.parts.method import Paper
+from alignkit.parts.options import option
+from alignkit.parts.rule import TWO_GRADIENT_METRICS, DisplacedOptions, GradientRule
 
 if TYPE_CHECKING:
     from torch import Tensor

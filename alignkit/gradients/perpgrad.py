@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.gradients.rule import EditOptions, GradientRule
-from alignkit.methods.method import Paper
+from alignkit.parts.method import Paper
+from alignkit.parts.rule import EditOptions, GradientRule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.gradients.rule import TWO_GRADIENT_METRICS, DisplacedOptions, GradientRule
 from alignkit.gradients.sam import RULE as SAM
+from alignkit.parts.rule import TWO_GRADIENT_METRICS, DisplacedOptions, GradientRule
 
 if TYPE_CHECKING:
     from torch import Tensor

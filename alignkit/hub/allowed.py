@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from alignkit.callbacks.durability import MARKER, checkpoints
 from alignkit.hub.card import CARD, Kind
-from alignkit.parametrizations.files import (
+from alignkit.models.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD_OF_THE_ADAPTER,
@@ -22,7 +21,8 @@ from alignkit.parametrizations.files import (
     TOKENIZER_CONFIG,
     read_json,
 )
-from alignkit.parametrizations.fingerprints import ORIGIN_FILE
+from alignkit.models.fingerprints import ORIGIN_FILE
+from alignkit.storage.durability import MARKER, checkpoints
 
 WEIGHTS = {
     "adapter": (ADAPTER_CONFIG, ADAPTER_WEIGHTS),

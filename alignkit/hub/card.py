@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from alignkit.callbacks.card import hub_id
 from alignkit.errors import ModelError
-from alignkit.parametrizations.card_file import read_card
-from alignkit.parametrizations.files import ADAPTER_CONFIG, read_json
-from alignkit.parametrizations.fingerprints import BaseFingerprint, base_fingerprint, read_origin
+from alignkit.models.card_file import read_card
+from alignkit.models.files import ADAPTER_CONFIG, read_json
+from alignkit.models.fingerprints import BaseFingerprint, base_fingerprint, read_origin
+from alignkit.reports.card import hub_id
 
 CARD = "README.md"
 LIBRARIES = {"adapter": "peft", "model": "transformers"}

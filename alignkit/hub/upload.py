@@ -17,12 +17,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 import alignkit
-from alignkit.callbacks.card import hub_id
-from alignkit.callbacks.checkpoints import verify_weights
 from alignkit.errors import AlignkitError, ProblemListError
 from alignkit.hub.allowed import allowed_files, leads_out
 from alignkit.hub.card import Kind, id_fault, no_base, prepare_card
-from alignkit.parametrizations.files import ADAPTER_CONFIG, MODEL_CONFIG
+from alignkit.models.files import ADAPTER_CONFIG, MODEL_CONFIG
+from alignkit.models.saved_weights import verify_weights
+from alignkit.reports.card import hub_id
 
 SECRET_SEARCH_BYTES = 4 * 2**20
 

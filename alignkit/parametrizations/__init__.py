@@ -1,1 +1,1 @@
-"""Which numbers may move: full fine-tuning, LoRA, quantised bases."""
+"""Which numbers of a model may move: everything, or low-rank adapters."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from alignkit.gradients._family import Evaluation, along_gradient, norm
 from alignkit.gradients._hook import ChosenRule, chosen_rule
 from alignkit.gradients._measures import two_gradient_metrics
-from alignkit.gradients.rule import load_rule
+from alignkit.parts.rule import load_rule
 from glad_domains import FewShot
 from glad_lm import Weights, adapted, initial_adapters, mean_loss
 

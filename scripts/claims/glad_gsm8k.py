@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig
 
 from alignkit.data.supervised import to_supervised_rows
-from alignkit.methods._supervised import SupervisedTrainer
-from alignkit.methods.method import load_method
-from alignkit.parametrizations.loading import ModelSource, load_model, load_tokenizer
+from alignkit.models.loading import ModelSource, load_model, load_tokenizer
+from alignkit.parts.method import load_method
+from alignkit.shapes._tokens import SupervisedTrainer
 from glad_adapt import WATCHED, Arm
 from gsm8k_pairs import MODEL, SHARED, SOLUTIONS, read_questions, solutions
 

@@ -13,13 +13,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig
 
-from alignkit.callbacks.probe import DispersionProbe
 from alignkit.data.convert import to_candidate_rows
 from alignkit.evals.preference import preference_sums
-from alignkit.methods._forward import score_rows
-from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-from alignkit.methods.method import load_method
-from alignkit.parametrizations.loading import ModelSource, load_model, load_tokenizer
+from alignkit.models._forward import score_rows
+from alignkit.models.loading import ModelSource, load_model, load_tokenizer
+from alignkit.parts.method import load_method
+from alignkit.runs.probe import DispersionProbe
+from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 from gsm8k_pairs import Split
 
 WATCHED_ROWS = 32

@@ -12,9 +12,9 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from alignkit.evals.preference import preference_sums
-from alignkit.methods._forward import base_model, support_packed_rows
-from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-from alignkit.methods.method import load_method
+from alignkit.models._forward import base_model, support_packed_rows
+from alignkit.parts.method import load_method
+from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 from noise_rows import LabelledRow, list_row, negative_row, pair_row
 from noise_task import Task, candidates, score
 

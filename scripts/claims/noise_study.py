@@ -10,8 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from alignkit.methods._forward import add_completion_head
-from alignkit.parametrizations.loading import load_tokenizer
+from alignkit.models._forward import add_completion_head
+from alignkit.models.loading import load_tokenizer
 from noise_rows import LabelledRow, Question, draw_rows, flip, gsm8k_questions, short_enough, truthfulqa_questions
 from noise_runs import METHODS, measure, run
 from noise_task import Budget, Task, draw_samples, prepare_task, token_rewards

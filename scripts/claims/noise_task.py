@@ -14,20 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.contrast import ContrastPrompts, load_contrast_prompts
 from alignkit.data.convert import to_candidate_rows
-from alignkit.evals.sampling import SampleSettings, prepare_prompts, sample_candidates
-from alignkit.evals.sampling_engines import HuggingFaceEngine
-from alignkit.evals.sampling_store import ChunkStore
-from alignkit.evals.token_rewards import TokenRewardReport
-from alignkit.methods._forward import (
+from alignkit.models._forward import (
     add_completion_head,
     base_model,
     compute_precision,
     score_rows,
     use_packed_attention,
 )
-from alignkit.methods._reference import ReferenceCache, model_fingerprint
-from alignkit.methods._token_rewards import choose_pass_layout, refuse_long_sequences, with_token_rewards
-from alignkit.parametrizations.loading import ModelSource, load_model, load_tokenizer
+from alignkit.models.loading import ModelSource, load_model, load_tokenizer
+from alignkit.references._cache import ReferenceCache, model_fingerprint
+from alignkit.references._token_rewards import choose_pass_layout, refuse_long_sequences, with_token_rewards
+from alignkit.references.token_reward_report import TokenRewardReport
+from alignkit.sampling.candidates import SampleSettings, prepare_prompts, sample_candidates
+from alignkit.sampling.engines import HuggingFaceEngine
+from alignkit.sampling.store import ChunkStore
 from noise_rows import LabelledRow, list_row, pair_row
 
 SAMPLES = 4

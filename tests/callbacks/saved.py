@@ -19,7 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from alignkit.callbacks.checkpoints import ADAPTER_FILE, CheckpointGuard
+from alignkit.models.saved_weights import ADAPTER_FILE
+from alignkit.runs.checkpoints import CheckpointGuard
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(29))]
 

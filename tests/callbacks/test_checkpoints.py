@@ -14,8 +14,10 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState
 
-from alignkit.callbacks.checkpoints import ADAPTER_FILE, MODEL_INDEX, CheckpointGuard, verify_weights
-from alignkit.callbacks.durability import (
+from alignkit.errors import CheckpointError
+from alignkit.models.saved_weights import ADAPTER_FILE, MODEL_INDEX, verify_weights
+from alignkit.runs.checkpoints import CheckpointGuard
+from alignkit.storage.durability import (
     MARKER,
     checkpoints,
     complete_checkpoints,
@@ -24,8 +26,7 @@ from alignkit.callbacks.durability import (
     partial_path,
     write_whole,
 )
-from alignkit.callbacks.manifest import Manifest
-from alignkit.errors import CheckpointError
+from alignkit.storage.manifest import Manifest
 from tests.callbacks.saved import arguments, save, tiny_adapter, tiny_model, write_checkpoint
 
 
@@ -247,7 +248,7 @@ def test_state_of_another_step_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", [None, "zero_pp_rank_1_mp_rank_00_optim_states.pt", "model_states.pt"])
 def test_deepspeed_checkpoint_needs_the_states_of_every_rank(tmp_path: Path, broken: str | None) -> None:
-    from alignkit.callbacks.checkpoints import verify_checkpoint
+    from alignkit.runs.checkpoints import verify_checkpoint
 
     checkpoint = write_checkpoint(tmp_path, 10)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", ADAPTER_FILE):

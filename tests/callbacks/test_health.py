@@ -11,10 +11,10 @@ import pytest
 import yaml
 from transformers import TrainerControl, TrainerState
 
-from alignkit.callbacks.durability import mark_complete
-from alignkit.callbacks.health import HealthMonitor
-from alignkit.callbacks.trend import trend
 from alignkit.errors import AlignkitError
+from alignkit.reports.trend import trend
+from alignkit.runs.health import HealthMonitor
+from alignkit.storage.durability import mark_complete
 from tests.callbacks.logs import training_logs
 from tests.callbacks.saved import arguments, write_checkpoint
 

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
-from alignkit.callbacks.checkpoints import CheckpointGuard, verify_weights
-from alignkit.callbacks.durability import checkpoints, is_complete
-from alignkit.callbacks.health import HealthMonitor
-from alignkit.callbacks.metrics_log import MetricsLog, read_metrics
-from alignkit.callbacks.plot import plot_run
 from alignkit.errors import AlignkitError
-from alignkit.run_directory import RunDirectory
+from alignkit.models.saved_weights import verify_weights
+from alignkit.reports.metrics_log import MetricsLog, read_metrics
+from alignkit.reports.plot import plot_run
+from alignkit.runs.checkpoints import CheckpointGuard
+from alignkit.runs.directory import RunDirectory
+from alignkit.runs.health import HealthMonitor
+from alignkit.storage.durability import checkpoints, is_complete
 from tests.callbacks.saved import arguments, tiny_adapter, tiny_model
 
 

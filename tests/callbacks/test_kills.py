@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
-from alignkit.callbacks.checkpoints import ADAPTER_FILE, CheckpointGuard, verify_checkpoint
-from alignkit.callbacks.durability import checkpoint_step, checkpoints, complete_checkpoints
+from alignkit.models.saved_weights import ADAPTER_FILE
+from alignkit.runs.checkpoints import CheckpointGuard, verify_checkpoint
+from alignkit.storage.durability import checkpoint_step, checkpoints, complete_checkpoints
 from tests.callbacks.saved import arguments, save
 
 STEPS = (10, 20)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from alignkit.callbacks.metrics_log import MetricsLog, read_metrics
 from alignkit.errors import RunDirectoryError
+from alignkit.reports.metrics_log import MetricsLog, read_metrics
 from tests.callbacks.saved import arguments
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from alignkit.callbacks.sample_refresh import SampleRefresh
 from alignkit.gradients._schedule import ScheduleCheck, acts
-from alignkit.gradients.rule import load_rule
-from alignkit.methods._anchor import still
-from alignkit.methods.method import AnchorSchedule
+from alignkit.parts.method import AnchorSchedule
+from alignkit.parts.rule import load_rule
+from alignkit.references._anchor import still
+from alignkit.sampling.refresh import SampleRefresh
 from tests.callbacks.saved import arguments
 
 MAX_STEPS = 8

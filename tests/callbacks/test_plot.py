@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from alignkit.callbacks.plot import PANELS, PANELS_OF, panels_of_log, plot_run, with_ratios_per_token
-from alignkit.gradients.rule import TWO_GRADIENT_METRICS
-from alignkit.methods._pair_metrics import PAIR_METRICS
-from alignkit.methods.adpo import METRICS as ADPO_METRICS
+from alignkit.objectives._pair_metrics import PAIR_METRICS
+from alignkit.objectives.adpo import METRICS as ADPO_METRICS
+from alignkit.parts.rule import TWO_GRADIENT_METRICS
+from alignkit.reports.plot import PANELS, PANELS_OF, panels_of_log, plot_run, with_ratios_per_token
 from tests.callbacks.logs import training_logs, write_metrics
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from alignkit.callbacks.durability import mark_complete
-from alignkit.callbacks.manifest import MANIFEST
 from alignkit.errors import RunDirectoryError
-from alignkit.run_directory import RUN_FILE, RunDirectory
-from alignkit.run_lock import LOCK_FILE
+from alignkit.runs.directory import RUN_FILE, RunDirectory
+from alignkit.runs.lock import LOCK_FILE
+from alignkit.storage.durability import mark_complete
+from alignkit.storage.manifest import MANIFEST
 from tests.callbacks.saved import write_checkpoint
 
 CONFIG = {
@@ -377,13 +377,13 @@ def test_a_key_that_one_side_lacks(tmp_path: Path) -> None:
 
 def test_every_free_key_exists() -> None:
     from alignkit.config.keys import base_keys
-    from alignkit.run_directory import FREE_ON_RESUME
+    from alignkit.runs.directory import FREE_ON_RESUME
 
     assert set(base_keys("preference")) >= FREE_ON_RESUME
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys, alignkit.run_directory; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, alignkit.runs.directory; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignkit.callbacks.durability import write_whole
-from alignkit.programs import run_program
-from alignkit.storage import StorageError, storage_error
+from alignkit.programs.entry import run_program
+from alignkit.storage.durability import write_whole
+from alignkit.storage.refusals import StorageError, storage_error
 
 NOBODY = 65534
 

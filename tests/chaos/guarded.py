@@ -79,13 +79,13 @@ def run(program: str, arguments: list[str], output: str) -> None:
 
 if __name__ == "__main__":
     guard()
-    from alignkit.programs import bars_for_terminals, disable_telemetry, quiet_dependencies
+    from alignkit.programs.entry import bars_for_terminals, disable_telemetry, quiet_dependencies
 
     # As run_program does, before any library of Hugging Face is imported.
     disable_telemetry()
     quiet_dependencies()
     bars_for_terminals()
-    for name in ("alignkit.run", "alignkit.results", "transformers.models.qwen3.modeling_qwen3"):
+    for name in ("alignkit.runs.run", "alignkit.runs.results", "transformers.models.qwen3.modeling_qwen3"):
         importlib.import_module(name)
     found = {}
     for name, program, *arguments in json.loads(Path(sys.argv[1]).read_text()):

@@ -59,24 +59,24 @@ def patch(fault: str) -> None:
     """Bring the fault about."""
     import transformers.trainer
 
-    import alignkit.ranks
-    import alignkit.steps
-    import alignkit.steps_preference
+    import alignkit.runs.ranks
+    import alignkit.runs.steps
+    import alignkit.runs.steps_preference
 
     match fault:
         case "config missing":
             sys.argv = [word.replace("c.yaml", "gone.yaml") for word in sys.argv]
         case "package":
-            installed = alignkit.ranks.installed_version
-            alignkit.ranks.installed_version = lambda name: "0.0.7" if name == "trl" else installed(name)
+            installed = alignkit.runs.ranks.installed_version
+            alignkit.runs.ranks.installed_version = lambda name: "0.0.7" if name == "trl" else installed(name)
         case "other files":
             os.chdir("twin")
         case "world size":
             os.environ["WORLD_SIZE"] = "3"
         case "data step":
-            alignkit.steps.load_splits = raises(DataError("rows.jsonl", ["row 3 is empty on this machine"]))
+            alignkit.runs.steps.load_splits = raises(DataError("rows.jsonl", ["row 3 is empty on this machine"]))
         case "model loading":
-            alignkit.steps_preference.load_policy = raises(ModelError("the weights on this machine are damaged"))
+            alignkit.runs.steps_preference.load_policy = raises(ModelError("the weights on this machine are damaged"))
         case "resumption":
             transformers.trainer.deepspeed_load_checkpoint = after_loading
         case "training step":

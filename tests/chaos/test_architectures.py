@@ -11,12 +11,12 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from trl import SFTConfig
 
-from alignkit.callbacks.checkpoints import CheckpointGuard
 from alignkit.errors import CheckpointError, ModelError
-from alignkit.methods._supervised import SupervisedTrainer
-from alignkit.methods.method import load_method
-from alignkit.parametrizations.comparison import model_difference
-from alignkit.parametrizations.loading import ModelSource, load_model
+from alignkit.models.comparison import model_difference
+from alignkit.models.loading import ModelSource, load_model
+from alignkit.parts.method import load_method
+from alignkit.runs.checkpoints import CheckpointGuard
+from alignkit.shapes._tokens import SupervisedTrainer
 from tests.callbacks.saved import tiny_tokenizer
 from tests.chaos.architectures import ARCHITECTURES, VOCABULARY, save_base
 
@@ -94,10 +94,10 @@ def test_a_load_that_loses_weights_is_refused(tmp_path: Path, monkeypatch: pytes
     base = save_base("qwen3_moe", tmp_path / "base")
     trainer(base, tmp_path / "run").train()
     checkpoint = tmp_path / "run" / "checkpoint-4"
-    monkeypatch.setattr("alignkit.methods._bridge.load_saved_weights", lambda model, folder: None)
+    monkeypatch.setattr("alignkit.shapes._bridge.load_saved_weights", lambda model, folder: None)
     with pytest.raises(CheckpointError, match="did not come out as it was saved"):
         trainer(base, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
     assert load_model(ModelSource(str(checkpoint))) is not None
-    monkeypatch.setattr("alignkit.parametrizations.loading.model_difference", lambda model, folder: "lm_head is not")
+    monkeypatch.setattr("alignkit.models.loading.model_difference", lambda model, folder: "lm_head is not")
     with pytest.raises(ModelError, match="not loaded as it was saved"):
         load_model(ModelSource(str(checkpoint)))

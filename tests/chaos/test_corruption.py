@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from alignkit.callbacks import durability
-from alignkit.callbacks.checkpoints import CheckpointGuard
-from alignkit.callbacks.durability import MARKER, mark_complete
-from alignkit.callbacks.manifest import Manifest
 from alignkit.errors import RunDirectoryError
-from alignkit.run_directory import RunDirectory
+from alignkit.runs.checkpoints import CheckpointGuard
+from alignkit.runs.directory import RunDirectory
+from alignkit.storage import durability
+from alignkit.storage.durability import MARKER, mark_complete
+from alignkit.storage.manifest import Manifest
 from tests.callbacks.saved import arguments, tiny_adapter, tiny_model, write_checkpoint
 from tests.callbacks.test_in_a_trainer import rows
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed.checkpoint as sharded
 from safetensors.torch import load_file
 
-from alignkit.callbacks.durability import mark_complete
-from alignkit.callbacks.pickles import check_deepspeed_shards, check_sharded_model
 from alignkit.errors import CheckpointError
+from alignkit.runs.pickles import check_deepspeed_shards, check_sharded_model
+from alignkit.storage.durability import mark_complete
 from tests.chaos.test_pickles import Trap
 from tests.chaos.test_ranks import FAULTY
 from tests.distributed.layouts import LAYOUTS

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignkit.config import load_config
-from alignkit.run import train_preference, train_sft
+from alignkit.runs.run import train_preference, train_sft
 from tests.chaos.architectures import ARCHITECTURES, MIXTURES, save_base
 from tests.programs.conftest import pairs, save_model, write_rows
 from tests.programs.launching import read_lines

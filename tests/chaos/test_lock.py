@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from alignkit import run_lock
 from alignkit.errors import RunDirectoryError
-from alignkit.run_directory import RunDirectory
-from alignkit.run_lock import LOCK_FILE, RunLock
+from alignkit.runs import lock as run_lock
+from alignkit.runs.directory import RunDirectory
+from alignkit.runs.lock import LOCK_FILE, RunLock
 
 
 def held(run: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def by_another(run: Path, **changes: Any) -> None:
 def child(run: Path, then: str = "time.sleep(60)") -> subprocess.Popen[str]:
     """A process that holds the lock of a run."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom alignkit.run_lock import RunLock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom alignkit.runs.lock import RunLock\n"
         f"RunLock(Path(sys.argv[1])).acquire()\nprint('held', flush=True)\n{then}"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)

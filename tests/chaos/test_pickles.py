@@ -14,10 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from alignkit.callbacks.durability import mark_complete
 from alignkit.errors import ModelError
-from alignkit.parametrizations import loading
-from alignkit.parametrizations.loading import ModelSource, load_model, load_tokenizer
+from alignkit.models import loading
+from alignkit.models.loading import ModelSource, load_model, load_tokenizer
+from alignkit.storage.durability import mark_complete
 from tests.programs.conftest import CONFIG, pairs, save_model, write_rows
 from tests.programs.launching import REPOSITORY, Launcher
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
-from alignkit.origin_steps import rows_fingerprint
+from alignkit.runs.origin import rows_fingerprint
 from tests.distributed.layouts import LAYOUTS
 from tests.launches import accelerate
 from tests.programs.conftest import CONFIG, pairs, save_model, write_rows

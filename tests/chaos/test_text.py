@@ -16,13 +16,13 @@ import yaml
 from huggingface_hub import metadata_load
 
 from alignkit import cli
-from alignkit.callbacks.card import content_of_run, render_card
 from alignkit.config import load_config
 from alignkit.errors import AlignkitError, ConfigError, DataError
-from alignkit.evals.token_rewards import write_heatmap
 from alignkit.plain_text import ShownText, all_without_secrets, visible, without_secrets
-from alignkit.programs import run_program
-from alignkit.run_directory import RunDirectory
+from alignkit.programs.entry import run_program
+from alignkit.references.token_reward_report import write_heatmap
+from alignkit.reports.card import content_of_run, render_card
+from alignkit.runs.directory import RunDirectory
 from tests.callbacks.test_card import SECTIONS, config
 
 CANARY = "CaNaRy0123456789abcdefGHIJ"

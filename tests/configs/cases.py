@@ -8,7 +8,7 @@ from typing import Any
 
 from alignkit.config import LoadedConfig, load_config
 from alignkit.errors import ConfigError
-from alignkit.methods.method import load_method, method_names
+from alignkit.parts.method import load_method, method_names
 from alignkit.yaml_text import dump_yaml
 
 ROWS = [

@@ -17,8 +17,8 @@ from alignkit.config.names import is_launcher_key
 from alignkit.config.values import check_value
 from alignkit.errors import ConfigError
 from alignkit.gradients.glad import GLADConfig
-from alignkit.gradients.rule import DisplacedOptions, load_rule, rule_names
 from alignkit.gradients.sam import SAMConfig
+from alignkit.parts.rule import DisplacedOptions, load_rule, rule_names
 from tests.configs.cases import GOOD, load, load_text, problems_of
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -138,7 +138,7 @@ def test_configs_made_in_python() -> None:
 
 def test_rules_are_discovered_and_loaded_without_torch() -> None:
     code = (
-        "import sys\nfrom alignkit.gradients.rule import load_rule, rule_names\n"
+        "import sys\nfrom alignkit.parts.rule import load_rule, rule_names\n"
         "[load_rule(name).options() for name in rule_names()]\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,7 @@ from alignkit.config.keys import PROGRAMS, Key, base_keys, method_keys, methods_
 from alignkit.config.names import is_launcher_key
 from alignkit.config.training import OPTIMIZERS, SCHEDULERS
 from alignkit.config.values import check_value
-from alignkit.methods.method import load_method, method_names
+from alignkit.parts.method import load_method, method_names
 
 FOREIGN = {*WRITE, *ABSENT, *SETTLED}
 METHODS = [(program, method) for program in PROGRAMS for method in program_methods(program)]

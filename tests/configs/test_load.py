@@ -13,9 +13,9 @@ from alignkit.config import PreferenceConfig, load_config
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, method_keys
 from alignkit.errors import ConfigError
-from alignkit.methods.dpo import DPOConfig
-from alignkit.methods.flex_dpo import FlexDPOConfig
-from alignkit.steps import common_arguments
+from alignkit.objectives.dpo import DPOConfig
+from alignkit.objectives.flex_dpo import FlexDPOConfig
+from alignkit.runs.steps import common_arguments
 from tests.configs.cases import GOOD, SUPERVISED, load, load_text
 
 GOOD_TEXT = """\

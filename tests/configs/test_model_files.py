@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from alignkit.config import model_files
-from alignkit.parametrizations.positions import positions_of
+from alignkit.models.positions import positions_of
 from tests.configs.cases import SUPERVISED, problems_of
 
 pytestmark = pytest.mark.usefixtures("workspace")

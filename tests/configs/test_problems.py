@@ -9,7 +9,7 @@ import pytest
 from alignkit.config import load_config
 from alignkit.config.keys import base_keys, method_keys
 from alignkit.errors import ConfigError
-from alignkit.methods.method import load_method, method_names
+from alignkit.parts.method import load_method, method_names
 from alignkit.yaml_text import dump_yaml
 from tests.configs.cases import GOOD, SUPERVISED, problems
 

@@ -11,7 +11,7 @@ import pytest
 from alignkit.config import parse_program_arguments
 from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
 from alignkit.errors import ConfigError
-from alignkit.gradients.rule import rule_names
+from alignkit.parts.rule import rule_names
 from tests.configs.cases import GOOD, words
 
 FORBIDDEN = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "numpy", "pyarrow")

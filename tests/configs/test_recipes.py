@@ -11,7 +11,7 @@ from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
 from alignkit.config.names import is_launcher_key
 from alignkit.errors import ConfigError
 from alignkit.gradients.glad import GLADConfig
-from alignkit.methods.method import load_method
+from alignkit.parts.method import load_method
 from alignkit.shipped import configs_dir, recipe_names, recipe_path
 from alignkit.yaml_text import parse_yaml
 

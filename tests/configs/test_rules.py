@@ -8,7 +8,7 @@ import pytest
 
 from alignkit.config import RULES, IgnoredKeys
 from alignkit.config.keys import PROGRAMS, base_keys, method_keys, program_methods, rule_keys
-from alignkit.gradients.rule import rule_names
+from alignkit.parts.rule import rule_names
 from tests.configs.cases import SUPERVISED, load, load_text, problems_of
 
 FULL = {"parametrization": "full"}

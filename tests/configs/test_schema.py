@@ -8,7 +8,7 @@ import yaml
 
 from alignkit.config import json_schema
 from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
-from alignkit.gradients.rule import rule_names
+from alignkit.parts.rule import rule_names
 from tests.configs.cases import GOOD, load
 
 SCHEMA = json_schema("preference")

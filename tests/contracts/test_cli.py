@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from alignkit import cli, doctor
+from alignkit import cli
 from alignkit.environment import RECORDED, environment, git_state
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.methods.method import load_method, method_names
+from alignkit.parts.method import load_method, method_names
+from alignkit.programs import doctor
 
 YAML = "model: owner/model\ndata: rows.jsonl\noutput_dir: out\nmethod: flex_dpo\neta: 0.1\n"
 

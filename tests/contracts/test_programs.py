@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HEADER = "from alignkit.programs import run_program\nfrom alignkit.errors import *\n"
+HEADER = "from alignkit.programs.entry import run_program\nfrom alignkit.errors import *\n"
 
 
 def run_main(body: str, repository: Path, **environment: str) -> subprocess.CompletedProcess[str]:

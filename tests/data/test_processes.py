@@ -14,7 +14,6 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.callbacks.preemption import StopRequest
 from alignkit.config import SFTConfig
 from alignkit.data import processes
 from alignkit.data.convert import to_candidate_rows
@@ -25,8 +24,9 @@ from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
 from alignkit.data.supervised_tokens import _last_run
 from alignkit.errors import DataError, Stopped
-from alignkit.origin_steps import rows_fingerprint
-from alignkit.steps_sft import training_arguments
+from alignkit.runs.origin import rows_fingerprint
+from alignkit.runs.preemption import StopRequest
+from alignkit.runs.steps_sft import training_arguments
 from tests.data.rows import message, pair
 
 

@@ -12,11 +12,11 @@ from datasets import Dataset
 
 from alignkit.config import PreferenceConfig
 from alignkit.errors import AlignkitError, DataError
-from alignkit.evals.generation import Sample
-from alignkit.evals.sampling_engines import HuggingFaceEngine, Request
-from alignkit.methods.d2o import D2OConfig
-from alignkit.row_steps import checked_lists
-from alignkit.run import train_preference
+from alignkit.objectives.d2o import D2OConfig
+from alignkit.runs.row_steps import checked_lists
+from alignkit.runs.run import train_preference
+from alignkit.sampling.engines import HuggingFaceEngine, Request
+from alignkit.sampling.generation import Sample
 from tests.scripts.tiny import save_model, write_rows
 
 NEGATIVES = [{"prompt": f"Say {i}.", "rejected": f"No {i}."} for i in range(3)]

@@ -15,9 +15,9 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from alignkit.gradients._hook import ChosenRule
-from alignkit.gradients.rule import load_rule
-from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-from alignkit.methods.method import load_method
+from alignkit.parts.method import load_method
+from alignkit.parts.rule import load_rule
+from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 from tests.methods import supervised
 from tests.methods.conftest import dpo_arguments, flat_weights, random_rows
 

@@ -15,7 +15,7 @@ from alignkit.config import load_config
 from alignkit.data.negative_schema import detect_prompt_kind, prompt_problems
 from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.supervised_schema import detect_supervised_kind, supervised_row_problems
-from alignkit.methods.method import load_method
+from alignkit.parts.method import load_method
 from alignkit.shipped import recipe_names, recipe_path
 from alignkit.yaml_text import parse_yaml
 from tests.docs.pages import REPOSITORY, Block, anchors, blocks, commands, links, pages

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from alignkit.evals.estimates import RowSums, row_sums
+from alignkit.reports.estimates import RowSums, row_sums
 
 
 def test_one_item_a_row_is_the_usual_mean_and_standard_error() -> None:

@@ -11,8 +11,8 @@ from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from alignkit.evals.generation import Sampling, generate_samples, generation_sums, repetition, stop_token_ids
-from alignkit.evals.sampling_engines import Drawing, HuggingFaceEngine, Request
+from alignkit.sampling.engines import Drawing, HuggingFaceEngine, Request
+from alignkit.sampling.generation import Sampling, generate_samples, generation_sums, repetition, stop_token_ids
 from tests.scripts.tiny import byte_tokenizer, tiny_model
 
 PROMPTS = ["Hello", "What is 2 + 2? Tell me slowly.", "x", "Once upon a time"]

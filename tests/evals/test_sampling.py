@@ -15,8 +15,9 @@ from datasets import Dataset
 
 from alignkit.data.convert import to_candidate_rows
 from alignkit.errors import ConfigError, DataError
-from alignkit.evals.generation import Sample
-from alignkit.evals.sampling import (
+from alignkit.models.files import read_adapter
+from alignkit.models.loading import ModelSource
+from alignkit.sampling.candidates import (
     Prompts,
     Sampled,
     SampleSettings,
@@ -24,14 +25,13 @@ from alignkit.evals.sampling import (
     prepare_prompts,
     sample_candidates,
 )
-from alignkit.evals.sampling_engines import HuggingFaceEngine, Request
-from alignkit.evals.sampling_report import SettingNames
-from alignkit.evals.sampling_room import check_room
-from alignkit.evals.sampling_scorer import Scorer, load_scorer
-from alignkit.evals.sampling_store import ChunkStore, source_identity, write_rows
-from alignkit.evals.self_samples import SETTING_NAMES, self_samples
-from alignkit.parametrizations.files import read_adapter
-from alignkit.parametrizations.loading import ModelSource
+from alignkit.sampling.engines import HuggingFaceEngine, Request
+from alignkit.sampling.generation import Sample
+from alignkit.sampling.report import SettingNames
+from alignkit.sampling.room import check_room
+from alignkit.sampling.scorer import Scorer, load_scorer
+from alignkit.sampling.self_samples import SETTING_NAMES, self_samples
+from alignkit.sampling.store import ChunkStore, source_identity, write_rows
 from tests.scripts.tiny import byte_tokenizer, save_adapter, save_model, tiny_model
 
 SETTINGS = SampleSettings(num_samples=2, max_new_tokens=8, chunk_size=2, max_resamples=2)

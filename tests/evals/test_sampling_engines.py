@@ -20,8 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TopPLogitsWarper
 
 from alignkit.errors import ModelError
-from alignkit.evals import sharding
-from alignkit.evals.sampling_engines import (
+from alignkit.models import sharding
+from alignkit.models.files import read_adapter
+from alignkit.models.loading import ModelSource
+from alignkit.sampling.engines import (
     Drawing,
     HuggingFaceEngine,
     Request,
@@ -30,8 +32,6 @@ from alignkit.evals.sampling_engines import (
     sample_of,
     vllm_lora_rank,
 )
-from alignkit.parametrizations.files import read_adapter
-from alignkit.parametrizations.loading import ModelSource
 from tests.scripts.tiny import byte_tokenizer, save_adapter, save_model, tiny_model
 
 DRAWING = Drawing(max_new_tokens=12, temperature=0.9, top_p=0.95, seed=3, max_sequences=4)

@@ -10,10 +10,10 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from alignkit.errors import ModelError
-from alignkit.evals import sharding
 from alignkit.evals.preference import preference_sums
-from alignkit.evals.sharding import length_batches, map_batches, score_over_ranks
-from alignkit.methods._forward import add_completion_head
+from alignkit.models import sharding
+from alignkit.models._forward import add_completion_head
+from alignkit.models.sharding import length_batches, map_batches, score_over_ranks
 from tests.scripts.tiny import tiny_model
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from alignkit.config.compatibility import RULES as CONFLICTS
 from alignkit.config.rules import Rule
-from alignkit.gradients.rule import EditOptions, load_rule, rule_names
-from alignkit.methods.method import load_method, method_names
+from alignkit.parts.method import load_method, method_names
+from alignkit.parts.rule import EditOptions, load_rule, rule_names
 
 METHODS = method_names()
 RULES = rule_names()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alignkit.gradients._family import Evaluation, LowRankPair, combine, constant, dot, norm, products
-from alignkit.gradients.rule import load_rule
+from alignkit.parts.rule import load_rule
 from tests.gradients import oracles
 from tests.gradients.conftest import DISPLACING, EDITING, chosen
 

@@ -10,10 +10,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from alignkit.gradients._family import norm
-from alignkit.gradients.rule import load_rule
-from alignkit.methods._preference import METRICS as BRIDGE_METRICS
-from alignkit.methods._preference import BridgeSettings
-from alignkit.methods.method import load_method
+from alignkit.parts.method import load_method
+from alignkit.parts.rule import load_rule
+from alignkit.shapes._candidates import METRICS as BRIDGE_METRICS
+from alignkit.shapes._candidates import BridgeSettings
 from tests.gradients.conftest import DISPLACING, EDITING, RULES, chosen, lora, weights
 from tests.gradients.steps import expected_gradients, gradients, micro_batches, step_gradients, trainable
 from tests.methods.conftest import flat_weights, logged

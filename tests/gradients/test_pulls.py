@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alignkit.callbacks.checkpoints import CheckpointGuard
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.gradients._decay import DecayToStart, StartKeeper
+from alignkit.runs.checkpoints import CheckpointGuard
 from tests.gradients.conftest import chosen, lora, weights
 from tests.methods.conftest import flat_weights, logged
 

@@ -13,15 +13,15 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, TorchDynamoPlugin
 from peft import LoraConfig
 from torch import nn
 
-from alignkit import steps
 from alignkit.config import PreferenceConfig
 from alignkit.errors import ConfigError
 from alignkit.gradients import _support
 from alignkit.gradients._weights import low_rank_pairs, shadowed, trainable_tensors
 from alignkit.losses.types import count_items
-from alignkit.methods._preference import BridgeSettings
-from alignkit.methods.method import load_method
-from alignkit.parametrizations.loading import ModelSource, load_model
+from alignkit.models.loading import ModelSource, load_model
+from alignkit.parts.method import load_method
+from alignkit.runs import steps
+from alignkit.shapes._candidates import BridgeSettings
 from tests.callbacks.saved import arguments
 from tests.gradients.conftest import chosen, lora
 from tests.methods.conftest import logged

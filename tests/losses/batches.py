@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignkit.config.keys import base_keys
 from alignkit.losses.types import CandidateBatch, LossOutput, Metric, count_items
-from alignkit.methods.method import Method, load_method, method_names
+from alignkit.parts.method import Method, load_method, method_names
 from tests.list_oracles import Row
 from tests.oracles import Pair
 

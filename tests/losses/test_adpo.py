@@ -15,7 +15,7 @@ import torch
 from alignkit.losses.adpo import AdaptiveTau, adpo_loss
 from alignkit.losses.targets import TARGETS
 from alignkit.losses.types import LossOutput
-from alignkit.methods.adpo import ADPOConfig, anchor, needs
+from alignkit.objectives.adpo import ADPOConfig, anchor, needs
 from tests import list_oracles
 from tests.list_oracles import Candidate, Row
 from tests.losses.batches import VOCABULARY, batch_loss, list_batch, metric_mean

@@ -15,7 +15,7 @@ from alignkit.losses.d2o import d2o_loss
 from alignkit.losses.dpo import dpo_loss
 from alignkit.losses.flex_dpo import flex_dpo_loss
 from alignkit.losses.types import CandidateBatch, LossOutput
-from alignkit.methods.d2o import D2OConfig
+from alignkit.objectives.d2o import D2OConfig
 from tests import list_oracles, oracles
 from tests.list_oracles import Candidate, Row
 from tests.losses.batches import batch_loss, gradient, list_batch, metric_mean

@@ -14,7 +14,7 @@ import torch
 from alignkit.losses.dpo import dpo_loss
 from alignkit.losses.flex_dpo import flex_dpo_loss
 from alignkit.losses.types import CandidateBatch, LossOutput
-from alignkit.methods.flex_dpo import FlexDPOConfig
+from alignkit.objectives.flex_dpo import FlexDPOConfig
 from tests import oracles
 from tests.losses.batches import batch_loss, batch_of, gradient, metric_mean, random_pairs
 from tests.losses.test_dpo import GOLDEN, TIGHT, awkward_pairs, check_gradient, check_metrics

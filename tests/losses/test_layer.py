@@ -38,7 +38,7 @@ def test_never_leaves_the_device_or_prints(path: Path) -> None:
 def test_methods_are_listed_and_loaded_without_torch() -> None:
     code = (
         "import sys\n"
-        "from alignkit.methods.method import load_method, method_names\n"
+        "from alignkit.parts.method import load_method, method_names\n"
         "print([load_method(n).name == n for n in method_names()], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alignkit.config.keys import program_methods
-from alignkit.methods.method import Method, load_method
+from alignkit.parts.method import Method, load_method
 from tests.losses.batches import gradient, random_batch
 
 READ_BEFORE = {

@@ -12,7 +12,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from alignkit.losses.types import CandidateBatch, LossOutput, count_items
-from alignkit.methods.method import Method, load_method
+from alignkit.parts.method import Method, load_method
 from tests.losses.batches import (
     HELD_CONSTANT,
     LOOK_ACROSS_GROUPS,

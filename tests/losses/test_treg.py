@@ -16,7 +16,7 @@ import torch
 from alignkit.losses.dpo import dpo_loss
 from alignkit.losses.treg import treg_loss
 from alignkit.losses.types import CandidateBatch, LossOutput
-from alignkit.methods.treg import TREGConfig, needs
+from alignkit.objectives.treg import TREGConfig, needs
 from tests import oracles
 from tests.list_oracles import Candidate, Row
 from tests.losses.batches import batch_loss, gradient, list_batch, metric_mean, random_pairs

@@ -15,8 +15,8 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 from trl import DPOConfig
 
-from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-from alignkit.methods.method import load_method
+from alignkit.parts.method import load_method
+from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 
 VOCABULARY = 96
 

@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.data.synthetic import make_corpus, train_tokenizer
-from alignkit.methods._supervised import SupervisedTrainer
-from alignkit.methods.method import load_method
+from alignkit.parts.method import load_method
+from alignkit.shapes._tokens import SupervisedTrainer
 from tests.methods.conftest import SHORT_RUN
 
 

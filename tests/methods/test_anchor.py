@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alignkit.errors import CheckpointError
-from alignkit.methods.method import AnchorSchedule, Method, load_method
+from alignkit.parts.method import AnchorSchedule, Method, load_method
 from tests.methods.conftest import logged
 
 LORA = LoraConfig(

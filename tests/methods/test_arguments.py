@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from alignkit.errors import ConfigError
-from alignkit.methods._arguments import REFUSED_FOR_PREFERENCE, REFUSED_FOR_SUPERVISED
+from alignkit.shapes._arguments import REFUSED_FOR_PREFERENCE, REFUSED_FOR_SUPERVISED
 from tests.methods.supervised import completions, make, model, token_rows
 
 OF_TRANSFORMERS = set(

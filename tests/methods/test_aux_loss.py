@@ -12,9 +12,11 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.methods import _aux_loss, _reference_scoring, _supervised
-from alignkit.methods._aux_loss import aux_loss_coefficient, check_aux_loss
-from alignkit.methods._forward import add_completion_head
+from alignkit.models import _aux_loss
+from alignkit.models._aux_loss import aux_loss_coefficient, check_aux_loss
+from alignkit.models._forward import add_completion_head
+from alignkit.references import _scoring as _reference_scoring
+from alignkit.shapes import _tokens as _supervised
 from tests.methods.conftest import VOCABULARY, logged, random_rows
 from tests.methods.supervised import make as make_supervised
 

@@ -14,12 +14,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from alignkit import bounded, steps
+from alignkit import bounded
 from alignkit.config import load_config
 from alignkit.errors import ConfigError, ModelError
-from alignkit.parametrizations.files import read_adapter
-from alignkit.parametrizations.loading import load_adapter, load_tokenizer
+from alignkit.models.files import read_adapter
+from alignkit.models.loading import load_adapter, load_tokenizer
 from alignkit.parametrizations.lora import check_modules, check_rank
+from alignkit.runs import steps
 from tests.chaos.hostile import TEMPLATES
 from tests.programs.conftest import save_model
 

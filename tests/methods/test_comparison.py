@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.errors import ModelError
 from alignkit.evals.evaluate import EvaluationData, prepare_scoring
-from alignkit.methods import _packed_attention, _supervised
-from alignkit.methods._comparison import ScoringRun, disagreement, length_dependence, refuse_other_scores
-from alignkit.methods._forward import add_completion_head
-from alignkit.methods._layouts import choose_layout, confirmed
-from alignkit.methods._preference import BridgeSettings
+from alignkit.models import _packed_attention
+from alignkit.models._comparison import ScoringRun, disagreement, length_dependence, refuse_other_scores
+from alignkit.models._forward import add_completion_head
+from alignkit.models._layouts import choose_layout, confirmed
+from alignkit.shapes import _tokens as _supervised
+from alignkit.shapes._candidates import BridgeSettings
 from tests.methods.conftest import VOCABULARY, logged, random_rows
 from tests.methods.supervised import completions, make, token_rows
 from tests.methods.test_layouts import FAMILIES, SMALL, build

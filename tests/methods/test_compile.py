@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from alignkit.methods._preference import BridgeSettings
+from alignkit.shapes._candidates import BridgeSettings
 from tests.methods.conftest import flat_weights, logged, random_rows
 from tests.methods.test_anchor import anchored
 

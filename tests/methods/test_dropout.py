@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
 
-from alignkit.methods._forward import completion_logps
+from alignkit.models._forward import completion_logps
 from tests.methods.conftest import VOCABULARY, logged
 from tests.methods.test_anchor import anchored
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from alignkit.data.convert import to_candidate_rows
-from alignkit.methods._preference import BridgeSettings
-from alignkit.methods.adpo import ADPOConfig
+from alignkit.objectives.adpo import ADPOConfig
+from alignkit.shapes._candidates import BridgeSettings
 from scripts.claims.gsm8k_pairs import make_pairs, read_questions
 from tests import list_oracles
 from tests.conftest import GSM8K

@@ -11,11 +11,12 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from alignkit.data.prefix import CandidateCollator
-from alignkit.methods import _layout_timing, _preference
-from alignkit.methods._forward import add_completion_head
-from alignkit.methods._layout_timing import SPLIT, Timing, Way, agreed, choose_fastest, time_ways, ways_of
-from alignkit.methods._layouts import LayoutChoice
-from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
+from alignkit.models import _layout_timing
+from alignkit.models._forward import add_completion_head
+from alignkit.models._layout_timing import SPLIT, Timing, Way, agreed, choose_fastest, time_ways, ways_of
+from alignkit.models._layouts import LayoutChoice
+from alignkit.shapes import _candidates as _preference
+from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 from tests.methods.conftest import random_rows
 from tests.methods.test_comparison import own_logps, with_window
 from tests.methods.test_layouts import FAMILIES, build

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import CandidateCollator, branch_mask, packed_length
 from alignkit.errors import ModelError
-from alignkit.methods._comparison import ScoringRun, layout_difference
-from alignkit.methods._forward import add_completion_head, completion_forward, score_rows, support_packed_rows
-from alignkit.methods._layouts import choose_layout, confirmed, expected_cost, shared_prefix_obstacle
+from alignkit.models._comparison import ScoringRun, layout_difference
+from alignkit.models._forward import add_completion_head, completion_forward, score_rows, support_packed_rows
+from alignkit.models._layouts import choose_layout, confirmed, expected_cost, shared_prefix_obstacle
 from tests.methods.conftest import VOCABULARY, random_rows
 
 ROWS = random_rows([(9, (5, 3)), (1, (4, 2)), (14, (1, 6)), (6, (3, 3, 4))], seed=3)
@@ -181,7 +181,7 @@ def test_branch_mask_by_enumeration() -> None:
 
 
 def test_flex_attention_mask_equals_the_dense_one() -> None:
-    from alignkit.methods._forward import _attention_mask
+    from alignkit.models._forward import _attention_mask
 
     segments = torch.tensor([[0] * 100 + [1] * 60 + [2] * 70 + [-1] * 26])
     block = _attention_mask(segments, "flex_attention", torch.float32)

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignkit.config import SFTConfig
 from alignkit.errors import ModelError
-from alignkit.model_steps import new_adapter
+from alignkit.models.quantization import quantization_config
 from alignkit.parametrizations.lora import trainable_report
-from alignkit.parametrizations.quantization import quantization_config
+from alignkit.runs.model_steps import new_adapter
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,

@@ -11,8 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignkit.methods._forward import add_completion_head, completion_logps
-from alignkit.methods._preference import BridgeSettings
+from alignkit.models._forward import add_completion_head, completion_logps
+from alignkit.shapes._candidates import BridgeSettings
 from tests.methods.conftest import logged, random_rows
 from tests.methods.test_preference_trainer import LISTWISE
 

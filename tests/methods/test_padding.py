@@ -10,7 +10,7 @@ from transformers import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nForCausalLM
 
 from alignkit.data.prefix import CandidateCollator
-from alignkit.methods._forward import add_completion_head, completion_logps, use_packed_attention
+from alignkit.models._forward import add_completion_head, completion_logps, use_packed_attention
 from tests.methods.conftest import VOCABULARY, random_rows
 
 

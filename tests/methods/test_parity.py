@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
-from alignkit.methods._preference import BridgeSettings
+from alignkit.shapes._candidates import BridgeSettings
 from tests.methods.conftest import dpo_arguments, flat_weights, logged
 
 SHARED_METRICS = ("logps/chosen", "logps/rejected", "rewards/margins", "entropy", "mean_token_accuracy")

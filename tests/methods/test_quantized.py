@@ -11,9 +11,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from alignkit.callbacks.probe import DispersionProbe
-from alignkit.methods._preference import BridgeSettings
-from alignkit.parametrizations.loading import ModelSource, load_model
+from alignkit.models.loading import ModelSource, load_model
+from alignkit.runs.probe import DispersionProbe
+from alignkit.shapes._candidates import BridgeSettings
 from tests.list_oracles import Candidate, d2o
 from tests.methods.conftest import VOCABULARY, logged, random_rows
 

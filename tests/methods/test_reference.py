@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import CheckpointError
-from alignkit.methods import _reference as reference
-from alignkit.methods._preference import BridgeSettings
+from alignkit.references import _cache as reference
+from alignkit.shapes._candidates import BridgeSettings
 from tests.methods.conftest import flat_weights, logged, random_rows
 
 PRECOMPUTE = {"precompute_ref_log_probs": True}

@@ -17,20 +17,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainerCallback
 
-from alignkit.callbacks.checkpoints import CheckpointGuard
-from alignkit.callbacks.durability import is_complete
-from alignkit.callbacks.sample_refresh import ROWS_FILE, SampleRefresh
 from alignkit.config import PreferenceConfig
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.tokenization import CANDIDATE_FEATURES
 from alignkit.errors import CheckpointError, ConfigError
-from alignkit.evals.resampling import Resampled, Resampler
-from alignkit.evals.sampling import SampleSettings
-from alignkit.evals.sampling_store import RowSamples
-from alignkit.methods._late_rows import LateRowsTrainer
-from alignkit.methods._preference import BridgeSettings, PreferenceTrainer
-from alignkit.methods.d2o import METHOD, D2OConfig
-from alignkit.run import train_preference
+from alignkit.objectives.d2o import METHOD, D2OConfig
+from alignkit.runs.checkpoints import CheckpointGuard
+from alignkit.runs.run import train_preference
+from alignkit.sampling.candidates import SampleSettings
+from alignkit.sampling.refresh import ROWS_FILE, SampleRefresh
+from alignkit.sampling.resampling import Resampled, Resampler
+from alignkit.sampling.store import RowSamples
+from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
+from alignkit.shapes._late_rows import LateRowsTrainer
+from alignkit.storage.durability import is_complete
 from tests.list_oracles import Candidate, d2o
 from tests.methods.conftest import dpo_arguments, flat_weights, logged
 from tests.scripts.tiny import byte_tokenizer, save_model, tiny_model, write_rows
@@ -277,10 +277,10 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 def test_python_objects_are_made_of_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of 512 rows are renewed, thrice; as objects, the ids of all took 58 bytes a token. One table is held."""
-    monkeypatch.setattr("alignkit.evals.resampling.BATCH_ROWS", 16)
+    monkeypatch.setattr("alignkit.sampling.resampling.BATCH_ROWS", 16)
     texts = {3: ["fresh", "samples"], 400: ["others"], 401: ["no"]}
     records = [RowSamples(row, texts=texts[row]) for row in (401, 400, 3)]
-    monkeypatch.setattr("alignkit.evals.resampling.sample_candidates", lambda *args, **options: records)
+    monkeypatch.setattr("alignkit.sampling.resampling.sample_candidates", lambda *args, **options: records)
     lists = long_lists()
     resampler = Resampler.of_lists(lists, TOKENIZER, DRAWN, None)
     ids = np.random.default_rng(0).integers(300, 100_000, size=(512, 4, 128)).tolist()
@@ -317,7 +317,7 @@ def converted_list(prompt: str, samples: Sequence[str]) -> dict[str, Any]:
 def test_lists_are_tokenised_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of what is left are the rows of text to sample for; with the ids of all it was 17 bytes a token."""
     lists = long_lists()
-    monkeypatch.setattr("alignkit.evals.resampling.BATCH_ROWS", 16)
+    monkeypatch.setattr("alignkit.sampling.resampling.BATCH_ROWS", 16)
     assert peak_bytes(lambda: Resampler.of_lists(lists, TOKENIZER, DRAWN, None)) < 10 * 512 * 300
 
 
@@ -388,7 +388,7 @@ def test_the_program_resumes_bit_for_bit(config: Mapping[str, Any], tmp_path: Pa
 def test_a_sharded_policy_is_refused_before_anything_is_loaded(
     config: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(f"alignkit.row_steps.{name}", lambda: True)
+    monkeypatch.setattr(f"alignkit.runs.row_steps.{name}", lambda: True)
     with pytest.raises(
         ConfigError, match=r"`sample_refresh_steps: 5`.*Write sample_refresh_steps: 0, or launch with DDP"
     ):

@@ -12,7 +12,7 @@ import torch
 from alignkit.data.load import load_rows
 from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
-from alignkit.methods._streams import position_in_stream
+from alignkit.shapes._streams import position_in_stream
 from tests.methods import supervised
 
 

@@ -14,9 +14,9 @@ from trl import SFTTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from alignkit.errors import ModelError
-from alignkit.methods._comparison import ScoringRun
-from alignkit.methods._forward import LOGP_TOLERANCE
-from alignkit.methods._supervised import METRICS, packing_difference, template_with_marks
+from alignkit.models._comparison import ScoringRun
+from alignkit.models._forward import LOGP_TOLERANCE
+from alignkit.shapes._tokens import METRICS, packing_difference, template_with_marks
 from tests.methods.conftest import flat_weights, logged
 from tests.methods.supervised import arguments, completions, conversations, make, model, token_rows, tokenizer
 from tests.methods.test_comparison import scored

@@ -19,12 +19,12 @@ from alignkit.data.contrast import load_contrast_prompts
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.synthetic import make_corpus, train_tokenizer
 from alignkit.errors import CheckpointError, DataError
-from alignkit.evals.token_rewards import token_reward_report, write_heatmap
-from alignkit.methods import _reference as reference
-from alignkit.methods import _token_rewards as token_rewards
-from alignkit.methods._forward import add_completion_head, score_rows
-from alignkit.methods._preference import BridgeSettings
-from alignkit.methods._token_rewards import choose_pass_layout, scored_rows, token_rewards_of, with_token_rewards
+from alignkit.models._forward import add_completion_head, score_rows
+from alignkit.references import _cache as reference
+from alignkit.references import _token_rewards as token_rewards
+from alignkit.references._token_rewards import choose_pass_layout, scored_rows, token_rewards_of, with_token_rewards
+from alignkit.references.token_reward_report import token_reward_report, write_heatmap
+from alignkit.shapes._candidates import BridgeSettings
 from scripts.claims.gsm8k_pairs import make_pairs, read_questions
 from tests.conftest import GSM8K
 from tests.methods.conftest import VOCABULARY

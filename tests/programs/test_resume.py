@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignkit.callbacks.manifest import Manifest
+from alignkit.storage.manifest import Manifest
 from tests.programs.conftest import CONFIG
 from tests.programs.launching import PREFERENCE, Launcher, Running, read_lines, run_json, write_config
 

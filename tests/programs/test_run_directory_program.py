@@ -10,11 +10,11 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from alignkit import results
-from alignkit.callbacks.checkpoints import verify_weights
 from alignkit.config import load_config
-from alignkit.methods.method import load_method
-from alignkit.run import train_preference
+from alignkit.models.saved_weights import verify_weights
+from alignkit.parts.method import load_method
+from alignkit.runs import results
+from alignkit.runs.run import train_preference
 from tests.programs.conftest import CONFIG, save_model, write_rows
 from tests.programs.launching import Ended, Launcher, read_lines, run_json, write_config
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignkit.callbacks.checkpoints import verify_weights
-from alignkit.methods._supervised import METRICS
+from alignkit.models.saved_weights import verify_weights
+from alignkit.shapes._tokens import METRICS
 from tests.programs.conftest import CONFIG, pairs, write_rows
 from tests.programs.launching import SFT, Ended, Launcher, read_lines, run_json, write_config
 

@@ -14,8 +14,8 @@ import pytest
 
 from alignkit.config import load_config
 from alignkit.errors import RunDirectoryError
-from alignkit.resumption import settled
-from alignkit.run_directory import RunDirectory
+from alignkit.runs.directory import RunDirectory
+from alignkit.runs.resumption import settled
 from tests.callbacks.saved import write_checkpoint
 from tests.programs.conftest import CONFIG
 from tests.programs.launching import REPOSITORY, Launcher, Running, read_lines, run_json, write_config

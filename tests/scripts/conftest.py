@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alignkit.programs import run_program
+from alignkit.programs.entry import run_program
 from tests.programs.launching import Launcher
 from tests.scripts.tiny import candidate_lists, chat_pairs, save_adapter, save_model, write_rows
 

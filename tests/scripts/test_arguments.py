@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.arguments import StrictParser, non_negative_float, non_negative_int, positive_int, share
 from alignkit.errors import ConfigError
+from alignkit.programs.arguments import StrictParser, non_negative_float, non_negative_int, positive_int, share
 
 SCRIPTS = ("evaluate", "merge_adapter", "push_to_hub", "compare_runs", "sample_candidates", "token_rewards")
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignkit
-from alignkit.parametrizations.files import sha256
+from alignkit.models.files import sha256
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import TEMPLATE, candidate_lists, chat_pairs, save_adapter, write_rows
 

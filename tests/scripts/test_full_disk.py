@@ -12,9 +12,9 @@ import torch
 
 from alignkit.data import json_files
 from alignkit.data.load import load_rows
-from alignkit.evals.sampling_store import write_rows
-from alignkit.methods._reference import ReferenceCache
-from alignkit.storage import StorageError, storage_error
+from alignkit.references._cache import ReferenceCache
+from alignkit.sampling.store import write_rows
+from alignkit.storage.refusals import StorageError, storage_error
 from tests.scripts.conftest import Script
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import AlignkitError, CheckpointError, ModelError
-from alignkit.parametrizations.files import check_tensors, find_model, model_problem, read_adapter, sha256
-from alignkit.parametrizations.loading import ModelSource, load_adapter, load_model, load_tokenizer, quantization_of
+from alignkit.models.files import check_tensors, find_model, model_problem, read_adapter, sha256
+from alignkit.models.loading import ModelSource, load_adapter, load_model, load_tokenizer, quantization_of
 from tests.scripts.tiny import randomize, save_adapter
 
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
 from alignkit.hub.upload import plan_upload
-from alignkit.parametrizations import export
-from alignkit.parametrizations.export import LogitsDifference, MergeReport, logits_difference
-from alignkit.parametrizations.files import check_tensors, read_adapter
-from alignkit.parametrizations.loading import ModelSource, load_model
+from alignkit.models import export
+from alignkit.models.export import LogitsDifference, MergeReport, logits_difference
+from alignkit.models.files import check_tensors, read_adapter
+from alignkit.models.loading import ModelSource, load_model
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import save_adapter
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mamba2Config
 
-from alignkit import SFTConfig, steps, train_sft
+from alignkit import SFTConfig, train_sft
 from alignkit.errors import ModelError, ProblemListError, RunDirectoryError
 from alignkit.hub.upload import plan_upload
-from alignkit.parametrizations.fingerprints import (
+from alignkit.models.fingerprints import (
     BLOCK,
     BLOCKS,
     ORIGIN_FILE,
@@ -27,8 +27,9 @@ from alignkit.parametrizations.fingerprints import (
     origin_text,
     read_origin,
 )
-from alignkit.parametrizations.loading import load_tokenizer
-from alignkit.run_directory import RunDirectory
+from alignkit.models.loading import load_tokenizer
+from alignkit.runs import steps
+from alignkit.runs.directory import RunDirectory
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import chat_pairs, save_adapter, save_model, write_rows
 

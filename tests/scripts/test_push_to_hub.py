@@ -10,9 +10,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from alignkit.callbacks.durability import mark_complete
 from alignkit.errors import CheckpointError, ProblemListError
 from alignkit.hub.upload import check_before_training, plan_upload
+from alignkit.storage.durability import mark_complete
 from tests.scripts.conftest import Script
 from tests.scripts.hub_server import Hub, Repository
 

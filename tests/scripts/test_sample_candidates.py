@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
-from alignkit.evals.sampling_engines import HuggingFaceEngine
+from alignkit.sampling.engines import HuggingFaceEngine
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import byte_tokenizer, chat_pairs, write_rows
 

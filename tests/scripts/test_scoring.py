@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignkit.evals import evaluate
-from alignkit.methods import _packed_attention
+from alignkit.models import _packed_attention
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import byte_tokenizer, save_model, write_rows
 

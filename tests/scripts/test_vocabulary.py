@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.supervised_tokens import TOKEN_FEATURES
 from alignkit.data.tokenization import CANDIDATE_FEATURES
 from alignkit.errors import ModelError
-from alignkit.parametrizations.vocabulary import check_token_ids, num_embeddings
+from alignkit.models.vocabulary import check_token_ids, num_embeddings
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import byte_tokenizer, save_adapter, save_model, tiny_model, write_rows
 

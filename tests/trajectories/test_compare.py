@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignkit.methods.method import method_names
+from alignkit.parts.method import method_names
 from tests.trajectories.__main__ import judged
 from tests.trajectories.compare import report
 from tests.trajectories.record import left_behind

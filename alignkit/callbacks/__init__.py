@@ -1,1 +1,0 @@
-"""Trainer callbacks: health verdicts, run records, checkpoints, probe."""

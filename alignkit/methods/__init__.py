@@ -1,1 +1,0 @@
-"""Methods (one short public file each) and the bridges to the Hugging Face trainers (``_*.py``)."""

@@ -1,0 +1,56 @@
+"""The model that DeepSpeed has loaded from its own shards, against the plain files that were saved beside them.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- deepspeed ``DeepSpeedEngine._zero3_consolidated_16bit_state_dict()``: the whole model on the first process, as saving
+  gathers it
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from alignkit.models.comparison import adapter_difference, has_model, model_difference
+from alignkit.models.files import ADAPTER_WEIGHTS
+
+
+def engine_difference(engine: Any, model: PreTrainedModel | PeftModel, folder: Path) -> str | None:
+    """What differs between a model in an engine and the files of a checkpoint; None on all but the first process.
+
+    A collective: under ZeRO-3 an adapter is gathered on every process, a whole model on the first one, as in a save.
+    Without plain weights in the checkpoint, which ``zero3_save_16bit_model: false`` leaves out, there is nothing to
+    compare with.
+
+    Args:
+        engine: DeepSpeed's.
+        model: The model in it.
+        folder: The checkpoint.
+    """
+    is_first = PartialState().is_main_process
+    if isinstance(model, PeftModel):
+        # The shards leave out what is frozen, such as a moving anchor, which is restored by itself.
+        with _gathered(engine, model):
+            return adapter_difference(model, folder / ADAPTER_WEIGHTS) if is_first else None
+    if not has_model(folder):
+        return None
+    state = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_partition_weights() else None
+    return model_difference(model, folder, state) if is_first else None
+
+
+def _gathered(engine: Any, model: PeftModel) -> AbstractContextManager[Any]:
+    """What is saved with an adapter, in one piece: what trains, and the embeddings, which PEFT may store too."""
+    if not engine.zero_optimization_partition_weights():
+        return nullcontext()
+    import deepspeed
+
+    base = model.get_base_model()
+    ends = [module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None]
+    trained = (p for p in model.parameters() if p.requires_grad)
+    saved = [*trained, *(p for module in ends for p in module.parameters())]
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(dict.fromkeys(saved)))
+    return gathered

@@ -1,0 +1,278 @@
+"""Bridge to TRL's fused LM head: per-token log-probs of every candidate, in either layout.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- ``trl.trainer.utils.add_fused_lm_head(model, ..., outputs=...)`` and its ``fused_lm_head`` / ``shift_labels`` inputs
+- ``FusedCausalLMOutput.log_probs / entropy / is_top1 / aux_loss``
+- 4-D attention masks and ``BlockMask`` pass through ``transformers.masking_utils`` untouched
+- transformers ``PreTrainedModel._supports_flex_attn`` and ``set_attn_implementation``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+from weakref import WeakSet
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from tqdm.auto import tqdm
+from trl.trainer.utils import add_fused_lm_head
+
+from alignkit.data.prefix import CandidateCollator, Layout, branch_mask
+from alignkit.models import _packed_attention
+from alignkit.reports.bars import hidden_unless
+
+PADDED_INPUTS = ("input_ids", "attention_mask", "labels")
+PACKED_INPUTS = ("input_ids", "position_ids", "segment_ids", "completion_positions", "shift_labels")
+_PACKED_BACKBONES: WeakSet[nn.Module] = WeakSet()
+PACKED_ATTENTION = ("eager", "sdpa", "flex_attention", _packed_attention.NAME)
+
+
+LOGP_TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.3, "quantized": 0.3}
+"""Largest difference of one token's log-prob, nats, that rounding explains when it is computed twice in other batches.
+
+int8 rounds activations by what else is in the batch, so quantised models differ as much as bfloat16 ones do.
+"""
+_MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """Per-token results, each [B, K, T] and 0 where masked; None where the head does not compute it.
+
+    Attributes:
+        token_logps: Log-prob of each completion token, nats; carries the gradient.
+        entropy: Entropy of the next-token distribution, nats.
+        is_top1: Whether the token is the most likely one.
+        aux_loss: Load-balancing loss of a mixture of experts, scalar.
+    """
+
+    token_logps: Tensor
+    entropy: Tensor | None
+    is_top1: Tensor | None
+    aux_loss: Tensor | None
+
+
+@dataclass
+class _PackedRows:
+    """Backbone hooks of the ``shared_prefix`` layout.
+
+    Before the backbone they turn ``segment_ids`` into the attention mask; after it they keep only the positions that
+    predict a completion token, so that the LM head never projects the prompt.
+    """
+
+    config: Any
+    positions: Tensor | None = field(default=None, init=False)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Forward pre-hook: consumes ``segment_ids`` and ``completion_positions``."""
+        self.positions = kwargs.pop("completion_positions", None)
+        segment_ids = kwargs.pop("segment_ids", None)
+        if segment_ids is not None:
+            dtype = next(module.parameters()).dtype
+            kwargs["attention_mask"] = _attention_mask(segment_ids, self.config._attn_implementation, dtype)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: ``last_hidden_state`` [B, S, H] becomes [B, K * T, H]."""
+        if self.positions is not None:
+            hidden = output.last_hidden_state
+            index = self.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            output.last_hidden_state = hidden.gather(1, index)
+            self.positions = None
+        return output
+
+
+def _attention_mask(segment_ids: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask:
+    if implementation == "flex_attention":
+        batch, length = segment_ids.shape
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            query, key = segment_ids[b, q], segment_ids[b, k]
+            return (k <= q) & ((key == query) | ((key == 0) & (query >= 0)))
+
+        return create_block_mask(visible, batch, None, length, length, device=segment_ids.device)
+    mask = branch_mask(segment_ids)
+    if implementation == _packed_attention.NAME:
+        return _packed_attention.mark_packed(mask, segment_ids)
+    if implementation == "eager":
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside ``model``, without its PEFT wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
+    """The key of ``LOGP_TOLERANCE`` that fits ``model``.
+
+    Args:
+        model: Plain or PEFT.
+        mixed_precision: accelerate's ``no``, ``bf16`` or ``fp16``.
+    """
+    base = base_model(model)
+    if base.config.to_dict().get("quantization_config") is not None:
+        return "quantized"
+    return _MIXED_PRECISION.get(mixed_precision, str(base.dtype).removeprefix("torch."))
+
+
+def add_completion_head(model: nn.Module) -> None:
+    """Give ``model`` (plain or PEFT) TRL's fused head, log-probs alone, and the packed layout.
+
+    The preference trainer does not need this: TRL adds the head there.
+    """
+    base = base_model(model)
+    add_fused_lm_head(base)
+    support_packed_rows(base)
+
+
+def support_packed_rows(base: nn.Module) -> None:
+    """Register the backbone hooks of the ``shared_prefix`` layout, once; ``padded`` rows pass them untouched."""
+    backbone = cast(nn.Module, base.base_model)
+    if backbone not in _PACKED_BACKBONES:
+        # The config alone: a hook that held the model itself would be followed in a circle by a compiler.
+        hooks = _PackedRows(base.config.get_text_config())
+        backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        backbone.register_forward_hook(hooks.after)
+        base.register_forward_pre_hook(_without_router_logits, with_kwargs=True)
+        _PACKED_BACKBONES.add(backbone)
+
+
+def _without_router_logits(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook: log-probs alone need no load-balancing loss, even where the model's config asks for it."""
+    settings = vars(base.config.get_text_config())
+    if kwargs.get("fused_lm_head") and settings.get("output_router_logits"):
+        kwargs.setdefault("output_router_logits", False)
+    return args, kwargs
+
+
+def packed_attention(base: nn.Module) -> str:
+    """The attention to run packed rows with, as long as nothing has been measured.
+
+    In place of scaled-dot-product attention it is, on a CPU, the one that skips what no branch looks at.
+    """
+    own: str = base.config.get_text_config()._attn_implementation
+    return _packed_attention.NAME if own == "sdpa" and PartialState().device.type == "cpu" else own
+
+
+def replacement(base: nn.Module, attention: str | None) -> str:
+    """The implementation ``base`` runs packed rows with, where ``attention`` was chosen for a run.
+
+    Args:
+        base: A model, without its PEFT wrapper.
+        attention: The implementation to take in place of sdpa, which this model may not have if it was chosen for
+            another one; None is :func:`packed_attention`.
+    """
+    own: str = base.config.get_text_config()._attn_implementation
+    is_lacking = attention == "flex_attention" and not base._supports_flex_attn
+    is_fixed = own not in ("sdpa", _packed_attention.NAME)
+    return packed_attention(base) if attention is None or is_lacking or is_fixed else attention
+
+
+def use_packed_attention(base: nn.Module, attention: str | None = None) -> None:
+    """Make a model ready for packed rows, with the attention of :func:`replacement`.
+
+    Not between a forward pass and its backward pass: recomputed activations would be those of other attention.
+    """
+    chosen = replacement(base, attention)
+    if chosen != base.config.get_text_config()._attn_implementation:
+        base.set_attn_implementation(chosen)
+
+
+def completion_forward(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, router_logits: bool = False
+) -> CompletionOutput:
+    """One forward pass over a collated batch, with gradient if enabled.
+
+    Args:
+        model: Model with a completion head, possibly wrapped (DDP, DeepSpeed, PEFT).
+        inputs: What :class:`~alignkit.data.prefix.CandidateCollator` returned, on the model's device.
+        router_logits: Ask a mixture of experts for its load-balancing loss.
+    """
+    names = PACKED_INPUTS if "segment_ids" in inputs else PADDED_INPUTS
+    extra = {"output_router_logits": True} if router_logits else {}
+    output = model(**{name: inputs[name] for name in names}, use_cache=False, fused_lm_head=True, **extra)
+
+    def by_candidate(values: Tensor | None) -> Tensor | None:
+        return None if values is None else _by_candidate(values, inputs)
+
+    return CompletionOutput(
+        token_logps=_by_candidate(output.log_probs, inputs),
+        entropy=by_candidate(output.entropy),
+        is_top1=by_candidate(output.is_top1),
+        aux_loss=output.aux_loss,
+    )
+
+
+def _by_candidate(values: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Per-token output of either layout as [B, K, T]; slots without a candidate are 0."""
+    shape = inputs["completion_mask"].shape
+    if "segment_ids" in inputs:
+        return values.view(shape)
+    # Prompt-learning adapters prepend virtual tokens; the real positions are the last T.
+    rows = values[:, -shape[2] :]
+    return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, inputs["row_slots"], rows).view(shape)
+
+
+def completion_logps(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Log-probs [B, K, T] of every completion token, nats, 0 where masked."""
+    return completion_forward(model, inputs).token_logps
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    layout: Layout,
+    batch_size: int,
+    device: torch.device | str,
+    progress: str | None = None,
+) -> list[list[list[float]]]:
+    """Score candidate rows without gradient.
+
+    Equal completions of a row are computed once and share every digit: rounding, which is another in every layout and
+    batch, must not decide which of the two is the likelier.
+
+    Args:
+        model: Model with a completion head; its train/eval mode is left alone.
+        rows: Candidate rows; a ``Dataset`` is a sequence too.
+        pad_token_id: See :class:`~alignkit.data.prefix.CandidateCollator`.
+        layout: ``padded`` or ``shared_prefix``.
+        batch_size: Rows a forward pass.
+        device: Where the model's inputs go.
+        progress: Title of a progress bar, or None for none.
+
+    Returns:
+        Per row, per candidate, the log-probs of the completion tokens, nats.
+    """
+    collator = CandidateCollator(pad_token_id, layout)
+    # Longest first: memory runs out in the first batch or not at all, and padding is least.
+    lengths = [len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in rows]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    results: list[list[list[float]]] = [[] for _ in order]
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=progress, **hidden_unless(progress is not None)):
+        indices = order[start : start + batch_size]
+        batch = [rows[i] for i in indices]
+        completions = [[tuple(completion) for completion in row["completion_ids"]] for row in batch]
+        distinct = [list(dict.fromkeys(row)) for row in completions]
+        inputs = collator([_to_score(row["prompt_ids"], ids) for row, ids in zip(batch, distinct, strict=True)])
+        logps = completion_logps(model, {k: v.to(device) for k, v in inputs.items()}).float().cpu()
+        for b, i in enumerate(indices):
+            kept = [logps[b, k][inputs["completion_mask"][b, k]].tolist() for k in range(len(distinct[b]))]
+            scored = dict(zip(distinct[b], kept, strict=True))
+            results[i] = [scored[completion] for completion in completions[b]]
+    return results
+
+
+def _to_score(prompt_ids: Sequence[int], completions: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    ids = [list(completion) for completion in completions]
+    return {"prompt_ids": prompt_ids, "completion_ids": ids, "scores": [0.0] * len(ids)}

@@ -1,0 +1,55 @@
+"""Method ``dpo``: direct preference optimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alignkit.objectives._pair_metrics import PAIR_METRICS
+from alignkit.parts.method import Method, Paper
+from alignkit.parts.options import option
+
+if TYPE_CHECKING:
+    from alignkit.losses.types import CandidateBatch, LossOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Options of ``dpo``."""
+
+    beta: float = option(
+        0.1,
+        gt=0,
+        help="Strength of the leash to the reference, per nat of log-ratio; larger stays closer.",
+        source="Rafailov et al. 2023, Appendix B; TRL's default",
+    )
+
+
+def objective(batch: CandidateBatch, options: DPOConfig) -> LossOutput:
+    """The loss of one batch of pairs."""
+    from alignkit.losses.dpo import dpo_loss
+
+    return dpo_loss(batch, beta=options.beta)
+
+
+METHOD = Method(
+    name="dpo",
+    summary="Raises the likelihood of the chosen over the rejected response, both relative to a reference model.",
+    options=DPOConfig,
+    objective=objective,
+    metrics=PAIR_METRICS,
+    paper=Paper(
+        title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        arxiv_id="2305.18290",
+        citation="""\
+@inproceedings{rafailov2023direct,
+  title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+  author    = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon and
+               Chelsea Finn},
+  booktitle = {Advances in Neural Information Processing Systems 36},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2305.18290}
+}""",
+    ),
+    fidelity="paper text (Eq. 7), operation for operation as TRL 1.16 computes loss_type sigmoid",
+)

@@ -1,0 +1,113 @@
+"""What a method is: options with published defaults, needs, one objective and its paper.
+
+Torch is not imported here, so that configs can be checked and ``--help`` answered in a fraction of a second. A method
+module imports its loss inside the objective function for the same reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from alignkit.parts.options import Conflict
+
+if TYPE_CHECKING:
+    from alignkit.losses.types import LossOutput
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The publication a method implements.
+
+    Attributes:
+        title, arxiv_id, citation: Title, arXiv identifier and BibTeX entry.
+    """
+
+    title: str
+    arxiv_id: str
+    citation: str
+
+    @property
+    def url(self) -> str:
+        """Abstract page of the paper."""
+        return f"https://arxiv.org/abs/{self.arxiv_id}"
+
+
+def always(*needs: str) -> Callable[[Any], frozenset[str]]:
+    """``needs`` of a method that do not depend on its options."""
+    return lambda options: frozenset(needs)
+
+
+@dataclass(frozen=True)
+class AnchorSchedule:
+    """How a reference that is no longer frozen follows the policy.
+
+    Attributes:
+        kind: ``ema``: anchor <- decay * anchor + (1 - decay) * policy after every optimizer step. ``periodic``: a copy
+            of the policy every ``steps`` optimizer steps. ``kl_triggered``: a copy when the mean of ``drift_metric``
+            over the last ``window`` steps exceeds ``threshold``; the window then starts anew.
+        decay, steps, threshold, window: As above.
+        drift_metric: Key of a metric that the objective returns.
+    """
+
+    kind: Literal["ema", "periodic", "kl_triggered"]
+    decay: float = 0.99
+    steps: int = 100
+    threshold: float = 0.1
+    window: int = 10
+    drift_metric: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One training method, discovered by the name of its file.
+
+    Attributes:
+        name: File stem; the value of the config key ``method``.
+        summary: One sentence.
+        options: Dataclass of the method's own options, declared with :func:`alignkit.parts.options.option`.
+        objective: ``(batch, options) -> LossOutput``.
+        metrics: Key to meaning, for every metric the objective returns.
+        paper: The publication.
+        fidelity: Provenance grade: author's code, paper text, secondary source or reconstruction, and what is ours.
+        program: Launch program under ``trainers/``, which also fixes the batch shape.
+        needs: What the objective needs beside the policy under these options: any of ``reference`` and
+            ``token_rewards``.
+        num_candidates: Exact K the objective takes, or None for any K >= 2.
+        rows: ``ranked``: pairs or scored lists, the best candidate first. ``negatives``: K self-samples of score 1
+            followed by one negative of score 0; rows that lack the samples are given some before training.
+        anchor: How the reference moves under these options, or None for one that is frozen.
+        conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
+    """
+
+    name: str
+    summary: str
+    options: type
+    objective: Callable[[Any, Any], LossOutput]
+    metrics: Mapping[str, str]
+    paper: Paper
+    fidelity: str
+    program: str = "preference"
+    needs: Callable[[Any], frozenset[str]] = always("reference")
+    num_candidates: int | None = 2
+    rows: Literal["ranked", "negatives"] = "ranked"
+    anchor: Callable[[Any], AnchorSchedule | None] = lambda options: None
+    conflicts: tuple[Conflict, ...] = ()
+
+
+def method_names() -> list[str]:
+    """Names of all methods, from the files in ``alignkit/objectives`` (helpers left out)."""
+    package = importlib.import_module("alignkit.objectives")
+    names = [m.name for m in pkgutil.iter_modules(package.__path__)]
+    return sorted(n for n in names if not n.startswith("_"))
+
+
+def load_method(name: str) -> Method:
+    """Import and return the method called ``name``; raises KeyError for an unknown one."""
+    if name not in method_names():
+        raise KeyError(name)
+    method: Method = importlib.import_module(f"alignkit.objectives.{name}").METHOD
+    return method

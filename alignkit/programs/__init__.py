@@ -1,0 +1,1 @@
+"""What the programs of ``trainers/`` and ``scripts/`` share: arguments, outputs, errors."""

@@ -1,0 +1,1 @@
+"""References: frozen, copied, precomputed or moving, their caches, and token rewards."""

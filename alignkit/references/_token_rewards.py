@@ -1,0 +1,292 @@
+"""Token rewards by contrastive prompting: one pass over the rows before training, under the frozen reference.
+
+Every completion token is scored twice, after a prompt that asks for a better response and after one that asks for a
+worse one (columns ``better_prompt_ids`` and ``worse_prompt_ids`` of :mod:`alignkit.data.convert`)::
+
+    r_hat(y_t) = sigma( log pi_ref(y_t | x_better, y_<t) - log pi_ref(y_t | x_worse, y_<t) ) - 1/2
+
+The completion's ids are the same under both prompts. K completions make 2K sequences a row; those that begin alike are
+packed behind the beginning they share, so that it is computed once. What is kept on disk are the log-probs, in chunks
+of rows under the keys of :mod:`alignkit.references._cache`: an interrupted pass goes on with the first missing chunk.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+
+from alignkit.data.convert import SOURCE_COLUMNS
+from alignkit.data.lengths import SAMPLED_ROWS
+from alignkit.data.prefix import Layout, packed_length
+from alignkit.data.schema import EXAMPLES_SHOWN
+from alignkit.data.tokenization import CONTRAST_FEATURES
+from alignkit.errors import DataError, ModelError
+from alignkit.models import _packed_attention
+from alignkit.models._comparison import ScoringRun, layout_problem
+from alignkit.models._forward import base_model, compute_precision, use_packed_attention
+from alignkit.models._layouts import refusal, shared_prefix_obstacle
+from alignkit.models.positions import positions_of
+from alignkit.references import _cache as reference
+from alignkit.references.token_reward_report import TokenRewardReport, token_reward_report
+
+COLUMN = "token_rewards"
+CHUNK_ROWS = 256
+
+Score = Callable[[Dataset, str], reference.Scores]
+"""Scores rows (``prompt_ids``, ``completion_ids``) under the reference with all ranks, returning all scores on every
+rank; the text titles a progress bar. A collective."""
+
+
+@dataclass(frozen=True)
+class PassLayout:
+    """How the sequences of a row become rows for the model.
+
+    Attributes:
+        layout: ``shared_prefix`` packs them, ``padded`` makes each a row of its own.
+        reason: Why.
+        width: Hidden size of the model.
+        split_attention: Whether packed attention skips what no branch looks at, rather than compute the whole square.
+    """
+
+    layout: Layout
+    reason: str
+    width: int
+    split_attention: bool
+
+    def cost(self, rows: Sequence[ScoredRow]) -> float:
+        """What a forward pass over ``rows`` costs, in tokens: a pair of positions costs 1 / (6 width) of a token."""
+        return sum(row.num_tokens + row.num_pairs(split=self.split_attention) / (6 * self.width) for row in rows)
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """One row for the model: a beginning, and the sequences that go on from it.
+
+    Attributes:
+        prompt_ids: The shared beginning, at least one token.
+        completion_ids: What follows it in each sequence: the rest of the prompt, then the completion.
+        members: Which of the 2K sequences these are: k under the better prompt, K + k under the worse one.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    members: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model computes in a packed row."""
+        return packed_length(self.prompt_ids, self.completion_ids)
+
+    def num_pairs(self, *, split: bool) -> float:
+        """Pairs of positions attention computes: the whole square, or with ``split`` each part apart."""
+        if not split or len(self.members) == 1:
+            return float(self.num_tokens**2)
+        prefix, branch = len(self.prompt_ids) - 1, max(map(len, self.completion_ids))
+        return prefix**2 / 2 + len(self.members) * branch * (prefix + branch)
+
+    def candidate_row(self) -> dict[str, Any]:
+        """The row as the collator takes it; the scores mean nothing."""
+        scores = [0.0] * len(self.completion_ids)
+        return {"prompt_ids": self.prompt_ids, "completion_ids": self.completion_ids, "scores": scores}
+
+
+def default_cache_dir() -> Path:
+    """``$ALIGNKIT_CACHE/token_rewards``, by default ``~/.cache/alignkit/token_rewards``."""
+    return reference.default_cache_dir().with_name("token_rewards")
+
+
+def token_rewards_of(better_logps: Tensor, worse_logps: Tensor) -> Tensor:
+    """r_hat of tokens from their log-probs under the two prompts, any shape, float32; in [-1/2, 1/2].
+
+    Computed as tanh(d / 2) / 2, which is sigma(d) - 1/2 and exactly antisymmetric in floating point.
+    """
+    return torch.tanh((better_logps.float() - worse_logps.float()) / 2) / 2
+
+
+def with_token_rewards(
+    rows: Dataset,
+    *,
+    cache: reference.ReferenceCache,
+    weights: str,
+    precision: str,
+    layout: PassLayout,
+    score: Score,
+) -> tuple[Dataset, TokenRewardReport]:
+    """Attach ``token_rewards`` [K][tokens], from the cache where every rank has it, otherwise computed and stored.
+
+    A collective. A few of the rows that come from the cache are scored again and compared.
+
+    Args:
+        rows: Candidate rows with contrast prompts; these columns are removed.
+        cache: The cache.
+        weights: ``model_fingerprint`` of the reference.
+        precision: Key of ``LOGP_TOLERANCE``.
+        layout: What :func:`choose_pass_layout` returned.
+        score: Scores rows in that layout.
+
+    Returns:
+        The rows, and what the rewards are like.
+
+    Raises:
+        CheckpointError: A file of the cache is damaged or stale.
+    """
+    counts = [sum(map(len, completions)) for completions in rows["completion_ids"]]
+    spans = [range(start, min(start + CHUNK_ROWS, len(rows))) for start in range(0, len(rows), CHUNK_ROWS)]
+    paths = [cache.path(weights, precision, _fingerprint(rows.select(span))) for span in spans]
+    found = [cache.load(path, 2 * sum(counts[i] for i in span)) for path, span in zip(paths, spans, strict=True)]
+    everywhere = np.all(gather_object([[values is not None for values in found]]), axis=0)
+    blocks: list[Tensor] = []
+    for span, path, values, is_cached in zip(spans, paths, found, everywhere, strict=True):
+        if values is None or not is_cached:
+            title = f"Token rewards, rows {span.start + 1} to {span.stop} of {len(rows)}"
+            values = reference.flat(_score_sequences(rows.select(span), layout, score, title))
+            if PartialState().is_main_process:
+                cache.store(path, values)
+            PartialState().wait_for_everyone()
+        blocks += torch.split(values, [2 * counts[i] for i in span])
+    reused = [i for span, is_cached in zip(spans, everywhere, strict=True) if is_cached for i in span]
+    if reused:
+        sample = [reused[i] for i in reference.check_sample(len(reused))]
+        fresh = _score_sequences(rows.select(sample), layout, score, "Token rewards, checking the cache")
+        for i, scores in zip(sample, fresh, strict=True):
+            reference.check_reused(paths[i // CHUNK_ROWS], blocks[i], reference.flat([scores]), precision)
+    rewards = torch.cat([token_rewards_of(*block.chunk(2)) for block in blocks])
+    used = [*CONTRAST_FEATURES, *SOURCE_COLUMNS]
+    plain = rows.remove_columns([column for column in used if column in rows.column_names])
+    rewarded = reference.attach_tokens(plain, rewards, COLUMN)
+    return rewarded, token_reward_report(rewarded)
+
+
+def choose_pass_layout(
+    requested: Literal["auto", "padded", "shared_prefix"],
+    model: nn.Module,
+    rows: Dataset,
+    *,
+    run: ScoringRun | None = None,
+) -> PassLayout:
+    """Whether the sequences of a row are packed: where the architecture allows it and it saves something.
+
+    A collective. On a CPU the model is given the attention that skips what no branch looks at.
+
+    Args:
+        requested: The config's ``layout``.
+        model: The reference, with a completion head.
+        rows: Candidate rows with contrast prompts.
+        run: How it will be run; None is as it is.
+
+    Raises:
+        ModelError: ``shared_prefix`` was asked for and the architecture does not allow it.
+    """
+    run = run or ScoringRun("the reference", model, compute_precision(model))
+    config: Any = run.base.config.get_text_config()  # type: ignore[operator, union-attr]
+    use_packed_attention(run.base)
+    is_split = config._attn_implementation == _packed_attention.NAME
+    padded = PassLayout("padded", "asked for", config.hidden_size, is_split)
+    if requested == "padded":
+        return padded
+    packed = replace(padded, layout="shared_prefix")
+    planned = [scored_rows(row, packed) for row in rows]
+    longest = max((scored for plan in planned for scored in plan), key=lambda scored: scored.num_tokens)
+    obstacle = shared_prefix_obstacle(model, longest=longest.num_tokens)
+    if obstacle is None:
+        obstacle = layout_problem(run, longest.candidate_row())
+    if obstacle and requested == "shared_prefix":
+        raise ModelError(refusal(obstacle))
+    if obstacle:
+        return replace(padded, reason=obstacle)
+    sample = range(min(len(rows), SAMPLED_ROWS))
+    apart = sum(padded.cost(scored_rows(rows[i], padded)) for i in sample)
+    share = sum(packed.cost(planned[i]) for i in sample) / apart
+    reason = f"sequences that begin alike, packed, are expected to cost {share:.2f} x what they cost apart"
+    return replace(packed if share < 1 or requested == "shared_prefix" else padded, reason=reason)
+
+
+def refuse_long_sequences(rows: Dataset, model: nn.Module, name: str) -> None:
+    """Raise where a contrast prompt and its completion have more tokens than the model has positions.
+
+    Args:
+        rows: Candidate rows with contrast prompts.
+        model: The reference.
+        name: What the rows are called.
+
+    Raises:
+        DataError: Names such rows, their lengths, and the ways out.
+    """
+    base: Any = base_model(model)
+    limit = positions_of(base.config)
+    if limit is None:
+        return
+    lengths = [max(len(p) + len(c) for p, c in _sequences(row)) for row in rows]
+    numbers = rows["source_row"] if "source_row" in rows.column_names else range(len(rows))
+    long = {number: length for number, length in zip(numbers, lengths, strict=True) if length > limit}
+    if not long:
+        return
+    shown = "; ".join(f"row {number}: {length} tokens" for number, length in list(long.items())[:EXAMPLES_SHOWN])
+    problem = (
+        f"the model has {limit} positions, and in {len(long)} of {len(rows)} rows a contrast prompt with its response "
+        f"is longer: {shown}{'; ...' if len(long) > EXAMPLES_SHOWN else ''}; at most {max(long.values())}. Nothing is "
+        "cut here, or the tokens at the end would have no reward. Leave the response out of the prompts "
+        "(include_response: false), lower max_length, shorten the templates (contrast_prompts), or remove these rows"
+    )
+    raise DataError(f"{name}: no room for the contrast prompts", [problem])
+
+
+def scored_rows(row: Mapping[str, Any], layout: PassLayout) -> list[ScoredRow]:
+    """The rows that score the 2K sequences of one candidate row.
+
+    Args:
+        row: A candidate row with contrast prompts.
+        layout: ``shared_prefix`` takes the cheapest grouping: the sequences of each completion, those of each prompt,
+            all together, or each alone; ``padded`` the last.
+    """
+    sequences = _sequences(row)
+    every, count = range(len(sequences)), len(sequences) // 2
+    alone = [_share(sequences, range(i, i + 1)) for i in every]
+    if layout.layout == "padded":
+        return alone
+    # A completion's two sequences are k and K + k.
+    groupings = [[range(k, len(sequences), count) for k in range(count)], [every[:count], every[count:]], [every]]
+    plans = [[_share(sequences, members) for members in grouping] for grouping in groupings]
+    possible = [plan for plan in plans if all(scored.prompt_ids for scored in plan)]
+    return min([*possible, alone], key=layout.cost)
+
+
+def _share(sequences: Sequence[tuple[list[int], list[int]]], members: range) -> ScoredRow:
+    prompts = [sequences[i][0] for i in members]
+    shared = list(os.path.commonprefix(prompts))
+    rests = [prompt[len(shared) :] + sequences[i][1] for prompt, i in zip(prompts, members, strict=True)]
+    return ScoredRow(shared, rests, list(members))
+
+
+def _sequences(row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) of every completion under its better prompt, then of every one under its worse one."""
+    prompts = [*row["better_prompt_ids"], *row["worse_prompt_ids"]]
+    return list(zip(prompts, [*row["completion_ids"], *row["completion_ids"]], strict=True))
+
+
+def _score_sequences(rows: Dataset, layout: PassLayout, score: Score, title: str) -> reference.Scores:
+    """Per row and sequence the log-probs of the completion's tokens, nats."""
+    planned = [(i, scored) for i, row in enumerate(rows) for scored in scored_rows(row, layout)]
+    table = Dataset.from_list([scored.candidate_row() for _, scored in planned])
+    lengths = [[len(completion) for completion in row] for row in rows["completion_ids"]]
+    results: reference.Scores = [[[] for _ in range(2 * len(row))] for row in lengths]
+    for (i, scored), branches in zip(planned, score(table, title), strict=True):
+        for member, logps in zip(scored.members, branches, strict=True):
+            results[i][member] = logps[-lengths[i][member % len(lengths[i])] :]
+    return results
+
+
+def _fingerprint(rows: Dataset) -> str:
+    """Hash of the ids of exactly the sequences scored, however they are packed."""
+    flat = ([ids for sequence in _sequences(row) for ids in sequence] for row in rows)
+    return reference.rows_fingerprint({"prompt_ids": [], "completion_ids": ids} for ids in flat)

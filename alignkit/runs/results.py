@@ -1,0 +1,187 @@
+"""What a run leaves behind: verified weights, results, samples, plot, model card, and an upload if asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from accelerate import PartialState
+from transformers import Trainer
+
+from alignkit.reports.card import content_of_run, render_card
+from alignkit.models.saved_weights import verify_weights
+from alignkit.storage.durability import write_whole
+from alignkit.runs.health import HealthMonitor
+from alignkit.reports.plot import PANELS_OF, plot_run
+from alignkit.config import LoadedConfig
+from alignkit.sampling.generation import Sample, Sampling, generate_samples
+from alignkit.hub.upload import plan_upload, push
+from alignkit.runs.origin import write_origin
+from alignkit.models.files import ADAPTER_CONFIG
+from alignkit.models.fingerprints import ORIGIN_FILE
+from alignkit.runs.directory import RunDirectory
+
+DRAFT = ".model.partial"
+"""Folder of the run directory that the model is saved in before it gets its place."""
+TIMINGS = ("_runtime", "_per_second")
+
+
+def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[int]], directory: RunDirectory) -> None:
+    """Save, evaluate, answer prompts, look at what was saved, and report; a collective.
+
+    Args:
+        loaded: The configuration.
+        trainer: The trainer after training.
+        prompts: Token ids of the prompts to answer.
+        directory: Where to.
+
+    Raises:
+        CheckpointError: The saved weights are empty or not finite.
+    """
+    # First: whatever goes wrong in the report, the model is not lost.
+    _save_model(trainer, directory)
+    write_origin(directory, directory.path)
+    results = _evaluate(trainer)
+    before = _before_training(trainer)
+    samples = _sample_answers(loaded, trainer, prompts)
+    if trainer.is_world_process_zero():
+        _report(loaded, trainer, directory, {"before": before, "after": results}, samples)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _save_model(trainer: Trainer, directory: RunDirectory) -> None:
+    """Save into a folder of its own, list what is in it as written by the run, and move it into place; a collective."""
+    draft = directory.path / DRAFT
+    if trainer.is_world_process_zero():
+        directory.manifest.claim_checkpoint(draft)
+        if draft.exists():
+            shutil.rmtree(draft)  # left by a kill
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(draft))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    # PEFT also saves the frozen copy a continued adapter has for a reference; it belongs in checkpoints alone.
+    shutil.rmtree(draft / "ref", ignore_errors=True)
+    files = [path.relative_to(draft) for path in sorted(draft.rglob("*")) if path.is_file()]
+    origin = [ORIGIN_FILE] if (draft / ADAPTER_CONFIG).is_file() else []
+    directory.manifest.claim(*origin, *(file.as_posix() for file in files))
+    for file in files:
+        (directory.path / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(draft / file, directory.path / file)
+    directory.manifest.delete_checkpoint(draft)
+
+
+def _report(
+    loaded: LoadedConfig,
+    trainer: Trainer,
+    directory: RunDirectory,
+    results: Mapping[str, dict[str, float]],
+    samples: list[dict[str, Any]],
+) -> None:
+    config = loaded.config
+    saved = verify_weights(directory.path)
+    health = _health(trainer)
+    directory.record(
+        results=results["after"],
+        results_before=results["before"],
+        samples=samples,
+        health=health["verdicts"],
+        health_state=health["state"],
+        saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
+    )
+    marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
+    figure = {"title": f"{config.method} on {config.model}", "panels": PANELS_OF[config.program]}
+    directory.manifest.claim(directory.plot_path.name, directory.card_path.name)
+    plot_run(directory.metrics_path, directory.plot_path, marks=marks, **figure)
+    location = config.hub_model_id if config.push_to_hub else str(directory.path)
+    write_whole(directory.card_path, render_card(content_of_run(directory.sections(), location)))
+    directory.record(status="finished")
+    print(_summary(directory, results, samples))
+    if config.push_to_hub:
+        url = push(plan_upload(directory.path, config.hub_model_id), private=config.hub_private)
+        directory.record(hub={"url": url})
+        print(f"uploaded to {url}")
+
+
+def _evaluate(trainer: Trainer) -> dict[str, float]:
+    if trainer.eval_dataset is None:
+        return {}
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    is_done = bool(logged) and logged[-1]["step"] == trainer.state.global_step
+    return _metrics(logged[-1] if is_done else trainer.evaluate())
+
+
+def _before_training(trainer: Trainer) -> dict[str, float]:
+    """What was found before the first step; empty where no rows are held out."""
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == 0]
+    return _metrics(found[0]) if found else {}
+
+
+def _metrics(logged: Mapping[str, float]) -> dict[str, float]:
+    """An evaluation as it was logged, without prefix, clock times and place in the run."""
+    kept = {key.removeprefix("eval_"): value for key, value in logged.items() if not key.endswith(TIMINGS)}
+    return {key: value for key, value in kept.items() if key not in ("epoch", "step")}
+
+
+def _sample_answers(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Answers to held-out prompts; sharded models cannot generate here and say so."""
+    config = loaded.config
+    if config.num_samples == 0 or not prompts:
+        return []
+    if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3):
+        if trainer.is_world_process_zero():
+            print("no sample answers: the model is sharded; run scripts/evaluate.py on the result")
+        return []
+    tokenizer = trainer.processing_class
+    samples = generate_samples(
+        trainer.model,
+        tokenizer,
+        prompts,
+        Sampling(max_new_tokens=config.sample_max_new_tokens, seed=config.seed),
+        state=PartialState(),
+    )
+    return [_sample(tokenizer.decode(ids), sample) for ids, sample in zip(prompts, samples, strict=True)]
+
+
+def _sample(prompt: str, sample: Sample) -> dict[str, Any]:
+    return {"prompt": prompt, **asdict(sample)}
+
+
+def _health(trainer: Trainer) -> dict[str, Any]:
+    (monitor,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, HealthMonitor))
+    return monitor.summary()
+
+
+def _summary(directory: RunDirectory, results: Mapping[str, Mapping[str, float]], samples: list[dict[str, Any]]) -> str:
+    lines = []
+    before, after = results["before"], results["after"]
+    if after:
+        shown = (
+            "loss",
+            "rewards/accuracies",
+            "rewards/margins",
+            "logratio/chosen",
+            "logratio/rejected",
+            "mean_token_accuracy",
+        )
+        change = {key: f"{before[key]:.4g} -> {after[key]:.4g}" for key in shown if key in before and key in after}
+        changes = ", ".join(f"{key} {change.get(key, f'{after[key]:.4g}')}" for key in shown if key in after)
+        lines.append(f"held-out rows: {changes}" + ("  (before -> after training)" if change else ""))
+    for sample in samples:
+        lines.append(f"sample: {sample['prompt']!r}\n     -> {sample['text']!r}{_remarks(sample)}")
+    lines.append(f"run directory: {directory.path}")
+    lines.append(
+        f"  plot {directory.plot_path.name}, card {directory.card_path.name}, metrics {directory.metrics_path.name}"
+    )
+    return "\n".join(lines)
+
+
+def _remarks(sample: Mapping[str, Any]) -> str:
+    remarks = [] if sample["finished"] else ["did not stop"]
+    if sample["repetition"] > 0.3:
+        remarks.append(f"repeats itself ({sample['repetition']:.0%} of its 4-grams)")
+    return f"  [{', '.join(remarks)}]" if remarks else ""

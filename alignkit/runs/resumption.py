@@ -1,0 +1,71 @@
+"""Going on with a run: whether there is one to continue, and the command that does."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from alignkit.storage.durability import complete_checkpoints
+from alignkit.config import LoadedConfig
+from alignkit.config.overrides import split_overrides
+from alignkit.runs.directory import RUN_FILE, RunDirectory
+
+AUTO = "auto"
+
+
+def settled(loaded: LoadedConfig) -> LoadedConfig:
+    """The configuration with ``resume: auto`` settled by what lies in ``output_dir``.
+
+    A complete checkpoint is continued from. Without one the run starts, over what an attempt left that was stopped
+    before its first checkpoint; but never over a finished run, nor over weights, nor over what is not ours: these are
+    refused as always.
+
+    Args:
+        loaded: The configuration.
+    """
+    config = loaded.config
+    if config.resume != AUTO:
+        return loaded
+    path = Path(config.output_dir)
+    resume = path.is_dir() and bool(complete_checkpoints(path))
+    overwrite = not resume and _has_come_to_nothing(path)
+    return dataclasses.replace(loaded, config=dataclasses.replace(config, resume=resume, overwrite=overwrite))
+
+
+def _has_come_to_nothing(path: Path) -> bool:
+    """Whether a run was begun here and left neither weights nor a result."""
+    if not (path / RUN_FILE).is_file():
+        return False
+    is_finished = RunDirectory(path, is_main=False).sections().get("status") == "finished"
+    return not is_finished and not any(path.glob("*.safetensors"))
+
+
+def how_to_go_on(directory: RunDirectory, command: Sequence[str], *, resume: bool | str) -> str:
+    """What to say about a run that was stopped: the command that continues it.
+
+    Args:
+        directory: The run.
+        command: The words of the program's command line, as in ``sys.argv``.
+        resume: The key of that name, as it was given.
+    """
+    checkpoint = directory.last_complete_checkpoint()
+    launched = "accelerate launch ... " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "python "
+    if resume == AUTO:
+        again = f"the same command goes on from {checkpoint}" if checkpoint else "the same command starts it again"
+        return f"{again} (resume: auto):\n  {launched}{shlex.join(command)}"
+    if checkpoint is None:
+        return "stopped before the first checkpoint was complete; there is nothing to continue from"
+    words = [command[0], *_without(command[1:], {"resume", "overwrite"}), "--resume"]
+    return f"to continue from {checkpoint}:\n  {launched}{shlex.join(words)}"
+
+
+def _without(arguments: Sequence[str], names: set[str]) -> Iterator[str]:
+    """The arguments but for those options and their values."""
+    options = list(split_overrides(arguments))
+    ends = [option.position for option in options[1:]] + [len(arguments)]
+    for option, end in zip(options, ends, strict=True):
+        if option.name not in names:
+            yield from arguments[option.position : end]

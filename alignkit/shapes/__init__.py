@@ -1,0 +1,1 @@
+"""Batch shapes: one bridge to a Hugging Face trainer each."""

@@ -1,0 +1,279 @@
+"""The preference bridge: TRL's DPOTrainer with the objective of a :class:`~alignkit.parts.method.Method`.
+
+Inherited from TRL: model preparation, reference model or adapter, PEFT, dropout, saving. Replaced: the objective (on a
+CandidateBatch), the batch layout, normalisation and metrics (``_bridge.py``) and the cache of reference log-probs
+(``_reference_scoring.py``).
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- trl ``DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)``
+- trl / transformers ``_set_signature_columns_if_needed`` and ``_signature_columns``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from trl import DPOConfig
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head
+
+from alignkit.data.filling import REPEATED
+from alignkit.data.lengths import RowLengths
+from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
+from alignkit.errors import ModelError
+from alignkit.gradients._hook import ChosenRule
+from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_items
+from alignkit.models._aux_loss import checked_aux_loss
+from alignkit.models._comparison import length_dependence
+from alignkit.models._forward import CompletionOutput, base_model, completion_forward, completion_logps
+from alignkit.models._layout_timing import MICRO_BATCHES, agreed, choose_fastest, time_ways, ways_of
+from alignkit.models._layouts import LayoutChoice, choose_layout, confirmed
+from alignkit.models.modes import evaluating, switch_off_dropout
+from alignkit.models.precision import trained_values
+from alignkit.parts.method import Method
+from alignkit.references._scoring import ReferenceScoring
+from alignkit.shapes._arguments import REFUSED_FOR_PREFERENCE, refuse_unused
+from alignkit.shapes._bridge import ObjectiveBridge, ratio
+
+METRICS: Mapping[str, str] = {
+    "entropy": "entropy of the next-token distribution over completion tokens, nats",
+    "mean_token_accuracy": "share of the first (chosen) candidate's tokens that are the most likely one",
+}
+"""What the bridge logs for every method, beside ``loss/<term>`` (and ``aux_loss`` for mixtures of experts)."""
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """What the bridge needs beside TRL's arguments.
+
+    Attributes:
+        layout: ``auto``, ``padded`` or ``shared_prefix``.
+        max_length: Longest prompt + completion there can be, tokens; None goes by the rows that are looked at.
+        reference_cache: Directory of precomputed reference log-probs (used when ``args.precompute_ref_log_probs``).
+        token_reward_cache: Directory of the log-probs that token rewards are made of.
+        negative_reference: A model of its own to score the last candidate of each row under (D2O's helpful reference).
+    """
+
+    layout: Literal["auto", "padded", "shared_prefix"] = "auto"
+    max_length: int | None = None
+    reference_cache: Path | None = None
+    token_reward_cache: Path | None = None
+    negative_reference: nn.Module | None = None
+
+
+class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
+    """Trains on candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) with any preference method.
+
+    Args:
+        model: The policy, loaded; with ``peft_config`` it is wrapped by TRL.
+        args: TRL's arguments; those of ``REFUSED_FOR_PREFERENCE`` must have their defaults.
+        method: The method whose objective is minimised.
+        options: Instance of ``method.options``.
+        settings: Layout and cache.
+        gradient_rule: What is done to the gradient before the optimizer sees it; None is nothing.
+        train_dataset: Candidate rows.
+        **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``ref_model``, ``callbacks``,
+            ``optimizers`` as in TRL.
+    """
+
+    item_kinds = ITEM_KINDS
+    rows_change = False
+    """Whether training rows may be exchanged for others while training."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DPOConfig,
+        *,
+        method: Method,
+        options: Any,
+        train_dataset: Dataset | IterableDataset,
+        settings: BridgeSettings = BridgeSettings(),
+        gradient_rule: ChosenRule | None = None,
+        **inherited: Any,
+    ) -> None:
+        refuse_unused(args, REFUSED_FOR_PREFERENCE, inherited, "ref_model")
+        self.method, self.method_options, self.settings = method, options, settings
+        self.needs = method.needs(options)
+        self.data_collator: CandidateCollator
+        self.layout: LayoutChoice = self._choose_layout(model, args, train_dataset, inherited)
+        self.prepare_bridge(gradient_rule)
+        tokenizer = inherited["processing_class"]
+        pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
+        if "reference" not in self.needs:
+            args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
+        start = trained_values(model)
+        super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
+        self.hold_masters(start)
+        self._vocabulary_size: int = base_model(model).config.get_text_config().vocab_size
+        if args.disable_dropout:
+            switch_off_dropout(self.model)
+        # TRL's own head also computes the mean logits, which nothing here reads.
+        add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
+        self.compare_models()
+        if self._measures_layout():
+            self._take_fastest_layout()
+        if "token_rewards" in self.needs:
+            self._add_token_rewards()
+        if args.precompute_ref_log_probs:
+            self.ref_model = None  # everything it is needed for is in the rows now
+        self._set_up_anchor(method.anchor(options))
+
+    def _choose_layout(
+        self, model: nn.Module, args: DPOConfig, rows: Dataset | IterableDataset, inherited: Mapping[str, Any]
+    ) -> LayoutChoice:
+        """The layout that what is known of the models and rows speaks for; before TRL wraps anything.
+
+        Raises:
+            ModelError: It was asked for and cannot be, or these rows have no log-probs of their own under a model.
+        """
+        evaluation = inherited.get("eval_dataset")
+        held_out = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+        sets = [rows, *(held for held in held_out if held is not None)]
+        self.lengths = RowLengths.of(*sets, max_length=self.settings.max_length, can_grow=self.rows_change)
+        named = {"the reference": inherited.get("ref_model"), "the helpful reference": self.settings.negative_reference}
+        others = {name: other for name, other in named.items() if isinstance(other, nn.Module)}
+        together = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
+        for name, each in {"the policy": model, **others}.items():
+            if problem := length_dependence(each, self.lengths, together=together):
+                raise ModelError(f"{name}, {problem}.")
+        return choose_layout(
+            self.settings.layout,
+            model,
+            rows,
+            batch_size=args.per_device_train_batch_size,
+            lengths=self.lengths,
+            adapter=inherited.get("peft_config"),
+            others=others,
+            aux_loss=checked_aux_loss(model, args.router_aux_loss_coef) != 0.0,
+        )
+
+    def _measures_layout(self) -> bool:
+        """Whether layouts are timed: on accelerators, whose kernels decide, where there is a choice to make."""
+        is_open = self.settings.layout == "auto" and self.layout.attention is not None
+        return is_open and not (self.shards_policy or self.args.torch_compile) and self.accelerator.device.type != "cpu"
+
+    def _take_fastest_layout(self) -> None:
+        """Run some rows in every way there is and go on in the fastest; a collective, all processes take the same.
+
+        Padded rows are what is left where the fastest is not what every model of the run can do.
+        """
+        model, size, ways = self.model, self.args.per_device_train_batch_size, ways_of(self.model)
+        rows, count = self.train_dataset, MICRO_BATCHES * size
+        if isinstance(rows, Dataset):
+            rows = rows.select(range(0, len(rows), max(len(rows) // count, 1)))
+        with self._checkpointing():
+            timings = time_ways(
+                model,
+                ways,
+                list(islice(rows, count)),
+                batch_size=size,
+                collator=self.data_collator,
+                mixed_precision=self.accelerator.mixed_precision,
+            )
+        # Only the policy was timed, on some rows: the others, and the longest of all rows, have not been run this way.
+        self.take_layout(confirmed(choose_fastest(agreed(timings)), self._scoring_runs(), self.lengths))
+        base_model(model).set_attn_implementation(self.layout.attention or ways[0].attention)
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Activations are recomputed inside if they will be in training; transformers begins with it in ``train``."""
+        begins = self.args.gradient_checkpointing and not base_model(self.model).is_gradient_checkpointing
+        if begins:
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        try:
+            yield
+        finally:
+            if begins:
+                self.model.gradient_checkpointing_disable()
+
+    # --- objective -------------------------------------------------------------------------------------------------
+
+    def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[CompletionOutput, LossOutput]:
+        """One forward pass over candidate rows, and the method's terms."""
+        output = completion_forward(model, inputs, router_logits=self.aux_loss_enabled)
+        return output, self.method.objective(self._candidate_batch(inputs, output), self.method_options)
+
+    def item_counts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Local number of groups, chosen tokens and completion tokens."""
+        return count_items(inputs["completion_mask"])
+
+    def num_rows(self, inputs: Mapping[str, Tensor]) -> int:
+        """Prompts of a batch."""
+        return len(inputs["completion_mask"])
+
+    def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+        """Mask all prompts but the first ``kept``."""
+        is_kept = torch.arange(self.num_rows(inputs), device=inputs["completion_mask"].device) < kept
+        masks = ("completion_mask", "candidate_mask")
+        masked = {name: inputs[name] & is_kept.view(-1, *[1] * (inputs[name].dim() - 1)) for name in masks}
+        return {**inputs, **masked}
+
+    def _candidate_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput) -> CandidateBatch:
+        ref_token_logps = inputs.get("ref_token_logps")
+        if ref_token_logps is None and "reference" in self.needs:
+            ref_token_logps = self.once_a_batch("ref_token_logps", lambda: self.reference_logps(inputs))
+        return CandidateBatch(
+            policy_token_logps=output.token_logps,
+            completion_mask=inputs["completion_mask"],
+            candidate_mask=inputs["candidate_mask"],
+            scores=inputs["scores"],
+            ref_token_logps=ref_token_logps,
+            token_rewards=inputs.get("token_rewards"),
+            vocabulary_size=self._vocabulary_size,
+            first_equal=inputs["first_equal"],
+        )
+
+    @property
+    def has_frozen_reference(self) -> bool:
+        """Whether there is a reference, and it stays what it was."""
+        return "reference" in self.needs and self.anchor is None
+
+    # --- probe -----------------------------------------------------------------------------------------------------
+
+    def probe_batches(self, rows: Dataset) -> list[dict[str, Tensor]]:
+        """This rank's share of held-out rows, collated, on the device; as many batches on every rank.
+
+        Rows beyond a multiple of the number of ranks are left out, so that each counts once.
+        """
+        ranks, size = self.accelerator.num_processes, self.args.per_device_eval_batch_size
+        share = range(self.accelerator.process_index, len(rows) // ranks * ranks, ranks)
+        batches = [[rows[i] for i in share[start : start + size]] for start in range(0, len(share), size)]
+        device = self.accelerator.device
+        return [{k: v.to(device) for k, v in self.data_collator(batch).items()} for batch in batches]
+
+    @torch.no_grad()
+    def probe_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Policy token log-probs [B, K, T] in evaluation mode."""
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with evaluating(self.model), checkpointing, self.compute_loss_context_manager():
+            return completion_logps(self.model, inputs)
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    def record_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput, result: LossOutput) -> None:
+        """Record ``METRICS``, and show a moving reference how far the policy has drifted."""
+        if self.anchor is not None and self.model.training and self.anchor.schedule.drift_metric:
+            self.anchor.observe(result.metrics[self.anchor.schedule.drift_metric])
+        mask = inputs["completion_mask"]
+        if output.entropy is not None and output.is_top1 is not None:
+            self.record("entropy", ratio(output.entropy * mask, mask))
+            self.record("mean_token_accuracy", ratio(output.is_top1[:, 0] & mask[:, 0], mask[:, 0]))
+
+    # --- data ------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Dataset, *unused: Sequence[Any], **also_unused: Any) -> Dataset:
+        """Candidate rows are tokenised before a model is loaded; nothing is left to do."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS, REPEATED]

@@ -1,0 +1,82 @@
+"""A preference trainer whose training rows may be exchanged between two steps.
+
+Dataloaders run ahead: worker processes hold copies of the rows, and accelerate fetches a batch before the previous one
+is given out. Here they handle row numbers alone, and the rows are looked up when their step begins. So no step trains
+on rows that were exchanged before it, and a resumed run looks up what the uninterrupted one did.
+
+Upstream names relied on: ``Trainer.get_train_dataloader`` of transformers takes ``train_dataset`` and ``data_collator``
+as they are when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import get_last_checkpoint
+
+from alignkit.shapes._candidates import PreferenceTrainer
+
+
+class RowNumbers(torch.utils.data.Dataset[int]):
+    """The numbers from 0, in the place of rows.
+
+    Args:
+        count: How many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class LateRowsTrainer(PreferenceTrainer):
+    """Trains on ``train_dataset`` as it is when a step begins; takes what a preference trainer takes.
+
+    Attributes:
+        train_dataset: Candidate rows; may be exchanged for as many others.
+        resumed_from: Checkpoint that training resumes from, or None.
+    """
+
+    rows_change = True
+    train_dataset: Dataset
+    data_collator: Any
+    resumed_from: Path | None = None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """A dataloader of row numbers, in the order that the rows would have."""
+        rows, collator = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = RowNumbers(len(rows)), list
+        try:
+            dataloader: DataLoader[Any] = super().get_train_dataloader()
+            return dataloader
+        finally:
+            self.train_dataset, self.data_collator = rows, collator
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of one step, made from the rows of this moment, and their item counts."""
+        return super().get_batch_samples(map(self._collated, epoch_iterator), num_batches, device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, and remember where from."""
+        found = resume_from_checkpoint
+        if isinstance(found, bool):
+            found = get_last_checkpoint(self.args.output_dir) if found else None
+        self.resumed_from = None if found is None else Path(found)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _collated(self, numbers: list[int]) -> dict[str, Tensor]:
+        batch = self.data_collator([self.train_dataset[number] for number in numbers])
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}

@@ -1,0 +1,291 @@
+"""The supervised bridge: TRL's SFTTrainer with the objective of a :class:`~alignkit.parts.method.Method`.
+
+Inherited from TRL: model preparation, PEFT, packing, collation, saving. Replaced: the objective (on a TokenBatch),
+normalisation and metrics (``_bridge.py``).
+
+Rows come tokenised (``input_ids``, ``labels``), which TRL packs and never touches otherwise. Packed rows stand behind
+one another in a single sequence with restarting ``position_ids`` and no attention mask. From these transformers 5.23
+derives a block-diagonal mask for eager, sdpa and flex attention, and flash attention takes the collator's lengths. An
+attention function without a mask function of its own gets no mask at all and would let rows see each other, hence
+``packing_difference``.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- trl ``SFTTrainer._prepare_dataset`` leaves rows with ``input_ids`` and ``labels`` as they are, but for packing
+- trl ``SFTTrainer.padding_free``, ``_set_signature_columns_if_needed`` and ``_signature_columns``
+- trl ``DataCollatorForLanguageModeling.torch_call(examples)``, of rows with ``input_ids`` and ``labels``
+- trl ``FusedCausalLMOutput`` of the head ``SFTTrainer`` adds: ``log_probs entropy is_top1 label_mask aux_loss``
+- the names in ``_bridge.py``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from alignkit.data.filling import REPEATED
+from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
+from alignkit.errors import ModelError
+from alignkit.gradients._hook import ChosenRule
+from alignkit.losses.types import LossOutput, TokenBatch
+from alignkit.models._aux_loss import check_aux_loss, checked_aux_loss
+from alignkit.models._comparison import (
+    CompareWhenTrainingBegins,
+    ScoringRun,
+    agreed,
+    disagreement,
+    length_dependence,
+    refuse_other_scores,
+)
+from alignkit.models._forward import LOGP_TOLERANCE, compute_precision
+from alignkit.models.precision import trained_values
+from alignkit.parts.method import Method
+from alignkit.shapes._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
+from alignkit.shapes._bridge import ObjectiveBridge, ratio
+
+IGNORE_INDEX = -100
+ROW_TOKENS = "row_tokens"
+"""Key of a batch that the model never sees: how many tokens of each of its rows count."""
+METRICS: Mapping[str, str] = {
+    "entropy": "entropy of the next-token distribution over trained tokens, nats",
+    "mean_token_accuracy": "share of the trained tokens that are the most likely one",
+    "num_tokens": "tokens seen since the beginning, prompts included, padding not",
+}
+"""What the bridge logs for every method, beside ``loss/<term>`` (and ``aux_loss`` for mixtures of experts)."""
+
+CHECKED_TOKENS = 16
+
+
+class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
+    """Trains on tokenised rows (``input_ids``, ``labels`` with -100 where nothing is trained).
+
+    Args:
+        model: The policy, loaded; with ``peft_config`` it is wrapped by TRL.
+        args: TRL's arguments; those of ``REFUSED_FOR_SUPERVISED`` must have their defaults.
+        method: The method whose objective is minimised.
+        options: Instance of ``method.options``.
+        train_dataset: Tokenised rows.
+        gradient_rule: What is done to the gradient before the optimizer sees it; None is nothing.
+        **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``callbacks``, ``optimizers`` as in TRL.
+
+    Raises:
+        ModelError: The model's scores would not be its own, or ``args.packing`` and packed rows see each other.
+    """
+
+    item_kinds = ("token",)
+    _signature_columns: list[str] | None
+    data_collator: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SFTConfig,
+        *,
+        method: Method,
+        options: Any,
+        train_dataset: Dataset | IterableDataset,
+        gradient_rule: ChosenRule | None = None,
+        **inherited: Any,
+    ) -> None:
+        refuse_unused(args, REFUSED_FOR_SUPERVISED, inherited, "optimizer_cls_and_kwargs")
+        self.method, self.method_options = method, options
+        self.prepare_bridge(gradient_rule)
+        self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
+        checked_aux_loss(model, args.router_aux_loss_coef)
+        self.lengths = self._look_at_rows(model, args, train_dataset, inherited.get("eval_dataset"))
+        start = trained_values(model)
+        super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
+        self.hold_masters(start)
+        self.data_collator = SupervisedCollator(**vars(self.data_collator))
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            # No process has the weights before.
+            self.add_callback(CompareWhenTrainingBegins(self._compare_sharded))
+        else:
+            # DeepSpeed places the model when training begins.
+            if next(self.model.parameters()).device.type != self.accelerator.device.type:
+                self.model.to(self.accelerator.device)
+            self._compare(self.model)
+
+    def _look_at_rows(self, model: nn.Module, args: SFTConfig, rows: Any, held_out: Any) -> RowLengths:
+        """Lengths of all rows, of which each must have log-probs of its own under the model.
+
+        Raises:
+            ModelError: The position encoding makes them depend on the rows beside.
+        """
+        evaluation = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
+        sets = [rows, *(each for each in evaluation if each is not None)]
+        lengths = RowLengths.of(*sets, max_length=args.max_length)
+        together = args.packing or max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
+        if problem := length_dependence(model, lengths, together=together):
+            raise ModelError(f"the policy, {problem}.")
+        return lengths
+
+    def _compare_sharded(self) -> None:
+        if self.aux_loss_enabled:
+            check_aux_loss(self.model_wrapped, self.router_aux_loss_coef)
+        self._compare(self.model_wrapped)
+
+    def _compare(self, model: nn.Module) -> None:
+        """Compare the model's scores with its own logits, and rows packed together with the same rows apart.
+
+        Raises:
+            ModelError: They differ.
+        """
+        precision = compute_precision(self.model, self.accelerator.mixed_precision)
+        run = ScoringRun("the policy", model, precision, self.accelerator.autocast)
+        refuse_other_scores(run, self.lengths)
+        implementation = run.base.config.get_text_config()._attn_implementation
+        # Flash attention takes row boundaries as such.
+        if not self.padding_free or "flash" in implementation:
+            return
+        difference = packing_difference(run, self._packed_together())
+        tolerance = LOGP_TOLERANCE[precision]
+        found = f"rows packed together differ by {difference:.2g} nats a token from the same rows apart"
+        if problem := agreed(None if difference <= tolerance else found):
+            other = "" if implementation == "sdpa" else "attn_implementation: sdpa, or "
+            raise ModelError(
+                f"packing: true cannot be used: on {type(run.base).__name__} with attn_implementation: "
+                f"{implementation} {problem} (tolerance {tolerance}), so they see each other. "
+                f"Write {other}packing: false."
+            )
+
+    def _packed_together(self) -> list[list[int]] | None:
+        """Rows that stand behind one another in one of the first packed rows; None where each stands alone."""
+        for row in islice(self.train_dataset, SAMPLED_ROWS):
+            if len(lengths := row["seq_lengths"]) > 1:
+                ends = list(accumulate(lengths))
+                return [row["input_ids"][end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        return None
+
+    # --- objective -------------------------------------------------------------------------------------------------
+
+    def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, LossOutput]:
+        """One forward pass through TRL's fused head, and the method's terms."""
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        known = {name: value for name, value in inputs.items() if name != ROW_TOKENS}
+        output = model(**known, use_cache=False, fused_lm_head=True, **extra)
+        batch = TokenBatch(policy_token_logps=output.log_probs, label_mask=output.label_mask)
+        return output, self.method.objective(batch, self.method_options)
+
+    def item_counts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Local number of trained tokens; no position predicts the first token of a row."""
+        return {"token": (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()}
+
+    def num_rows(self, inputs: Mapping[str, Tensor]) -> int:
+        """Rows of a batch; what packing has put together is one."""
+        return len(inputs[ROW_TOKENS])
+
+    def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+        """Train and count no token of a row behind the first ``kept``."""
+        labels, lengths = inputs["labels"], inputs[ROW_TOKENS]
+        positions = torch.arange(labels.shape[-1] if self.padding_free else len(labels), device=labels.device)
+        is_kept = positions < (lengths[:kept].sum() if self.padding_free else kept)
+        if not self.padding_free:
+            is_kept = is_kept[:, None]
+        counted = lengths.masked_fill(torch.arange(len(lengths), device=lengths.device) >= kept, 0)
+        return {**inputs, "labels": labels.masked_fill(~is_kept, IGNORE_INDEX), ROW_TOKENS: counted}
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    def record_batch(self, inputs: Mapping[str, Tensor], output: Any, result: LossOutput) -> None:
+        """Record ``METRICS``."""
+        mask = output.label_mask
+        self.record("entropy", ratio(output.entropy * mask, mask))
+        self.record("mean_token_accuracy", ratio(output.is_top1 & mask, mask))
+        if self.mode == "train":
+            self._new_tokens += inputs[ROW_TOKENS].sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log; tokens are counted on from the last log, before a resumption or not."""
+        if self.mode == "train" and "loss" in logs:
+            before = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+            new = int(self.accelerator.reduce(self._new_tokens, reduction="sum"))
+            self._new_tokens.zero_()
+            logs["num_tokens"] = (before[-1] if before else 0) + new
+        super().log(logs, start_time)
+
+    # --- data ------------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = columns if REPEATED in columns else [*columns, REPEATED]
+
+
+@dataclass
+class SupervisedCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which says besides how many tokens each row has, and trains none of a row marked as repeated."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows."""
+        counts = [0 if row.get(REPEATED) else len(row["input_ids"]) for row in examples]
+        labels = [
+            row["labels"] if count else [IGNORE_INDEX] * len(row["labels"])
+            for row, count in zip(examples, counts, strict=True)
+        ]
+        rows = [{**row, "labels": trained} for row, trained in zip(examples, labels, strict=True)]
+        return {**super().torch_call(rows), ROW_TOKENS: torch.tensor(counts)}
+
+
+def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template that marks the assistant's turns, in place of the tokenizer's; None where that does or is none.
+
+    TRL ships such templates for the model families it knows.
+
+    Raises:
+        ModelError: The template has no marks and its family is not known.
+    """
+    template = tokenizer.chat_template
+    if template is None or has_generation_markers(template):
+        return None
+    try:
+        marked: str = get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ModelError(
+            "assistant_only_loss: true needs a chat template that marks the assistant's turns, and this one does not. "
+            "Put {% generation %} before and {% endgeneration %} behind what the assistant writes, its stop token "
+            "included, save that as a file and write chat_template: FILE; or write assistant_only_loss: false."
+        ) from error
+    return marked
+
+
+def packing_difference(run: ScoringRun, rows: Sequence[Sequence[int]] | None = None) -> float:
+    """How far apart the log-probs of rows packed together are from those of the same rows apart, nats.
+
+    Of the row that differs most: one that sees another may be short beside it.
+
+    Args:
+        run: The model, as it will be run.
+        rows: Token ids of two rows or more; None takes the first ids of the vocabulary.
+    """
+    short = (range(CHECKED_TOKENS), range(CHECKED_TOKENS, 2 * CHECKED_TOKENS))
+    device = next(run.model.parameters()).device
+    ids = [torch.tensor([list(row)], device=device) for row in rows or short]
+    positions = torch.cat([torch.arange(row.shape[1], device=device) for row in ids])[None]
+
+    def logps(tokens: Tensor, **extra: Tensor) -> Tensor:
+        # No logits: those of a packed row of a large vocabulary take more memory than training does.
+        output = run.model(input_ids=tokens, labels=tokens, use_cache=False, fused_lm_head=True, **extra)
+        found: Tensor = output.log_probs[0]
+        # Behind the virtual tokens that prompt-learning adapters put before it.
+        return found[len(found) - tokens.shape[1] + 1 :]
+
+    differences = []
+    with run.scoring():
+        packed = logps(torch.cat(ids, 1), position_ids=positions)
+        for row, end in zip(ids, accumulate(row.shape[1] for row in ids), strict=True):
+            # The last token of a row predicts nothing of its own.
+            together = packed[end - row.shape[1] : end - 1]
+            differences.append(disagreement(together, logps(row), run.precision))
+    # Not Python's max, which passes over NaN.
+    return float(torch.tensor(differences).max())
