@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignkit.config import LoadedConfig as LoadedConfig
-    from alignkit.config import PreferenceConfig as PreferenceConfig
-    from alignkit.config import SFTConfig as SFTConfig
     from alignkit.config import load_config as load_config
     from alignkit.errors import AlignkitError as AlignkitError
     from alignkit.errors import CheckpointError as CheckpointError
@@ -36,11 +34,13 @@ if TYPE_CHECKING:
     from alignkit.runs.run import train_sft as train_sft
     from alignkit.shapes._candidates import PreferenceTrainer as PreferenceTrainer
     from alignkit.shapes._tokens import SupervisedTrainer as SupervisedTrainer
+    from alignkit.shapes.candidates import PreferenceConfig as PreferenceConfig
+    from alignkit.shapes.tokens import SFTConfig as SFTConfig
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "alignkit.config": ("LoadedConfig", "PreferenceConfig", "SFTConfig", "load_config"),
+    "alignkit.config": ("LoadedConfig", "load_config"),
     "alignkit.errors": (
         "AlignkitError",
         "CheckpointError",
@@ -54,6 +54,8 @@ _PUBLIC = {
     "alignkit.losses.flex_dpo": ("flex_dpo_loss",),
     "alignkit.losses.sft": ("sft_loss",),
     "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric", "TokenBatch"),
+    "alignkit.shapes.candidates": ("PreferenceConfig",),
+    "alignkit.shapes.tokens": ("SFTConfig",),
     "alignkit.shapes._candidates": ("PreferenceTrainer",),
     "alignkit.shapes._tokens": ("SupervisedTrainer",),
     "alignkit.parts.method": ("Method", "load_method", "method_names"),

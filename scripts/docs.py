@@ -133,7 +133,7 @@ def metrics_table(metrics: Iterable[tuple[str, str]]) -> str:
 
 def probe_metrics() -> str:
     """What the probe callback logs."""
-    from alignkit.runs.probe import METRICS
+    from alignkit.shapes._probe import METRICS
 
     return metrics_table(METRICS.items())
 

@@ -9,19 +9,15 @@ from __future__ import annotations
 from alignkit.config.compatibility import RULES
 from alignkit.config.json_schema import json_schema
 from alignkit.config.load import LoadedConfig, load_config
-from alignkit.config.preference import PreferenceConfig
 from alignkit.config.program import help_text, parse_program_arguments
 from alignkit.config.recipes import find_recipe
 from alignkit.config.rules import IgnoredKeys, Rule
-from alignkit.config.sft import SFTConfig
 
 __all__ = [
     "RULES",
     "IgnoredKeys",
     "LoadedConfig",
-    "PreferenceConfig",
     "Rule",
-    "SFTConfig",
     "find_recipe",
     "help_text",
     "json_schema",

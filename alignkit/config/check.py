@@ -9,7 +9,7 @@ from typing import Any
 from alignkit.config.base import ProgramConfig
 from alignkit.config.compatibility import RULES
 from alignkit.config.data_files import check_data
-from alignkit.config.keys import PROGRAMS, Key, base_keys, method_keys, methods_with, rule_keys, rules_with
+from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule_keys, rules_with
 from alignkit.config.model_files import check_model_files, check_packages
 from alignkit.config.names import explain_method, explain_rule_option, explain_unknown
 from alignkit.config.settings import Entry, Origin, Settings
@@ -17,6 +17,7 @@ from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
 from alignkit.parts.method import load_method
 from alignkit.parts.rule import load_rule
+from alignkit.parts.shape import programs
 
 
 def build_config(settings: Settings, headline: str, *, check_files: bool) -> ProgramConfig:
@@ -44,7 +45,10 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Pro
         ordered = sorted(settings.problems, key=lambda problem: problem.origin.order)
         raise ConfigError(headline, [str(problem) for problem in ordered])
     base = {name: settings.values[name] for name in base_keys(settings.program)}
-    return PROGRAMS[settings.program](**base, method_options=options, gradient_options=gradient)
+    config: ProgramConfig = programs()[settings.program].config(
+        **base, method_options=options, gradient_options=gradient
+    )
+    return config
 
 
 def validate_config(config: ProgramConfig) -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, format_of, peek, peek_saved
-from alignkit.config.keys import PROGRAMS
 from alignkit.config.model_files import has_similar_entry, looks_like_path, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
 from alignkit.data.paths import is_pattern, matched_files
 from alignkit.errors import DataError
+from alignkit.parts.shape import programs
 
 
 def check_data(settings: Settings) -> None:
     """Report what is wrong with ``data``, ``eval_data`` and ``column_map``."""
-    family = PROGRAMS[settings.program].row_family(settings.values)
+    family = programs()[settings.program].config.row_family(settings.values)
     column_map = _column_map(settings, family.columns)
     for key, split_key in (("data", "data_split"), ("eval_data", "eval_split")):
         if settings.values.get(key) is None:

@@ -7,16 +7,11 @@ from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
 from typing import Any, get_type_hints
 
-from alignkit.config.base import ProgramConfig
-from alignkit.config.preference import PreferenceConfig
 from alignkit.config.sections import GradientSection, MethodSection, Section
-from alignkit.config.sft import SFTConfig
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.options import OptionInfo
 from alignkit.parts.rule import load_rule, rule_names
-
-PROGRAMS: Mapping[str, type[ProgramConfig]] = {config.program: config for config in (PreferenceConfig, SFTConfig)}
-"""Launch program to its config class."""
+from alignkit.parts.shape import programs
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Key:
 @cache
 def base_keys(program: str) -> Mapping[str, Key]:
     """Keys of ``program`` that every method has, in the order of its sections."""
-    sections = [base for base in PROGRAMS[program].__bases__ if issubclass(base, Section)]
+    sections = [base for base in programs()[program].config.__bases__ if issubclass(base, Section)]
     keys = {key.name: key for section in sections for key in _declared(section, section.title)}
     names = program_methods(program)
     for key, choices in (("method", names), ("gradient_rule", tuple(rule_names()))):

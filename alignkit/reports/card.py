@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from alignkit.parts.method import Method, load_method
 from alignkit.parts.rule import GradientRule, load_rule
+from alignkit.parts.shape import programs
 from alignkit.plain_text import markdown, markdown_code
 from alignkit.reports.card_equations import method_text, rule_text
 
@@ -24,8 +25,6 @@ _LENGTHS_SHOWN = {
     "row": "tokens a row",
     "trained": "trained tokens a row",
 }
-_HOW = {"preference": "tuned on preferences with", "sft": "fine-tuned with"}
-"""What a program does to a model, in words."""
 _CACHED_MODEL = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 
 
@@ -188,11 +187,8 @@ def _introduction(content: CardContent) -> str:
         else f"the local model {markdown_code(_name(content.base_model))}"
     )
     what = f"A LoRA adapter for {named}" if content.is_adapter else f"{named[0].upper()}{named[1:]}"
-    method = content.method
-    text = (
-        f"{what}, {_HOW[method.program]} `{method.name}` ([{method.paper.title}]({method.paper.url})) by alignkit. "
-        f"{method.summary}"
-    )
+    method, verb = content.method, programs()[content.method.program].verb
+    text = f"{what}, {verb} `{method.name}` ([{method.paper.title}]({method.paper.url})) by alignkit. {method.summary}"
     if content.warnings:
         text += "\n\nThe run warned:\n\n" + "\n".join(f"- {markdown(w)}" for w in content.warnings)
     return text

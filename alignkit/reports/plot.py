@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,104 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from alignkit.reports.metrics_log import read_metrics
+from alignkit.reports.panels import ANCHOR_DRIFT, GREY, PER_TOKEN, RED, Curve, Panel
 from alignkit.storage.durability import write_whole
 
-BLUE, ORANGE, GREEN, GREY, PURPLE, RED = "#0072B2", "#D55E00", "#009E73", "#666666", "#8E44AD", "#C0392B"
 SMOOTHED_FROM = 50
 """Points from which a curve is drawn as a running mean over the faint raw values."""
 
 Entry = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a panel: a metric key, what it is called, its colour."""
-
-    key: str
-    label: str
-    colour: str
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes; ``lines`` are horizontal guides."""
-
-    title: str
-    unit: str
-    curves: tuple[Curve, ...]
-    lines: tuple[float, ...] = ()
-    limits: tuple[float, float] | None = None
-
-
-PER_TOKEN = "log-ratio a token"
-ANCHOR_DRIFT = "adpo/anchor_drift"
-LOSS_PANEL = Panel("Loss and gradient norm", "loss", (Curve("loss", "loss", BLUE),))
-RULE_PANELS = (
-    Panel(
-        "Gradient and displaced gradient", "cosine", (Curve("gradient/cosine", "cosine", PURPLE),), limits=(-1.03, 1.03)
-    ),
-    Panel(
-        "Loss at the displaced weights, above the loss", "loss", (Curve("gradient/sharpness_gap", "gap", BLUE),), (0.0,)
-    ),
-)
-PANELS = (
-    Panel(
-        "Likelihood",
-        "nats a token",
-        (
-            Curve("mean_logps/chosen", "chosen", BLUE),
-            Curve("mean_logps/rejected", "rejected", ORANGE),
-            Curve("mean_logps/probe", "held-out probe", GREEN),
-        ),
-    ),
-    Panel(
-        "Likelihood against the reference",
-        "nats a token",
-        (
-            Curve(f"{PER_TOKEN}/chosen", "chosen", BLUE),
-            Curve(f"{PER_TOKEN}/rejected", "rejected", ORANGE),
-            Curve("dispersion", "held-out probe (dispersion)", GREEN),
-        ),
-        lines=(0.0,),
-    ),
-    Panel(
-        "Implicit rewards",
-        "beta x nats a response",
-        (
-            Curve("rewards/chosen", "chosen", BLUE),
-            Curve("rewards/rejected", "rejected", ORANGE),
-            Curve("rewards/margins", "margin", GREY),
-        ),
-        lines=(0.0,),
-    ),
-    Panel(
-        "Pairs told apart, and gradient left",
-        "fraction",
-        (
-            Curve("rewards/accuracies", "accuracy", BLUE),
-            Curve("effective_weight", "effective weight", PURPLE),
-        ),
-        lines=(0.5,),
-        limits=(-0.03, 1.03),
-    ),
-    Panel(
-        "Rejected over chosen gradient",
-        "log of the ratio, a token",
-        (Curve("grad_ratio_log_per_token", "gradient ratio", PURPLE),),
-        lines=(0.0,),
-    ),
-    Panel("Distance from the anchor", "nats", (Curve(ANCHOR_DRIFT, "drift", PURPLE),)),
-    *RULE_PANELS,
-    LOSS_PANEL,
-)
-SUPERVISED_PANELS = (
-    Panel("Trained tokens that are the likeliest", "fraction", (Curve("mean_token_accuracy", "accuracy", BLUE),)),
-    Panel("Entropy of the next token", "nats", (Curve("entropy", "entropy", PURPLE),)),
-    *RULE_PANELS,
-    LOSS_PANEL,
-)
-PANELS_OF = {"preference": PANELS, "sft": SUPERVISED_PANELS}
-"""The panels of each program's figure, where there is something to draw; the gradient norm is drawn in the last."""
 
 
 def plot_run(
@@ -120,7 +29,7 @@ def plot_run(
     *,
     title: str | None = None,
     marks: Mapping[str, int] | None = None,
-    panels: Sequence[Panel] = PANELS,
+    panels: Sequence[Panel],
 ) -> None:
     """Draw ``plot.png`` from ``metrics.jsonl``; panels of what was not logged are left out.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from alignkit.runs import steps
-from alignkit.runs.probe import DispersionProbe
+from alignkit.shapes._probe import DispersionProbe
 from alignkit.sampling.refresh import SampleRefresh
 from alignkit.config import PreferenceConfig
 from alignkit.data.convert import to_candidate_rows

@@ -18,8 +18,8 @@ from alignkit.evals.preference import preference_sums
 from alignkit.models._forward import score_rows
 from alignkit.models.loading import ModelSource, load_model, load_tokenizer
 from alignkit.parts.method import load_method
-from alignkit.runs.probe import DispersionProbe
 from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
+from alignkit.shapes._probe import DispersionProbe
 from gsm8k_pairs import Split
 
 WATCHED_ROWS = 32

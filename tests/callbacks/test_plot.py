@@ -12,7 +12,9 @@ from matplotlib.image import imread
 from alignkit.objectives._pair_metrics import PAIR_METRICS
 from alignkit.objectives.adpo import METRICS as ADPO_METRICS
 from alignkit.parts.rule import TWO_GRADIENT_METRICS
-from alignkit.reports.plot import PANELS, PANELS_OF, panels_of_log, plot_run, with_ratios_per_token
+from alignkit.reports.plot import panels_of_log, plot_run, with_ratios_per_token
+from alignkit.shapes import tokens
+from alignkit.shapes.candidates import PANELS
 from tests.callbacks.logs import training_logs, write_metrics
 
 
@@ -33,10 +35,12 @@ CURVE_COLOURS = {rgb(curve.colour) for panel in PANELS for curve in panel.curves
 def test_a_run_fills_every_panel(tmp_path: Path) -> None:
     logs = training_logs(chosen=lambda t: -5 * t, rejected=lambda t: -20 * t, probe=lambda t: -0.2 * t, num_logs=80)
     metrics = write_metrics(tmp_path / "metrics.jsonl", logs)
-    plot_run(metrics, tmp_path / "plot.png", title="flex_dpo on a tiny model", marks={"degradation": 300})
+    plot_run(
+        metrics, tmp_path / "plot.png", panels=PANELS, title="flex_dpo on a tiny model", marks={"degradation": 300}
+    )
     assert imread(tmp_path / "plot.png").shape[:2] > (700, 1200)
     assert colours(tmp_path / "plot.png") >= CURVE_COLOURS
-    plot_run(metrics, tmp_path / "unmarked.png", title="flex_dpo on a tiny model")
+    plot_run(metrics, tmp_path / "unmarked.png", panels=PANELS, title="flex_dpo on a tiny model")
     assert (tmp_path / "plot.png").read_bytes() != (tmp_path / "unmarked.png").read_bytes()
 
 
@@ -52,13 +56,13 @@ def test_a_run_fills_every_panel(tmp_path: Path) -> None:
 )
 def test_sparse_logs(tmp_path: Path, lines: list[dict[str, object]]) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    plot_run(tmp_path / "metrics.jsonl", tmp_path / "plot.png")
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "plot.png", panels=PANELS)
     assert imread(tmp_path / "plot.png").ndim == 3
 
 
 def test_one_logged_point_is_visible(tmp_path: Path) -> None:
     logs = training_logs(chosen=lambda t: -5 * t, rejected=lambda t: -20 * t, num_logs=1)
-    plot_run(write_metrics(tmp_path / "metrics.jsonl", logs), tmp_path / "plot.png")
+    plot_run(write_metrics(tmp_path / "metrics.jsonl", logs), tmp_path / "plot.png", panels=PANELS)
     green = rgb("#009E73")  # the probe, which was not logged
     assert colours(tmp_path / "plot.png") >= CURVE_COLOURS - {green}
     assert green not in colours(tmp_path / "plot.png")
@@ -101,7 +105,7 @@ def test_panels_are_those_of_what_was_logged(changes: dict[str, float], gone: li
 def test_a_supervised_run_shows_its_rule_and_leaves_no_empty_axes(tmp_path: Path) -> None:
     lines = [{"step": i, "loss": 2.0, "entropy": 1.0, "mean_token_accuracy": 0.5, **RULED} for i in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    plot_run(tmp_path / "metrics.jsonl", tmp_path / "plot.png", panels=PANELS_OF["sft"])
+    plot_run(tmp_path / "metrics.jsonl", tmp_path / "plot.png", panels=tokens.PANELS)
     ink = imread(tmp_path / "plot.png")[..., :3].min(-1) < 0.9
     height, width = ink.shape
     corner = ink[height // 2 :, 2 * width // 3 + 30 :]

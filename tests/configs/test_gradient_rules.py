@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from alignkit.config import PreferenceConfig
 from alignkit.config.check import flatten
 from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
-from alignkit.config.keys import PROGRAMS, base_keys, method_keys, program_methods, rule_keys
+from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.names import is_launcher_key
 from alignkit.config.values import check_value
 from alignkit.errors import ConfigError
 from alignkit.gradients.glad import GLADConfig
 from alignkit.gradients.sam import SAMConfig
 from alignkit.parts.rule import DisplacedOptions, load_rule, rule_names
+from alignkit.parts.shape import programs
+from alignkit.shapes.candidates import PreferenceConfig
 from tests.configs.cases import GOOD, load, load_text, problems_of
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -53,7 +54,7 @@ def test_glad_says_that_it_is_a_reconstruction() -> None:
     assert "reconstruction" in (module.__doc__ or "") and "Fidelity: reconstruction" in (module.edit.__doc__ or "")
 
 
-@pytest.mark.parametrize(("program", "name"), list(product(PROGRAMS, RULES)))
+@pytest.mark.parametrize(("program", "name"), list(product(programs(), RULES)))
 def test_options_collide_with_no_other_key(program: str, name: str) -> None:
     """They stand in the same flat file as the keys of the program and the options of any of its methods."""
     taken = {*base_keys(program), "config", "help", "print_config", "gradient_options"}

@@ -6,15 +6,16 @@ from dataclasses import fields
 import pytest
 
 from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
-from alignkit.config.keys import PROGRAMS, Key, base_keys, method_keys, methods_with, program_methods
+from alignkit.config.keys import Key, base_keys, method_keys, methods_with, program_methods
 from alignkit.config.names import is_launcher_key
 from alignkit.config.training import OPTIMIZERS, SCHEDULERS
 from alignkit.config.values import check_value
 from alignkit.parts.method import load_method, method_names
+from alignkit.parts.shape import programs
 
 FOREIGN = {*WRITE, *ABSENT, *SETTLED}
-METHODS = [(program, method) for program in PROGRAMS for method in program_methods(program)]
-KEYS = [(program, key) for program in PROGRAMS for key in base_keys(program).values()] + [
+METHODS = [(program, method) for program in programs() for method in program_methods(program)]
+KEYS = [(program, key) for program in programs() for key in base_keys(program).values()] + [
     (program, key) for program, method in METHODS for key in method_keys(method).values()
 ]
 
@@ -36,13 +37,13 @@ def test_options_of_a_method_do_not_collide_with_other_words(program: str, metho
 
 
 def test_program_keys_do_not_collide_with_other_words() -> None:
-    for program in PROGRAMS:
+    for program in programs():
         assert not {"config", "help", "print_config"} & set(base_keys(program))
         assert not [name for name in base_keys(program) if is_launcher_key(name) or name in FOREIGN]
 
 
 def test_every_method_belongs_to_a_program_that_exists_here() -> None:
-    configured = {method for method in method_names() if load_method(method).program in PROGRAMS}
+    configured = {method for method in method_names() if load_method(method).program in programs()}
     assert configured == {method for _, method in METHODS}
     assert {"dpo", "flex_dpo"} <= set(program_methods("preference"))
     assert methods_with("preference", "beta") == ["adpo", "d2o", "dpo", "treg"]

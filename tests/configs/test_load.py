@@ -9,13 +9,14 @@ import yaml
 from trl import DPOConfig as DPOArguments
 from trl import SFTConfig as SFTArguments
 
-from alignkit.config import PreferenceConfig, load_config
+from alignkit.config import load_config
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, method_keys
 from alignkit.errors import ConfigError
 from alignkit.objectives.dpo import DPOConfig
 from alignkit.objectives.flex_dpo import FlexDPOConfig
 from alignkit.runs.steps import common_arguments
+from alignkit.shapes.candidates import PreferenceConfig
 from tests.configs.cases import GOOD, SUPERVISED, load, load_text
 
 GOOD_TEXT = """\

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from alignkit.config import RULES, IgnoredKeys
-from alignkit.config.keys import PROGRAMS, base_keys, method_keys, program_methods, rule_keys
+from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
 from alignkit.parts.rule import rule_names
+from alignkit.parts.shape import programs
 from tests.configs.cases import SUPERVISED, load, load_text, problems_of
 
 FULL = {"parametrization": "full"}
@@ -240,16 +241,16 @@ def test_ignored_keys_are_refused_and_the_way_out_works(title: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.title)
 def test_rule_reads_only_keys_that_exist(rule: Any) -> None:
-    keys = {key for program in PROGRAMS for key in base_keys(program)}
+    keys = {key for program in programs() for key in base_keys(program)}
     keys |= {key for name in rule_names() for key in rule_keys(name)}
-    keys |= {key for program in PROGRAMS for method in program_methods(program) for key in method_keys(method)}
+    keys |= {key for program in programs() for method in program_methods(program) for key in method_keys(method)}
     assert set(rule.keys) <= keys
     assert set(rule.under if isinstance(rule, IgnoredKeys) else ()) <= keys
     assert rule.why[0].islower() and not rule.why.endswith(".")
     assert not rule.fix.endswith(".")
 
 
-@pytest.mark.parametrize("method", [method for program in PROGRAMS for method in program_methods(program)])
+@pytest.mark.parametrize("method", [method for program in programs() for method in program_methods(program)])
 def test_defaults_break_no_rule(method: str) -> None:
     changes = SUPERVISED if method == "sft" else {"method": method}
     assert set(method_keys(method)) < set(load(changes).sources)

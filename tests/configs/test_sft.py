@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from alignkit.config import SFTConfig, json_schema
+from alignkit.config import json_schema
 from alignkit.config.keys import base_keys
 from alignkit.errors import ConfigError
+from alignkit.shapes.tokens import SFTConfig
 from tests.configs.cases import SUPERVISED, load, problems_of
 
 ANSWERS = [{"prompt": "2 + 2 =", "completion": " 4"}]

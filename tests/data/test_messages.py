@@ -9,7 +9,6 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.config import SFTConfig
 from alignkit.data.checks import TEMPLATE_CHECK
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
@@ -19,6 +18,7 @@ from alignkit.data.report import DataReport, data_report
 from alignkit.data.supervised import prompts_of, to_supervised_rows
 from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.errors import DataError
+from alignkit.shapes.tokens import SFTConfig
 from tests.data.rows import CHOSEN, QUESTIONS, REJECTED, message, pair
 
 Write = Callable[[str, Sequence[Any]], str]

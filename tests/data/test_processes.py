@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.config import SFTConfig
+from alignkit.shapes.tokens import SFTConfig
 from alignkit.data import processes
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from alignkit.config import PreferenceConfig
+from alignkit.shapes.candidates import PreferenceConfig
 from alignkit.errors import AlignkitError, DataError
 from alignkit.objectives.d2o import D2OConfig
 from alignkit.runs.row_steps import checked_lists

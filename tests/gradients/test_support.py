@@ -13,7 +13,6 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, TorchDynamoPlugin
 from peft import LoraConfig
 from torch import nn
 
-from alignkit.config import PreferenceConfig
 from alignkit.errors import ConfigError
 from alignkit.gradients import _support
 from alignkit.gradients._weights import low_rank_pairs, shadowed, trainable_tensors
@@ -22,6 +21,7 @@ from alignkit.models.loading import ModelSource, load_model
 from alignkit.parts.method import load_method
 from alignkit.runs import steps
 from alignkit.shapes._candidates import BridgeSettings
+from alignkit.shapes.candidates import PreferenceConfig
 from tests.callbacks.saved import arguments
 from tests.gradients.conftest import chosen, lora
 from tests.methods.conftest import logged

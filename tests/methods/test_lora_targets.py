@@ -9,11 +9,11 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alignkit.config import SFTConfig
 from alignkit.errors import ModelError
 from alignkit.models.quantization import quantization_config
 from alignkit.parametrizations.lora import trainable_report
 from alignkit.runs.model_steps import new_adapter
+from alignkit.shapes.tokens import SFTConfig
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,

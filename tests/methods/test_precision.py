@@ -10,13 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignkit.config import PreferenceConfig
 from alignkit.errors import ModelError
 from alignkit.losses.types import Metric
 from alignkit.models.loading import ModelSource, load_model
 from alignkit.models.precision import hold_in_float32
 from alignkit.runs.model_steps import load_policy, load_reference
 from alignkit.runs.unmoved import UnmovedWeights
+from alignkit.shapes.candidates import PreferenceConfig
 from tests.methods.conftest import logged
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from alignkit.losses.types import CandidateBatch, LossOutput, LossTerm, Metric, count_items
 from alignkit.parts.method import Method, Paper, load_method, method_names
-from alignkit.runs.probe import METRICS as PROBE_METRICS
-from alignkit.runs.probe import DispersionProbe
 from alignkit.shapes._candidates import METRICS as BRIDGE_METRICS
 from alignkit.shapes._candidates import BridgeSettings
+from alignkit.shapes._probe import METRICS as PROBE_METRICS
+from alignkit.shapes._probe import DispersionProbe
 from tests.methods.conftest import flat_weights, logged, random_rows
 
 PREFERENCE_METHODS = [name for name in method_names() if load_method(name).program == "preference"]

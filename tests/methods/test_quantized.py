@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from alignkit.models.loading import ModelSource, load_model
-from alignkit.runs.probe import DispersionProbe
 from alignkit.shapes._candidates import BridgeSettings
+from alignkit.shapes._probe import DispersionProbe
 from tests.list_oracles import Candidate, d2o
 from tests.methods.conftest import VOCABULARY, logged, random_rows
 

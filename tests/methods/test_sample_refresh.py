@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainerCallback
 
-from alignkit.config import PreferenceConfig
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.tokenization import CANDIDATE_FEATURES
 from alignkit.errors import CheckpointError, ConfigError
@@ -30,6 +29,7 @@ from alignkit.sampling.resampling import Resampled, Resampler
 from alignkit.sampling.store import RowSamples
 from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 from alignkit.shapes._late_rows import LateRowsTrainer
+from alignkit.shapes.candidates import PreferenceConfig
 from alignkit.storage.durability import is_complete
 from tests.list_oracles import Candidate, d2o
 from tests.methods.conftest import dpo_arguments, flat_weights, logged

@@ -1,4 +1,4 @@
-"""The configuration of ``trainers/sft.py``, as a dataclass."""
+"""Rows of tokens, some of which are trained (``trainers/sft.py``)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ from alignkit.config.training import (
 )
 from alignkit.data.columns import RowFamily
 from alignkit.data.supervised_schema import supervised_rows
+from alignkit.parts.shape import Shape
+from alignkit.reports.panels import BLUE, LOSS_PANEL, PURPLE, RULE_PANELS, Curve, Panel
+
+PANELS = (
+    Panel("Trained tokens that are the likeliest", "fraction", (Curve("mean_token_accuracy", "accuracy", BLUE),)),
+    Panel("Entropy of the next token", "nats", (Curve("entropy", "entropy", PURPLE),)),
+    *RULE_PANELS,
+    LOSS_PANEL,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +62,12 @@ class SFTConfig(
             # Rows that are to become messages have an assistant then.
             assistant_only_loss=values.get("assistant_only_loss", False) and not values.get("apply_chat_template"),
         )
+
+
+SHAPE = Shape(
+    name="tokens",
+    summary="One row of text or messages, of which all tokens, the completion or the assistant's turns are trained.",
+    config=SFTConfig,
+    verb="fine-tuned with",
+    panels=PANELS,
+)

@@ -1,0 +1,70 @@
+"""What a batch shape is: a configuration, the words and the figure of its runs, and the bridge to a trainer.
+
+Torch is not imported here, so that configs can be checked and ``--help`` answered in a fraction of a second. The half
+of a shape that needs it is the file ``_<name>.py`` beside the record, its *bridge*.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One batch shape, discovered by the name of its file.
+
+    Attributes:
+        name: File stem.
+        summary: One sentence.
+        config: Dataclass of the configuration; its ``program`` names the launch program under ``trainers/``.
+        verb: What a run does to a model, in the words of a model card: "tuned on preferences with" a method.
+        panels: Panels of the figure that a run draws.
+    """
+
+    name: str
+    summary: str
+    config: Any
+    verb: str
+    panels: tuple[Any, ...]
+
+    @property
+    def program(self) -> str:
+        """Launch program under ``trainers/``, which the methods of this shape name."""
+        program: str = self.config.program
+        return program
+
+
+def shape_names() -> list[str]:
+    """Names of all shapes, from the files in ``alignkit/shapes`` (bridges left out)."""
+    package = importlib.import_module("alignkit.shapes")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def load_shape(name: str) -> Shape:
+    """Import and return the shape called ``name``; raises KeyError for an unknown one."""
+    if name not in shape_names():
+        raise KeyError(name)
+    shape: Shape = importlib.import_module(f"alignkit.shapes.{name}").SHAPE
+    return shape
+
+
+def programs() -> dict[str, Shape]:
+    """Launch program to the shape it trains on."""
+    return {shape.program: shape for shape in map(load_shape, shape_names())}
+
+
+def load_bridge(shape: Shape) -> ModuleType:
+    """The half of a shape that needs torch, ``alignkit/shapes/_<name>.py``. A run calls, in this order:
+
+    - ``training_arguments(config, common)``: the arguments of the host's trainer, from those that all trainers share
+    - ``check_models(config, tokenizer)``: refuses models beside the policy that will not do
+    - ``converter(config, tokenizer)``: ``convert(rows, *, name, ...) -> (rows, report)``, which tokenises a split
+    - ``prompts(config, tokenizer, splits, converted)``: token ids of held-out prompts that the report answers
+    - ``build(config, args, policy, tokenizer, data, **inherited)``: the trainer
+    - ``describe(config, trainer)``: what ``run.json`` and the start line say of it
+    """
+    return importlib.import_module(f"alignkit.shapes._{shape.name}")
