@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignkit.parts.method import Method, Paper
+from alignkit.parts.method import Method, Paper, Preparation
 from alignkit.parts.options import Conflict, option
 
 if TYPE_CHECKING:
+    from alignkit.data.columns import RowFamily
     from alignkit.losses.types import CandidateBatch, LossOutput
 
 _PAPER = "D2O (arXiv 2403.03419), as reported by notes on it"
@@ -66,6 +67,18 @@ def objective(batch: CandidateBatch, options: D2OConfig) -> LossOutput:
     return d2o_loss(batch, alpha=options.alpha, beta=options.beta)
 
 
+def _row_family() -> RowFamily:
+    from alignkit.data.negative_schema import negative_rows
+
+    return negative_rows()
+
+
+def _preparation(config: Any) -> Preparation:
+    from alignkit.objectives._d2o import SelfSampled
+
+    return SelfSampled(config)
+
+
 def _reference_of(chosen: Any) -> str | None:
     """The model under the samples, where it is one that can be named."""
     is_the_model = chosen.reference_model is None and chosen.adapter is None and chosen.model_revision is None
@@ -112,7 +125,9 @@ METHOD = Method(
         "number of samples and how they are drawn are ours"
     ),
     num_candidates=None,
-    rows="negatives",
+    row_family=_row_family,
+    preparation=_preparation,
+    negative_reference="helpful_reference_model",
     conflicts=(
         Conflict(
             "helpful reference equal to the reference",

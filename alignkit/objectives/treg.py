@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignkit.objectives._pair_metrics import PAIR_METRICS
-from alignkit.parts.method import Method, Paper
+from alignkit.parts.method import Method, Paper, Preparation
 from alignkit.parts.options import Conflict, only_with, option
 
 if TYPE_CHECKING:
@@ -80,6 +80,12 @@ def needs(options: TREGConfig) -> frozenset[str]:
     return frozenset({"token_rewards"} if options.form == "simpo" else {"token_rewards", "reference"})
 
 
+def _preparation(config: Any) -> Preparation:
+    from alignkit.objectives._treg import TokenRewarded
+
+    return TokenRewarded(config)
+
+
 METRICS = {
     **PAIR_METRICS,
     "rewards/chosen": "implicit reward of the chosen response: beta times its log-ratio; under simpo beta times its "
@@ -122,6 +128,7 @@ METHOD = Method(
         "detached weight and the wording of the two prompts are ours"
     ),
     needs=needs,
+    preparation=_preparation,
     conflicts=(
         Conflict(
             "gradient through a static weight",

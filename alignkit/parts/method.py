@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from alignkit.parts.options import Conflict
 
 if TYPE_CHECKING:
+    from alignkit.data.columns import RowFamily
     from alignkit.losses.types import LossOutput
 
 
@@ -61,6 +62,48 @@ class AnchorSchedule:
     drift_metric: str = ""
 
 
+class Preparation:
+    """What a method does in a run beside its loss; this one does nothing.
+
+    A method that makes something of its rows before training, or while training, has a subclass in
+    ``objectives/_<name>.py``.
+
+    Args:
+        config: The configuration of the run.
+    """
+
+    exchanges_rows = False
+    """Whether training rows are exchanged for others while training."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def check_launch(self) -> None:
+        """Refuse what this launch cannot do; called once its processes are set up."""
+
+    def complete(self, splits: dict[str, Any], tokenizer: Any, device: Any) -> dict[str, Any]:
+        """The rows as text by the name of their split, with what they lack and the method needs; a collective."""
+        return splits
+
+    def sections(self) -> dict[str, Any]:
+        """What ``run.json`` says of it."""
+        return {}
+
+    def for_conversion(self, split: str) -> dict[str, Any]:
+        """More arguments for the conversion of a split to tokens."""
+        return {}
+
+    def attach(self, trainer: Any, tokenizer: Any, source: Any, directory: Any) -> None:
+        """Add to the trainer what works while training, and report what was made of its rows.
+
+        Args:
+            trainer: The trainer, before its first step.
+            tokenizer: The tokenizer of the model.
+            source: The training rows as text.
+            directory: The run directory.
+        """
+
+
 @dataclass(frozen=True)
 class Method:
     """One training method, discovered by the name of its file.
@@ -77,8 +120,9 @@ class Method:
         needs: What the objective needs beside the policy under these options: any of ``reference`` and
             ``token_rewards``.
         num_candidates: Exact K the objective takes, or None for any K >= 2.
-        rows: ``ranked``: pairs or scored lists, the best candidate first. ``negatives``: K self-samples of score 1
-            followed by one negative of score 0; rows that lack the samples are given some before training.
+        row_family: What rows look like, where that is not what the rows of the batch shape look like.
+        preparation: What the method does in a run beside its loss, as a subclass of :class:`Preparation`.
+        negative_reference: Name of the option with the model that scores the last candidate of a row, if any does.
         anchor: How the reference moves under these options, or None for one that is frozen.
         conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
     """
@@ -93,7 +137,9 @@ class Method:
     program: str = "preference"
     needs: Callable[[Any], frozenset[str]] = always("reference")
     num_candidates: int | None = 2
-    rows: Literal["ranked", "negatives"] = "ranked"
+    row_family: Callable[[], RowFamily] | None = None
+    preparation: Callable[[Any], Preparation] = Preparation
+    negative_reference: str | None = None
     anchor: Callable[[Any], AnchorSchedule | None] = lambda options: None
     conflicts: tuple[Conflict, ...] = ()
 

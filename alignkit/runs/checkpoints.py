@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignkit.errors import AlignkitError, CheckpointError
+from alignkit.models.saved_weights import verify_weights, weight_files
+from alignkit.runs.pickles import DEEPSPEED_TAG
 from alignkit.storage import durability
 from alignkit.storage.manifest import Manifest
-from alignkit.runs.pickles import DEEPSPEED_TAG
-from alignkit.models.saved_weights import verify_weights, weight_files
-from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.storage.refusals import StorageError
 
 SHARDED_MODELS = (DEEPSPEED_TAG, "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")

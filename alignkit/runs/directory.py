@@ -19,12 +19,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignkit.storage import durability
-from alignkit.storage.manifest import MANIFEST, RUN_FILE, Manifest
 from alignkit.errors import RunDirectoryError
 from alignkit.plain_text import all_without_secrets
 from alignkit.runs.inputs import inputs_inside
 from alignkit.runs.lock import RunLock, is_of_lock
+from alignkit.storage import durability
+from alignkit.storage.manifest import MANIFEST, RUN_FILE, Manifest
 
 _FORMAT_KEY = "alignkit_run"
 _FORMAT = 1

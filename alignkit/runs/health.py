@@ -10,11 +10,11 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignkit.storage.durability import complete_checkpoints
+from alignkit.errors import AlignkitError
 from alignkit.reports.series import LoggedSeries, Verdict
 from alignkit.reports.trend import MIN_POINTS
 from alignkit.reports.verdicts import CHECKS, nonfinite
-from alignkit.errors import AlignkitError
+from alignkit.storage.durability import complete_checkpoints
 
 OVERFLOWS_TOLERATED = 5
 """Logs in a row with an infinite gradient norm that the loss scaling of fp16 may need to find its scale."""

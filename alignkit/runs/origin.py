@@ -17,17 +17,16 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignkit.storage.durability import write_whole
-from alignkit.config import PreferenceConfig
+from alignkit.config.base import ProgramConfig
 from alignkit.errors import RunDirectoryError
-from alignkit.runs.model_steps import RunConfig, model_source, other_models
 from alignkit.models.files import ADAPTER_CONFIG, read_adapter, sha256
 from alignkit.models.fingerprints import ORIGIN_FILE, QUANTIZATION, BaseFingerprint, origin_text
 from alignkit.models.loading import fingerprint
-from alignkit.runs.ranks import Ranks
+from alignkit.parametrizations.policy import model_source
 from alignkit.runs.directory import RunDirectory
-
-Splits = Mapping[str, Dataset | IterableDataset | None]
+from alignkit.runs.ranks import Ranks
+from alignkit.runs.rows import PreparedData
+from alignkit.storage.durability import write_whole
 
 _ROWS_AT_ONCE = 1000
 _NAMES = {
@@ -39,7 +38,12 @@ _NAMES = {
 
 
 def record_origin(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Splits, directory: RunDirectory, ranks: Ranks
+    config: ProgramConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    others: Mapping[str, str],
+    directory: RunDirectory,
+    ranks: Ranks,
 ) -> None:
     """Write down what the run is made of; when it is resumed, compare that with what it was made of first.
 
@@ -49,7 +53,8 @@ def record_origin(
     Args:
         config: The config.
         tokenizer: The tokenizer of the model.
-        rows: The rows as ``train`` and ``held-out``, tokenised; those of a stream are not at hand and not compared.
+        data: The rows; those of a stream are not at hand and not compared.
+        others: The models beside the policy, by the key that names them.
         directory: The run.
         ranks: The processes of the launch.
 
@@ -58,8 +63,8 @@ def record_origin(
         RanksDifferError: Another process has something else.
         RunDirectoryError: The run is resumed, and something is not what it was.
     """
-    origin = _origin(config, tokenizer, rows["train"])
-    ranks.compare("origin", lambda: {**_by_name(origin), "the held-out rows": {"value": _rows(rows["held-out"])}})
+    origin = _origin(config, tokenizer, data.train, others)
+    ranks.compare("origin", lambda: {**_by_name(origin), "the held-out rows": {"value": _rows(data.evaluation)}})
     if not directory.is_main:
         return
     recorded = directory.sections().get("origin")
@@ -129,10 +134,11 @@ def _numbers(values: pa.Array) -> Iterator[bytes]:
         yield values.cast(wide).to_numpy(zero_copy_only=False).tobytes()
 
 
-def _origin(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Dataset | IterableDataset) -> dict[str, Any]:
+def _origin(
+    config: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset | IterableDataset, others: Mapping[str, str]
+) -> dict[str, Any]:
     """What the run is made of."""
     template = tokenizer.chat_template
-    others = other_models(config) if isinstance(config, PreferenceConfig) else {}
     return {
         "base": asdict(fingerprint(model_source(config, config.model, config.model_revision))),
         **{key: asdict(fingerprint(model_source(config, path))) for key, path in others.items()},

@@ -11,18 +11,19 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer
 
-from alignkit.reports.card import content_of_run, render_card
-from alignkit.models.saved_weights import verify_weights
-from alignkit.storage.durability import write_whole
-from alignkit.runs.health import HealthMonitor
-from alignkit.reports.plot import PANELS_OF, plot_run
 from alignkit.config import LoadedConfig
-from alignkit.sampling.generation import Sample, Sampling, generate_samples
 from alignkit.hub.upload import plan_upload, push
-from alignkit.runs.origin import write_origin
 from alignkit.models.files import ADAPTER_CONFIG
 from alignkit.models.fingerprints import ORIGIN_FILE
+from alignkit.models.saved_weights import verify_weights
+from alignkit.parts.shape import programs
+from alignkit.reports.card import content_of_run, render_card
+from alignkit.reports.plot import plot_run
 from alignkit.runs.directory import RunDirectory
+from alignkit.runs.health import HealthMonitor
+from alignkit.runs.origin import write_origin
+from alignkit.sampling.generation import Sample, Sampling, generate_samples
+from alignkit.storage.durability import write_whole
 
 DRAFT = ".model.partial"
 """Folder of the run directory that the model is saved in before it gets its place."""
@@ -94,7 +95,7 @@ def _report(
         saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
     )
     marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
-    figure = {"title": f"{config.method} on {config.model}", "panels": PANELS_OF[config.program]}
+    figure = {"title": f"{config.method} on {config.model}", "panels": programs()[config.program].panels}
     directory.manifest.claim(directory.plot_path.name, directory.card_path.name)
     plot_run(directory.metrics_path, directory.plot_path, marks=marks, **figure)
     location = config.hub_model_id if config.push_to_hub else str(directory.path)

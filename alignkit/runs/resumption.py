@@ -8,10 +8,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from alignkit.storage.durability import complete_checkpoints
 from alignkit.config import LoadedConfig
 from alignkit.config.overrides import split_overrides
 from alignkit.runs.directory import RUN_FILE, RunDirectory
+from alignkit.storage.durability import complete_checkpoints
 
 AUTO = "auto"
 

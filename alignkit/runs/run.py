@@ -1,27 +1,42 @@
-"""A run from top to bottom, one function a program."""
+"""A run from top to bottom."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alignkit.runs import origin as origin_steps, results, steps, steps_preference, steps_sft
-from alignkit.runs.preemption import StopRequest
-from alignkit.config import LoadedConfig, PreferenceConfig, SFTConfig
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from alignkit.config import LoadedConfig
+from alignkit.config.base import ProgramConfig
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
 from alignkit.errors import Stopped
-from alignkit.shapes._candidates import PreferenceTrainer
-from alignkit.shapes._tokens import SupervisedTrainer
+from alignkit.gradients._hook import chosen_rule
+from alignkit.parametrizations.policy import load_policy, new_adapter
+from alignkit.parts.method import Preparation, load_method
+from alignkit.parts.shape import load_bridge, programs
+from alignkit.references.models import check_other
+from alignkit.runs import origin, results, steps
+from alignkit.runs.arguments import check_length, training_arguments
+from alignkit.runs.directory import RunDirectory
+from alignkit.runs.preemption import StopRequest
 from alignkit.runs.ranks import Ranks, launched_with
 from alignkit.runs.resumption import settled
+from alignkit.runs.rows import PreparedData, load_tokenizer, prepare_rows
+
+if TYPE_CHECKING:
+    from alignkit.shapes._candidates import PreferenceTrainer
+    from alignkit.shapes._tokens import SupervisedTrainer
+    from alignkit.shapes.candidates import PreferenceConfig
+    from alignkit.shapes.tokens import SFTConfig
 
 
 def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrainer:
     """Train on preferences as the configuration says.
 
     Args:
-        config: A :class:`~alignkit.config.PreferenceConfig`, or a loaded one; see :func:`train_sft`.
+        config: A :class:`~alignkit.shapes.candidates.PreferenceConfig`, or a loaded one; see :func:`train`.
 
     Returns:
         The trainer after training.
@@ -29,17 +44,34 @@ def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrain
     Raises:
         AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
     """
-    return _train(config, steps_preference)
+    trainer: PreferenceTrainer = train(config)
+    return trainer
 
 
 def train_sft(config: SFTConfig | LoadedConfig) -> SupervisedTrainer:
-    """Train on supervised rows as the configuration says: check the data, load, train, evaluate, save and report.
+    """Train on supervised rows as the configuration says.
+
+    Args:
+        config: A :class:`~alignkit.shapes.tokens.SFTConfig`, or a loaded one; see :func:`train`.
+
+    Returns:
+        The trainer after training.
+
+    Raises:
+        AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
+    """
+    trainer: SupervisedTrainer = train(config)
+    return trainer
+
+
+def train(given: ProgramConfig | LoadedConfig) -> Any:
+    """Train as the configuration says: check the data, load, train, evaluate, save and report.
 
     Called by every process of a launch. What the run leaves behind is in ``config.output_dir``.
 
     Args:
-        config: A :class:`~alignkit.config.SFTConfig`, checked here, or what :func:`~alignkit.config.load_config`
-            returned, which also knows where each value comes from.
+        given: The configuration of a program, checked here, or what :func:`~alignkit.config.load_config` returned,
+            which also knows where each value comes from.
 
     Returns:
         The trainer after training.
@@ -47,15 +79,12 @@ def train_sft(config: SFTConfig | LoadedConfig) -> SupervisedTrainer:
     Raises:
         AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
     """
-    return _train(config, steps_sft)
-
-
-def _train(given: Any, own: Any) -> Any:
-    """The run itself; ``own`` holds the steps of the program."""
     loaded = given if isinstance(given, LoadedConfig) else _from_python(given)
     resume = loaded.config.resume
     loaded = settled(loaded)
-    config = loaded.config
+    config: Any = loaded.config
+    shape = programs()[config.program]
+    bridge, preparation = load_bridge(shape), load_method(config.method).preparation(config)
     ranks = Ranks.join(config.ddp_timeout)
     ranks.compare("launched with", lambda: launched_with(loaded))
     with StopRequest().heard() as request:
@@ -63,14 +92,17 @@ def _train(given: Any, own: Any) -> Any:
         failures = steps.failures_recorded(directory, resume=resume)
         with failures, ranks.losses_named(lambda status: directory.record(status=status)):
             ranks.connect(use_cpu=config.use_cpu)
-            args = own.training_arguments(config)
+            args = training_arguments(config, bridge)
+            preparation.check_launch()
             ranks.check_world_size(args.world_size)
-            tokenizer = steps.load_tokenizer(config)
-            data = own.prepare_data(config, args, tokenizer, directory)
-            steps.check_length(config, args, data.train)
-            rows = {"train": data.train, "held-out": data.evaluation}
-            origin_steps.record_origin(config, tokenizer, rows, directory, ranks)
-            trainer = own.build_trainer(config, args, tokenizer, data, directory)
+            tokenizer = load_tokenizer(config)
+            others = bridge.other_models(config)
+            for key, path in others.items():
+                check_other(config, tokenizer, key, path)
+            data = prepare_rows(config, args, tokenizer, bridge, preparation, directory)
+            check_length(config, args, data.train)
+            origin.record_origin(config, tokenizer, data, others, directory, ranks)
+            trainer = _trainer(config, args, tokenizer, data, preparation, directory)
             steps.stop_when_asked(trainer, request)
             try:
                 steps.train(config, trainer, directory)
@@ -82,7 +114,33 @@ def _train(given: Any, own: Any) -> Any:
     return trainer
 
 
-def _from_python(config: steps.RunConfig) -> LoadedConfig:
+def _trainer(
+    config: Any,
+    args: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    preparation: Preparation,
+    directory: RunDirectory,
+) -> Trainer:
+    """Load the models and put the trainer together with its callbacks."""
+    bridge, policy = load_bridge(programs()[config.program]), load_policy(config)
+    trainer = bridge.build(
+        config,
+        args,
+        policy,
+        tokenizer,
+        data,
+        exchanges_rows=preparation.exchanges_rows,
+        gradient_rule=chosen_rule(config.gradient_rule, config.gradient_options),
+        peft_config=new_adapter(config, policy),
+        callbacks=steps.run_callbacks(config, directory, data),
+    )
+    preparation.attach(trainer, tokenizer, data.source, directory)
+    steps.introduce(config, trainer, directory, **bridge.describe(config, trainer))
+    return trainer
+
+
+def _from_python(config: ProgramConfig) -> LoadedConfig:
     config.validate()
     keys = {**base_keys(config.program), **option_keys(config.method, config.gradient_rule)}
     values = flatten(config)

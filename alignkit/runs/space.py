@@ -11,8 +11,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignkit.storage.durability import complete_checkpoints
 from alignkit.runs.process_layout import local_parameter_count
+from alignkit.storage.durability import complete_checkpoints
 from alignkit.storage.refusals import StorageError, free_bytes, full
 
 

@@ -11,9 +11,10 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +22,17 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
+from alignkit.data.convert import to_candidate_rows
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
-from alignkit.errors import ModelError
+from alignkit.environment import launched_with_fsdp
+from alignkit.errors import ConfigError, ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_items
 from alignkit.models._aux_loss import checked_aux_loss
@@ -38,10 +42,15 @@ from alignkit.models._layout_timing import MICRO_BATCHES, agreed, choose_fastest
 from alignkit.models._layouts import LayoutChoice, choose_layout, confirmed
 from alignkit.models.modes import evaluating, switch_off_dropout
 from alignkit.models.precision import trained_values
-from alignkit.parts.method import Method
+from alignkit.models.vocabulary import check_token_ids
+from alignkit.parts.method import Method, load_method
 from alignkit.references._scoring import ReferenceScoring
+from alignkit.references.models import load_negative_reference, load_reference, other_models
 from alignkit.shapes._arguments import REFUSED_FOR_PREFERENCE, refuse_unused
 from alignkit.shapes._bridge import ObjectiveBridge, ratio
+from alignkit.shapes._probe import DispersionProbe
+
+__all__ = ["other_models"]
 
 METRICS: Mapping[str, str] = {
     "entropy": "entropy of the next-token distribution over completion tokens, nats",
@@ -277,3 +286,111 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS, REPEATED]
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def training_arguments(config: Any, common: Mapping[str, Any]) -> DPOConfig:
+    """TRL's arguments.
+
+    Args:
+        config: A :class:`~alignkit.shapes.candidates.PreferenceConfig`.
+        common: The arguments that all trainers share.
+
+    Raises:
+        ConfigError: The reference does not fit the launcher.
+    """
+    if config.reference == "precomputed" and launched_with_fsdp():
+        why = "`reference: precomputed`: FSDP shards the weights that the cache is keyed by. Write reference: auto"
+        raise ConfigError("the launcher uses FSDP", [why])
+    return DPOConfig(
+        **common,
+        disable_dropout=config.disable_dropout,
+        precompute_ref_log_probs=config.reference == "precomputed",
+        precompute_ref_batch_size=config.reference_batch_size,
+        max_length=None,
+    )
+
+
+def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
+    """What makes candidate rows of rows of text."""
+    num_candidates = load_method(config.method).num_candidates
+    limits = {"max_length": config.max_length, "num_candidates": num_candidates}
+    return partial(to_candidate_rows, tokenizer=tokenizer, **limits)
+
+
+def prompts(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, converted: Any) -> list[tuple[int, ...]]:
+    """Token ids of the first held-out prompts that differ; none of streamed rows."""
+    if not isinstance(converted, Dataset):
+        return []
+    return list(dict.fromkeys(tuple(ids) for ids in converted["prompt_ids"]))[: config.num_samples]
+
+
+def build(
+    config: Any,
+    args: DPOConfig,
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    *,
+    exchanges_rows: bool,
+    **inherited: Any,
+) -> PreferenceTrainer:
+    """Load the references and put the trainer together.
+
+    Args:
+        config: A :class:`~alignkit.shapes.candidates.PreferenceConfig`.
+        args: TRL's arguments.
+        policy: The model to train.
+        tokenizer: Its tokenizer.
+        data: ``train`` and ``evaluation``, tokenised.
+        exchanges_rows: Whether training rows are exchanged for others while training.
+        **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
+    """
+    from alignkit.shapes._late_rows import LateRowsTrainer  # which is made from the trainer above
+
+    negative_reference, reference = load_negative_reference(config), load_reference(config)
+    used = {"a training row": data.train, "a held-out row": data.evaluation}
+    for model in (policy, reference, negative_reference):
+        if model is not None:
+            check_token_ids(model, tokenizer, used, name=repr(model.name_or_path))
+    cache = None if config.reference_cache is None else Path(config.reference_cache)
+    trainer = (LateRowsTrainer if exchanges_rows else PreferenceTrainer)(
+        policy,
+        args,
+        method=load_method(config.method),
+        options=config.method_options,
+        settings=BridgeSettings(config.layout, config.max_length, cache, negative_reference=negative_reference),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        ref_model=reference,
+        **inherited,
+    )
+    if data.evaluation is not None and config.probe_rows and config.probe_steps:
+        probe = trainer.eval_dataset.select(range(min(config.probe_rows, len(data.evaluation))))
+        trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))
+    return trainer
+
+
+def describe(config: Any, trainer: PreferenceTrainer) -> dict[str, Any]:
+    """The layout, said and recorded, and the reference in force, in words."""
+    if trainer.args.process_index == 0:
+        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
+    return {"reference": _reference_in_force(config, trainer), "batch_layout": asdict(trainer.layout)}
+
+
+def _reference_in_force(config: Any, trainer: PreferenceTrainer) -> str:
+    """What log-ratios are taken against, in words."""
+    if "reference" not in trainer.needs:
+        return "none"
+    anchor = trainer.method.anchor(trainer.method_options)
+    if anchor is not None:
+        return f"moves with the policy ({anchor.kind})"
+    model = config.reference_model or config.model
+    if config.reference == "precomputed":
+        return f"log-probs of {model}, precomputed"
+    if trainer.ref_model is not None:
+        return f"{model}, a second model in memory"
+    return "a frozen copy of the adapter" if config.adapter else "the policy with its adapter off"

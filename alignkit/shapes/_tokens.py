@@ -19,8 +19,9 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, islice
 from typing import Any
 
@@ -35,6 +36,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
+from alignkit.data.supervised import prompts_of, to_supervised_rows
+from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.errors import ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import LossOutput, TokenBatch
@@ -49,7 +52,8 @@ from alignkit.models._comparison import (
 )
 from alignkit.models._forward import LOGP_TOLERANCE, compute_precision
 from alignkit.models.precision import trained_values
-from alignkit.parts.method import Method
+from alignkit.models.vocabulary import check_token_ids
+from alignkit.parts.method import Method, load_method
 from alignkit.shapes._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
 from alignkit.shapes._bridge import ObjectiveBridge, ratio
 
@@ -289,3 +293,86 @@ def packing_difference(run: ScoringRun, rows: Sequence[Sequence[int]] | None = N
             differences.append(disagreement(together, logps(row), run.precision))
     # Not Python's max, which passes over NaN.
     return float(torch.tensor(differences).max())
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def training_arguments(config: Any, common: Mapping[str, Any]) -> SFTConfig:
+    """TRL's arguments.
+
+    Args:
+        config: A :class:`~alignkit.shapes.tokens.SFTConfig`.
+        common: The arguments that all trainers share.
+    """
+    return SFTConfig(
+        **common,
+        packing=config.packing,
+        packing_strategy=config.packing_strategy,
+        # Held-out rows stay apart, so that every process count evaluates each of them once.
+        eval_packing=False,
+        # Rows are cut before they get here; packing fills rows up to this length.
+        max_length=config.max_length if config.packing else None,
+    )
+
+
+def other_models(config: Any) -> dict[str, str]:
+    """There are none beside the policy."""
+    return {}
+
+
+def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
+    """What makes rows of tokens of rows of text."""
+    splits_rows = config.packing and config.packing_strategy == "bfd_split"
+    template = template_with_marks(tokenizer) if config.assistant_only_loss else None
+    return partial(
+        to_supervised_rows,
+        tokenizer=tokenizer,
+        max_length=None if splits_rows else config.max_length,
+        trained=TrainedTokens(config.completion_only_loss, config.assistant_only_loss, template),
+    )
+
+
+def prompts(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, converted: Any) -> list[Any]:
+    """Token ids of the first held-out prompts."""
+    return prompts_of(rows, tokenizer, config.num_samples)
+
+
+def build(
+    config: Any,
+    args: SFTConfig,
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    *,
+    exchanges_rows: bool,
+    **inherited: Any,
+) -> SupervisedTrainer:
+    """Put the trainer together.
+
+    Args:
+        config: A :class:`~alignkit.shapes.tokens.SFTConfig`.
+        args: TRL's arguments.
+        policy: The model to train.
+        tokenizer: Its tokenizer.
+        data: ``train`` and ``evaluation``, tokenised, and ``prompts``.
+        exchanges_rows: Never: no method on these rows does.
+        **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
+    """
+    used = {"a training row": data.train, "a held-out row": data.evaluation, "a prompt": data.prompts}
+    check_token_ids(policy, tokenizer, used, name=repr(config.model))
+    return SupervisedTrainer(
+        policy,
+        args,
+        method=load_method(config.method),
+        options=config.method_options,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        **inherited,
+    )
+
+
+def describe(config: Any, trainer: SupervisedTrainer) -> dict[str, Any]:
+    """Nothing that is not recorded of every run."""
+    return {}

@@ -27,7 +27,6 @@ from alignkit.config.training import (
     RunSection,
 )
 from alignkit.data.columns import RowFamily
-from alignkit.data.negative_schema import negative_rows
 from alignkit.data.schema import preference_rows
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.shape import Shape
@@ -122,11 +121,11 @@ class PreferenceConfig(
 
     @staticmethod
     def row_family(values: Mapping[str, Any]) -> RowFamily:
-        """Preference rows; with a method that takes pairs alone, pairs, and negatives with one that is made of them."""
+        """Preference rows; with a method that takes pairs alone, pairs; or what the method itself says."""
         name = values.get("method")
         method = load_method(name) if name in method_names() else None
-        if method is not None and method.rows == "negatives":
-            return negative_rows()
+        if method is not None and method.row_family is not None:
+            return method.row_family()
         return preference_rows(None if method is None else method.num_candidates)
 
 

@@ -60,8 +60,8 @@ def patch(fault: str) -> None:
     import transformers.trainer
 
     import alignkit.runs.ranks
-    import alignkit.runs.steps
-    import alignkit.runs.steps_preference
+    import alignkit.runs.rows
+    import alignkit.runs.run
 
     match fault:
         case "config missing":
@@ -74,9 +74,9 @@ def patch(fault: str) -> None:
         case "world size":
             os.environ["WORLD_SIZE"] = "3"
         case "data step":
-            alignkit.runs.steps.load_splits = raises(DataError("rows.jsonl", ["row 3 is empty on this machine"]))
+            alignkit.runs.rows.load_splits = raises(DataError("rows.jsonl", ["row 3 is empty on this machine"]))
         case "model loading":
-            alignkit.runs.steps_preference.load_policy = raises(ModelError("the weights on this machine are damaged"))
+            alignkit.runs.run.load_policy = raises(ModelError("the weights on this machine are damaged"))
         case "resumption":
             transformers.trainer.deepspeed_load_checkpoint = after_loading
         case "training step":

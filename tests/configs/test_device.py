@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from alignkit import PreferenceConfig
 from alignkit.errors import ConfigError
-from alignkit.runs.steps import check_device
+from alignkit.runs.arguments import check_device
 
 REFUSED = {
     "float16": ({"fp16": True}, ["fp16: true"]),

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from alignkit.parts.shape import programs
 from alignkit.config.foreign_keys import ABSENT, METHODS, SETTLED, WRITE
 from alignkit.config.keys import base_keys, method_keys, program_methods
 from alignkit.config.names import is_launcher_key
+from alignkit.parts.shape import programs
 from alignkit.yaml_text import parse_yaml
 from tests.configs.cases import problems_of
 
 KEYS = {name: key for program in programs() for name, key in base_keys(program).items()}
-OPTIONS = {name: key for program in programs() for m in program_methods(program) for name, key in method_keys(m).items()}
+OPTIONS = {
+    name: key for program in programs() for m in program_methods(program) for name, key in method_keys(m).items()
+}
 ALL_METHODS = [method for program in programs() for method in program_methods(program)]
 
 CASES = {

@@ -15,7 +15,7 @@ from alignkit.config.keys import base_keys, method_keys
 from alignkit.errors import ConfigError
 from alignkit.objectives.dpo import DPOConfig
 from alignkit.objectives.flex_dpo import FlexDPOConfig
-from alignkit.runs.steps import common_arguments
+from alignkit.runs.arguments import common_arguments
 from alignkit.shapes.candidates import PreferenceConfig
 from tests.configs.cases import GOOD, SUPERVISED, load, load_text
 

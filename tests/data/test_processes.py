@@ -14,7 +14,6 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.shapes.tokens import SFTConfig
 from alignkit.data import processes
 from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
@@ -24,9 +23,11 @@ from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
 from alignkit.data.supervised_tokens import _last_run
 from alignkit.errors import DataError, Stopped
+from alignkit.runs.arguments import training_arguments
 from alignkit.runs.origin import rows_fingerprint
 from alignkit.runs.preemption import StopRequest
-from alignkit.runs.steps_sft import training_arguments
+from alignkit.shapes import _tokens
+from alignkit.shapes.tokens import SFTConfig
 from tests.data.rows import message, pair
 
 
@@ -152,7 +153,7 @@ def test_packing_does_not_depend_on_the_processes() -> None:
     config = SFTConfig(
         model="m", data="d", output_dir="o", method="sft", use_cpu=True, packing=True, dataset_num_proc=2
     )
-    assert training_arguments(config).dataset_num_proc is None
+    assert training_arguments(config, _tokens).dataset_num_proc is None
 
 
 def test_the_last_trained_run_of_a_row() -> None:

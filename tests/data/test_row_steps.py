@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from alignkit.shapes.candidates import PreferenceConfig
 from alignkit.errors import AlignkitError, DataError
+from alignkit.objectives._d2o import checked_lists
 from alignkit.objectives.d2o import D2OConfig
-from alignkit.runs.row_steps import checked_lists
 from alignkit.runs.run import train_preference
 from alignkit.sampling.engines import HuggingFaceEngine, Request
 from alignkit.sampling.generation import Sample
+from alignkit.shapes.candidates import PreferenceConfig
 from tests.scripts.tiny import save_model, write_rows
 
 NEGATIVES = [{"prompt": f"Say {i}.", "rejected": f"No {i}."} for i in range(3)]

@@ -17,8 +17,8 @@ from torch import Tensor
 from alignkit.config import load_config
 from alignkit.errors import ConfigError
 from alignkit.gradients._hook import chosen_rule
+from alignkit.parametrizations.policy import load_policy
 from alignkit.parts.rule import load_rule
-from alignkit.runs.model_steps import load_policy
 from alignkit.yaml_text import dump_yaml
 from tests.gradients.compositions import (
     ALL,

@@ -19,7 +19,7 @@ from alignkit.gradients._weights import low_rank_pairs, shadowed, trainable_tens
 from alignkit.losses.types import count_items
 from alignkit.models.loading import ModelSource, load_model
 from alignkit.parts.method import load_method
-from alignkit.runs import steps
+from alignkit.runs.arguments import check_gradient_rule
 from alignkit.shapes._candidates import BridgeSettings
 from alignkit.shapes.candidates import PreferenceConfig
 from tests.callbacks.saved import arguments
@@ -180,8 +180,8 @@ def test_zero3_is_refused_by_the_parametrization_of_the_config(tmp_path: Path, m
     monkeypatch.setattr(_support, "is_deepspeed_zero3_enabled", lambda: True)
     args, common = arguments(tmp_path), {"model": "m", "data": "d", "output_dir": "o", "gradient_rule": "sam"}
     with pytest.raises(ConfigError, match="ZeRO-3 without an adapter"):
-        steps.check_gradient_rule(PreferenceConfig(**common, method="dpo", parametrization="full"), args)
-    steps.check_gradient_rule(PreferenceConfig(**common, method="dpo", parametrization="lora"), args)
+        check_gradient_rule(PreferenceConfig(**common, method="dpo", parametrization="full"), args)
+    check_gradient_rule(PreferenceConfig(**common, method="dpo", parametrization="lora"), args)
 
 
 def test_the_layout_of_a_run_is_that_of_its_trainer(full: Any) -> None:

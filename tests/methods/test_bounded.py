@@ -20,7 +20,7 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.models.files import read_adapter
 from alignkit.models.loading import load_adapter, load_tokenizer
 from alignkit.parametrizations.lora import check_modules, check_rank
-from alignkit.runs import steps
+from alignkit.runs import arguments
 from tests.chaos.hostile import TEMPLATES
 from tests.programs.conftest import save_model
 
@@ -101,7 +101,7 @@ def test_a_share_that_is_no_step_is_refused(epochs: float, refused: str | None) 
     args: Any = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=1, world_size=1)
     rows = Dataset.from_dict({"x": list(range(10))})
     if refused is None:
-        steps.check_length(config, args, rows)
+        arguments.check_length(config, args, rows)
         return
     with pytest.raises(ConfigError, match=refused):
-        steps.check_length(config, args, rows)
+        arguments.check_length(config, args, rows)

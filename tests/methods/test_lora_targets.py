@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alignkit.errors import ModelError
 from alignkit.models.quantization import quantization_config
 from alignkit.parametrizations.lora import trainable_report
-from alignkit.runs.model_steps import new_adapter
+from alignkit.parametrizations.policy import new_adapter
 from alignkit.shapes.tokens import SFTConfig
 
 SHAPE: dict[str, Any] = {

@@ -388,7 +388,7 @@ def test_the_program_resumes_bit_for_bit(config: Mapping[str, Any], tmp_path: Pa
 def test_a_sharded_policy_is_refused_before_anything_is_loaded(
     config: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(f"alignkit.runs.row_steps.{name}", lambda: True)
+    monkeypatch.setattr(f"alignkit.objectives._d2o.{name}", lambda: True)
     with pytest.raises(
         ConfigError, match=r"`sample_refresh_steps: 5`.*Write sample_refresh_steps: 0, or launch with DDP"
     ):

@@ -28,8 +28,8 @@ from alignkit.models.fingerprints import (
     read_origin,
 )
 from alignkit.models.loading import load_tokenizer
-from alignkit.runs import steps
 from alignkit.runs.directory import RunDirectory
+from alignkit.runs.rows import load_tokenizer as tokenizer_of_run
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import chat_pairs, save_adapter, save_model, write_rows
 
@@ -192,7 +192,7 @@ def test_the_tokenizer_of_a_continued_adapter_is_its_own(place: Path, tmp_path: 
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(adapter)
     for continued, known in ((str(adapter), True), (None, False)):
-        assert ("<|new|>" in steps.load_tokenizer(settings(place, adapter=continued)).get_vocab()) is known
+        assert ("<|new|>" in tokenizer_of_run(settings(place, adapter=continued)).get_vocab()) is known
 
 
 def test_an_adapter_of_peft_alone_is_taken_with_a_word(

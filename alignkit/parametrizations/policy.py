@@ -1,0 +1,96 @@
+"""The policy of a run: the model as its parametrisation trains it, and the adapter that it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from alignkit.environment import launched_with_deepspeed
+from alignkit.models import loading
+from alignkit.models.files import read_adapter
+from alignkit.models.precision import HALF
+from alignkit.parametrizations.lora import check_modules, check_rank, lora_config, unadaptable
+
+
+def load_model(config: Any, path: str, revision: str | None = None) -> PreTrainedModel:
+    """Load the policy or a reference as the config describes it; a trainer places it.
+
+    Raises:
+        ModelError: It cannot be loaded; the message says why.
+    """
+    return _load(config, model_source(config, path, revision))
+
+
+def model_source(config: Any, path: str, revision: str | None = None) -> loading.ModelSource:
+    """Which model a run loads, and how."""
+    return loading.ModelSource(
+        model=path,
+        revision=revision,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _load(config: Any, source: loading.ModelSource) -> PreTrainedModel:
+    """A model whose weights are float32 where all of them train, so that no step is lost to rounding.
+
+    A reference follows suit, or it would differ from the policy by the rounding of its arithmetic. DeepSpeed casts
+    weights itself and steps float32 copies of its own.
+    """
+    model = loading.load_model(source)
+    held = model.dtype
+    if config.parametrization == "lora" or held not in HALF or launched_with_deepspeed():
+        return model
+    if PartialState().is_main_process:
+        print(
+            f"{source.model}: loaded in {str(held).removeprefix('torch.')} and held in float32, in which weights can "
+            "train" + ("" if config.bf16 or config.fp16 else "; bf16: true would compute in bfloat16, faster")
+        )
+    return model.float()
+
+
+def load_policy(config: Any) -> PreTrainedModel | PeftModel:
+    """The model to train; with ``adapter``, wrapped with that adapter and ready to continue it.
+
+    Raises:
+        ModelError: It cannot be loaded or trained as the config says, or the adapter belongs to another base.
+    """
+    source = model_source(config, config.model, config.model_revision)
+    loading.quantization_of(source, in_full=config.parametrization == "full")
+    if config.adapter is None:
+        return _load(config, source)
+    adapter = read_adapter(config.adapter)
+    loading.check_base(adapter, source)
+    return loading.load_adapter(_load(config, source), adapter, is_trainable=True)
+
+
+def new_adapter(config: Any, model: PreTrainedModel | PeftModel) -> Any:
+    """PEFT's configuration of the adapter the run starts; None where it starts none.
+
+    Raises:
+        ModelError: It names modules that the model does not have.
+    """
+    if config.parametrization != "lora" or config.adapter is not None:
+        return None
+    check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
+    check_rank(model, config.lora_r)
+    left_out = unadaptable(model) if config.lora_target_modules == "all-linear" else {}
+    if left_out and PartialState().is_main_process:
+        for reason in dict.fromkeys(left_out.values()):
+            names = ", ".join(sorted(name for name, why in left_out.items() if why == reason))
+            print(f"lora_target_modules: all-linear leaves out {names}, which {reason}")
+    return lora_config(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        exclude=list(left_out),
+    )

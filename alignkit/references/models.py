@@ -1,0 +1,79 @@
+"""The models beside the policy that a run scores with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.errors import ModelError
+from alignkit.models import loading
+from alignkit.models.files import model_problem
+from alignkit.parametrizations.policy import load_model
+from alignkit.parts.method import load_method
+
+
+def load_reference(config: Any) -> PreTrainedModel | None:
+    """The reference where it is a model of its own; None where the policy's own weights serve.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    if "reference_model" in (others := other_models(config)):
+        return _load_other(config, "reference_model", others["reference_model"])
+    wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
+    if not wants_copy or "reference" not in load_method(config.method).needs(config.method_options):
+        return None
+    return load_model(config, config.model, config.model_revision)
+
+
+def load_negative_reference(config: Any) -> PreTrainedModel | None:
+    """The model that scores the last candidate, where the method has one of its own.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    key = load_method(config.method).negative_reference
+    if key is None or key not in (others := other_models(config)):
+        return None
+    return _load_other(config, key, others[key])
+
+
+def other_models(config: Any) -> dict[str, str]:
+    """The models beside the policy that the run loads, by the key that names them."""
+    method, options = load_method(config.method), config.method_options
+    models = {"reference_model": config.reference_model if "reference" in method.needs(options) else None}
+    if method.negative_reference is not None:
+        models[method.negative_reference] = getattr(options, method.negative_reference)
+    return {key: path for key, path in models.items() if path is not None}
+
+
+def _load_other(config: Any, key: str, path: str) -> PreTrainedModel:
+    """Another model than the policy."""
+    with _naming(key, path):
+        return load_model(config, path)
+
+
+def check_other(config: Any, tokenizer: PreTrainedTokenizerBase, key: str, path: str) -> None:
+    """There must be such a model, and the policy's token ids must mean the same to it."""
+    with _naming(key, path):
+        if problem := model_problem(path):
+            raise ModelError(problem)
+        theirs = loading.load_tokenizer(path, trust_remote_code=config.trust_remote_code).get_vocab()
+    different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
+    if different:
+        raise ModelError(
+            f"the reference model {path!r} has other token ids than {config.model!r}: {len(different)} tokens differ, "
+            f"such as {different[0]!r}. Write a {key} with the same tokenizer, or remove it to take the starting model."
+        )
+
+
+@contextlib.contextmanager
+def _naming(key: str, path: str) -> Iterator[None]:
+    """Say which key of the config named the model that an error is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"`{key}: {path}`: {error}") from error

@@ -1,0 +1,134 @@
+"""The arguments of a run's trainer, and what of them cannot work on this machine or in this launch."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+
+from alignkit.config.base import ProgramConfig
+from alignkit.config.check import in_force
+from alignkit.errors import ConfigError
+from alignkit.gradients._support import RunLayout, check_layout
+from alignkit.parts.rule import load_rule
+
+_PASSED_THROUGH = (
+    "output_dir seed data_seed num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim adam_beta1 adam_beta2 "
+    "adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile dataloader_num_workers logging_steps "
+    "eval_strategy eval_steps save_strategy save_steps report_to use_cpu ddp_timeout pad_to_multiple_of "
+    "trust_remote_code router_aux_loss_coef"
+).split()
+"""Config keys that are TRL's own, handed on unchanged."""
+
+MOST_STEPS = 10**9
+ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
+
+
+def training_arguments(config: ProgramConfig, bridge: ModuleType) -> Any:
+    """The arguments of the host's trainer; creating them sets up the processes too (and ZeRO-3, before a model loads).
+
+    Args:
+        config: The config.
+        bridge: That of the batch shape (:func:`~alignkit.parts.shape.load_bridge`).
+
+    Raises:
+        ConfigError: The config needs an accelerator and there is none, or does not fit the launcher.
+    """
+    check_bf16(config)
+    args = bridge.training_arguments(config, common_arguments(config))
+    check_device(config, args)
+    check_gradient_rule(config, args)
+    return args
+
+
+def common_arguments(config: ProgramConfig) -> dict[str, Any]:
+    """The arguments that TRL's trainers have in common."""
+    return {
+        **{key: in_force(config)[key] for key in _PASSED_THROUGH},
+        "prediction_loss_only": True,
+        # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
+        "save_total_limit": None,
+        "save_only_model": False,
+        # A loss that is not finite must be seen, not averaged away.
+        "logging_nan_inf_filter": False,
+        "ignore_data_skip": False,
+    }
+
+
+def check_bf16(config: ProgramConfig) -> None:
+    """Refuse bfloat16 mixed precision where transformers would, before it does so with a traceback.
+
+    Raises:
+        ConfigError: There is no accelerator for it, and the CPU has not been chosen.
+    """
+    if config.bf16 and not config.use_cpu and not is_torch_bf16_gpu_available() and not is_torch_xla_available():
+        problem = "`bf16: true` on the CPU has to be asked for. Write use_cpu: true as well, or remove bf16"
+        raise ConfigError("torch finds no accelerator with bfloat16 on this machine", [problem])
+
+
+def check_device(config: ProgramConfig, args: TrainingArguments) -> None:
+    """Refuse what needs an accelerator where there is none.
+
+    Raises:
+        ConfigError: Lists it.
+    """
+    if args.device.type != "cpu":
+        return
+    problems = []
+    if config.fp16:
+        advice = "Write bf16: true and use_cpu: true, or remove it"
+        problems.append(f"`fp16: true`: float16 mixed precision needs an accelerator. {advice}")
+    adapter = None if config.adapter is None else LoraConfig.from_pretrained(config.adapter)
+    if config.quantization == "int8" and (config.use_dora or (adapter is not None and adapter.use_dora)):
+        why = "PEFT measures unpacked weights, and int8 weights are unpacked on an accelerator alone"
+        named = "`use_dora: true`" if adapter is None else f"`adapter: {config.adapter}`, which has use_dora,"
+        advice = "Write quantization: nf4 or none" + (", or remove use_dora" if adapter is None else "")
+        problems.append(f"{named} with `quantization: int8`: {why}. {advice}")
+    if config.attn_implementation in ACCELERATOR_ATTENTION:
+        kernel = f"`attn_implementation: {config.attn_implementation}`"
+        problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")
+    if problems:
+        raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
+
+
+def check_length(config: ProgramConfig, args: TrainingArguments, rows: Dataset | IterableDataset) -> None:
+    """Refuse a share of the rows that is no step, and more steps than a run can take.
+
+    Args:
+        config: The config.
+        args: The trainer's arguments.
+        rows: The training rows, as the trainer takes them; those of a stream are not counted.
+
+    Raises:
+        ConfigError: Says how many steps it would be.
+    """
+    if config.max_steps > 0 or not isinstance(rows, Dataset):
+        return
+    batches = math.ceil(len(rows) / (args.per_device_train_batch_size * args.world_size))
+    an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = config.num_train_epochs * an_epoch
+    given = f"`num_train_epochs: {config.num_train_epochs:g}` of {an_epoch:,} steps each is"
+    if 0 < steps < 1:
+        problem = f"{given} less than one step. Write at least {1 / an_epoch:.3g}, or max_steps: 1"
+    elif steps > MOST_STEPS:
+        problem = f"{given} {steps:.3g} steps, which no run takes. Write a smaller number, or max_steps"
+    else:
+        return
+    raise ConfigError("the length of the run cannot be meant", [problem])
+
+
+def check_gradient_rule(config: ProgramConfig, args: TrainingArguments) -> None:
+    """Refuse a gradient rule that cannot work as the run was launched, before hours are spent on its rows.
+
+    Raises:
+        ConfigError: Lists what stands in the way.
+    """
+    if config.gradient_rule is not None:
+        has_adapter = config.parametrization == "lora"
+        check_layout(load_rule(config.gradient_rule), RunLayout.of_arguments(args), has_adapter=has_adapter)
