@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from alignkit.config.sections import GradientSection, MethodSection, Section
 from alignkit.parts.method import load_method, method_names
@@ -87,6 +87,14 @@ def methods_with(program: str, key: str) -> list[str]:
 def rules_with(key: str) -> list[str]:
     """Gradient rules that have an option called ``key``."""
     return [name for name in rule_names() if key in rule_keys(name)]
+
+
+@cache
+def keys_that(trait: Literal["passes_to_trainer", "free_on_resume", "is_path"]) -> frozenset[str]:
+    """Names of all keys, of any program, method or gradient rule, whose option has this trait."""
+    sets = [base_keys(program) for program in programs()]
+    sets += [*map(method_keys, method_names()), *map(rule_keys, rule_names())]
+    return frozenset(name for keys in sets for name, key in keys.items() if getattr(key.info, trait))
 
 
 def _declared(cls: type, section: str) -> list[Key]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config.check import build_config, flatten, in_force
-from alignkit.config.keys import Key, base_keys, method_keys, option_keys, program_methods, rule_keys
+from alignkit.config.keys import Key, base_keys, keys_that, method_keys, option_keys, program_methods, rule_keys
 from alignkit.config.overrides import UNSET, read_overrides
 from alignkit.config.recipes import find_recipe
 from alignkit.config.settings import COMMAND_LINE, DEFAULT, Entry, Origin, Settings
@@ -17,9 +17,6 @@ from alignkit.config.values import show
 from alignkit.config.yaml_file import read_entries
 from alignkit.parts.rule import rule_names
 from alignkit.yaml_text import dump_yaml
-
-PATH_KEYS = ("model", "reference_model", "adapter", "chat_template", "output_dir", "reference_cache")
-"""Keys in which a leading ``~`` stands for the home directory, as in a shell."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,6 @@ def _display(file: Path) -> str:
 
 
 def _expand_home(entries: dict[str, Entry]) -> None:
-    for key in PATH_KEYS:
-        entry = entries.get(key)
-        if entry is not None and isinstance(entry.value, str):
+    for key, entry in entries.items():
+        if key in keys_that("is_path") and isinstance(entry.value, str):
             entries[key] = Entry(os.path.expanduser(entry.value), entry.origin)

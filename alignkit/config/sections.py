@@ -44,7 +44,7 @@ class ModelSection(Section):
 
     title: ClassVar[str] = "Model"
 
-    model: str = option(help="Directory of a saved model, or Hub id such as Qwen/Qwen3-0.6B.")
+    model: str = option(help="Directory of a saved model, or Hub id such as Qwen/Qwen3-0.6B.", is_path=True)
     model_revision: str | None = option(None, help="Branch, tag or commit of the Hub model; null is main.")
     dtype: str = option(
         "float32",
@@ -57,10 +57,13 @@ class ModelSection(Section):
         None, choices=ATTENTION, help="Attention kernel; null leaves the choice to transformers.", source=TRANSFORMERS
     )
     trust_remote_code: bool = option(
-        False, help="Run the Python code that the model repository ships. Only for authors you trust.", source=TRL
+        False,
+        help="Run the Python code that the model repository ships. Only for authors you trust.",
+        source=TRL,
+        passes_to_trainer=True,
     )
     chat_template: str | None = option(
-        None, help="Path of a Jinja file to use in place of the tokenizer's chat template."
+        None, help="Path of a Jinja file to use in place of the tokenizer's chat template.", is_path=True
     )
 
 
@@ -93,7 +96,7 @@ class ParametrizationSection(Section):
     use_rslora: bool = option(False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).", source=PEFT)
     use_dora: bool = option(False, help="Weight-decomposed adapters (arXiv 2402.09353).", source=PEFT)
     adapter: str | None = option(
-        None, help="Directory of a saved LoRA adapter to continue from; its own rank and targets apply."
+        None, help="Directory of a saved LoRA adapter to continue from; its own rank and targets apply.", is_path=True
     )
 
 
@@ -123,9 +126,14 @@ class DataSection(Section):
         False, help="Read rows while training instead of preparing them all first; needs max_steps.", source=TRL
     )
     max_rows: int | None = option(None, ge=1, help="Use only that many training rows.")
-    max_eval_rows: int | None = option(None, ge=1, help="Use only that many rows of eval_data.")
+    max_eval_rows: int | None = option(None, ge=1, help="Use only that many rows of eval_data.", free_on_resume=True)
     data_seed: int | None = option(
-        None, ge=0, lt=2**32, help="Seed of mixing, splitting and shuffling; null takes seed.", source=TRANSFORMERS
+        None,
+        ge=0,
+        lt=2**32,
+        help="Seed of mixing, splitting and shuffling; null takes seed.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
     )
     max_length: int = option(
         1024,
@@ -135,13 +143,19 @@ class DataSection(Section):
         source=TRL,
     )
     max_dropped_fraction: float = option(
-        0.1, ge=0, le=1, help="Refuse to train when a larger share of the rows cannot be used."
+        0.1, ge=0, le=1, help="Refuse to train when a larger share of the rows cannot be used.", free_on_resume=True
     )
     max_truncated_fraction: float = option(
-        0.5, ge=0, le=1, help="Refuse to train when a larger share of the rows is cut at max_length."
+        0.5,
+        ge=0,
+        le=1,
+        help="Refuse to train when a larger share of the rows is cut at max_length.",
+        free_on_resume=True,
     )
     allow_overlap: bool = option(
-        False, help="Evaluate although held-out rows are trained on; they are compared token for token."
+        False,
+        help="Evaluate although held-out rows are trained on; they are compared token for token.",
+        free_on_resume=True,
     )
     dataset_num_proc: Literal["auto"] | int = option(
         "auto",
@@ -150,6 +164,7 @@ class DataSection(Section):
         help="Processes that check and tokenise the rows; auto takes one for every 5,000 rows, up to the cores that "
         "this process may use. The tokens are the same with any number.",
         source="alignkit (TRL 1.16: null, one)",
+        free_on_resume=True,
     )
 
 
@@ -183,7 +198,12 @@ class SupervisedDataSection(DataSection):
         source=TRL,
     )
     pad_to_multiple_of: int | None = option(
-        None, ge=1, le=4096, help="Round row lengths up to a multiple of this.", source="alignkit (TRL 1.16: auto)"
+        None,
+        ge=1,
+        le=4096,
+        help="Round row lengths up to a multiple of this.",
+        source="alignkit (TRL 1.16: auto)",
+        passes_to_trainer=True,
     )
 
 
@@ -223,13 +243,20 @@ class ReferenceSection(Section):
         "frozen copy of the adapter when one is continued.",
     )
     reference_model: str | None = option(
-        None, help="Directory or Hub id of another model as the reference; null takes the starting model."
+        None, help="Directory or Hub id of another model as the reference; null takes the starting model.", is_path=True
     )
     reference_batch_size: int | None = option(
-        None, ge=1, help="Rows per device in the precomputing pass; null takes per_device_train_batch_size.", source=TRL
+        None,
+        ge=1,
+        help="Rows per device in the precomputing pass; null takes per_device_train_batch_size.",
+        source=TRL,
+        free_on_resume=True,
     )
     reference_cache: str | None = option(
-        None, help="Directory of precomputed log-probs; null is $ALIGNKIT_CACHE or ~/.cache/alignkit/reference."
+        None,
+        help="Directory of precomputed log-probs; null is $ALIGNKIT_CACHE or ~/.cache/alignkit/reference.",
+        free_on_resume=True,
+        is_path=True,
     )
 
 
@@ -246,5 +273,10 @@ class LayoutSection(Section):
         "that the architecture allows and says which.",
     )
     pad_to_multiple_of: int | None = option(
-        None, ge=1, le=4096, help="Round row lengths up to a multiple of this.", source="alignkit (TRL 1.16: auto)"
+        None,
+        ge=1,
+        le=4096,
+        help="Round row lengths up to a multiple of this.",
+        source="alignkit (TRL 1.16: auto)",
+        passes_to_trainer=True,
     )

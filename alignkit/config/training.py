@@ -35,14 +35,27 @@ class RunSection(Section):
 
     title: ClassVar[str] = "Run"
 
-    output_dir: str = option(help="Run directory: weights, metrics, plot, model card.")
+    output_dir: str = option(
+        help="Run directory: weights, metrics, plot, model card.",
+        passes_to_trainer=True,
+        free_on_resume=True,
+        is_path=True,
+    )
     resume: bool | Literal["auto"] = option(
         False,
         help="Continue from the last complete checkpoint in output_dir; auto does so where there is one and starts "
         "the run where there is none, so that one command serves both.",
+        free_on_resume=True,
     )
-    overwrite: bool = option(False, help="Delete what an earlier run left in output_dir.")
-    seed: int = option(42, ge=0, lt=2**32, help="Seed of adapters, dropout and data order.", source=TRANSFORMERS)
+    overwrite: bool = option(False, help="Delete what an earlier run left in output_dir.", free_on_resume=True)
+    seed: int = option(
+        42,
+        ge=0,
+        lt=2**32,
+        help="Seed of adapters, dropout and data order.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +65,20 @@ class OptimizationSection(Section):
     title: ClassVar[str] = "Optimization"
 
     num_train_epochs: float = option(
-        1.0, gt=0, le=100_000, help="Passes over the training rows.", source="alignkit (TRL 1.16: 3)"
+        1.0,
+        gt=0,
+        le=100_000,
+        help="Passes over the training rows.",
+        source="alignkit (TRL 1.16: 3)",
+        passes_to_trainer=True,
     )
     max_steps: int = option(
-        -1, ge=-1, le=10**9, help="Optimizer steps in place of num_train_epochs; -1 is off.", source=TRANSFORMERS
+        -1,
+        ge=-1,
+        le=10**9,
+        help="Optimizer steps in place of num_train_epochs; -1 is off.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
     )
     per_device_train_batch_size: int = option(
         8,
@@ -63,32 +86,47 @@ class OptimizationSection(Section):
         le=2**20,
         help="Rows (prompts with all their completions) per device and micro-batch.",
         source=TRANSFORMERS,
+        passes_to_trainer=True,
     )
     gradient_accumulation_steps: int = option(
-        1, ge=1, le=2**20, help="Micro-batches per optimizer step.", source=TRANSFORMERS
+        1, ge=1, le=2**20, help="Micro-batches per optimizer step.", source=TRANSFORMERS, passes_to_trainer=True
     )
     learning_rate: float | None = option(
         None,
         gt=0,
         help="Peak learning rate; null is 1e-5 under lora, 1e-6 under full. Small models and short runs want more.",
         derived=rate_by_parametrization(lora=1e-5, full=1e-6),
+        passes_to_trainer=True,
     )
-    lr_scheduler_type: str = option("linear", choices=SCHEDULERS, help="Learning-rate schedule.", source=TRANSFORMERS)
+    lr_scheduler_type: str = option(
+        "linear", choices=SCHEDULERS, help="Learning-rate schedule.", source=TRANSFORMERS, passes_to_trainer=True
+    )
     warmup_steps: float = option(
-        0.0, ge=0, help="Steps of linear warm-up; a value below 1 is a share of all steps.", source=TRANSFORMERS
+        0.0,
+        ge=0,
+        help="Steps of linear warm-up; a value below 1 is a share of all steps.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
     )
-    optim: str = option("adamw_torch", choices=OPTIMIZERS, help="Optimizer.")
-    weight_decay: float = option(0.0, ge=0, help="Decoupled weight decay.", source=TRANSFORMERS)
-    adam_beta1: float = option(0.9, ge=0, lt=1, help="AdamW decay of the mean.", source=TRANSFORMERS)
-    adam_beta2: float = option(0.999, ge=0, lt=1, help="AdamW decay of the variance.", source=TRANSFORMERS)
-    adam_epsilon: float = option(1e-8, gt=0, help="AdamW epsilon.", source=TRANSFORMERS)
+    optim: str = option("adamw_torch", choices=OPTIMIZERS, help="Optimizer.", passes_to_trainer=True)
+    weight_decay: float = option(0.0, ge=0, help="Decoupled weight decay.", source=TRANSFORMERS, passes_to_trainer=True)
+    adam_beta1: float = option(
+        0.9, ge=0, lt=1, help="AdamW decay of the mean.", source=TRANSFORMERS, passes_to_trainer=True
+    )
+    adam_beta2: float = option(
+        0.999, ge=0, lt=1, help="AdamW decay of the variance.", source=TRANSFORMERS, passes_to_trainer=True
+    )
+    adam_epsilon: float = option(1e-8, gt=0, help="AdamW epsilon.", source=TRANSFORMERS, passes_to_trainer=True)
     router_aux_loss_coef: float | None = option(
         None,
         ge=0,
         help="Weight of the load-balancing loss of a mixture of experts; null takes the model's own, 0 is off.",
         source=TRL,
+        passes_to_trainer=True,
     )
-    max_grad_norm: float = option(1.0, ge=0, help="Clip the gradient norm to this; 0 is off.", source=TRANSFORMERS)
+    max_grad_norm: float = option(
+        1.0, ge=0, help="Clip the gradient norm to this; 0 is off.", source=TRANSFORMERS, passes_to_trainer=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +143,19 @@ class SupervisedOptimizationSection(OptimizationSection):
     """Length of training, batch size and optimizer, of supervised rows."""
 
     per_device_train_batch_size: int = option(
-        8, ge=1, le=2**20, help="Rows per device and micro-batch; with packing, packed rows.", source=TRANSFORMERS
+        8,
+        ge=1,
+        le=2**20,
+        help="Rows per device and micro-batch; with packing, packed rows.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
     )
     learning_rate: float | None = option(
         None,
         gt=0,
         help="Peak learning rate; null is 2e-4 under lora, 2e-5 under full. Small models and short runs want more.",
         derived=rate_by_parametrization(lora=2e-4, full=2e-5),
+        passes_to_trainer=True,
     )
 
 
@@ -121,18 +165,43 @@ class HardwareSection(Section):
 
     title: ClassVar[str] = "Hardware"
 
-    bf16: bool = option(False, help="Compute in bfloat16 (mixed precision).", source="alignkit (TRL 1.16: true)")
-    fp16: bool = option(False, help="Compute in float16 with loss scaling (mixed precision).", source=TRANSFORMERS)
+    bf16: bool = option(
+        False, help="Compute in bfloat16 (mixed precision).", source="alignkit (TRL 1.16: true)", passes_to_trainer=True
+    )
+    fp16: bool = option(
+        False,
+        help="Compute in float16 with loss scaling (mixed precision).",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+    )
     gradient_checkpointing: bool = option(
         False,
         help="Recompute activations in the backward pass: less memory, slower.",
         source="alignkit (TRL 1.16: true)",
+        passes_to_trainer=True,
     )
-    torch_compile: bool = option(False, help="Compile the model with torch.compile.", source=TRANSFORMERS)
-    use_cpu: bool = option(False, help="Train on the CPU even where there is an accelerator.", source=TRANSFORMERS)
-    dataloader_num_workers: int = option(0, ge=0, le=256, help="Processes that load batches.", source=TRANSFORMERS)
+    torch_compile: bool = option(
+        False, help="Compile the model with torch.compile.", source=TRANSFORMERS, passes_to_trainer=True
+    )
+    use_cpu: bool = option(
+        False, help="Train on the CPU even where there is an accelerator.", source=TRANSFORMERS, passes_to_trainer=True
+    )
+    dataloader_num_workers: int = option(
+        0,
+        ge=0,
+        le=256,
+        help="Processes that load batches.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
+    )
     ddp_timeout: int = option(
-        1800, ge=1, help="Seconds one process may wait for another before the launch is ended.", source=TRANSFORMERS
+        1800,
+        ge=1,
+        help="Seconds one process may wait for another before the launch is ended.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
     )
 
 
@@ -142,18 +211,56 @@ class LoggingSection(Section):
 
     title: ClassVar[str] = "Logging, evaluation and saving"
 
-    logging_steps: int = option(10, ge=1, help="Steps between two lines of metrics.", source=TRL)
-    report_to: str = option("none", choices=TRACKERS, help="Tracker beside metrics.jsonl.", source=TRANSFORMERS)
-    eval_strategy: str = option("no", choices=INTERVALS, help="When to evaluate while training.", source=TRANSFORMERS)
+    logging_steps: int = option(
+        10, ge=1, help="Steps between two lines of metrics.", source=TRL, passes_to_trainer=True, free_on_resume=True
+    )
+    report_to: str = option(
+        "none",
+        choices=TRACKERS,
+        help="Tracker beside metrics.jsonl.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
+    )
+    eval_strategy: str = option(
+        "no",
+        choices=INTERVALS,
+        help="When to evaluate while training.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
+    )
     eval_steps: int | None = option(
-        None, ge=1, help="Steps between evaluations; null takes logging_steps.", source=TRANSFORMERS
+        None,
+        ge=1,
+        help="Steps between evaluations; null takes logging_steps.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
     )
     per_device_eval_batch_size: int = option(
-        8, ge=1, le=2**20, help="Rows per device in an evaluation.", source=TRANSFORMERS
+        8,
+        ge=1,
+        le=2**20,
+        help="Rows per device in an evaluation.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
     )
-    save_strategy: str = option("steps", choices=INTERVALS, help="When to save a checkpoint.", source=TRANSFORMERS)
-    save_steps: int = option(500, ge=1, help="Steps between checkpoints.", source=TRANSFORMERS)
-    save_total_limit: int | None = option(None, ge=1, help="Checkpoints to keep; null is all.", source=TRANSFORMERS)
+    save_strategy: str = option(
+        "steps",
+        choices=INTERVALS,
+        help="When to save a checkpoint.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
+    )
+    save_steps: int = option(
+        500, ge=1, help="Steps between checkpoints.", source=TRANSFORMERS, passes_to_trainer=True, free_on_resume=True
+    )
+    save_total_limit: int | None = option(
+        None, ge=1, help="Checkpoints to keep; null is all.", source=TRANSFORMERS, free_on_resume=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +275,9 @@ class ProbeSection(Section):
         help="Held-out rows whose responses are scored while training, to see where likelihood goes; 0 is off. Off as "
         "well where no rows are held out (eval_data, eval_fraction).",
     )
-    probe_steps: int = option(10, ge=0, help="Steps between two scorings of the probe rows; 0 is off.")
+    probe_steps: int = option(
+        10, ge=0, help="Steps between two scorings of the probe rows; 0 is off.", free_on_resume=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +286,10 @@ class ReportSection(Section):
 
     title: ClassVar[str] = "Report"
 
-    num_samples: int = option(4, ge=0, help="Prompts answered for the final report; 0 is off.")
-    sample_max_new_tokens: int = option(64, ge=1, help="Longest answer in the final report, in tokens.")
+    num_samples: int = option(4, ge=0, help="Prompts answered for the final report; 0 is off.", free_on_resume=True)
+    sample_max_new_tokens: int = option(
+        64, ge=1, help="Longest answer in the final report, in tokens.", free_on_resume=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +298,10 @@ class HubSection(Section):
 
     title: ClassVar[str] = "Hub"
 
-    push_to_hub: bool = option(False, help="Upload the result after training.", source=TRANSFORMERS)
-    hub_model_id: str | None = option(None, help="Repository to upload to, such as name/my-model.", source=TRANSFORMERS)
-    hub_private: bool = option(False, help="Create the repository as private.")
+    push_to_hub: bool = option(
+        False, help="Upload the result after training.", source=TRANSFORMERS, free_on_resume=True
+    )
+    hub_model_id: str | None = option(
+        None, help="Repository to upload to, such as name/my-model.", source=TRANSFORMERS, free_on_resume=True
+    )
+    hub_private: bool = option(False, help="Create the repository as private.", free_on_resume=True)

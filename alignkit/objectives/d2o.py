@@ -33,6 +33,7 @@ class D2OConfig:
         None,
         help="Directory or Hub id of the reference under the negatives, pi_r+; null is that of the samples.",
         source="D2O (arXiv 2403.03419), whose experiments use one model for both",
+        is_path=True,
     )
     num_samples_per_prompt: int = option(
         8,

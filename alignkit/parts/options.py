@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class OptionInfo:
         only_with: What another option of the same method or rule must be for this one to have an effect; where it is
             not, setting this one is refused.
         gt, ge, lt, le: Numeric bounds, each None where there is none.
+        passes_to_trainer: Whether the trainer of transformers has an argument of this name, which is given the value.
+        free_on_resume: Whether a resumed run may have another value: it says what is written, watched or waited for,
+            not what is learnt.
+        is_path: Whether the value may be a path, in which a leading ``~`` stands for the home directory.
     """
 
     help: str
@@ -75,6 +79,21 @@ class OptionInfo:
     ge: float | None = None
     lt: float | None = None
     le: float | None = None
+    passes_to_trainer: bool = False
+    free_on_resume: bool = False
+    is_path: bool = False
+
+
+class BoundsAndTraits(TypedDict, total=False):
+    """What else :func:`option` takes: the attributes of the same name of :class:`OptionInfo`."""
+
+    gt: float
+    ge: float
+    lt: float
+    le: float
+    passes_to_trainer: bool
+    free_on_resume: bool
+    is_path: bool
 
 
 def option(
@@ -86,7 +105,7 @@ def option(
     derived: DerivedDefault | None = None,
     only_with: OnlyWith | None = None,
     default_factory: Any = MISSING,
-    **bounds: float,
+    **bounds_and_traits: Unpack[BoundsAndTraits],
 ) -> Any:
     """Declare a dataclass field that carries an :class:`OptionInfo` in its metadata.
 
@@ -98,7 +117,7 @@ def option(
         derived: What the default, None, stands for by the value of another key; it knows its sources.
         only_with: Condition under which the option has an effect, made by :func:`only_with`.
         default_factory: As in :func:`dataclasses.field`, for mutable defaults.
-        **bounds: Any of ``gt``, ``ge``, ``lt``, ``le``.
+        **bounds_and_traits: Any of the attributes of :class:`BoundsAndTraits`.
     """
     admissible = tuple(choices) if choices is not None else None
     info = OptionInfo(
@@ -107,7 +126,7 @@ def option(
         choices=admissible,
         derived=derived,
         only_with=only_with,
-        **bounds,
+        **bounds_and_traits,
     )
     return field(default=default, default_factory=default_factory, metadata={"option": info})
 

@@ -13,18 +13,10 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 
 from alignkit.config.base import ProgramConfig
 from alignkit.config.check import in_force
+from alignkit.config.keys import base_keys
 from alignkit.errors import ConfigError
 from alignkit.gradients._support import RunLayout, check_layout
 from alignkit.parts.rule import load_rule
-
-_PASSED_THROUGH = (
-    "output_dir seed data_seed num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim adam_beta1 adam_beta2 "
-    "adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile dataloader_num_workers logging_steps "
-    "eval_strategy eval_steps save_strategy save_steps report_to use_cpu ddp_timeout pad_to_multiple_of "
-    "trust_remote_code router_aux_loss_coef"
-).split()
-"""Config keys that are TRL's own, handed on unchanged."""
 
 MOST_STEPS = 10**9
 ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
@@ -49,8 +41,9 @@ def training_arguments(config: ProgramConfig, bridge: ModuleType) -> Any:
 
 def common_arguments(config: ProgramConfig) -> dict[str, Any]:
     """The arguments that TRL's trainers have in common."""
+    values = in_force(config)
     return {
-        **{key: in_force(config)[key] for key in _PASSED_THROUGH},
+        **{name: values[name] for name, key in base_keys(config.program).items() if key.info.passes_to_trainer},
         "prediction_loss_only": True,
         # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
         "save_total_limit": None,

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from alignkit.config.keys import keys_that
 from alignkit.errors import RunDirectoryError
 from alignkit.plain_text import all_without_secrets
 from alignkit.runs.inputs import inputs_inside
@@ -28,15 +29,6 @@ from alignkit.storage.manifest import MANIFEST, RUN_FILE, Manifest
 
 _FORMAT_KEY = "alignkit_run"
 _FORMAT = 1
-
-FREE_ON_RESUME = frozenset(
-    "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
-    "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
-    "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
-    "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private".split()
-)
-"""Keys that may differ between a run and its resumption: what is written, watched or waited for, not what is learnt."""
-
 
 LENGTH = ("max_steps", "num_train_epochs")
 """Keys that may be larger in a resumption, which makes the run longer; the learning rate goes on as if it had been."""
@@ -293,9 +285,10 @@ def _plain(value: Any) -> Any:
 
 def _differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
     """One line for each key that matters and differs; a key only one side knows counts unless it is at its default."""
+    free = keys_that("free_on_resume")
     for key in dict.fromkeys([*recorded, *given]):
         old, new = recorded.get(key), given.get(key)
-        if key in FREE_ON_RESUME or (old and new and old["value"] == new["value"]):
+        if key in free or (old and new and old["value"] == new["value"]):
             continue
         if _is_longer(key, old, new):
             continue

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
-from alignkit.config.keys import Key, base_keys, method_keys, methods_with, program_methods
+from alignkit.config.keys import Key, base_keys, keys_that, method_keys, methods_with, program_methods
 from alignkit.config.names import is_launcher_key
 from alignkit.config.training import OPTIMIZERS, SCHEDULERS
 from alignkit.config.values import check_value
@@ -72,3 +72,39 @@ def test_defaults_said_to_be_upstream_are_upstream() -> None:
             assert key.default == getattr(value, "value", value), key.name
             compared += 1
     assert compared > 25
+
+
+TRAITS = {
+    "passes_to_trainer": "output_dir seed data_seed num_train_epochs max_steps per_device_train_batch_size "
+    "per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay "
+    "optim adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile "
+    "dataloader_num_workers logging_steps eval_strategy eval_steps save_strategy save_steps report_to use_cpu "
+    "ddp_timeout pad_to_multiple_of trust_remote_code router_aux_loss_coef",
+    "free_on_resume": "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
+    "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
+    "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
+    "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private",
+    "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache",
+}
+"""What each trait means for a run is decided key by key, so a change shows here."""
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_traits(trait: str) -> None:
+    assert keys_that(trait) == set(TRAITS[trait].split())
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_programs_agree_on_the_traits_of_a_key(trait: str) -> None:
+    """A section that declares a key of another one anew has to say its traits anew."""
+    for program in programs():
+        has = {name for name, key in base_keys(program).items() if getattr(key.info, trait)}
+        assert has == keys_that(trait) & set(base_keys(program))
+
+
+@pytest.mark.parametrize("program", programs())
+def test_what_passes_to_the_trainer_is_an_argument_of_it(program: str) -> None:
+    from trl import DPOConfig, SFTConfig
+
+    arguments = {"preference": DPOConfig, "sft": SFTConfig}[program]
+    assert keys_that("passes_to_trainer") & set(base_keys(program)) <= {field.name for field in fields(arguments)}
