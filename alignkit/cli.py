@@ -1,4 +1,4 @@
-"""The command ``alignkit``: start a training, and see what there is and what would be used.
+"""The command ``alignkit``: train, evaluate, merge, publish, and see what there is and what would be used.
 
 Everything but the standard library is imported by the subcommand that needs it, so that ``--help`` answers at once.
 """
@@ -6,6 +6,7 @@ Everything but the standard library is imported by the subcommand that needs it,
 from __future__ import annotations
 
 import argparse
+import importlib
 import runpy
 import sys
 from collections.abc import Sequence
@@ -21,8 +22,19 @@ examples:
   alignkit train preference/flex_dpo --model Qwen/Qwen3-0.6B --data pairs.jsonl --output_dir runs/first
   alignkit train run.yaml --beta_neg 0.05
   alignkit config run.yaml --beta_neg 0.05
-  accelerate launch --config_file zero2.yaml -m alignkit.cli train run.yaml
+  alignkit evaluate --adapter runs/first --data heldout.jsonl --compare_base
+  alignkit merge --adapter runs/first --output runs/first-merged
+  accelerate launch --config_file zero2.yaml -m alignkit train run.yaml
 """
+_PROGRAMS = {
+    "evaluate": "evaluate a model or an adapter on held-out preference rows",
+    "merge": "merge an adapter into its base model",
+    "push": "publish an adapter or a model with its card on the Hugging Face Hub",
+    "sample": "sample responses of a model to every prompt, as candidate lists",
+    "score": "give every completion token a reward by contrastive prompting",
+    "compare": "compare two runs step by step",
+}
+"""Files of ``alignkit/programs``, which judge their words themselves, with what they do."""
 
 
 def main() -> NoReturn:
@@ -36,6 +48,10 @@ def run(arguments: Sequence[str]) -> int | None:
     Args:
         arguments: The words after ``alignkit``.
     """
+    if arguments and arguments[0] in _PROGRAMS:
+        program = importlib.import_module(f"alignkit.programs.{arguments[0]}")
+        status: int | None = program.main(arguments[1:], f"alignkit {arguments[0]}")
+        return status
     # train and config hand on `--key value` words, which are not argparse's to judge: the config knows all keys.
     own, overrides = _split_off_overrides(list(arguments))
     options = _parser().parse_args(own)
@@ -84,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "recipe", nargs="?", metavar="RECIPE", help="a YAML file, or a name `alignkit recipes` lists"
         )
+    for name, summary in _PROGRAMS.items():
+        commands.add_parser(name, help=summary)
     commands.add_parser("methods", help="list the methods with their papers")
     commands.add_parser("recipes", help="list the shipped recipes")
     commands.add_parser("env", help="show versions and accelerators, and say what does not fit together")

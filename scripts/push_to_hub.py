@@ -1,78 +1,10 @@
-"""Publish an adapter or a model with its card on the Hugging Face Hub.
+"""Publish an adapter or a model with its card: ``alignkit push`` of a checkout.
 
-    python scripts/push_to_hub.py --directory runs/first --repo_id name/my-model --dry_run
-    python scripts/push_to_hub.py --directory runs/first --repo_id name/my-model --private
-
---dry_run lists every file and the card's metadata, and sends nothing. Checkpoints, optimizer states and the records of
-the run stay here unless asked for. The token is read from the environment variable HF_TOKEN: it is no option, so no
-shell history keeps it, and it is never printed.
+python scripts/push_to_hub.py --directory runs/first --repo_id name/my-model --dry_run
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-from typing import TYPE_CHECKING
-
-from alignkit.programs.arguments import StrictParser
 from alignkit.programs.entry import run_program
-
-if TYPE_CHECKING:
-    from alignkit.hub.upload import Upload
-
-
-def main() -> None:
-    """One upload, or its list."""
-    arguments = parse_arguments()
-
-    # The Hugging Face libraries are imported here, once the command line is known to be right.
-    from alignkit.hub.upload import plan_upload, push
-
-    upload = plan_upload(
-        arguments.directory,
-        arguments.repo_id,
-        base_model=arguments.base_model,
-        include_metrics=arguments.include_metrics,
-        include_checkpoints=arguments.include_checkpoints,
-    )
-    print(describe(upload))
-    if arguments.dry_run:
-        print("\ndry run: nothing was sent")
-    else:
-        url = push(upload, private=arguments.private, message=arguments.commit_message)
-        print(f"\npublished: {url}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = StrictParser(*__doc__.split("\n\n", 1))
-    parser.add_argument("--directory", required=True, help="a finished run, or a saved adapter or model")
-    parser.add_argument("--repo_id", required=True, help="repository, such as name/my-model; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make a new repository private; refuse a public one")
-    parser.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
-    parser.add_argument("--base_model", help="Hub id of the base, where card or adapter config name a local folder")
-    parser.add_argument("--include_metrics", action="store_true", help="send run.json, metrics and evaluations too")
-    parser.add_argument("--include_checkpoints", action="store_true", help="send checkpoints and optimizer states too")
-    parser.add_argument("--commit_message", default="Upload with alignkit")
-    return parser.parse()
-
-
-def describe(upload: Upload) -> str:
-    """Files, total, the card's metadata, and what stays here."""
-    from alignkit.reports.table import render_table
-
-    files = [[file.path, f"{file.size:,}"] for file in upload.files]
-    blocks = [
-        f"{upload.kind} for {upload.repo_id}",
-        render_table(["file", "bytes"], [*files, ["total", f"{upload.size:,}"]]),
-        "\n  ".join(["card", *(f"{key}: {json.dumps(value)}" for key, value in upload.metadata.items())]),
-    ]
-    if upload.notes:
-        blocks.append("\n  ".join(["changed on the way, or not checked", *upload.notes]))
-    if upload.left_out:
-        blocks.append("\n  ".join([f"stays here ({len(upload.left_out)} files)", *upload.left_out]))
-    return "\n\n".join(blocks)
-
+from alignkit.programs.push import main
 
 if __name__ == "__main__":
     run_program(main)

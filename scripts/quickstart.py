@@ -22,7 +22,6 @@ from alignkit.errors import AlignkitError, RunDirectoryError
 from alignkit.programs.entry import run_program
 from alignkit.shipped import program_path
 
-SCRIPTS = Path(__file__).resolve().parent
 BASE_EPOCHS = 2
 MARK = "quickstart.json"
 """File that says that a folder is a quickstart's."""
@@ -146,8 +145,8 @@ def evaluate(folder: Path, held_out: Path) -> None:
     """The evaluation: again the command a user would type."""
     arguments = ["--adapter", str(folder / "run"), "--data", str(held_out), "--compare_base"]
     arguments += ["--num_samples", "3", "--output", str(folder / "evaluation.json")]
-    print("$ python scripts/evaluate.py " + " ".join(arguments) + "\n", flush=True)
-    run([sys.executable, str(SCRIPTS / "evaluate.py"), *arguments])
+    print("$ alignkit evaluate " + " ".join(arguments) + "\n", flush=True)
+    run([sys.executable, "-m", "alignkit", "evaluate", *arguments])
 
 
 def run(command: list[str]) -> None:

@@ -43,7 +43,7 @@ CONFLICTS: tuple[Rule, ...] = (
         ("adapter", "parametrization"),
         lambda c: c.adapter is not None and c.parametrization == "full",
         "full fine-tuning has no adapter to continue",
-        "Write parametrization: lora, or merge the adapter first (scripts/merge_adapter.py) and train the merged model",
+        "Write parametrization: lora, or merge the adapter first (alignkit merge) and train the merged model",
     ),
     Rule(
         "LoRA on the output head",

@@ -159,7 +159,7 @@ def _check_adapter_config(settings: Settings, config: dict[str, Any]) -> None:
     modules = config.get("target_modules")
     if isinstance(modules, (str, list)) and names_output_head(modules):
         why = "has low-rank factors on lm_head, whose weight is read directly when log-probs are computed"
-        settings.report("adapter", why, "Merge it first (scripts/merge_adapter.py) and start a new adapter")
+        settings.report("adapter", why, "Merge it first (alignkit merge) and start a new adapter")
 
 
 def _check_directory(settings: Settings, key: str) -> None:

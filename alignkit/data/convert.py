@@ -76,7 +76,7 @@ def to_candidate_rows(
     stops = {*stop_token_ids, tokenizer.eos_token_id} - {None}
     contrast = None if kind.token_rewards else contrast
     if contrast is not None and isinstance(dataset, IterableDataset):
-        advice = "write rows that carry them with scripts/token_rewards.py, or write streaming: false"
+        advice = "write rows that carry them with alignkit score, or write streaming: false"
         raise DataError(
             f"{name}: streamed rows have no token rewards", [f"they are computed before training: {advice}"]
         )

@@ -72,7 +72,7 @@ _IDS_ALONE: dict[str, Any] = {"return_attention_mask": False, "return_token_type
 
 _WRONG_LENGTH = (
     "token rewards are not as many as the tokens of their completion: give one number a token, EOS included, counted "
-    "before truncation with the tokenizer and chat template of this run (scripts/token_rewards.py writes such rows)"
+    "before truncation with the tokenizer and chat template of this run (alignkit score writes such rows)"
 )
 
 

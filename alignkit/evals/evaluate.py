@@ -1,4 +1,4 @@
-"""The steps of an evaluation, in the order ``scripts/evaluate.py`` takes them."""
+"""The steps of an evaluation, in the order ``alignkit evaluate`` takes them."""
 
 from __future__ import annotations
 

@@ -154,5 +154,5 @@ def no_base(given: str | list[str] | None, *, option: str = "--base_model") -> s
     what = f"{given!r} as base model, which is not on the Hub" if given else "no base model"
     return (
         f"the adapter names {what}: nobody else could load it. Give the Hub id of the base with {option}. Where "
-        "the base is not on the Hub, publish it first, or merge the adapter (scripts/merge_adapter.py) and publish that"
+        "the base is not on the Hub, publish it first, or merge the adapter (alignkit merge) and publish that"
     )

@@ -90,7 +90,7 @@ def plan_upload(
     """Check a directory and list what would be sent; nothing is sent and no token is needed.
 
     Args:
-        directory: Adapter or model with its card: a run directory, or what ``scripts/merge_adapter.py`` wrote.
+        directory: Adapter or model with its card: a run directory, or what ``alignkit merge`` wrote.
         repo_id: Repository such as ``name/my-model``.
         base_model: Hub id of the base, for a card or adapter config that names a folder of this machine; it takes that
             folder's place in the copies sent.
@@ -191,7 +191,7 @@ def check_before_training(repo_id: str, base_model: str, *, is_adapter: bool) ->
     except HubError as error:
         problems.append(str(error))
     if constants.HF_HUB_OFFLINE:
-        advice = "unset it, or write push_to_hub: false and publish later with scripts/push_to_hub.py"
+        advice = "unset it, or write push_to_hub: false and publish later with alignkit push"
         problems.append(f"HF_HUB_OFFLINE is set, so nothing can be sent: {advice}")
     if is_adapter and hub_id(base_model) is None:
         problems.append(no_base(base_model, option="model"))

@@ -112,7 +112,7 @@ class SelfSampled(Preparation):
 
     def _refuse_sampling(self) -> None:
         """Raise where no samples can be drawn before training."""
-        advice = "run scripts/sample_candidates.py first, and train on what it writes"
+        advice = "run alignkit sample first, and train on what it writes"
         if _is_sharded():
             raise DataError("these rows have no samples", [f"a sharded model cannot draw any here: {advice}"])
         if self.config.streaming:

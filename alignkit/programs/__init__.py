@@ -1,1 +1,1 @@
-"""What the programs of ``trainers/`` and ``scripts/`` share: arguments, outputs, errors."""
+"""The programs behind ``alignkit``, and what these and those of ``trainers/`` share: arguments, outputs, errors."""

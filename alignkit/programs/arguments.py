@@ -1,4 +1,4 @@
-"""Strict command lines for the tool scripts: no abbreviations; an unknown option is answered with the nearest one."""
+"""Strict command lines: no abbreviations; an unknown option is answered with the nearest one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class StrictParser(argparse.ArgumentParser):
     Args:
         description: Shown by ``--help``.
         epilog: Shown after the options, as written; usually example commands.
+        prog: What the program is called in its usage and complaints, by default the name of the file that was started.
     """
 
-    def __init__(self, description: str, epilog: str = "") -> None:
+    def __init__(self, description: str, epilog: str = "", *, prog: str | None = None) -> None:
         self._names: list[str] = []
         super().__init__(
+            prog=prog,
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,

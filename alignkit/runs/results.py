@@ -135,7 +135,7 @@ def _sample_answers(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Se
         return []
     if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3):
         if trainer.is_world_process_zero():
-            print("no sample answers: the model is sharded; run scripts/evaluate.py on the result")
+            print("no sample answers: the model is sharded; run alignkit evaluate on the result")
         return []
     tokenizer = trainer.processing_class
     samples = generate_samples(

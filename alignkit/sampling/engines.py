@@ -278,7 +278,7 @@ def vllm_lora_rank(adapter: AdapterFiles) -> int:
     ranks = [rank for rank in VLLM_RANKS if rank >= config.get("r", VLLM_RANKS[-1] + 1)]
     if found or not ranks:
         why = ", ".join(found) or f"{adapter.kind} of rank {config.get('r')}, where LoRA up to {VLLM_RANKS[-1]} works"
-        advice = "Write --engine hf, or merge the adapter first (scripts/merge_adapter.py)."
+        advice = "Write --engine hf, or merge the adapter first (alignkit merge)."
         raise ModelError(f"vLLM cannot run the adapter {str(adapter.directory)!r}: {why}. {advice}")
     return ranks[0]
 

@@ -19,7 +19,7 @@ _METHOD = "the objective is that of `method` and its `options`"
 _TOKENISED = "rows come tokenised. Say it where they are converted"
 _LOADED = "the model comes loaded. Say it where it is loaded"
 _ANCHOR = "a reference that follows the policy is the method adpo with anchor: ema or periodic"
-_NO_LOGITS = "logits are never built. Use scripts/evaluate.py for predictions"
+_NO_LOGITS = "logits are never built. Use alignkit evaluate for predictions"
 
 _BOTH: dict[str, str] = {
     "label_smoothing_factor": _METHOD,

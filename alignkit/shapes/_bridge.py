@@ -113,7 +113,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             num_items_in_batch: Global counts in the order of ``item_kinds``; None when evaluating.
         """
         if return_outputs:
-            raise NotImplementedError("logits are never built; use scripts/evaluate.py for predictions")
+            raise NotImplementedError("logits are never built; use alignkit evaluate for predictions")
         return self.ruled_loss(model, inputs, num_items_in_batch)
 
     def batch_loss(
@@ -272,7 +272,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
 
     def predict(self, *unused: Any, **also_unused: Any) -> Any:
         """Refused: it would return logits."""
-        raise NotImplementedError("logits are never built; use scripts/evaluate.py for predictions")
+        raise NotImplementedError("logits are never built; use alignkit evaluate for predictions")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the weighted means since the last log; the evaluation loss is recomputed from its terms."""

@@ -58,8 +58,8 @@ def programs(repository: Path) -> list[list[str]]:
         script("merge_adapter", "--adapter", "run", "--output", "merged"),
         script("compare_runs", "run", "run"),
         script("push_to_hub", "--directory", "full", "--repo_id", "me/it", "--dry_run"),
-        *([f"alignkit_{name}", "alignkit.cli", name] for name in ("methods", "recipes", "env")),
-        ["alignkit_config", "alignkit.cli", "config", "run.yaml"],
+        *([f"alignkit_{name}", "alignkit", name] for name in ("methods", "recipes", "env")),
+        ["alignkit_config", "alignkit", "config", "run.yaml"],
     ]
 
 

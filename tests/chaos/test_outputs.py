@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from safetensors.torch import save_file
 from alignkit.errors import ConfigError, RunDirectoryError
 from scripts import quickstart
 
-OPTIONS = {"evaluate": ("output",), "token_rewards": ("output", "heatmap"), "sample_candidates": ("output",)}
+OPTIONS = {"evaluate": ("output",), "score": ("output", "heatmap"), "sample": ("output",)}
 """Options of every program that name a file to write."""
-FOLDERS = {"merge_adapter", "quickstart"}
+FOLDERS = {"merge", "quickstart"}
 """Programs whose output is a folder."""
 ROW = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
 
@@ -85,24 +84,22 @@ UNLESS_OVERWRITE = {
 }
 
 
-def refusal(
-    monkeypatch: pytest.MonkeyPatch, program: str, option: str, path: str, options: dict[str, str | None], *flags: str
-) -> str:
+def refusal(program: str, option: str, path: str, options: dict[str, str | None], *flags: str) -> str:
     """What a program says about writing ``path``; nothing where it would."""
     given = {"--model": "model", "--data": "pairs.jsonl", f"--{option}": path}
     if option != "output" and program != "evaluate":
         given["--output"] = "fresh.jsonl"
     given = {key: value for key, value in (given | options).items() if value is not None}
-    monkeypatch.setattr(sys, "argv", [program, *(word for item in given.items() for word in item), *flags])
-    module = importlib.import_module(f"scripts.{program}")
+    module = importlib.import_module(f"alignkit.programs.{program}")
+    words = [*(word for item in given.items() for word in item), *flags]
     try:
-        module.check_inputs(module.parse_arguments())
+        module.check_inputs(module.command_line().parse(words), program)
     except ConfigError as error:
         return "\n".join(problem for problem in error.problems if problem.startswith(f"--{option}: "))
     return ""
 
 
-def test_no_program_writes_over_what_is_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_program_writes_over_what_is_there(home: Path) -> None:
     (home / ".x").mkdir()
     tried = 0
     for name, (path, options, prepare) in {**ALWAYS, **UNLESS_OVERWRITE}.items():
@@ -111,9 +108,9 @@ def test_no_program_writes_over_what_is_there(home: Path, monkeypatch: pytest.Mo
         before = snapshot(home)
         for program, written in OPTIONS.items():
             for option in written:
-                with_flag = refusal(monkeypatch, program, option, path, options, "--overwrite")
+                with_flag = refusal(program, option, path, options, "--overwrite")
                 assert bool(with_flag) == (name in ALWAYS), (program, option, name, with_flag)
-                assert refusal(monkeypatch, program, option, path, options), (program, option, name)
+                assert refusal(program, option, path, options), (program, option, name)
                 tried += 1
         assert snapshot(home) == before
         for made in ("bin/hard.jsonl", "bin/soft.jsonl", "bin/in.jsonl", "rows/c.jsonl", ".new.jsonl.partial"):
@@ -121,33 +118,33 @@ def test_no_program_writes_over_what_is_there(home: Path, monkeypatch: pytest.Mo
     print(f"outputs that would have replaced something, refused: {tried} of {tried}")
 
 
-def test_an_evaluation_beside_a_run_may_be_made_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_beside_a_run_may_be_made_again(home: Path) -> None:
     """It is loaded by nothing; whatever else lies in a run is an input, and so is its name in another folder."""
     options = {"--model": None, "--adapter": "adapter"}
     for name in ("eval.json", "adapter_config.json"):
         (home / "adapter" / "eval.json").write_text("{}")
-        assert refusal(monkeypatch, "evaluate", "output", f"adapter/{name}", options, "--overwrite")
+        assert refusal("evaluate", "output", f"adapter/{name}", options, "--overwrite")
     (home / "adapter" / "run.json").write_text("{}")
-    assert "--overwrite" in refusal(monkeypatch, "evaluate", "output", "adapter/eval.json", options)
-    assert refusal(monkeypatch, "evaluate", "output", "adapter/eval.json", options, "--overwrite") == ""
-    assert refusal(monkeypatch, "evaluate", "output", "adapter/adapter_config.json", options, "--overwrite")
+    assert "--overwrite" in refusal("evaluate", "output", "adapter/eval.json", options)
+    assert refusal("evaluate", "output", "adapter/eval.json", options, "--overwrite") == ""
+    assert refusal("evaluate", "output", "adapter/adapter_config.json", options, "--overwrite")
 
 
-def test_two_outputs_are_two_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_outputs_are_two_files(home: Path) -> None:
     same = {"--output": "new.jsonl"}
-    assert "--output too" in refusal(monkeypatch, "token_rewards", "heatmap", "bin/../new.jsonl", same)
-    assert refusal(monkeypatch, "token_rewards", "heatmap", "new.html", same) == ""
+    assert "--output too" in refusal("score", "heatmap", "bin/../new.jsonl", same)
+    assert refusal("score", "heatmap", "new.html", same) == ""
 
 
 def test_every_program_with_an_output_is_tried(repository: Path) -> None:
     written = {f'"--{option}"' for options in OPTIONS.values() for option in options}
-    programs = {
-        path.stem for path in (repository / "scripts").glob("*.py") if any(w in path.read_text() for w in written)
-    }
+    folders = (repository / "alignkit" / "programs", repository / "scripts")
+    files = [path for folder in folders for path in folder.glob("*.py")]
+    programs = {path.stem for path in files if any(w in path.read_text() for w in written)}
     assert programs == {*OPTIONS, *FOLDERS}
 
 
-def test_a_merge_takes_no_place_that_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_takes_no_place_that_is_taken(home: Path) -> None:
     (home / "soft").symlink_to(home / "empty")
     (home / "listed").mkdir()
     for folder in ("listed", "adapter"):
@@ -159,11 +156,11 @@ def test_a_merge_takes_no_place_that_is_taken(home: Path, monkeypatch: pytest.Mo
     before, options = snapshot(home), {"--model": None, "--data": None, "--adapter": "adapter"}
     for flags in ((), ("--overwrite",)):
         for name, reason in places.items():
-            said = refusal(monkeypatch, "merge_adapter", "output", name, options, *flags)
+            said = refusal("merge", "output", name, options, *flags)
             assert (reason in said) if (name, flags) != ("listed", ("--overwrite",)) else not said, (name, said)
     (home / "empty").mkdir()
-    assert "is a link" in refusal(monkeypatch, "merge_adapter", "output", "soft", options)
-    assert not refusal(monkeypatch, "merge_adapter", "output", "empty", options)
+    assert "is a link" in refusal("merge", "output", "soft", options)
+    assert not refusal("merge", "output", "empty", options)
     assert snapshot(home) == before
 
 

@@ -63,7 +63,7 @@ def test_import_takes_less_than_300_ms(repository: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["methods"], ["recipes"]])
 def test_the_command_line_answers_in_half_a_second(arguments: list[str], repository: Path) -> None:
-    assert best_seconds(["-m", "alignkit.cli", *arguments], repository) < 0.5
+    assert best_seconds(["-m", "alignkit", *arguments], repository) < 0.5
 
 
 @pytest.mark.parametrize("name", [n for n in alignkit.__all__ if n != "__version__"])

@@ -162,7 +162,7 @@ def test_source_rows_survive_drops_and_streams_are_refused(tokenizer: PreTrained
     whole = converted(rows[1:], tokenizer)
     assert [row["completion_lengths"] for row in found] == [[len(c) for c in row["completion_ids"]] for row in whole]
     stream = Dataset.from_list(rows).to_iterable_dataset()
-    with pytest.raises(DataError, match=r"scripts/token_rewards.py, or write streaming: false"):
+    with pytest.raises(DataError, match=r"alignkit score, or write streaming: false"):
         to_candidate_rows(stream, tokenizer, max_length=None, num_candidates=2, contrast=BARE)
 
 
@@ -241,7 +241,7 @@ def test_a_wrong_length_is_refused_with_examples(
     given = len(change([0.0] * tokens))
     assert text.startswith("mine: rows that cannot be trained on (the first row is row 0): 1 problem")
     assert f"4 rows: row 2: {given} rewards for {tokens} tokens; row 3: " in text and text.endswith("...")
-    assert "EOS included, counted before truncation" in text and "scripts/token_rewards.py" in text
+    assert "EOS included, counted before truncation" in text and "alignkit score" in text
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from alignkit import cli
 from alignkit.config import load_config
 from alignkit.data.negative_schema import detect_prompt_kind, prompt_problems
 from alignkit.data.schema import detect_kind, row_problems
@@ -36,10 +37,10 @@ def makefile_targets() -> set[str]:
 
 
 @cache
-def script_help(script: str) -> str:
-    command = [sys.executable, REPOSITORY / script, "--help"]
+def help_of(*program: str) -> str:
+    command = [sys.executable, *program, "--help"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def program_of(text: str) -> str:
@@ -70,6 +71,8 @@ def check_command(words: list[str], folder: Path) -> None:
     elif words[0] == "alignkit" and words[1] in ("train", "config") and not words[2].startswith("-"):
         program = program_of(recipe_path(words[2]).read_text()) if words[2] in recipe_names() else "preference"
         check_config(program, words[2], words[3:], folder)
+    elif words[0] == "alignkit" and words[1] in cli._PROGRAMS:
+        check_options(("-m", *words[:2]), words[2:])
     elif words[0] == "alignkit":
         assert words[1] in ("config", "env", "methods", "recipes")
     else:
@@ -83,7 +86,10 @@ def check_launch(words: list[str], folder: Path) -> None:
         if words[0] == "--config_file":
             assert (REPOSITORY / words[1]).is_file()
         words = words[2:]
-    check_program(words[0], words[1:], folder)
+    if words[:2] == ["-m", "alignkit"]:
+        check_command(words[1:], folder)
+    else:
+        check_program(words[0], words[1:], folder)
 
 
 def check_program(program: str, arguments: list[str], folder: Path) -> None:
@@ -93,8 +99,13 @@ def check_program(program: str, arguments: list[str], folder: Path) -> None:
         assert arguments[0] == "--config"
         check_config(PROGRAM_OF_CONFIG[program], arguments[1], arguments[2:], folder)
     else:
-        unknown = [word for word in arguments if word.startswith("--") and word not in script_help(program)]
-        assert not unknown
+        check_options((program,), arguments)
+
+
+def check_options(program: tuple[str, ...], arguments: list[str]) -> None:
+    """A program names these options in its help."""
+    unknown = [word for word in arguments if word.startswith("--") and word not in help_of(*program)]
+    assert not unknown
 
 
 @pytest.mark.parametrize("block", SHELL_BLOCKS, ids=by_place)
@@ -108,7 +119,7 @@ def test_shown_commands_exist(block: Block, tmp_path: Path) -> None:
 def test_marked_commands_run(block: Block, tmp_path: Path) -> None:
     shim = tmp_path / "bin" / "alignkit"
     shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m alignkit.cli "$@"\n')
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m alignkit "$@"\n')
     shim.chmod(0o755)
     environment = {
         **os.environ,

@@ -23,7 +23,7 @@ def test_the_output_head_is_not_among_the_targets_proposed() -> None:
 
 
 def test_a_training_is_told_of_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """--base_model and --repo_id belong to scripts/push_to_hub.py."""
+    """--base_model and --repo_id belong to alignkit push."""
     monkeypatch.setattr(upload, "require_token", lambda: "token")
     with pytest.raises(ProblemListError) as error:
         upload.check_before_training("not an id", "./base", is_adapter=True)

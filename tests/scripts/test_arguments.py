@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from alignkit import cli
 from alignkit.errors import ConfigError
 from alignkit.programs.arguments import StrictParser, non_negative_float, non_negative_int, positive_int, share
 
-SCRIPTS = ("evaluate", "merge_adapter", "push_to_hub", "compare_runs", "sample_candidates", "token_rewards")
+COMMAND_OF = {
+    "evaluate": "evaluate",
+    "merge_adapter": "merge",
+    "push_to_hub": "push",
+    "compare_runs": "compare",
+    "sample_candidates": "sample",
+    "token_rewards": "score",
+}
+"""Script to the subcommand of ``alignkit`` that does the same."""
 
 
 @pytest.fixture
@@ -65,14 +74,39 @@ def test_all_unknown_options_are_named(parser: StrictParser) -> None:
         parser.parse(["--sed", "1", "--usecpu"])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_answers_a_typo_without_loading_torch(
-    script: str, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    """A module called torch that cannot be imported stands where the real one would be found first."""
+@pytest.fixture
+def start(launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Run a file of the checkout where torch cannot be imported; returns the exit status and what it says.
+
+    A module called torch that ends the process stands where the real one would be found first.
+    """
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n")
-    run = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['{script}.py', '--hlep']; "
-    done = launch("-c", run + f"runpy.run_path('scripts/{script}.py', run_name='__main__')")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr == f"error: {script}.py: 1 problem\n  1. unknown option --hlep; did you mean --help?\n"
+
+    def run(program: str, *words: str) -> tuple[int, str]:
+        put = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = {[program, *words]!r}; "
+        done = launch("-c", put + f"runpy.run_path({program!r}, run_name='__main__')")
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("script", COMMAND_OF)
+def test_script_and_command_answer_alike_without_loading_torch(
+    script: str, start: Callable[..., tuple[int, str]]
+) -> None:
+    ways = {f"{script}.py": (f"scripts/{script}.py",), f"alignkit {COMMAND_OF[script]}": ("alignkit/__main__.py",)}
+    ways[f"alignkit {COMMAND_OF[script]}"] += (COMMAND_OF[script],)
+    helps = {}
+    for name, way in ways.items():
+        expected = f"error: {name}: 1 problem\n  1. unknown option --hlep; did you mean --help?\n"
+        assert start(*way, "--hlep") == (2, expected)
+        status, helps[name] = start(*way, "--help")
+        assert status == 0 and helps[name].startswith(f"usage: {name} [-h]")
+    described = [text.partition("\n\n")[2] for text in helps.values()]
+    assert described[0] == described[1], "the same options and examples"
+
+
+def test_every_command_has_its_script(repository: Path) -> None:
+    assert set(COMMAND_OF.values()) == set(cli._PROGRAMS)
+    for script in COMMAND_OF:
+        assert len((repository / "scripts" / f"{script}.py").read_text().splitlines()) < 20

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts import compare_runs
+from alignkit.programs.compare import Comparison
 from tests.scripts.conftest import Script
 
 METRICS = {"loss": 0.5, "grad_norm": 2.0, "rewards/margins": 0.1}
@@ -153,5 +153,5 @@ def test_what_differs_in_the_configuration_is_listed(
 
 
 def test_the_worst_step_may_be_one_without_a_number() -> None:
-    comparison = compare_runs.Comparison("loss", {1: 5.0, 2: float("nan"), 3: 9.0}, 10.0)
+    comparison = Comparison("loss", {1: 5.0, 2: float("nan"), 3: 9.0}, 10.0)
     assert comparison.worst_step == 2 and comparison.first_excess == 2
