@@ -26,6 +26,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import Layout
@@ -88,6 +89,11 @@ class ScoringRun:
         device = next(self.model.parameters()).device
         scores = score_rows(self.model, rows, pad_token_id=0, layout=layout, batch_size=len(rows), device=device)
         return torch.tensor([x for candidate in scores[0] for x in candidate])
+
+
+def runs_only_in_training(trainer: Any) -> bool:
+    """Whether the policy of a trainer can be run only once training has begun: before, no process has its weights."""
+    return bool(is_deepspeed_zero3_enabled()) or bool(trainer.is_fsdp_enabled)
 
 
 class CompareWhenTrainingBegins(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped

@@ -29,7 +29,7 @@ class TokenRewarded(Preparation):
         """Print and record what the token rewards are like, with a picture of some."""
         if trainer.args.process_index != 0:
             return
-        reports = trainer.token_reward_reports
+        reports = trainer.reference.token_reward_reports
         for report in reports.values():
             print(report)
         directory.record(token_rewards={name: report.to_dict() for name, report in reports.items()})

@@ -28,7 +28,10 @@ from alignkit.data.filling import FilledStream
 from alignkit.errors import CheckpointError
 from alignkit.gradients._hook import ChosenRule, GradientRuleHook
 from alignkit.losses.types import LossOutput, Metric
+from alignkit.models._aux_loss import check_aux_loss
+from alignkit.models._comparison import CompareWhenTrainingBegins, ScoringRun, runs_only_in_training
 from alignkit.models._engine import engine_difference
+from alignkit.models._forward import compute_precision
 from alignkit.models.comparison import adapter_difference, load_saved_weights, model_difference
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.metric_sums import MetricSums
@@ -94,6 +97,39 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
     def record_batch(self, inputs: Mapping[str, Tensor], output: Any, result: LossOutput) -> None:
         """Record what the bridge logs beside the terms and the method's metrics."""
         raise NotImplementedError
+
+    def compare_policy(self, run: ScoringRun) -> None:
+        """Compare the policy with itself before it is trained.
+
+        Raises:
+            ModelError: Its scores would not be its own, or rows of this shape cannot be run as they were to be.
+        """
+        raise NotImplementedError
+
+    # --- what is run is compared first -----------------------------------------------------------------------------
+
+    def policy_runs(self) -> list[ScoringRun]:
+        """The policy on its device, or nothing where it can be run only once training has begun."""
+        if runs_only_in_training(self):
+            return []
+        # DeepSpeed places the policy when training begins.
+        if next(self.model.parameters()).device.type != self.accelerator.device.type:
+            self.model.to(self.accelerator.device)
+        return [self._policy_run(self.model)]
+
+    def compare_once_sharded(self) -> None:
+        """Have a policy that :meth:`policy_runs` leaves out compared when training begins."""
+        if runs_only_in_training(self):
+            self.add_callback(CompareWhenTrainingBegins(self._compare_sharded))
+
+    def _policy_run(self, model: nn.Module) -> ScoringRun:
+        precision = compute_precision(self.model, self.accelerator.mixed_precision)
+        return ScoringRun("the policy", model, precision, self.accelerator.autocast)
+
+    def _compare_sharded(self) -> None:
+        if self.aux_loss_enabled:
+            check_aux_loss(self.model_wrapped, self.router_aux_loss_coef)
+        self.compare_policy(self._policy_run(self.model_wrapped))
 
     # --- objective -------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
 """The preference bridge: TRL's DPOTrainer with the objective of a :class:`~alignkit.parts.method.Method`.
 
 Inherited from TRL: model preparation, reference model or adapter, PEFT, dropout, saving. Replaced: the objective (on a
-CandidateBatch), the batch layout, normalisation and metrics (``_bridge.py``) and the cache of reference log-probs
-(``_reference_scoring.py``).
+CandidateBatch), the batch layout, normalisation and metrics (``_bridge.py``), and all scoring under the reference,
+which is a :class:`~alignkit.references._reference.Reference` that the trainer owns.
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- trl ``DPOTrainer._precompute_ref_logps(dataset, name, batch_size)`` and ``ref_model``
 - trl ``DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)``
 - trl / transformers ``_set_signature_columns_if_needed`` and ``_signature_columns``
 """
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
@@ -36,15 +38,28 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_items
 from alignkit.models._aux_loss import checked_aux_loss
-from alignkit.models._comparison import length_dependence
-from alignkit.models._forward import CompletionOutput, base_model, completion_forward, completion_logps
+from alignkit.models._comparison import (
+    ScoringRun,
+    layout_problem,
+    length_dependence,
+    refuse_other_scores,
+    runs_only_in_training,
+)
+from alignkit.models._forward import (
+    CompletionOutput,
+    base_model,
+    completion_forward,
+    completion_logps,
+    support_packed_rows,
+    use_packed_attention,
+)
 from alignkit.models._layout_timing import MICRO_BATCHES, agreed, choose_fastest, time_ways, ways_of
 from alignkit.models._layouts import LayoutChoice, choose_layout, confirmed
 from alignkit.models.modes import evaluating, switch_off_dropout
 from alignkit.models.precision import trained_values
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.method import Method, load_method
-from alignkit.references._scoring import ReferenceScoring
+from alignkit.references._reference import Reference
 from alignkit.references.models import load_negative_reference, load_reference, other_models
 from alignkit.shapes._arguments import REFUSED_FOR_PREFERENCE, refuse_unused
 from alignkit.shapes._bridge import ObjectiveBridge, ratio
@@ -78,7 +93,7 @@ class BridgeSettings:
     negative_reference: nn.Module | None = None
 
 
-class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
+class PreferenceTrainer(ObjectiveBridge, DPOTrainer):
     """Trains on candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) with any preference method.
 
     Args:
@@ -94,6 +109,9 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
     """
 
     item_kinds = ITEM_KINDS
+    train_dataset: Any
+    eval_dataset: Any
+    _is_compared = False
     rows_change = False
     """Whether training rows may be exchanged for others while training."""
 
@@ -134,8 +152,32 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
         if "token_rewards" in self.needs:
             self._add_token_rewards()
         if args.precompute_ref_log_probs:
-            self.ref_model = None  # everything it is needed for is in the rows now
-        self._set_up_anchor(method.anchor(options))
+            self.ref_model = self.reference.model = None  # everything it is needed for is in the rows now
+        if (schedule := method.anchor(options)) is not None:
+            self.reference.follow(schedule)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """What log-ratios are taken against; made when TRL's constructor, or what follows it, first asks for it."""
+        return Reference(
+            self,
+            self.ref_model,
+            negative=self.settings.negative_reference,
+            pad_token_id=self.data_collator.pad_token_id,
+            cache=self.settings.reference_cache,
+            token_reward_cache=self.settings.token_reward_cache,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; a moving anchor continues from the checkpoint as well."""
+        anchor = self.reference.anchor
+        if anchor is not None and resume_from_checkpoint:
+            found = resume_from_checkpoint
+            path = get_last_checkpoint(self.args.output_dir) if isinstance(found, bool) else found
+            anchor.resume_from = None if path is None else Path(path)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    # --- what is run is compared first, and in which layout ---------------------------------------------------------
 
     def _choose_layout(
         self, model: nn.Module, args: DPOConfig, rows: Dataset | IterableDataset, inherited: Mapping[str, Any]
@@ -166,10 +208,52 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
             aux_loss=checked_aux_loss(model, args.router_aux_loss_coef) != 0.0,
         )
 
+    def compare_models(self) -> None:
+        """Compare every model of the run with itself, once, before its first use; a collective.
+
+        Raises:
+            ModelError: Scores would not be a model's own, or ``shared_prefix`` was asked for and one cannot run it.
+        """
+        if self._is_compared:
+            return
+        self._is_compared = True
+        support_packed_rows(base_model(self.model))
+        runs = self._scoring_runs()
+        for run in runs:
+            refuse_other_scores(run, self.lengths)
+        self.take_layout(confirmed(self.layout, runs, self.lengths))
+        self.compare_once_sharded()
+
+    def take_layout(self, choice: LayoutChoice) -> None:
+        """Run rows in a layout from now on, under every model; not between a forward pass and its backward pass."""
+        self.layout = choice
+        self.data_collator = replace(self.data_collator, layout=choice.layout)
+        if choice.layout == "shared_prefix":
+            for base in self.reference.bases():
+                use_packed_attention(base, choice.attention)
+
+    def _scoring_runs(self) -> list[ScoringRun]:
+        """The models that can be run before training begins."""
+        runs = self.policy_runs()
+        if "reference" in self.needs:
+            runs += self.reference.runs(ahead=self.args.precompute_ref_log_probs)
+        return runs
+
+    def compare_policy(self, run: ScoringRun) -> None:
+        """Compare the policy with itself once it is sharded, when nothing but its own layout is left to decide."""
+        refuse_other_scores(run, self.lengths)
+        if self.layout.layout == "shared_prefix" and (problem := layout_problem(run, self.lengths.longest_row)):
+            # The dataloaders are there already, so this cannot be decided for the user any more.
+            raise ModelError(f"packed rows cannot be used: {problem}. Write `layout: padded`.")
+
     def _measures_layout(self) -> bool:
         """Whether layouts are timed: on accelerators, whose kernels decide, where there is a choice to make."""
         is_open = self.settings.layout == "auto" and self.layout.attention is not None
-        return is_open and not (self.shards_policy or self.args.torch_compile) and self.accelerator.device.type != "cpu"
+        return (
+            is_open
+            and not (runs_only_in_training(self) or self.args.torch_compile)
+            and self.accelerator.device.type != "cpu"
+        )
 
     def _take_fastest_layout(self) -> None:
         """Run some rows in every way there is and go on in the fastest; a collective, all processes take the same.
@@ -230,7 +314,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
     def _candidate_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput) -> CandidateBatch:
         ref_token_logps = inputs.get("ref_token_logps")
         if ref_token_logps is None and "reference" in self.needs:
-            ref_token_logps = self.once_a_batch("ref_token_logps", lambda: self.reference_logps(inputs))
+            ref_token_logps = self.once_a_batch("ref_token_logps", lambda: self.reference.token_logps(inputs))
         return CandidateBatch(
             policy_token_logps=output.token_logps,
             completion_mask=inputs["completion_mask"],
@@ -245,7 +329,7 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
     @property
     def has_frozen_reference(self) -> bool:
         """Whether there is a reference, and it stays what it was."""
-        return "reference" in self.needs and self.anchor is None
+        return "reference" in self.needs and not self.reference.moves
 
     # --- probe -----------------------------------------------------------------------------------------------------
 
@@ -271,8 +355,9 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
 
     def record_batch(self, inputs: Mapping[str, Tensor], output: CompletionOutput, result: LossOutput) -> None:
         """Record ``METRICS``, and show a moving reference how far the policy has drifted."""
-        if self.anchor is not None and self.model.training and self.anchor.schedule.drift_metric:
-            self.anchor.observe(result.metrics[self.anchor.schedule.drift_metric])
+        anchor = self.reference.anchor
+        if anchor is not None and self.model.training and anchor.schedule.drift_metric:
+            anchor.observe(result.metrics[anchor.schedule.drift_metric])
         mask = inputs["completion_mask"]
         if output.entropy is not None and output.is_top1 is not None:
             self.record("entropy", ratio(output.entropy * mask, mask))
@@ -283,6 +368,23 @@ class PreferenceTrainer(ObjectiveBridge, ReferenceScoring):
     def _prepare_dataset(self, dataset: Dataset, *unused: Sequence[Any], **also_unused: Any) -> Dataset:
         """Candidate rows are tokenised before a model is loaded; nothing is left to do."""
         return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
+        if "reference" not in self.needs:
+            return dataset
+        self.compare_models()
+        return self.reference.precomputed(dataset, name, batch_size=batch_size, layout=self.layout.layout)
+
+    def _add_token_rewards(self) -> None:
+        """Give rows that bring no token rewards the reference's; before training, a collective."""
+        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        rewarded = partial(self.reference.token_rewarded, batch_size=size, layout=self.settings.layout)
+        self.train_dataset = rewarded(self.train_dataset, "train")
+        if isinstance(held_out := self.eval_dataset, dict):
+            self.eval_dataset = {name: rewarded(rows, f"eval_{name}") for name, rows in held_out.items()}
+        else:
+            self.eval_dataset = rewarded(held_out, "eval")
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS, REPEATED]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.losses.types import Metric
+from alignkit.references._reference import Reference
 
 METRICS: Mapping[str, str] = {
     "dispersion": (
@@ -37,8 +38,9 @@ class ProbedTrainer(Protocol):
     def probe_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Policy token log-probs [B, K, T] in evaluation mode."""
 
-    def reference_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Reference token log-probs [B, K, T]."""
+    @property
+    def reference(self) -> Reference:
+        """What log-ratios are taken against."""
 
     def record(self, name: str, metric: Metric) -> None:
         """Add a metric to the next log."""
@@ -66,7 +68,7 @@ class DispersionProbe(TrainerCallback):
         self._batches = self.trainer.probe_batches(self.rows)
         for inputs in self._batches:
             if "ref_token_logps" not in inputs and self.trainer.has_frozen_reference:
-                inputs["ref_token_logps"] = self.trainer.reference_logps(inputs)
+                inputs["ref_token_logps"] = self.trainer.reference.token_logps(inputs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         """Score the probe under the policy when its turn has come."""

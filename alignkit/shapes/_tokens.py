@@ -29,7 +29,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -41,16 +40,15 @@ from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.errors import ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import LossOutput, TokenBatch
-from alignkit.models._aux_loss import check_aux_loss, checked_aux_loss
+from alignkit.models._aux_loss import checked_aux_loss
 from alignkit.models._comparison import (
-    CompareWhenTrainingBegins,
     ScoringRun,
     agreed,
     disagreement,
     length_dependence,
     refuse_other_scores,
 )
-from alignkit.models._forward import LOGP_TOLERANCE, compute_precision
+from alignkit.models._forward import LOGP_TOLERANCE
 from alignkit.models.precision import trained_values
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.method import Method, load_method
@@ -111,14 +109,9 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
         self.data_collator = SupervisedCollator(**vars(self.data_collator))
-        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
-            # No process has the weights before.
-            self.add_callback(CompareWhenTrainingBegins(self._compare_sharded))
-        else:
-            # DeepSpeed places the model when training begins.
-            if next(self.model.parameters()).device.type != self.accelerator.device.type:
-                self.model.to(self.accelerator.device)
-            self._compare(self.model)
+        for run in self.policy_runs():
+            self.compare_policy(run)
+        self.compare_once_sharded()
 
     def _look_at_rows(self, model: nn.Module, args: SFTConfig, rows: Any, held_out: Any) -> RowLengths:
         """Lengths of all rows, of which each must have log-probs of its own under the model.
@@ -134,26 +127,19 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
             raise ModelError(f"the policy, {problem}.")
         return lengths
 
-    def _compare_sharded(self) -> None:
-        if self.aux_loss_enabled:
-            check_aux_loss(self.model_wrapped, self.router_aux_loss_coef)
-        self._compare(self.model_wrapped)
-
-    def _compare(self, model: nn.Module) -> None:
+    def compare_policy(self, run: ScoringRun) -> None:
         """Compare the model's scores with its own logits, and rows packed together with the same rows apart.
 
         Raises:
             ModelError: They differ.
         """
-        precision = compute_precision(self.model, self.accelerator.mixed_precision)
-        run = ScoringRun("the policy", model, precision, self.accelerator.autocast)
         refuse_other_scores(run, self.lengths)
         implementation = run.base.config.get_text_config()._attn_implementation
         # Flash attention takes row boundaries as such.
         if not self.padding_free or "flash" in implementation:
             return
         difference = packing_difference(run, self._packed_together())
-        tolerance = LOGP_TOLERANCE[precision]
+        tolerance = LOGP_TOLERANCE[run.precision]
         found = f"rows packed together differ by {difference:.2g} nats a token from the same rows apart"
         if problem := agreed(None if difference <= tolerance else found):
             other = "" if implementation == "sdpa" else "attn_implementation: sdpa, or "

@@ -205,8 +205,8 @@ def test_both_passes_draw_the_same_dropout(make_trainer: Any, watched: Any) -> N
 def test_the_reference_is_scored_once_a_micro_batch(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(gradient_rule=chosen("sam", rho=RHO), peft_config=lora())
     batches, counts = micro_batches(trainer, 2)
-    scored, original = [], trainer.reference_logps
-    monkeypatch.setattr(trainer, "reference_logps", lambda inputs: scored.append(inputs) or original(inputs))
+    scored, original = [], trainer.reference.token_logps
+    monkeypatch.setattr(trainer.reference, "token_logps", lambda inputs: scored.append(inputs) or original(inputs))
     step_gradients(trainer, batches, counts)
     assert len(scored) == 2
     assert all("ref_token_logps" not in batch for batch in batches)

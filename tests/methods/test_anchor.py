@@ -167,7 +167,8 @@ def test_an_average_of_half_precision_weights_is_kept_in_float32(
     trainer.model.to(torch.bfloat16)
     if trainer.ref_model is not None:
         trainer.ref_model.to(torch.bfloat16)
-    anchor, pairs = trainer.anchor, trainer.anchor._pairs
+    anchor = trainer.reference.anchor
+    pairs = anchor._pairs
     with torch.no_grad():
         for policy, _ in pairs.values():
             policy.add_(0.1 * torch.ones_like(policy))

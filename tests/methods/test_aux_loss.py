@@ -12,11 +12,9 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.models import _aux_loss
+from alignkit.models import _aux_loss, _comparison
 from alignkit.models._aux_loss import aux_loss_coefficient, check_aux_loss
 from alignkit.models._forward import add_completion_head
-from alignkit.references import _scoring as _reference_scoring
-from alignkit.shapes import _tokens as _supervised
 from tests.methods.conftest import VOCABULARY, logged, random_rows
 from tests.methods.supervised import make as make_supervised
 
@@ -113,7 +111,7 @@ def test_weights_that_are_sharded_are_compared_when_training_begins(
     make_trainer: Any, pairs: Dataset, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No process has them before, so a model whose loss breaks is found then, and by the same message."""
-    for module in (_aux_loss, _reference_scoring, _supervised):
+    for module in (_aux_loss, _comparison):
         monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     model = mixture("phimoe")
     if program == "preference":

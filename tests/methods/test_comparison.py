@@ -244,7 +244,7 @@ def test_the_layout_is_that_of_every_model_that_is_run(make_trainer: Any, tmp_pa
     )
     assert trainer.layout.layout == "padded" and "the reference: the sliding window of 8" in trainer.layout.reason
     inputs = trainer.data_collator(list(trainer.train_dataset))
-    found = inputs["ref_token_logps"] if precompute else trainer.reference_logps(inputs)
+    found = inputs["ref_token_logps"] if precompute else trainer.reference.token_logps(inputs)
     other = build("mistral", window)
     for b, row in enumerate(ROWS):
         for k in (0, 1):

@@ -66,7 +66,7 @@ def test_references_and_the_probe_have_no_dropout(make_trainer: Any, model_path:
     frozen.eval()
     modes = [module.training for module in trainer.model.modules()]
     random_state = torch.get_rng_state()
-    reference, policy = trainer.reference_logps(inputs), trainer.probe_logps(inputs)
+    reference, policy = trainer.reference.token_logps(inputs), trainer.probe_logps(inputs)
     assert torch.equal(torch.get_rng_state(), random_state), "the policy draws what it would draw without a reference"
     assert [module.training for module in trainer.model.modules()] == modes
     expected = torch.tensor(own_logps(start, list(rows)[:4]))

@@ -207,7 +207,7 @@ def test_the_fastest_way_is_one_that_every_model_of_the_run_can_do(
     assert f"a token on {whose}, Qwen3ForCausalLM" in trainer.layout.reason
     assert trainer.model.config._attn_implementation == "eager"
     inputs = trainer.data_collator(list(LONG_ANSWERS))
-    found = trainer.reference_logps(inputs)
+    found = trainer.reference.token_logps(inputs)
     for b, row in enumerate(LONG_ANSWERS):
         for k in (0, 1):
             by_helpful = k == 1 and whose == "the helpful reference"

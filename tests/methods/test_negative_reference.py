@@ -39,7 +39,7 @@ def test_the_negative_has_its_own_reference(
     settings = BridgeSettings(layout=layout, negative_reference=helpful)
     trainer = make_trainer(LISTWISE, None, settings, train_dataset=lists, peft_config=peft_config)
     inputs = trainer.data_collator(list(lists))
-    found = trainer.reference_logps(inputs)
+    found = trainer.reference.token_logps(inputs)
     start = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     add_completion_head(start)
     plain, other = completion_logps(start, inputs), completion_logps(helpful, inputs)

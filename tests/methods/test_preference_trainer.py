@@ -170,7 +170,7 @@ def test_probe_measures_what_it_says(make_trainer: Any, rows: Dataset) -> None:
     assert len(logged(trainer, "dispersion")) == 1, "every third step"
     inputs = trainer.data_collator(list(held_out))
     lengths = inputs["completion_mask"].sum(-1)
-    policy, ref = trainer.probe_logps(inputs).sum(-1), trainer.reference_logps(inputs).sum(-1)
+    policy, ref = trainer.probe_logps(inputs).sum(-1), trainer.reference.token_logps(inputs).sum(-1)
     assert logged(trainer, "mean_logps/probe")[0] == pytest.approx((policy.sum() / lengths.sum()).item(), abs=1e-5)
     assert logged(trainer, "dispersion")[0] == pytest.approx(((policy - ref) / lengths).mean().item(), abs=1e-5)
     assert trainer.model.training

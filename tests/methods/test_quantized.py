@@ -56,14 +56,14 @@ def test_qlora_trains_only_the_adapter(make_trainer: Any, wide_model: str, rows:
     trainer.add_callback(DispersionProbe(trainer, rows.select(range(8, 12)), 4))
     inputs = trainer.data_collator([rows[i] for i in range(8)])
     trainer.model.train()
-    before = trainer.reference_logps(inputs)
+    before = trainer.reference.token_logps(inputs)
     trainer.train()
     losses = logged(trainer, "loss")
     assert losses[0] == pytest.approx(0.6931, abs=5e-3), "the policy starts as its reference"
     assert losses[-1] < 0.75 * losses[0]
     assert all("lora_" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
     # bitsandbytes would repack nf4 weights on the CPU when the probe evaluates, and round otherwise from then on.
-    torch.testing.assert_close(trainer.reference_logps(inputs), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(trainer.reference.token_logps(inputs), before, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -156,7 +156,7 @@ def test_values_are_per_token_and_right(make_trainer: Any, cache: Path, rows: Da
     assert [[len(c) for c in row] for row in column] == [[len(c) for c in row] for row in rows["completion_ids"]]
     live = make_trainer(settings=BridgeSettings(layout="padded"))
     inputs = live.data_collator([rows[i] for i in range(4)])
-    expected = live.reference_logps(inputs)
+    expected = live.reference.token_logps(inputs)
     cached = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])["ref_token_logps"]
     torch.testing.assert_close(cached, expected, atol=1e-5, rtol=1e-5)
 

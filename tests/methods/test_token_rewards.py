@@ -306,7 +306,7 @@ def test_every_evaluation_set_is_given_its_rewards(make_trainer: Any, model: Any
         found = flat(trainer.eval_dataset[name]["token_rewards"])
         torch.testing.assert_close(found, flat(naive(model, rows)), atol=1e-5, rtol=0)
     assert set(flat(trainer.eval_dataset["own"]["token_rewards"]).tolist()) == {0.25}
-    assert set(trainer.token_reward_reports) == {"train", "eval_easy", "eval_hard", "eval_own"}
+    assert set(trainer.reference.token_reward_reports) == {"train", "eval_easy", "eval_hard", "eval_own"}
     assert {f"eval_{name}_loss/token_regularizer" for name in ("easy", "hard", "own")} <= trainer.evaluate().keys()
 
 
