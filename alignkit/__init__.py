@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from alignkit.shapes._candidates import PreferenceTrainer as PreferenceTrainer
     from alignkit.shapes._tokens import SupervisedTrainer as SupervisedTrainer
     from alignkit.shapes.candidates import PreferenceConfig as PreferenceConfig
-    from alignkit.shapes.tokens import SFTConfig as SFTConfig
+    from alignkit.shapes.tokens import SupervisedConfig as SupervisedConfig
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ _PUBLIC = {
     "alignkit.losses.sft": ("sft_loss",),
     "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric", "TokenBatch"),
     "alignkit.shapes.candidates": ("PreferenceConfig",),
-    "alignkit.shapes.tokens": ("SFTConfig",),
+    "alignkit.shapes.tokens": ("SupervisedConfig",),
     "alignkit.shapes._candidates": ("PreferenceTrainer",),
     "alignkit.shapes._tokens": ("SupervisedTrainer",),
     "alignkit.parts.method": ("Method", "load_method", "method_names"),

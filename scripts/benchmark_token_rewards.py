@@ -36,8 +36,8 @@ def contrast_rows(options: Any, include_response: bool) -> Dataset:
 
     from datasets import Dataset, disable_progress_bars
 
+    from alignkit.data.candidates import to_candidate_rows
     from alignkit.data.contrast import load_contrast_prompts
-    from alignkit.data.convert import to_candidate_rows
     from benchmark_worker import VOCABULARY, word_tokenizer
 
     draw = random.Random(0)

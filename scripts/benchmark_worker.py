@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.parametrizations.lora import lora_config
 from alignkit.parts.method import load_method
 from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer

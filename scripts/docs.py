@@ -17,9 +17,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from alignkit.config.compatibility import RULES
+from alignkit.config.compatibility import REFUSALS
 from alignkit.config.keys import Key, base_keys, method_keys, rule_keys
-from alignkit.config.rules import IgnoredKeys, Rule
+from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import AlignkitError
 from alignkit.parts.method import load_method, method_names
@@ -180,15 +180,15 @@ def results() -> str:
     return "".join(f"- [{title}](results/{name})\n" for name, title in titles.items())
 
 
-def rules() -> str:
+def refused_combinations() -> str:
     """Refused combinations and keys without effect."""
-    clashes = [rule for rule in RULES if not isinstance(rule, IgnoredKeys)]
-    ignored = [rule for rule in RULES if isinstance(rule, IgnoredKeys)]
+    clashes = [refusal for refusal in REFUSALS if not isinstance(refusal, IgnoredKeys)]
+    ignored = [refusal for refusal in REFUSALS if isinstance(refusal, IgnoredKeys)]
     return (
         "## Cannot work\n\n"
-        + table(["combination", "keys", "why", "instead"], map(_rule_row, clashes))
+        + table(["combination", "keys", "why", "instead"], map(_refusal_row, clashes))
         + "\n## Would have no effect\n\nOnly refused when you set the key yourself.\n\n"
-        + table(["combination", "keys", "why", "instead"], map(_rule_row, ignored))
+        + table(["combination", "keys", "why", "instead"], map(_refusal_row, ignored))
     )
 
 
@@ -245,7 +245,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
         metrics_table(load_rule(name).metrics.items()) if load_rule(name).metrics else "None.\n"
     ),
     "rule-options": lambda name: keys_table(rule_keys(name).values()),
-    "rules": rules,
+    "refusals": refused_combinations,
     "rules-table": rules_table,
     "supervised-metrics": supervised_metrics,
     "wrong-inputs": wrong_inputs,
@@ -316,9 +316,9 @@ def _admissible(key: Key) -> str:
     return f"{kind} {bounds(key.info)}".strip() + null if len(kind) <= 60 else "text, mapping, or list of these"
 
 
-def _rule_row(rule: Rule) -> list[str]:
-    keys = [*rule.keys, *(rule.under if isinstance(rule, IgnoredKeys) else ())]
-    return [rule.title, " ".join(f"`{key}`" for key in dict.fromkeys(keys)), rule.why, rule.fix]
+def _refusal_row(refusal: Refusal) -> list[str]:
+    keys = [*refusal.keys, *(refusal.under if isinstance(refusal, IgnoredKeys) else ())]
+    return [refusal.title, " ".join(f"`{key}`" for key in dict.fromkeys(keys)), refusal.why, refusal.fix]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.configs import (
     test_model_files,
     test_overrides,
     test_problems,
-    test_rules,
+    test_refusals,
 )
 from tests.contracts import test_launch_variables
 from tests.data import test_json_rows, test_load, test_schema
@@ -42,8 +42,8 @@ TESTS: Mapping[str, Sequence[Test]] = {
     ),
     "a number that no run and no machine has": (test_hostile.test_astronomic_numbers_are_refused_with_the_bound,),
     "keys that cannot go together, or would have no effect": (
-        test_rules.test_conflict_is_refused_and_its_way_out_works,
-        test_rules.test_ignored_keys_are_refused_and_the_way_out_works,
+        test_refusals.test_conflict_is_refused_and_its_way_out_works,
+        test_refusals.test_ignored_keys_are_refused_and_the_way_out_works,
         test_gradient_rules.test_bad_values_are_refused,
     ),
     "a file that is no config": (test_problems.test_file_that_is_no_mapping,),

@@ -6,18 +6,18 @@ every problem in one message.
 
 from __future__ import annotations
 
-from alignkit.config.compatibility import RULES
+from alignkit.config.command_line import help_text, parse_program_arguments
+from alignkit.config.compatibility import REFUSALS
 from alignkit.config.json_schema import json_schema
 from alignkit.config.load import LoadedConfig, load_config
-from alignkit.config.program import help_text, parse_program_arguments
 from alignkit.config.recipes import find_recipe
-from alignkit.config.rules import IgnoredKeys, Rule
+from alignkit.config.refusals import IgnoredKeys, Refusal
 
 __all__ = [
-    "RULES",
+    "REFUSALS",
     "IgnoredKeys",
     "LoadedConfig",
-    "Rule",
+    "Refusal",
     "find_recipe",
     "help_text",
     "json_schema",

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from alignkit.config.base import ProgramConfig
-from alignkit.config.compatibility import RULES
+from alignkit.config.compatibility import REFUSALS
 from alignkit.config.data_files import check_data
 from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule_keys, rules_with
 from alignkit.config.model_files import check_model_files, check_packages
@@ -17,7 +17,7 @@ from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
 from alignkit.parts.method import load_method
 from alignkit.parts.rule import load_rule
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 
 
 def build_config(settings: Settings, headline: str, *, check_files: bool) -> ProgramConfig:
@@ -35,8 +35,8 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Pro
     _check_values(settings)
     options = _options(settings, "method", settings.method, load_method, method_keys)
     gradient = _options(settings, "gradient_rule", settings.gradient_rule, load_rule, rule_keys)
-    for rule in RULES:
-        rule.check(settings)
+    for refusal in REFUSALS:
+        refusal.check(settings)
     if check_files:
         check_model_files(settings)
         check_data(settings)
@@ -45,7 +45,7 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Pro
         ordered = sorted(settings.problems, key=lambda problem: problem.origin.order)
         raise ConfigError(headline, [str(problem) for problem in ordered])
     base = {name: settings.values[name] for name in base_keys(settings.program)}
-    config: ProgramConfig = programs()[settings.program].config(
+    config: ProgramConfig = shapes_by_program()[settings.program].config(
         **base, method_options=options, gradient_options=gradient
     )
     return config

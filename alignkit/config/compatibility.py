@@ -8,24 +8,24 @@ from typing import Any
 
 from alignkit.config.conflicts import CONFLICTS
 from alignkit.config.ignored import IGNORED
-from alignkit.config.rules import IgnoredKeys, Rule
+from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import show
 from alignkit.parts.method import Method, load_method, method_names
 from alignkit.parts.options import Conflict, OnlyWith
 from alignkit.parts.rule import load_rule, rule_names
 
 
-def _rule_of(method: Method, conflict: Conflict) -> Rule:
+def _refusal_of(method: Method, conflict: Conflict) -> Refusal:
     """A method's own conflict, which holds under that method alone."""
 
     def clashes(chosen: Any) -> bool:
         return chosen.method == method.name and conflict.when(chosen)
 
-    return Rule(conflict.title, (*conflict.keys, "method"), clashes, conflict.why, conflict.fix)
+    return Refusal(conflict.title, (*conflict.keys, "method"), clashes, conflict.why, conflict.fix)
 
 
-def _rules_of_options(part: str, name: str, options: type) -> Iterator[IgnoredKeys]:
-    """One rule for each condition that options of a method or gradient rule declare with ``only_with``.
+def _ignored_options(part: str, name: str, options: type) -> Iterator[IgnoredKeys]:
+    """One row for each condition that options of a method or gradient rule declare with ``only_with``.
 
     Args:
         part: ``method`` or ``gradient_rule``, the key that chooses it.
@@ -38,10 +38,10 @@ def _rules_of_options(part: str, name: str, options: type) -> Iterator[IgnoredKe
         if needed is not None:
             dependent.setdefault(needed, []).append(field.name)
     for needed, keys in dependent.items():
-        yield _rule_of_options(part, name, needed, tuple(keys))
+        yield _ignored_option(part, name, needed, tuple(keys))
 
 
-def _rule_of_options(part: str, name: str, needed: OnlyWith, keys: tuple[str, ...]) -> IgnoredKeys:
+def _ignored_option(part: str, name: str, needed: OnlyWith, keys: tuple[str, ...]) -> IgnoredKeys:
     words = f"{needed.key}: {' or '.join(show(value) for value in needed.values)}" if needed.values else ""
     return IgnoredKeys(
         f"{', '.join(keys)} of {name} without {words or needed.key}",
@@ -55,10 +55,10 @@ def _rule_of_options(part: str, name: str, needed: OnlyWith, keys: tuple[str, ..
 
 _METHODS = [load_method(name) for name in method_names()]
 
-RULES: tuple[Rule, ...] = (
+REFUSALS: tuple[Refusal, ...] = (
     *CONFLICTS,
-    *(_rule_of(method, conflict) for method in _METHODS for conflict in method.conflicts),
+    *(_refusal_of(method, conflict) for method in _METHODS for conflict in method.conflicts),
     *IGNORED,
-    *(rule for method in _METHODS for rule in _rules_of_options("method", method.name, method.options)),
-    *(rule for name in rule_names() for rule in _rules_of_options("gradient_rule", name, load_rule(name).options)),
+    *(keys for method in _METHODS for keys in _ignored_options("method", method.name, method.options)),
+    *(keys for name in rule_names() for keys in _ignored_options("gradient_rule", name, load_rule(name).options)),
 )

@@ -1,10 +1,10 @@
-"""The table of values that cannot go together; :mod:`alignkit.config.rules` says how a row is read."""
+"""The table of values that cannot go together; :mod:`alignkit.config.refusals` says how a row is read."""
 
 from __future__ import annotations
 
 import re
 
-from alignkit.config.rules import Rule, no_heldout_rows
+from alignkit.config.refusals import Refusal, no_heldout_rows
 from alignkit.parts.rule import load_rule
 
 _OUTPUT_HEAD = "lm_head"
@@ -29,23 +29,23 @@ def _edits_gradients(rule: str | None) -> bool:
     return rule is not None and load_rule(rule).edit is not None
 
 
-CONFLICTS: tuple[Rule, ...] = (
+CONFLICTS: tuple[Refusal, ...] = (
     # --- parametrization -------------------------------------------------------------------------------------------
-    Rule(
+    Refusal(
         "quantization with full fine-tuning",
         ("quantization", "parametrization"),
         lambda c: c.quantization != "none" and c.parametrization == "full",
         "quantized weights are integers and cannot be trained",
         "Write parametrization: lora (QLoRA), or quantization: none",
     ),
-    Rule(
+    Refusal(
         "adapter with full fine-tuning",
         ("adapter", "parametrization"),
         lambda c: c.adapter is not None and c.parametrization == "full",
         "full fine-tuning has no adapter to continue",
         "Write parametrization: lora, or merge the adapter first (alignkit merge) and train the merged model",
     ),
-    Rule(
+    Refusal(
         "LoRA on the output head",
         ("lora_target_modules",),
         lambda c: names_output_head(c.lora_target_modules),
@@ -54,14 +54,14 @@ CONFLICTS: tuple[Rule, ...] = (
         "Leave lm_head out (all-linear covers every other linear layer); to train the head too, in full, write "
         "lora_modules_to_save: [lm_head]",
     ),
-    Rule(
+    Refusal(
         "LoRA targets that are no regular expression",
         ("lora_target_modules",),
         lambda c: _bad_pattern(c.lora_target_modules),
         "is not a valid regular expression",
         "Write all-linear, a list of module names such as [q_proj, v_proj], or a valid expression",
     ),
-    Rule(
+    Refusal(
         "no LoRA target",
         ("lora_target_modules", "parametrization"),
         lambda c: c.lora_target_modules == [] and c.parametrization == "lora",
@@ -69,42 +69,42 @@ CONFLICTS: tuple[Rule, ...] = (
         "Write lora_target_modules: all-linear, or name at least one module",
     ),
     # --- precision and kernels -------------------------------------------------------------------------------------
-    Rule(
+    Refusal(
         "bf16 with fp16",
         ("bf16", "fp16"),
         lambda c: c.bf16 and c.fp16,
         "a run has one mixed precision",
         "Keep one of the two; bf16 needs no loss scaling where the hardware has it",
     ),
-    Rule(
+    Refusal(
         "fp16 on the CPU",
         ("fp16", "use_cpu"),
         lambda c: c.fp16 and c.use_cpu,
         "float16 mixed precision needs an accelerator",
         "Write bf16: true, or remove both for float32",
     ),
-    Rule(
+    Refusal(
         "fp16 with float16 weights that train",
         ("fp16", "dtype", "parametrization"),
         lambda c: c.fp16 and c.dtype == "float16" and c.parametrization == "full",
         "loss scaling cannot unscale float16 gradients",
         "Write dtype: float32; fp16 then computes in float16 and updates in float32",
     ),
-    Rule(
+    Refusal(
         "flash attention in float32",
         ("attn_implementation", "dtype", "bf16", "fp16"),
         lambda c: c.attn_implementation == "flash_attention_2" and c.dtype == "float32" and not (c.bf16 or c.fp16),
         "flash attention computes in bfloat16 or float16 only",
         "Write bf16: true, or attn_implementation: sdpa",
     ),
-    Rule(
+    Refusal(
         "flash or flex attention on the CPU",
         ("attn_implementation", "use_cpu"),
         lambda c: c.attn_implementation in ("flash_attention_2", "flex_attention") and c.use_cpu,
         "it has no backward pass on the CPU",
         "Write attn_implementation: sdpa",
     ),
-    Rule(
+    Refusal(
         "shared_prefix with flash attention",
         ("layout", "attn_implementation"),
         lambda c: c.layout == "shared_prefix" and c.attn_implementation == "flash_attention_2",
@@ -112,42 +112,42 @@ CONFLICTS: tuple[Rule, ...] = (
         "Write attn_implementation: sdpa or flex_attention, or layout: padded",
     ),
     # --- reference -------------------------------------------------------------------------------------------------
-    Rule(
+    Refusal(
         "adapter_disabled with full fine-tuning",
         ("reference", "parametrization"),
         lambda c: c.reference == "adapter_disabled" and c.parametrization == "full",
         "there is no adapter to switch off, so the reference would move with the policy",
         "Write reference: copy or reference: precomputed, or parametrization: lora",
     ),
-    Rule(
+    Refusal(
         "adapter_disabled with a continued adapter",
         ("reference", "adapter"),
         lambda c: c.reference == "adapter_disabled" and c.adapter is not None,
         "a run that continues an adapter is compared with that adapter as it was, of which a frozen copy is kept",
         "Remove reference; to compare with the bare base, write reference: copy and reference_model: the base",
     ),
-    Rule(
+    Refusal(
         "copied reference with a continued adapter",
         ("reference", "adapter", "reference_model"),
         lambda c: c.reference == "copy" and c.adapter is not None and c.reference_model is None,
         "the copy would be the base without the adapter the run starts from",
         "Remove reference, which keeps a frozen copy of the adapter, or name the base as reference_model",
     ),
-    Rule(
+    Refusal(
         "adapter_disabled with another reference model",
         ("reference_model", "reference"),
         lambda c: c.reference_model is not None and c.reference == "adapter_disabled",
         "the reference is either the policy without its adapter or another model",
         "Remove reference_model, or write reference: copy or reference: precomputed",
     ),
-    Rule(
+    Refusal(
         "reference model equal to the model",
         ("reference_model", "model", "model_revision", "adapter"),
         lambda c: c.reference_model == c.model and c.model_revision is None and c.adapter is None,
         "the starting model is the reference anyway; naming it again only loads it twice",
         "Remove reference_model; reference: copy forces a second copy in memory",
     ),
-    Rule(
+    Refusal(
         "precomputed reference with streaming",
         ("reference", "streaming"),
         lambda c: c.reference == "precomputed" and c.streaming,
@@ -155,28 +155,28 @@ CONFLICTS: tuple[Rule, ...] = (
         "Write streaming: false, or reference: auto",
     ),
     # --- data and evaluation ---------------------------------------------------------------------------------------
-    Rule(
+    Refusal(
         "eval_fraction with streaming",
         ("eval_fraction", "streaming"),
         lambda c: c.eval_fraction > 0 and c.streaming,
         "the length of a stream is unknown, so no share of it can be held out",
         "Give the held-out rows as eval_data, or write streaming: false",
     ),
-    Rule(
+    Refusal(
         "streaming without max_steps",
         ("streaming", "max_steps"),
         lambda c: c.streaming and c.max_steps < 1,
         "the length of a stream is unknown, so the schedule needs a number of steps",
         "Write max_steps: 1000, or streaming: false",
     ),
-    Rule(
+    Refusal(
         "eval_fraction with eval_data",
         ("eval_fraction", "eval_data"),
         lambda c: c.eval_fraction > 0 and c.eval_data is not None,
         "held-out rows come from one place",
         "Remove one of the two",
     ),
-    Rule(
+    Refusal(
         "evaluation without held-out rows",
         ("eval_strategy", "eval_data", "eval_fraction"),
         lambda c: c.eval_strategy != "no" and no_heldout_rows(c),
@@ -184,28 +184,28 @@ CONFLICTS: tuple[Rule, ...] = (
         "Write eval_data: FILE, or eval_fraction: 0.05, or eval_strategy: no",
     ),
     # --- gradient rule -----------------------------------------------------------------------------------------------
-    Rule(
+    Refusal(
         "gradient rule with fp16",
         ("gradient_rule", "fp16"),
         lambda c: _edits_gradients(c.gradient_rule) and c.fp16,
         "a rule takes its gradients without the loss scaling that float16 needs",
         "Write bf16: true, or remove fp16",
     ),
-    Rule(
+    Refusal(
         "gradient rule with torch.compile",
         ("gradient_rule", "torch_compile"),
         lambda c: _edits_gradients(c.gradient_rule) and c.torch_compile,
         "a compiled model does not see displaced weights",
         "Remove torch_compile, or the gradient rule",
     ),
-    Rule(
+    Refusal(
         "gradient rule with half-precision weights that train",
         ("gradient_rule", "dtype", "parametrization"),
         lambda c: c.gradient_rule is not None and c.dtype in ("bfloat16", "float16") and c.parametrization == "full",
         "rounding to half precision swallows displacements and pulls of the size a rule makes",
         "Write dtype: float32 and bf16: true, which computes in bfloat16 and keeps the weights in float32",
     ),
-    Rule(
+    Refusal(
         "gradient rule on LoRA with full fine-tuning",
         ("rule_targets", "gradient_rule", "parametrization"),
         lambda c: c.rule_targets == "lora" and c.parametrization == "full",
@@ -213,28 +213,28 @@ CONFLICTS: tuple[Rule, ...] = (
         "Write rule_targets: all, or parametrization: lora",
     ),
     # --- run -------------------------------------------------------------------------------------------------------
-    Rule(
+    Refusal(
         "zero steps",
         ("max_steps",),
         lambda c: c.max_steps == 0,
         "trains nothing",
         "Write a positive number, or -1 to train for num_train_epochs",
     ),
-    Rule(
+    Refusal(
         "resume with overwrite",
         ("resume", "overwrite"),
         lambda c: c.resume and c.overwrite,
         "one continues from what the other deletes",
         "Keep one of the two",
     ),
-    Rule(
+    Refusal(
         "push_to_hub without a repository",
         ("push_to_hub", "hub_model_id"),
         lambda c: c.push_to_hub and c.hub_model_id is None,
         "the upload has no destination",
         "Write hub_model_id: your-name/your-model",
     ),
-    Rule(
+    Refusal(
         "hub_model_id that names no repository",
         ("hub_model_id",),
         lambda c: c.hub_model_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", c.hub_model_id, re.ASCII),

@@ -16,12 +16,12 @@ from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
 from alignkit.data.paths import is_pattern, matched_files
 from alignkit.errors import DataError
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 
 
 def check_data(settings: Settings) -> None:
     """Report what is wrong with ``data``, ``eval_data`` and ``column_map``."""
-    family = programs()[settings.program].config.row_family(settings.values)
+    family = shapes_by_program()[settings.program].config.row_family(settings.values)
     column_map = _column_map(settings, family.columns)
     for key, split_key in (("data", "data_split"), ("eval_data", "eval_split")):
         if settings.values.get(key) is None:

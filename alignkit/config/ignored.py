@@ -1,8 +1,8 @@
-"""The table of keys without effect; :mod:`alignkit.config.rules` says how a row is read."""
+"""The table of keys without effect; :mod:`alignkit.config.refusals` says how a row is read."""
 
 from __future__ import annotations
 
-from alignkit.config.rules import IgnoredKeys, no_heldout_rows
+from alignkit.config.refusals import IgnoredKeys, no_heldout_rows
 
 _LORA_KEYS = (
     "lora_r",

@@ -11,7 +11,7 @@ from alignkit.config.sections import GradientSection, MethodSection, Section
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.options import OptionInfo
 from alignkit.parts.rule import load_rule, rule_names
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Key:
 @cache
 def base_keys(program: str) -> Mapping[str, Key]:
     """Keys of ``program`` that every method has, in the order of its sections."""
-    sections = [base for base in programs()[program].config.__bases__ if issubclass(base, Section)]
+    sections = [base for base in shapes_by_program()[program].config.__bases__ if issubclass(base, Section)]
     keys = {key.name: key for section in sections for key in _declared(section, section.title)}
     names = program_methods(program)
     for key, choices in (("method", names), ("gradient_rule", tuple(rule_names()))):
@@ -92,7 +92,7 @@ def rules_with(key: str) -> list[str]:
 @cache
 def keys_that(trait: Literal["passes_to_trainer", "free_on_resume", "is_path"]) -> frozenset[str]:
     """Names of all keys, of any program, method or gradient rule, whose option has this trait."""
-    sets = [base_keys(program) for program in programs()]
+    sets = [base_keys(program) for program in shapes_by_program()]
     sets += [*map(method_keys, method_names()), *map(rule_keys, rule_names())]
     return frozenset(name for keys in sets for name, key in keys.items() if getattr(key.info, trait))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from alignkit.config import foreign_keys
 from alignkit.config.keys import base_keys, method_keys, methods_with, program_methods, rule_keys, rules_with
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 
 _LAUNCHER_FILES = {
     "zero_stage: 3": "zero3.yaml",
@@ -69,7 +69,7 @@ def explain_unknown(program: str, method: str | None, name: str, value: Any, rul
     plain = name.lower().replace("-", "_")
     if (known := _foreign(plain, value)) is not None:
         return known
-    others = [other for other in programs() if other != program and plain in base_keys(other)]
+    others = [other for other in shapes_by_program() if other != program and plain in base_keys(other)]
     if others and plain not in base_keys(program):
         return Explanation(f"is a key of trainers/{others[0]}.py alone", "Remove it")
     negated = plain.removeprefix("no_")

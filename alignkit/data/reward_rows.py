@@ -1,6 +1,6 @@
 """Rows that carry a reward for every completion token: what can be wrong with them before they are tokenised.
 
-Whether a list is as long as its completion has tokens is known after tokenisation: :mod:`alignkit.data.convert`.
+Whether a list is as long as its completion has tokens is known after tokenisation: :mod:`alignkit.data.candidates`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pandas as pd
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data import conversion as engine
+from alignkit.data import conversion
 from alignkit.data.columns import SUPERVISED_FORMS, columns_of
 from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
@@ -73,11 +73,11 @@ def to_supervised_rows(
     require_template(tokenizer, conversational=kind.conversational, name=name)
     stops = frozenset({*stop_token_ids, tokenizer.eos_token_id} - {None})
     settings = Settings(kind, trained, max_length, stops)
-    conversion = engine.Conversion(TOKEN_FEATURES, COUNT_FEATURES, _find_problems, convert_batch, settings)
+    steps = conversion.Conversion(TOKEN_FEATURES, COUNT_FEATURES, _find_problems, convert_batch, settings)
     if isinstance(dataset, IterableDataset):
-        rows, counts = engine.convert_stream(dataset, head, columns, tokenizer, conversion, name)
+        rows, counts = conversion.convert_stream(dataset, head, columns, tokenizer, steps, name)
     else:
-        rows, counts = engine.convert_table(dataset, tokenizer, conversion, num_proc, name)
+        rows, counts = conversion.convert_table(dataset, tokenizer, steps, num_proc, name)
     report = _summarise(counts, settings, max_dropped_fraction, name, columns)
     tokens = counts["length"].clip(upper=max_length).to_numpy()
     report = replace(report, sources=source_counts(dataset, counts, tokens, counts["num_trained_kept"].to_numpy()))
@@ -130,21 +130,21 @@ def _summarise(
         max_length=settings.max_length,
         num_rows_in=len(counts),
         num_rows=len(kept),
-        dropped=engine.drop_counts(counts),
+        dropped=conversion.drop_counts(counts),
         num_truncated_rows=int(kept["is_cut"].sum()),
-        lengths=engine.length_quantiles(lengths),
-        recommended_max_length=engine.recommended_length(
+        lengths=conversion.length_quantiles(lengths),
+        recommended_max_length=conversion.recommended_length(
             counts["length"], counts["needed_length"], max_dropped_fraction
         ),
         ignored_columns=tuple(
             column for column in columns if column not in (*columns_of(SUPERVISED_FORMS), SOURCE_COLUMN)
         ),
         num_cut_prompts=int((counts["cut_prompt_end"] != "").sum()),
-        cut_prompt_end=engine.first_text(counts["cut_prompt_end"]),
+        cut_prompt_end=conversion.first_text(counts["cut_prompt_end"]),
         num_whole_completions=int((~kept["is_cut"]).sum()),
         num_stopped_completions=int(kept["num_stopped"].sum()),
-        text_after_stop=engine.first_text(kept["text_after_stop"]),
-        unstopped_end=engine.first_text(kept["unstopped_end"]),
+        text_after_stop=conversion.first_text(kept["text_after_stop"]),
+        unstopped_end=conversion.first_text(kept["unstopped_end"]),
         num_doubled_tokens=int(kept["doubled"].sum()),
         num_tokens=int(kept["length"].clip(upper=settings.max_length).sum()),
         num_trained_tokens=int(kept["num_trained_kept"].sum()),
@@ -161,7 +161,7 @@ def _refuse_drops(
             advice.append(f"{mark}: set chat_template to one that does, or write assistant_only_loss: false")
         else:
             advice.append("a row needs a token that is trained and has another one before it")
-    engine.refuse_drops(
+    conversion.refuse_drops(
         report,
         counts,
         max_dropped_fraction,

@@ -22,7 +22,7 @@ from typing import Any
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data import conversion as engine
+from alignkit.data import conversion
 from alignkit.data.problems import Problem
 from alignkit.data.rendering import RenderingError, render, render_marked
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED
@@ -37,7 +37,7 @@ TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Val
 COUNT_FEATURES = Features(
     {
         "cause": Value("string"),
-        **engine.MISFIT_FEATURES,
+        **conversion.MISFIT_FEATURES,
         "length": Value("int32"),
         "num_trained": Value("int32"),
         "num_trained_kept": Value("int32"),
@@ -94,12 +94,12 @@ def convert_batch(
     Returns:
         Columns of ``TOKEN_FEATURES`` and ``COUNT_FEATURES``; dropped rows have empty token columns.
     """
-    rows = list(engine.rows_of(batch))
+    rows = list(conversion.rows_of(batch))
     features = {**TOKEN_FEATURES, **COUNT_FEATURES}
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for tokens in _tokenise(rows, tokenizer, settings):
         is_misfit = isinstance(tokens, Problem)
-        row = engine.misfit_row(features, tokens) if is_misfit else _convert_row(tokens, tokenizer, settings)
+        row = conversion.misfit_row(features, tokens) if is_misfit else _convert_row(tokens, tokenizer, settings)
         for name, value in row.items():
             columns[name].append(value)
     return columns
@@ -165,7 +165,7 @@ def _tokenise(
             tokenised.append(whole if isinstance(whole, Problem) else prompt)
             continue
         (ids, mask), (prompt_ids, _) = whole, prompt
-        start = engine.common_prefix_length(prompt_ids, ids)
+        start = conversion.common_prefix_length(prompt_ids, ids)
         if trained.completion_only is not False:
             mask = [0] * start + mask[start:]
         tokenised.append(Tokens(ids, mask, prompt_ids, start))

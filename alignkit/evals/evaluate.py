@@ -18,8 +18,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.candidate_report import ConversionReport
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.checks import check_template
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.lengths import RowLengths
 from alignkit.data.load import load_rows
 from alignkit.data.messages import as_messages

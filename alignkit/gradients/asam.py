@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ASAMConfig(DisplacedOptions):
+class ASAMOptions(DisplacedOptions):
     """Options of ``asam``."""
 
     rho: float = option(
@@ -28,14 +28,14 @@ class ASAMConfig(DisplacedOptions):
     )
 
 
-def displacement(evaluation: Evaluation, options: ASAMConfig) -> list[Tensor]:
+def displacement(evaluation: Evaluation, options: ASAMOptions) -> list[Tensor]:
     """``rho * w^2 g / || |w| g ||``, element by element."""
     from alignkit.gradients._family import scaled_by_weights
 
     return scaled_by_weights(evaluation, options.rho)
 
 
-def edit(evaluations: Sequence[Evaluation], options: ASAMConfig) -> list[Tensor]:
+def edit(evaluations: Sequence[Evaluation], options: ASAMOptions) -> list[Tensor]:
     """The gradient g_s at weights displaced in proportion to themselves.
 
     Equation (Kwon et al. 2021, arXiv 2102.11600, with the normalisation operator T_w = |w|)::
@@ -53,7 +53,7 @@ def edit(evaluations: Sequence[Evaluation], options: ASAMConfig) -> list[Tensor]
 RULE = GradientRule(
     name="asam",
     summary="SAM whose displacement is in proportion to each weight, so that rescaling layers does not change it.",
-    options=ASAMConfig,
+    options=ASAMOptions,
     edit=edit,
     displacement=displacement,
     metrics=TWO_GRADIENT_METRICS,

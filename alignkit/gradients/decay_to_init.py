@@ -10,7 +10,7 @@ from alignkit.parts.rule import GradientRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecayToInitConfig:
+class DecayToInitOptions:
     """Options of ``decay_to_init``."""
 
     decay_coef: float = option(
@@ -21,7 +21,7 @@ class DecayToInitConfig:
     )
 
 
-def decay(options: DecayToInitConfig) -> float:
+def decay(options: DecayToInitOptions) -> float:
     """The coefficient of the pull.
 
     Equation (the L2 of Smith et al. 2023, arXiv 2203.17269, decoupled as in AdamW), before the optimizer's own step::
@@ -41,7 +41,7 @@ def decay(options: DecayToInitConfig) -> float:
 RULE = GradientRule(
     name="decay_to_init",
     summary="Pulls the weights to those training started from, by decoupled decay; gradients stay as they are.",
-    options=DecayToInitConfig,
+    options=DecayToInitOptions,
     decay=decay,
     paper=Paper(
         title="A Closer Look at Rehearsal-Free Continual Learning",

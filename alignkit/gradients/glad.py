@@ -25,7 +25,7 @@ GCSCOOP = "GCSCoOp, its released code; GLAD's own value is not public"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GLADConfig(DisplacedOptions):
+class GLADOptions(DisplacedOptions):
     """Options of ``glad``."""
 
     rule_targets: str = option(
@@ -67,7 +67,7 @@ class GLADConfig(DisplacedOptions):
             raise ValueError(f"cosine_low: {self.cosine_low} is above cosine_up: {self.cosine_up}")
 
 
-def edit(evaluations: Sequence[Evaluation], options: GLADConfig) -> list[Tensor]:
+def edit(evaluations: Sequence[Evaluation], options: GLADOptions) -> list[Tensor]:
     r"""The gradient of GCSCoOp, from g and the SAM gradient g_s of a tensor.
 
     Equation (the code of GCSCoOp; c is the cosine of g and g_s)::
@@ -105,7 +105,7 @@ def edit(evaluations: Sequence[Evaluation], options: GLADConfig) -> list[Tensor]
 RULE = GradientRule(
     name="glad",
     summary="Steers the gradient of LoRA towards what it shares with the gradient at displaced weights (GLAD).",
-    options=GLADConfig,
+    options=GLADOptions,
     edit=edit,
     displacement=displacement,
     metrics=TWO_GRADIENT_METRICS,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GNPConfig(DisplacedOptions):
+class GNPOptions(DisplacedOptions):
     """Options of ``gnp``."""
 
     rho: float = option(
@@ -36,7 +36,7 @@ class GNPConfig(DisplacedOptions):
     )
 
 
-def edit(evaluations: Sequence[Evaluation], options: GNPConfig) -> list[Tensor]:
+def edit(evaluations: Sequence[Evaluation], options: GNPOptions) -> list[Tensor]:
     """Between the gradient g and the gradient g_s at ``w + rho g / ||g||``.
 
     Equation (Zhao et al. 2022, arXiv 2202.03599): a penalty ``L + lambda ||grad L||`` has, to first order, the
@@ -56,7 +56,7 @@ def edit(evaluations: Sequence[Evaluation], options: GNPConfig) -> list[Tensor]:
 RULE = GradientRule(
     name="gnp",
     summary="Penalises the norm of the gradient: a step between the plain gradient and that of SAM.",
-    options=GNPConfig,
+    options=GNPOptions,
     edit=edit,
     displacement=displacement,
     metrics=TWO_GRADIENT_METRICS,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GSAMConfig(DisplacedOptions):
+class GSAMOptions(DisplacedOptions):
     """Options of ``gsam``."""
 
     gsam_alpha: float = option(
@@ -29,7 +29,7 @@ class GSAMConfig(DisplacedOptions):
     )
 
 
-def edit(evaluations: Sequence[Evaluation], options: GSAMConfig) -> list[Tensor]:
+def edit(evaluations: Sequence[Evaluation], options: GSAMOptions) -> list[Tensor]:
     """The displaced gradient g_s, minus a share of the part of g that is orthogonal to it.
 
     Equation (Zhuang et al. 2022, arXiv 2203.08065, Algorithm 1)::
@@ -56,7 +56,7 @@ def edit(evaluations: Sequence[Evaluation], options: GSAMConfig) -> list[Tensor]
 RULE = GradientRule(
     name="gsam",
     summary="SAM that also narrows the gap between displaced and plain loss (surrogate gap).",
-    options=GSAMConfig,
+    options=GSAMOptions,
     edit=edit,
     displacement=displacement,
     metrics=TWO_GRADIENT_METRICS,

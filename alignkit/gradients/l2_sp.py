@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class L2SPConfig(EditOptions):
+class L2SPOptions(EditOptions):
     """Options of ``l2_sp``."""
 
     l2_sp_coef: float = option(
@@ -28,7 +28,7 @@ class L2SPConfig(EditOptions):
     )
 
 
-def edit(evaluations: Sequence[Evaluation], options: L2SPConfig) -> list[Tensor]:
+def edit(evaluations: Sequence[Evaluation], options: L2SPOptions) -> list[Tensor]:
     r"""The gradient of the loss plus that of a quadratic penalty on the distance to the start.
 
     Equation (Li et al. 2018, arXiv 1802.01483, with lambda = alpha / 2)::
@@ -55,7 +55,7 @@ def edit(evaluations: Sequence[Evaluation], options: L2SPConfig) -> list[Tensor]
     return pulled_to_start(evaluations[0], options.l2_sp_coef)
 
 
-def measure(evaluation: Evaluation, options: L2SPConfig) -> dict[str, Tensor]:
+def measure(evaluation: Evaluation, options: L2SPOptions) -> dict[str, Tensor]:
     """``gradient/penalty``."""
     from alignkit.gradients._family import squared_distance
 
@@ -65,7 +65,7 @@ def measure(evaluation: Evaluation, options: L2SPConfig) -> dict[str, Tensor]:
 RULE = GradientRule(
     name="l2_sp",
     summary="Pulls the weights to those training started from, by a quadratic penalty; a LoRA update to zero.",
-    options=L2SPConfig,
+    options=L2SPOptions,
     edit=edit,
     measure=measure,
     needs_start=True,

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerpGradConfig(EditOptions):
+class PerpGradOptions(EditOptions):
     """Options of ``perpgrad``."""
 
 
-def edit(evaluations: Sequence[Evaluation], options: PerpGradConfig) -> list[Tensor]:
+def edit(evaluations: Sequence[Evaluation], options: PerpGradOptions) -> list[Tensor]:
     """The part of a tensor's gradient that is orthogonal to the tensor, as long as the whole gradient.
 
     Equation (Prieto et al. 2025, arXiv 2501.04697; their class OrthoGrad), tensor by tensor::
@@ -42,7 +42,7 @@ def edit(evaluations: Sequence[Evaluation], options: PerpGradConfig) -> list[Ten
     return orthogonal_to_weights(evaluations[0])
 
 
-def measure(evaluation: Evaluation, options: PerpGradConfig) -> dict[str, Tensor]:
+def measure(evaluation: Evaluation, options: PerpGradOptions) -> dict[str, Tensor]:
     """``gradient/radial_share``."""
     from alignkit.gradients._family import radial_share
 
@@ -52,7 +52,7 @@ def measure(evaluation: Evaluation, options: PerpGradConfig) -> dict[str, Tensor
 RULE = GradientRule(
     name="perpgrad",
     summary="Removes from every tensor's gradient the part along the tensor, which only scales logits up.",
-    options=PerpGradConfig,
+    options=PerpGradOptions,
     edit=edit,
     measure=measure,
     metrics={

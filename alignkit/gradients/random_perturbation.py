@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomPerturbationConfig(DisplacedOptions):
+class RandomPerturbationOptions(DisplacedOptions):
     """Options of ``random_perturbation``."""
 
 
-def displacement(evaluation: Evaluation, options: RandomPerturbationConfig) -> list[Tensor]:
+def displacement(evaluation: Evaluation, options: RandomPerturbationOptions) -> list[Tensor]:
     """A vector of length ``rho`` in a uniformly random direction, another one for every micro-batch."""
     from alignkit.gradients._family import random_direction
 
     return random_direction(evaluation, options.rho)
 
 
-def edit(evaluations: Sequence[Evaluation], options: RandomPerturbationConfig) -> list[Tensor]:
+def edit(evaluations: Sequence[Evaluation], options: RandomPerturbationOptions) -> list[Tensor]:
     """The gradient at the randomly displaced weights.
 
     Equation: ``e = grad L(w + rho u / ||u||)`` with standard normal u.
@@ -43,7 +43,7 @@ def edit(evaluations: Sequence[Evaluation], options: RandomPerturbationConfig) -
 RULE = GradientRule(
     name="random_perturbation",
     summary="The control of the SAM family: the gradient at weights displaced in a random direction.",
-    options=RandomPerturbationConfig,
+    options=RandomPerturbationOptions,
     edit=edit,
     displacement=displacement,
     metrics=TWO_GRADIENT_METRICS,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAGMConfig(DisplacedOptions):
+class SAGMOptions(DisplacedOptions):
     """Options of ``sagm``."""
 
     rho: float = option(
@@ -34,14 +34,14 @@ class SAGMConfig(DisplacedOptions):
     )
 
 
-def displacement(evaluation: Evaluation, options: SAGMConfig) -> list[Tensor]:
+def displacement(evaluation: Evaluation, options: SAGMOptions) -> list[Tensor]:
     """``(rho / ||g|| - sagm_alpha) g``."""
     from alignkit.gradients._family import along_gradient
 
     return along_gradient(evaluation, options.rho, options.sagm_alpha)
 
 
-def edit(evaluations: Sequence[Evaluation], options: SAGMConfig) -> list[Tensor]:
+def edit(evaluations: Sequence[Evaluation], options: SAGMOptions) -> list[Tensor]:
     """Half the sum of g and of the gradient g_s at ``w + (rho / ||g|| - alpha) g``.
 
     Equation (Wang et al. 2023, arXiv 2303.10353): the objective ``L(w) + L_p(w - alpha grad L(w))``, with L_p the
@@ -61,7 +61,7 @@ def edit(evaluations: Sequence[Evaluation], options: SAGMConfig) -> list[Tensor]
 RULE = GradientRule(
     name="sagm",
     summary="Minimises the loss and the displaced loss together and aligns their gradients.",
-    options=SAGMConfig,
+    options=SAGMOptions,
     edit=edit,
     displacement=displacement,
     metrics=TWO_GRADIENT_METRICS,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAMConfig(DisplacedOptions):
+class SAMOptions(DisplacedOptions):
     """Options of ``sam``."""
 
 
@@ -35,7 +35,7 @@ def edit(evaluations: Sequence[Evaluation], options: DisplacedOptions) -> list[T
 RULE = GradientRule(
     name="sam",
     summary="Sharpness-aware minimisation: steps along the gradient at the worst weights nearby.",
-    options=SAMConfig,
+    options=SAMOptions,
     edit=edit,
     displacement=displacement,
     metrics=TWO_GRADIENT_METRICS,

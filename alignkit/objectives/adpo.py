@@ -16,7 +16,7 @@ _MOVING = ("ema", "kl_triggered", "periodic")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADPOConfig:
+class ADPOOptions:
     """Options of ``adpo``."""
 
     target: str = option(
@@ -126,7 +126,7 @@ class ADPOConfig:
         return 1.0 if self.tau is None else self.tau
 
 
-def objective(batch: CandidateBatch, options: ADPOConfig) -> LossOutput:
+def objective(batch: CandidateBatch, options: ADPOOptions) -> LossOutput:
     """The loss of one batch of groups."""
     from alignkit.losses.adpo import AdaptiveTau, adpo_loss
 
@@ -149,12 +149,12 @@ def objective(batch: CandidateBatch, options: ADPOConfig) -> LossOutput:
     )
 
 
-def needs(options: ADPOConfig) -> frozenset[str]:
+def needs(options: ADPOOptions) -> frozenset[str]:
     """A reference, unless the anchor is uniform."""
     return frozenset() if options.anchor == "uniform" else frozenset({"reference"})
 
 
-def anchor(options: ADPOConfig) -> AnchorSchedule | None:
+def anchor(options: ADPOOptions) -> AnchorSchedule | None:
     """How the reference follows the policy; None for a frozen one and for none at all."""
     if options.anchor not in _MOVING:
         return None
@@ -192,7 +192,7 @@ METRICS = {
 METHOD = Method(
     name="adpo",
     summary="Draws the policy, relative to an anchor, to a distribution over scored candidates: pairs or lists.",
-    options=ADPOConfig,
+    options=ADPOOptions,
     objective=objective,
     metrics=METRICS,
     paper=Paper(

@@ -16,7 +16,7 @@ _PAPER = "D2O (arXiv 2403.03419), as reported by notes on it"
 
 
 @dataclass(frozen=True, kw_only=True)
-class D2OConfig:
+class D2OOptions:
     """Options of ``d2o``."""
 
     alpha: float = option(
@@ -61,7 +61,7 @@ class D2OConfig:
     )
 
 
-def objective(batch: CandidateBatch, options: D2OConfig) -> LossOutput:
+def objective(batch: CandidateBatch, options: D2OOptions) -> LossOutput:
     """The loss of one batch of samples with their negative."""
     from alignkit.losses.d2o import d2o_loss
 
@@ -105,7 +105,7 @@ METRICS = {
 METHOD = Method(
     name="d2o",
     summary="Learns from rejected answers alone, held in place by the mean log-ratio of the model's own samples.",
-    options=D2OConfig,
+    options=D2OOptions,
     objective=objective,
     metrics=METRICS,
     paper=Paper(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig:
+class DPOOptions:
     """Options of ``dpo``."""
 
     beta: float = option(
@@ -25,7 +25,7 @@ class DPOConfig:
     )
 
 
-def objective(batch: CandidateBatch, options: DPOConfig) -> LossOutput:
+def objective(batch: CandidateBatch, options: DPOOptions) -> LossOutput:
     """The loss of one batch of pairs."""
     from alignkit.losses.dpo import dpo_loss
 
@@ -35,7 +35,7 @@ def objective(batch: CandidateBatch, options: DPOConfig) -> LossOutput:
 METHOD = Method(
     name="dpo",
     summary="Raises the likelihood of the chosen over the rejected response, both relative to a reference model.",
-    options=DPOConfig,
+    options=DPOOptions,
     objective=objective,
     metrics=PAIR_METRICS,
     paper=Paper(

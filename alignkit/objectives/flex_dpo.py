@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlexDPOConfig:
+class FlexDPOOptions:
     """Options of ``flex_dpo``."""
 
     beta_pos: float = option(
@@ -41,7 +41,7 @@ class FlexDPOConfig:
     )
 
 
-def objective(batch: CandidateBatch, options: FlexDPOConfig) -> LossOutput:
+def objective(batch: CandidateBatch, options: FlexDPOOptions) -> LossOutput:
     """The loss of one batch of pairs."""
     from alignkit.losses.flex_dpo import flex_dpo_loss
 
@@ -51,7 +51,7 @@ def objective(batch: CandidateBatch, options: FlexDPOConfig) -> LossOutput:
 METHOD = Method(
     name="flex_dpo",
     summary="DPO with separate coefficients for chosen and rejected, and an SFT term, against likelihood collapse.",
-    options=FlexDPOConfig,
+    options=FlexDPOOptions,
     objective=objective,
     metrics={
         **PAIR_METRICS,

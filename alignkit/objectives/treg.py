@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TREGConfig:
+class TREGOptions:
     """Options of ``treg``."""
 
     form: str = option(
@@ -67,7 +67,7 @@ class TREGConfig:
     )
 
 
-def objective(batch: CandidateBatch, options: TREGConfig) -> LossOutput:
+def objective(batch: CandidateBatch, options: TREGOptions) -> LossOutput:
     """The loss of one batch of pairs with token rewards."""
     from alignkit.losses.treg import treg_loss
 
@@ -75,7 +75,7 @@ def objective(batch: CandidateBatch, options: TREGConfig) -> LossOutput:
     return treg_loss(batch, **{name: value for name, value in asdict(options).items() if name not in made_before})
 
 
-def needs(options: TREGConfig) -> frozenset[str]:
+def needs(options: TREGOptions) -> frozenset[str]:
     """Token rewards always, reference log-probs under ``form: dpo``."""
     return frozenset({"token_rewards"} if options.form == "simpo" else {"token_rewards", "reference"})
 
@@ -107,7 +107,7 @@ METRICS = {
 METHOD = Method(
     name="treg",
     summary="DPO, or SimPO, with the sequence reward distributed over tokens as the model's own token rewards suggest.",
-    options=TREGConfig,
+    options=TREGOptions,
     objective=objective,
     metrics=METRICS,
     paper=Paper(

@@ -52,7 +52,7 @@ def load_shape(name: str) -> Shape:
     return shape
 
 
-def programs() -> dict[str, Shape]:
+def shapes_by_program() -> dict[str, Shape]:
     """Launch program to the shape it trains on."""
     return {shape.program: shape for shape in map(load_shape, shape_names())}
 

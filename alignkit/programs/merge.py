@@ -134,7 +134,7 @@ def token_ids(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase)
     """Token ids of the texts to compare."""
     if arguments.data is None:
         return [ids[:MAX_TOKENS] for ids in tokenizer(list(TEXTS[: arguments.num_prompts]))["input_ids"]]
-    from alignkit.data.convert import to_candidate_rows
+    from alignkit.data.candidates import to_candidate_rows
     from alignkit.data.load import load_rows
 
     loaded = load_rows(arguments.data, max_rows=arguments.num_prompts)

@@ -75,8 +75,8 @@ def prepare_rows(
     arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, contrast: ContrastPrompts, state: PartialState
 ) -> tuple[Dataset, Dataset]:
     """The rows as given, and tokenised with their contrast prompts; the first process first, for the others' cache."""
+    from alignkit.data.candidates import to_candidate_rows
     from alignkit.data.columns import LIST_REWARD_COLUMNS, PAIR_REWARD_COLUMNS
-    from alignkit.data.convert import to_candidate_rows
     from alignkit.data.load import load_rows
     from alignkit.data.messages import as_messages
     from alignkit.errors import DataError

@@ -1,7 +1,7 @@
 """Token rewards by contrastive prompting: one pass over the rows before training, under the frozen reference.
 
 Every completion token is scored twice, after a prompt that asks for a better response and after one that asks for a
-worse one (columns ``better_prompt_ids`` and ``worse_prompt_ids`` of :mod:`alignkit.data.convert`)::
+worse one (columns ``better_prompt_ids`` and ``worse_prompt_ids`` of :mod:`alignkit.data.candidates`)::
 
     r_hat(y_t) = sigma( log pi_ref(y_t | x_better, y_<t) - log pi_ref(y_t | x_worse, y_<t) ) - 1/2
 
@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 
-from alignkit.data.convert import SOURCE_COLUMNS
+from alignkit.data.candidates import SOURCE_COLUMNS
 from alignkit.data.lengths import SAMPLED_ROWS
 from alignkit.data.prefix import Layout, packed_length
 from alignkit.data.schema import EXAMPLES_SHOWN

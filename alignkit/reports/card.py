@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from alignkit.parts.method import Method, load_method
 from alignkit.parts.rule import GradientRule, load_rule
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 from alignkit.plain_text import markdown, markdown_code
 from alignkit.reports.card_equations import method_text, rule_text
 
@@ -187,7 +187,7 @@ def _introduction(content: CardContent) -> str:
         else f"the local model {markdown_code(_name(content.base_model))}"
     )
     what = f"A LoRA adapter for {named}" if content.is_adapter else f"{named[0].upper()}{named[1:]}"
-    method, verb = content.method, programs()[content.method.program].verb
+    method, verb = content.method, shapes_by_program()[content.method.program].verb
     text = f"{what}, {verb} `{method.name}` ([{method.paper.title}]({method.paper.url})) by alignkit. {method.summary}"
     if content.warnings:
         text += "\n\nThe run warned:\n\n" + "\n".join(f"- {markdown(w)}" for w in content.warnings)

@@ -16,7 +16,7 @@ from alignkit.hub.upload import plan_upload, push
 from alignkit.models.files import ADAPTER_CONFIG
 from alignkit.models.fingerprints import ORIGIN_FILE
 from alignkit.models.saved_weights import verify_weights
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 from alignkit.reports.card import content_of_run, render_card
 from alignkit.reports.plot import plot_run
 from alignkit.runs.directory import RunDirectory
@@ -95,7 +95,7 @@ def _report(
         saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
     )
     marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
-    figure = {"title": f"{config.method} on {config.model}", "panels": programs()[config.program].panels}
+    figure = {"title": f"{config.method} on {config.model}", "panels": shapes_by_program()[config.program].panels}
     directory.manifest.claim(directory.plot_path.name, directory.card_path.name)
     plot_run(directory.metrics_path, directory.plot_path, marks=marks, **figure)
     location = config.hub_model_id if config.push_to_hub else str(directory.path)

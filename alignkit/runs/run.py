@@ -15,7 +15,7 @@ from alignkit.errors import Stopped
 from alignkit.gradients._hook import chosen_rule
 from alignkit.parametrizations.policy import load_policy, new_adapter
 from alignkit.parts.method import Preparation, load_method
-from alignkit.parts.shape import load_bridge, programs
+from alignkit.parts.shape import load_bridge, shapes_by_program
 from alignkit.references.models import check_other
 from alignkit.runs import origin, results, steps
 from alignkit.runs.arguments import check_length, training_arguments
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from alignkit.shapes._candidates import PreferenceTrainer
     from alignkit.shapes._tokens import SupervisedTrainer
     from alignkit.shapes.candidates import PreferenceConfig
-    from alignkit.shapes.tokens import SFTConfig
+    from alignkit.shapes.tokens import SupervisedConfig
 
 
 def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrainer:
@@ -48,11 +48,11 @@ def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrain
     return trainer
 
 
-def train_sft(config: SFTConfig | LoadedConfig) -> SupervisedTrainer:
+def train_sft(config: SupervisedConfig | LoadedConfig) -> SupervisedTrainer:
     """Train on supervised rows as the configuration says.
 
     Args:
-        config: A :class:`~alignkit.shapes.tokens.SFTConfig`, or a loaded one; see :func:`train`.
+        config: A :class:`~alignkit.shapes.tokens.SupervisedConfig`, or a loaded one; see :func:`train`.
 
     Returns:
         The trainer after training.
@@ -83,7 +83,7 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
     resume = loaded.config.resume
     loaded = settled(loaded)
     config: Any = loaded.config
-    shape = programs()[config.program]
+    shape = shapes_by_program()[config.program]
     bridge, preparation = load_bridge(shape), load_method(config.method).preparation(config)
     ranks = Ranks.join(config.ddp_timeout)
     ranks.compare("launched with", lambda: launched_with(loaded))
@@ -123,7 +123,7 @@ def _trainer(
     directory: RunDirectory,
 ) -> Trainer:
     """Load the models and put the trainer together with its callbacks."""
-    bridge, policy = load_bridge(programs()[config.program]), load_policy(config)
+    bridge, policy = load_bridge(shapes_by_program()[config.program]), load_policy(config)
     trainer = bridge.build(
         config,
         args,

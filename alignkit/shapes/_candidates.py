@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator

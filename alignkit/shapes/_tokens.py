@@ -288,7 +288,7 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> SFTConfig:
     """TRL's arguments.
 
     Args:
-        config: A :class:`~alignkit.shapes.tokens.SFTConfig`.
+        config: A :class:`~alignkit.shapes.tokens.SupervisedConfig`.
         common: The arguments that all trainers share.
     """
     return SFTConfig(
@@ -337,7 +337,7 @@ def build(
     """Put the trainer together.
 
     Args:
-        config: A :class:`~alignkit.shapes.tokens.SFTConfig`.
+        config: A :class:`~alignkit.shapes.tokens.SupervisedConfig`.
         args: TRL's arguments.
         policy: The model to train.
         tokenizer: Its tokenizer.

@@ -36,7 +36,7 @@ PANELS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(
+class SupervisedConfig(
     ModelSection,
     ParametrizationSection,
     SupervisedDataSection,
@@ -67,7 +67,7 @@ class SFTConfig(
 SHAPE = Shape(
     name="tokens",
     summary="One row of text or messages, of which all tokens, the completion or the assistant's turns are trained.",
-    config=SFTConfig,
+    config=SupervisedConfig,
     verb="fine-tuned with",
     panels=PANELS,
 )

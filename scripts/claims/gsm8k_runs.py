@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.evals.preference import preference_sums
 from alignkit.models._forward import score_rows
 from alignkit.models.loading import ModelSource, load_model, load_tokenizer

@@ -12,8 +12,8 @@ from datasets import Dataset, disable_progress_bars
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.contrast import ContrastPrompts, load_contrast_prompts
-from alignkit.data.convert import to_candidate_rows
 from alignkit.models._forward import (
     add_completion_head,
     base_model,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from alignkit.gradients._family import Evaluation, radial_share
-from alignkit.gradients.perpgrad import PerpGradConfig, edit
+from alignkit.gradients.perpgrad import PerpGradOptions, edit
 
 WIDTH = 200
 TRAIN_SHARE = 0.4
@@ -124,7 +124,7 @@ def train(arm: Arm, task: Task, seed: int, budget: Budget, width: int = WIDTH) -
         evaluation = Evaluation([p.detach() for p in parameters], gradient, loss.detach())
         if epoch % budget.measure_every == 0 or epoch == budget.epochs:
             points.append({"epoch": float(epoch)} | measured(evaluation, task, scores.detach()))
-        edited = edit([evaluation], PerpGradConfig()) if arm.perpgrad else gradient
+        edited = edit([evaluation], PerpGradOptions()) if arm.perpgrad else gradient
         for parameter, g in zip(parameters, edited, strict=True):
             parameter.grad = g
         optimizer.step()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.gradients._family import Evaluation
-from alignkit.gradients.perpgrad import PerpGradConfig, edit
+from alignkit.gradients.perpgrad import PerpGradOptions, edit
 from perpgrad_addition import ARMS, Budget, addition, initial_parameters, logits, train
 
 
@@ -15,7 +15,7 @@ def test_the_edit_is_orthogonal_and_as_long_as_the_gradient() -> None:
     loss = torch.nn.functional.cross_entropy(logits(parameters, task.pairs, 11), task.sums)
     gradient = list(torch.autograd.grad(loss, parameters))
     weights = [p.detach() for p in parameters]
-    edited = edit([Evaluation(weights, gradient, loss.detach())], PerpGradConfig())
+    edited = edit([Evaluation(weights, gradient, loss.detach())], PerpGradOptions())
     for w, g, e in zip(weights, gradient, edited, strict=True):
         assert abs(torch.dot(w.flatten(), g.flatten())) > 1e-4 * w.norm() * g.norm()
         assert abs(torch.dot(w.flatten(), e.flatten())) < 1e-6 * w.norm() * e.norm()

@@ -12,15 +12,18 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 from alignkit.config.foreign_keys import ABSENT, METHODS, SETTLED, WRITE
 from alignkit.config.keys import base_keys, method_keys, program_methods
 from alignkit.config.names import is_launcher_key
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 from alignkit.yaml_text import parse_yaml
 from tests.configs.cases import problems_of
 
-KEYS = {name: key for program in programs() for name, key in base_keys(program).items()}
+KEYS = {name: key for program in shapes_by_program() for name, key in base_keys(program).items()}
 OPTIONS = {
-    name: key for program in programs() for m in program_methods(program) for name, key in method_keys(m).items()
+    name: key
+    for program in shapes_by_program()
+    for m in program_methods(program)
+    for name, key in method_keys(m).items()
 }
-ALL_METHODS = [method for program in programs() for method in program_methods(program)]
+ALL_METHODS = [method for program in shapes_by_program() for method in program_methods(program)]
 
 CASES = {
     "val_set_size": (0.1, "Write eval_fraction"),

@@ -15,10 +15,10 @@ from alignkit.config.keys import base_keys, method_keys, program_methods, rule_k
 from alignkit.config.names import is_launcher_key
 from alignkit.config.values import check_value
 from alignkit.errors import ConfigError
-from alignkit.gradients.glad import GLADConfig
-from alignkit.gradients.sam import SAMConfig
+from alignkit.gradients.glad import GLADOptions
+from alignkit.gradients.sam import SAMOptions
 from alignkit.parts.rule import DisplacedOptions, load_rule, rule_names
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 from alignkit.shapes.candidates import PreferenceConfig
 from tests.configs.cases import GOOD, load, load_text, problems_of
 
@@ -54,7 +54,7 @@ def test_glad_says_that_it_is_a_reconstruction() -> None:
     assert "reconstruction" in (module.__doc__ or "") and "Fidelity: reconstruction" in (module.edit.__doc__ or "")
 
 
-@pytest.mark.parametrize(("program", "name"), list(product(programs(), RULES)))
+@pytest.mark.parametrize(("program", "name"), list(product(shapes_by_program(), RULES)))
 def test_options_collide_with_no_other_key(program: str, name: str) -> None:
     """They stand in the same flat file as the keys of the program and the options of any of its methods."""
     taken = {*base_keys(program), "config", "help", "print_config", "gradient_options"}
@@ -77,7 +77,7 @@ def test_glad_is_one_line_and_options_are_read() -> None:
         "model: base\ndata: rows.jsonl\nmethod: dpo\noutput_dir: x\ngradient_rule: glad\nrho: 1\nscope: global\n",
         ["--every_k", "4"],
     ).config
-    assert config.gradient_options == GLADConfig(rho=1.0, scope="global", every_k=4)
+    assert config.gradient_options == GLADOptions(rho=1.0, scope="global", every_k=4)
     assert isinstance(config.gradient_options.rho, float)
 
 
@@ -129,12 +129,12 @@ def test_options_of_an_unknown_rule_are_judged_once_it_is_mended() -> None:
 
 def test_configs_made_in_python() -> None:
     config = PreferenceConfig(**GOOD, gradient_rule="glad")
-    assert config.gradient_options == GLADConfig()
-    assert flatten(PreferenceConfig(**GOOD, gradient_rule="sam", gradient_options=SAMConfig(rho=0.3)))["rho"] == 0.3
-    with pytest.raises(ConfigError, match="takes GLADConfig, not SAMConfig"):
-        PreferenceConfig(**GOOD, gradient_rule="glad", gradient_options=SAMConfig()).validate()
-    with pytest.raises(ConfigError, match="takes None, not SAMConfig"):
-        PreferenceConfig(**GOOD, gradient_options=SAMConfig()).validate()
+    assert config.gradient_options == GLADOptions()
+    assert flatten(PreferenceConfig(**GOOD, gradient_rule="sam", gradient_options=SAMOptions(rho=0.3)))["rho"] == 0.3
+    with pytest.raises(ConfigError, match="takes GLADOptions, not SAMOptions"):
+        PreferenceConfig(**GOOD, gradient_rule="glad", gradient_options=SAMOptions()).validate()
+    with pytest.raises(ConfigError, match="takes None, not SAMOptions"):
+        PreferenceConfig(**GOOD, gradient_options=SAMOptions()).validate()
 
 
 def test_rules_are_discovered_and_loaded_without_torch() -> None:

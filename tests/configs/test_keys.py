@@ -11,11 +11,11 @@ from alignkit.config.names import is_launcher_key
 from alignkit.config.training import OPTIMIZERS, SCHEDULERS
 from alignkit.config.values import check_value
 from alignkit.parts.method import load_method, method_names
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 
 FOREIGN = {*WRITE, *ABSENT, *SETTLED}
-METHODS = [(program, method) for program in programs() for method in program_methods(program)]
-KEYS = [(program, key) for program in programs() for key in base_keys(program).values()] + [
+METHODS = [(program, method) for program in shapes_by_program() for method in program_methods(program)]
+KEYS = [(program, key) for program in shapes_by_program() for key in base_keys(program).values()] + [
     (program, key) for program, method in METHODS for key in method_keys(method).values()
 ]
 
@@ -37,13 +37,13 @@ def test_options_of_a_method_do_not_collide_with_other_words(program: str, metho
 
 
 def test_program_keys_do_not_collide_with_other_words() -> None:
-    for program in programs():
+    for program in shapes_by_program():
         assert not {"config", "help", "print_config"} & set(base_keys(program))
         assert not [name for name in base_keys(program) if is_launcher_key(name) or name in FOREIGN]
 
 
 def test_every_method_belongs_to_a_program_that_exists_here() -> None:
-    configured = {method for method in method_names() if load_method(method).program in programs()}
+    configured = {method for method in method_names() if load_method(method).program in shapes_by_program()}
     assert configured == {method for _, method in METHODS}
     assert {"dpo", "flex_dpo"} <= set(program_methods("preference"))
     assert methods_with("preference", "beta") == ["adpo", "d2o", "dpo", "treg"]
@@ -97,12 +97,12 @@ def test_traits(trait: str) -> None:
 @pytest.mark.parametrize("trait", TRAITS)
 def test_programs_agree_on_the_traits_of_a_key(trait: str) -> None:
     """A section that declares a key of another one anew has to say its traits anew."""
-    for program in programs():
+    for program in shapes_by_program():
         has = {name for name, key in base_keys(program).items() if getattr(key.info, trait)}
         assert has == keys_that(trait) & set(base_keys(program))
 
 
-@pytest.mark.parametrize("program", programs())
+@pytest.mark.parametrize("program", shapes_by_program())
 def test_what_passes_to_the_trainer_is_an_argument_of_it(program: str) -> None:
     from trl import DPOConfig, SFTConfig
 

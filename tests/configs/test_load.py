@@ -13,8 +13,8 @@ from alignkit.config import load_config
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, method_keys
 from alignkit.errors import ConfigError
-from alignkit.objectives.dpo import DPOConfig
-from alignkit.objectives.flex_dpo import FlexDPOConfig
+from alignkit.objectives.dpo import DPOOptions
+from alignkit.objectives.flex_dpo import FlexDPOOptions
 from alignkit.runs.arguments import common_arguments
 from alignkit.shapes.candidates import PreferenceConfig
 from tests.configs.cases import GOOD, SUPERVISED, load, load_text
@@ -36,7 +36,7 @@ eval_strategy: no
 def test_values_have_the_types_of_their_keys() -> None:
     config = load_text(GOOD_TEXT + "eta: 1\nlora_target_modules: [q_proj, v_proj]\nbf16: true\nmax_rows: null\n").config
     assert config.learning_rate == 1e-5 and isinstance(config.learning_rate, float)
-    assert config.method_options == FlexDPOConfig(beta_neg=0.05, eta=1.0)
+    assert config.method_options == FlexDPOOptions(beta_neg=0.05, eta=1.0)
     assert isinstance(config.method_options.eta, float)
     assert config.eval_strategy == "no"
     assert config.bf16 is True
@@ -139,7 +139,7 @@ def test_null_cannot_take_back_a_required_key() -> None:
 @pytest.mark.usefixtures("workspace")
 def test_method_on_the_command_line_changes_the_options() -> None:
     loaded = load_text(GOOD_TEXT, ["--method", "dpo", "--beta", "0.3", "--beta_neg", "null"])
-    assert loaded.config.method_options == DPOConfig(beta=0.3)
+    assert loaded.config.method_options == DPOOptions(beta=0.3)
 
 
 @pytest.mark.usefixtures("workspace")
@@ -160,10 +160,10 @@ def test_files_are_not_looked_at_when_told_so() -> None:
 
 @pytest.mark.usefixtures("workspace")
 def test_config_made_in_python() -> None:
-    config = PreferenceConfig(**GOOD, method_options=FlexDPOConfig(beta_neg=0.05), eval_fraction=0.5)
+    config = PreferenceConfig(**GOOD, method_options=FlexDPOOptions(beta_neg=0.05), eval_fraction=0.5)
     config.validate()
     assert flatten(config)["beta_neg"] == 0.05
-    assert PreferenceConfig(**GOOD).method_options == FlexDPOConfig()
+    assert PreferenceConfig(**GOOD).method_options == FlexDPOOptions()
     assert asdict(PreferenceConfig(**GOOD))["method_options"]["beta_pos"] == 0.1
     with pytest.raises(FrozenInstanceError):
         config.seed = 3  # type: ignore[misc]
@@ -176,7 +176,7 @@ def test_validate_reports_everything_wrong_with_a_python_config() -> None:
         data="gone.jsonl",
         output_dir="rows.jsonl",
         method="flex_dpo",
-        method_options=FlexDPOConfig(beta_neg=-1, sft_normalization="tokens"),
+        method_options=FlexDPOOptions(beta_neg=-1, sft_normalization="tokens"),
         parametrization="full",
         lora_r=4,
         bf16=True,
@@ -193,10 +193,10 @@ def test_validate_reports_everything_wrong_with_a_python_config() -> None:
 
 
 @pytest.mark.usefixtures("workspace")
-@pytest.mark.parametrize("options", [DPOConfig(), {"beta_neg": 0.1}])
+@pytest.mark.parametrize("options", [DPOOptions(), {"beta_neg": 0.1}])
 def test_validate_refuses_options_of_another_class(options: object) -> None:
     config = PreferenceConfig(**GOOD, method_options=options)
-    with pytest.raises(ConfigError, match="takes FlexDPOConfig, not"):
+    with pytest.raises(ConfigError, match="takes FlexDPOOptions, not"):
         config.validate()
 
 

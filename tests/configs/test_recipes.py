@@ -10,7 +10,7 @@ from alignkit.config import find_recipe, load_config
 from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
 from alignkit.config.names import is_launcher_key
 from alignkit.errors import ConfigError
-from alignkit.gradients.glad import GLADConfig
+from alignkit.gradients.glad import GLADOptions
 from alignkit.parts.method import load_method
 from alignkit.shipped import configs_dir, recipe_names, recipe_path
 from alignkit.yaml_text import parse_yaml
@@ -55,14 +55,14 @@ def test_a_gradient_rule_is_a_few_lines_more(recipe: str, plain: str, added: set
 
 def test_recipes_with_glad_take_its_published_options() -> None:
     for program, recipe in [("preference", "preference/flex_dpo_qlora_glad"), ("sft", "sft/lora_glad")]:
-        assert load_config(program, recipe, check_files=False).config.gradient_options == GLADConfig()
+        assert load_config(program, recipe, check_files=False).config.gradient_options == GLADOptions()
 
 
 def test_the_control_of_the_few_shot_recipe_is_one_word_away() -> None:
     header = recipe_path("sft/lora_glad").read_text().partition("model:")[0]
     words = next(line for line in header.splitlines() if "control" in line).partition(": ")[2].split()
     control = load_config("sft", "sft/lora_glad", words, check_files=False).config
-    assert (control.gradient_rule, control.gradient_options.rho) == ("random_perturbation", GLADConfig().rho)
+    assert (control.gradient_rule, control.gradient_options.rho) == ("random_perturbation", GLADOptions().rho)
 
 
 def keys_of(value: Any) -> set[str]:

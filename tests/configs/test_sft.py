@@ -11,7 +11,7 @@ import pytest
 from alignkit.config import json_schema
 from alignkit.config.keys import base_keys
 from alignkit.errors import ConfigError
-from alignkit.shapes.tokens import SFTConfig
+from alignkit.shapes.tokens import SupervisedConfig
 from tests.configs.cases import SUPERVISED, load, problems_of
 
 ANSWERS = [{"prompt": "2 + 2 =", "completion": " 4"}]
@@ -35,7 +35,7 @@ def test_keys_that_mean_nothing_here_are_not_there() -> None:
 
 def test_defaults_are_those_of_trl() -> None:
     config = load(SUPERVISED).config
-    assert isinstance(config, SFTConfig)
+    assert isinstance(config, SupervisedConfig)
     assert (config.learning_rate, config.max_length, config.packing) == (None, 1024, False)
     assert config.completion_only_loss is None and config.packing_strategy == "bfd"
     assert json_schema("sft")["title"] == "alignkit sft config"
@@ -63,8 +63,8 @@ def test_rows_and_what_is_trained_of_them(changes: dict[str, Any], says: str | N
 
 
 def test_a_config_made_in_python_is_checked_too() -> None:
-    SFTConfig(model="base", data="answers.jsonl", method="sft", output_dir="runs/x").validate()
-    wrong = SFTConfig(model="base", data="rows.jsonl", method="sft", output_dir="runs/x", max_length=1)
+    SupervisedConfig(model="base", data="answers.jsonl", method="sft", output_dir="runs/x").validate()
+    wrong = SupervisedConfig(model="base", data="rows.jsonl", method="sft", output_dir="runs/x", max_length=1)
     with pytest.raises(ConfigError) as caught:
         wrong.validate()
     assert {word for problem in caught.value.problems for word in problem.split("`")[1:2]} == {

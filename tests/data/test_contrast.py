@@ -12,8 +12,8 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.contrast import DEFAULT_FILE, ContrastPrompts, load_contrast_prompts
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.schema import detect_kind
 from alignkit.errors import ConfigError, DataError
 from tests.data.rows import forms, message, pair

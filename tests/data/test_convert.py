@@ -23,7 +23,7 @@ from alignkit.data.candidate_report import (
     NO_TOKENS,
     ConversionReport,
 )
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.data.synthetic import make_corpus, train_tokenizer
 from alignkit.errors import DataError

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.columns import RowFamily
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.data.negative_schema import negative_rows
 from alignkit.data.schema import preference_rows

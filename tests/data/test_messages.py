@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.checks import TEMPLATE_CHECK
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.data.messages import as_messages, rows_as_messages
 from alignkit.data.negatives import check_prompts, prompt_token_ids
@@ -18,7 +18,7 @@ from alignkit.data.report import DataReport, data_report
 from alignkit.data.supervised import prompts_of, to_supervised_rows
 from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.errors import DataError
-from alignkit.shapes.tokens import SFTConfig
+from alignkit.shapes.tokens import SupervisedConfig
 from tests.data.rows import CHOSEN, QUESTIONS, REJECTED, message, pair
 
 Write = Callable[[str, Sequence[Any]], str]
@@ -58,7 +58,7 @@ def test_supervised_rows_and_the_prompts_of_their_report(tokenizer: PreTrainedTo
         assert row["input_ids"] == whole and row["labels"] == [-100] * start + whole[start:]
     assert list(prompts_of(talks, tokenizer, 1)[0]) == rendered(tokenizer, QUESTIONS[0])
     values = {"assistant_only_loss": True, "apply_chat_template": True}
-    SFTConfig.row_family(values).detect(list(ANSWERS[0]), ANSWERS, name="rows")
+    SupervisedConfig.row_family(values).detect(list(ANSWERS[0]), ANSWERS, name="rows")
 
 
 def test_prompts_to_sample_for(tokenizer: PreTrainedTokenizerFast) -> None:

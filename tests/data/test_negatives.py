@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from tokenizers import processors
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.negative_schema import PromptKind, negative_rows, prompt_problems
 from alignkit.data.negatives import (

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from tests.data.rows import forms, message, trl_rows
 
 FORMS = ("standard", "standard_implicit", "conversational", "conversational_implicit")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data import processes
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.data.processes import ROWS_PER_PROCESS, process_count
 from alignkit.data.report import data_report
@@ -27,7 +27,7 @@ from alignkit.runs.arguments import training_arguments
 from alignkit.runs.origin import rows_fingerprint
 from alignkit.runs.preemption import StopRequest
 from alignkit.shapes import _tokens
-from alignkit.shapes.tokens import SFTConfig
+from alignkit.shapes.tokens import SupervisedConfig
 from tests.data.rows import message, pair
 
 
@@ -134,7 +134,7 @@ def die(*_: Any) -> list[Any]:
 def test_a_signal_while_workers_prepare_rows_stops_the_run(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignkit.data.convert.row_problems", stop_the_parent)
+    monkeypatch.setattr("alignkit.data.candidates.row_problems", stop_the_parent)
     begun = time.monotonic()
     with StopRequest().heard() as request, pytest.raises(Stopped) as stopped:
         to_candidate_rows(Dataset.from_list(preferences()), tokenizer, max_length=40, num_candidates=2, num_proc=2)
@@ -143,14 +143,14 @@ def test_a_signal_while_workers_prepare_rows_stops_the_run(
 
 
 def test_a_worker_that_is_lost_is_said(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignkit.data.convert.row_problems", die)
+    monkeypatch.setattr("alignkit.data.candidates.row_problems", die)
     with pytest.raises(DataError, match="a worker process was ended.*write a smaller dataset_num_proc"):
         to_candidate_rows(Dataset.from_list(preferences()), tokenizer, max_length=40, num_candidates=2, num_proc=2)
 
 
 def test_packing_does_not_depend_on_the_processes() -> None:
     """TRL packs every process's share for itself, so that their number would change the rows."""
-    config = SFTConfig(
+    config = SupervisedConfig(
         model="m", data="d", output_dir="o", method="sft", use_cpu=True, packing=True, dataset_num_proc=2
     )
     assert training_arguments(config, _tokens).dataset_num_proc is None

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.data.negatives import check_prompts, prompt_token_ids
 from alignkit.data.supervised import prompts_of, to_supervised_rows

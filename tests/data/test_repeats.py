@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data.candidate_report import ConversionReport
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.checks import Limits
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.repeats import count_repeats, fingerprints
 from alignkit.data.report import DataReport, data_report
 from alignkit.data.supervised import to_supervised_rows

@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data import templates
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.checks import TEMPLATE_CHECK
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.report import DataReport, data_report
 from alignkit.data.templates import Check, has_doubled_token, tokens_after_stop
 from alignkit.errors import DataError

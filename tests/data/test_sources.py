@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.data.report import data_report
 from alignkit.data.sources import SOURCE_COLUMN, SourceCounts

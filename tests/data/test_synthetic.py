@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.data.report import data_report
 from alignkit.data.synthetic import (

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.contrast import ContrastPrompts
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.report import data_report
 from alignkit.data.supervised import prompts_of, to_supervised_rows
 from tests.data.rows import pair

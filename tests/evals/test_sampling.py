@@ -13,7 +13,7 @@ import pytest
 from accelerate import PartialState
 from datasets import Dataset
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.errors import ConfigError, DataError
 from alignkit.models.files import read_adapter
 from alignkit.models.loading import ModelSource

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from alignkit.config.compatibility import RULES as CONFLICTS
-from alignkit.config.rules import Rule
+from alignkit.config.compatibility import REFUSALS as CONFLICTS
+from alignkit.config.refusals import Refusal
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.rule import EditOptions, load_rule, rule_names
 
@@ -103,7 +103,7 @@ def refusals() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def conflict_of(composition: Composition) -> Rule:
+def conflict_of(composition: Composition) -> Refusal:
     """The conflict that refuses a composition."""
     (conflict,) = [conflict for conflict in CONFLICTS if conflict.title == composition.refused]
     return conflict

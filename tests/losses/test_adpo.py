@@ -15,7 +15,7 @@ import torch
 from alignkit.losses.adpo import AdaptiveTau, adpo_loss
 from alignkit.losses.targets import TARGETS
 from alignkit.losses.types import LossOutput
-from alignkit.objectives.adpo import ADPOConfig, anchor, needs
+from alignkit.objectives.adpo import ADPOOptions, anchor, needs
 from tests import list_oracles
 from tests.list_oracles import Candidate, Row
 from tests.losses.batches import VOCABULARY, batch_loss, list_batch, metric_mean
@@ -229,7 +229,7 @@ def test_agrees_with_the_equation() -> None:
 
 
 def test_defaults_of_the_loss_are_those_of_the_method() -> None:
-    options = ADPOConfig()
+    options = ADPOOptions()
     defaults = {p.name: p.default for p in inspect.signature(adpo_loss).parameters.values() if p.name != "batch"}
     assert defaults.pop("tau") == options.base_tau == 1.0
     assert defaults == {name: getattr(options, name) for name in defaults}
@@ -242,21 +242,21 @@ def test_defaults_of_the_loss_are_those_of_the_method() -> None:
 
 
 def test_tau_can_be_given_as_beta() -> None:
-    assert ADPOConfig(beta=0.1).base_tau == pytest.approx(10.0, **TIGHT)
-    assert ADPOConfig(tau=0.8).base_tau == 0.8
+    assert ADPOOptions(beta=0.1).base_tau == pytest.approx(10.0, **TIGHT)
+    assert ADPOOptions(tau=0.8).base_tau == 0.8
 
 
 def test_only_the_uniform_anchor_needs_no_reference() -> None:
-    choices = next(f for f in fields(ADPOConfig) if f.name == "anchor").metadata["option"].choices
-    assert {a: needs(ADPOConfig(anchor=a)) for a in choices} == {
+    choices = next(f for f in fields(ADPOOptions) if f.name == "anchor").metadata["option"].choices
+    assert {a: needs(ADPOOptions(anchor=a)) for a in choices} == {
         a: set() if a == "uniform" else {"reference"} for a in choices
     }
 
 
 def test_moving_anchors_have_a_schedule() -> None:
-    assert anchor(ADPOConfig()) is None and anchor(ADPOConfig(anchor="uniform")) is None
+    assert anchor(ADPOOptions()) is None and anchor(ADPOOptions(anchor="uniform")) is None
     for kind in ("ema", "periodic", "kl_triggered"):
-        schedule = anchor(ADPOConfig(anchor=kind))
+        schedule = anchor(ADPOOptions(anchor=kind))
         assert schedule is not None and schedule.kind == kind
         assert (schedule.decay, schedule.threshold, schedule.window) == (0.99, 0.1, 10)
         assert schedule.drift_metric == "adpo/anchor_drift"

@@ -15,7 +15,7 @@ from alignkit.losses.d2o import d2o_loss
 from alignkit.losses.dpo import dpo_loss
 from alignkit.losses.flex_dpo import flex_dpo_loss
 from alignkit.losses.types import CandidateBatch, LossOutput
-from alignkit.objectives.d2o import D2OConfig
+from alignkit.objectives.d2o import D2OOptions
 from tests import list_oracles, oracles
 from tests.list_oracles import Candidate, Row
 from tests.losses.batches import batch_loss, gradient, list_batch, metric_mean
@@ -113,7 +113,7 @@ def test_agrees_with_the_equation() -> None:
 
 
 def test_defaults_are_those_of_the_paper() -> None:
-    assert (D2OConfig().alpha, D2OConfig().beta, D2OConfig().num_samples_per_prompt) == (0.1, 0.1, 8)
+    assert (D2OOptions().alpha, D2OOptions().beta, D2OOptions().num_samples_per_prompt) == (0.1, 0.1, 8)
 
 
 # The invariants of the method, in the order of its specification.

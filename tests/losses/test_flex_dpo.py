@@ -14,7 +14,7 @@ import torch
 from alignkit.losses.dpo import dpo_loss
 from alignkit.losses.flex_dpo import flex_dpo_loss
 from alignkit.losses.types import CandidateBatch, LossOutput
-from alignkit.objectives.flex_dpo import FlexDPOConfig
+from alignkit.objectives.flex_dpo import FlexDPOOptions
 from tests import oracles
 from tests.losses.batches import batch_loss, batch_of, gradient, metric_mean, random_pairs
 from tests.losses.test_dpo import GOLDEN, TIGHT, awkward_pairs, check_gradient, check_metrics
@@ -62,7 +62,7 @@ def test_agrees_with_the_equation() -> None:
 
 
 def test_defaults_of_the_loss_are_those_of_the_method() -> None:
-    options = {f.name: f.default for f in fields(FlexDPOConfig)}
+    options = {f.name: f.default for f in fields(FlexDPOOptions)}
     parameters = [p for p in inspect.signature(flex_dpo_loss).parameters.values() if p.name != "batch"]
     assert {p.name for p in parameters} == set(options)
     assert all(p.default in (inspect.Parameter.empty, options[p.name]) for p in parameters)

@@ -16,7 +16,7 @@ import torch
 from alignkit.losses.dpo import dpo_loss
 from alignkit.losses.treg import treg_loss
 from alignkit.losses.types import CandidateBatch, LossOutput
-from alignkit.objectives.treg import TREGConfig, needs
+from alignkit.objectives.treg import TREGOptions, needs
 from tests import oracles
 from tests.list_oracles import Candidate, Row
 from tests.losses.batches import batch_loss, gradient, list_batch, metric_mean, random_pairs
@@ -129,7 +129,7 @@ def test_agrees_with_the_equation() -> None:
 
 
 def test_defaults_of_the_loss_are_those_of_the_method() -> None:
-    options = {f.name: f.default for f in fields(TREGConfig)}
+    options = {f.name: f.default for f in fields(TREGOptions)}
     parameters = [p for p in inspect.signature(treg_loss).parameters.values() if p.name != "batch"]
     made_before_training = {"include_response", "contrast_prompts"}
     assert {p.name for p in parameters} == set(options) - made_before_training
@@ -138,8 +138,8 @@ def test_defaults_of_the_loss_are_those_of_the_method() -> None:
 
 
 def test_needs_follow_the_form() -> None:
-    assert needs(TREGConfig()) == {"reference", "token_rewards"}
-    assert needs(TREGConfig(form="simpo")) == {"token_rewards"}
+    assert needs(TREGOptions()) == {"reference", "token_rewards"}
+    assert needs(TREGOptions(form="simpo")) == {"token_rewards"}
 
 
 # The invariants of the method, in the order of its specification.

@@ -15,8 +15,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from alignkit.data.convert import to_candidate_rows
-from alignkit.objectives.adpo import ADPOConfig
+from alignkit.data.candidates import to_candidate_rows
+from alignkit.objectives.adpo import ADPOOptions
 from alignkit.shapes._candidates import BridgeSettings
 from scripts.claims.gsm8k_pairs import make_pairs, read_questions
 from tests import list_oracles
@@ -73,7 +73,7 @@ def test_whole_solutions(make_trainer: Any, trained: Path, lists: Dataset, layou
     how = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
     trainer = make_trainer(
         "adpo",
-        ADPOConfig(beta=BETA, beta_reward=BETA_REWARD),
+        ADPOOptions(beta=BETA, beta_reward=BETA_REWARD),
         BridgeSettings(layout=layout),
         how | {"max_grad_norm": 1e9},
         model=load(trained, dtype=torch.float32),

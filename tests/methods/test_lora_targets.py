@@ -13,7 +13,7 @@ from alignkit.errors import ModelError
 from alignkit.models.quantization import quantization_config
 from alignkit.parametrizations.lora import trainable_report
 from alignkit.parametrizations.policy import new_adapter
-from alignkit.shapes.tokens import SFTConfig
+from alignkit.shapes.tokens import SupervisedConfig
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -47,8 +47,8 @@ def build(family: str, **changes: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SHAPE | changes)))
 
 
-def config(**changes: Any) -> SFTConfig:
-    return SFTConfig(model="m", data="d", method="sft", output_dir="o", lora_r=4, **changes)
+def config(**changes: Any) -> SupervisedConfig:
+    return SupervisedConfig(model="m", data="d", method="sft", output_dir="o", lora_r=4, **changes)
 
 
 @pytest.mark.parametrize(("family", "changes", "left_out"), [(name, *rest) for name, rest in FAMILIES.items()])

@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainerCallback
 
-from alignkit.data.convert import to_candidate_rows
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.tokenization import CANDIDATE_FEATURES
 from alignkit.errors import CheckpointError, ConfigError
-from alignkit.objectives.d2o import METHOD, D2OConfig
+from alignkit.objectives.d2o import METHOD, D2OOptions
 from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.run import train_preference
 from alignkit.sampling.candidates import SampleSettings
@@ -40,7 +40,7 @@ LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, lora_dropout=0.3, t
 GREEDY = SampleSettings(num_samples=1, max_new_tokens=5, temperature=0.0)
 DRAWN = SampleSettings(num_samples=2, max_new_tokens=6, seed=7)
 MAX_LENGTH = 40
-OPTIONS = D2OConfig(alpha=0.1, beta=0.3)
+OPTIONS = D2OOptions(alpha=0.1, beta=0.3)
 NEGATIVES = ["no", "never mind", "go away", "bad", "why me", "stop it"]
 
 
@@ -347,7 +347,7 @@ def config(tmp_path: Path) -> Mapping[str, Any]:
 
 def run(config: Mapping[str, Any], output_dir: Path, **options: Any) -> Any:
     sampling = {"num_samples_per_prompt": 2, "sampling_max_new_tokens": 6, "sampling_instruction": "Be brief."}
-    options = D2OConfig(**sampling, **options)
+    options = D2OOptions(**sampling, **options)
     return train_preference(PreferenceConfig(**config, output_dir=str(output_dir), method_options=options))
 
 

@@ -15,8 +15,8 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.contrast import load_contrast_prompts
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.synthetic import make_corpus, train_tokenizer
 from alignkit.errors import CheckpointError, DataError
 from alignkit.models._forward import add_completion_head, score_rows

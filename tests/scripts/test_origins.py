@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mamba2Config
 
-from alignkit import SFTConfig, train_sft
+from alignkit import SupervisedConfig, train_sft
 from alignkit.errors import ModelError, ProblemListError, RunDirectoryError
 from alignkit.hub.upload import plan_upload
 from alignkit.models.fingerprints import (
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def settings(root: Path, **changes: object) -> SFTConfig:
+def settings(root: Path, **changes: object) -> SupervisedConfig:
     """Four steps of LoRA, saved after the second."""
     values = {
         "model": str(root / "base"),
@@ -59,7 +59,7 @@ def settings(root: Path, **changes: object) -> SFTConfig:
         "num_samples": 0,
         "use_cpu": True,
     }
-    return SFTConfig(**{"method": "sft", **values, **changes})
+    return SupervisedConfig(**{"method": "sft", **values, **changes})
 
 
 # --- the fingerprint itself ---

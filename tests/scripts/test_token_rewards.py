@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.contrast import DEFAULT_FILE, load_contrast_prompts
-from alignkit.data.convert import to_candidate_rows
 from alignkit.data.load import load_rows
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import candidate_lists, chat_pairs, write_rows

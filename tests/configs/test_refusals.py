@@ -1,4 +1,4 @@
-"""Every rule has an example that breaks it, and its way out works. A new rule without an example fails here."""
+"""Every refused combination has an example, and its way out works. A new one without an example fails here."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from alignkit.config import RULES, IgnoredKeys
+from alignkit.config import REFUSALS, IgnoredKeys
 from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
 from alignkit.parts.rule import rule_names
-from alignkit.parts.shape import programs
+from alignkit.parts.shape import shapes_by_program
 from tests.configs.cases import SUPERVISED, load, load_text, problems_of
 
 FULL = {"parametrization": "full"}
@@ -18,7 +18,7 @@ HELD_OUT = {"eval_fraction": 0.5}
 STREAM = {"streaming": True, "max_steps": 10}
 ADPO = {"method": "adpo"}
 
-# title: (what breaks the rule, what is changed to mend it)
+# title: (what is refused, what is changed to mend it)
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "quantization with full fine-tuning": (FULL | {"quantization": "nf4"}, {"parametrization": "lora"}),
     "adapter with full fine-tuning": (FULL | {"adapter": "lora"}, {"adapter": None}),
@@ -199,7 +199,8 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "static_weight of treg without alpha": ({"method": "treg", "alpha": 0.0, "static_weight": True}, {"alpha": 0.25}),
 }
-BY_TITLE = {rule.title: rule for rule in RULES}
+METHODS = [method for program in shapes_by_program() for method in program_methods(program)]
+BY_TITLE = {refusal.title: refusal for refusal in REFUSALS}
 
 
 @pytest.fixture(autouse=True)
@@ -210,48 +211,52 @@ def _every_package_and_an_adapter(workspace: Any, monkeypatch: pytest.MonkeyPatc
     (workspace / "lora" / "adapter_model.safetensors").write_text("weights")
 
 
-def test_every_rule_has_an_example() -> None:
-    assert len(BY_TITLE) == len(RULES), "titles must differ"
-    assert set(CONFLICTS) == {rule.title for rule in RULES if not isinstance(rule, IgnoredKeys)}
-    assert set(IGNORED) == {rule.title for rule in RULES if isinstance(rule, IgnoredKeys)}
+def test_every_refusal_has_an_example() -> None:
+    assert len(BY_TITLE) == len(REFUSALS), "titles must differ"
+    assert set(CONFLICTS) == {refusal.title for refusal in REFUSALS if not isinstance(refusal, IgnoredKeys)}
+    assert set(IGNORED) == {refusal.title for refusal in REFUSALS if isinstance(refusal, IgnoredKeys)}
 
 
 @pytest.mark.parametrize("title", CONFLICTS)
 def test_conflict_is_refused_and_its_way_out_works(title: str) -> None:
     broken, mended = CONFLICTS[title]
-    rule = BY_TITLE[title]
+    refusal = BY_TITLE[title]
     found = problems_of(broken)
     assert len(found) == 1
-    first = next(key for key in broken if key in rule.keys)
-    assert found[0].startswith("command line: `") and rule.why in found[0] and rule.fix in found[0]
-    assert all(f"`{key}: " in found[0] for key in (first, *rule.keys))
+    first = next(key for key in broken if key in refusal.keys)
+    assert found[0].startswith("command line: `") and refusal.why in found[0] and refusal.fix in found[0]
+    assert all(f"`{key}: " in found[0] for key in (first, *refusal.keys))
     assert problems_of(broken | mended) == []
 
 
 @pytest.mark.parametrize("title", IGNORED)
 def test_ignored_keys_are_refused_and_the_way_out_works(title: str) -> None:
     broken, mended = IGNORED[title]
-    rule = BY_TITLE[title]
+    refusal = BY_TITLE[title]
     found = problems_of(broken)
-    assert [problem.split("`")[1].partition(":")[0] for problem in found] == list(rule.keys), "one problem for each key"
-    assert all("would be ignored under " in problem and rule.why in problem for problem in found)
+    assert [problem.split("`")[1].partition(":")[0] for problem in found] == list(refusal.keys), (
+        "one problem for each key"
+    )
+    assert all("would be ignored under " in problem and refusal.why in problem for problem in found)
     assert problems_of(broken | mended) == []
-    assert problems_of(broken | dict.fromkeys(rule.keys)) == []
+    assert problems_of(broken | dict.fromkeys(refusal.keys)) == []
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.title)
-def test_rule_reads_only_keys_that_exist(rule: Any) -> None:
-    keys = {key for program in programs() for key in base_keys(program)}
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.title)
+def test_refusal_reads_only_keys_that_exist(refusal: Any) -> None:
+    keys = {key for program in shapes_by_program() for key in base_keys(program)}
     keys |= {key for name in rule_names() for key in rule_keys(name)}
-    keys |= {key for program in programs() for method in program_methods(program) for key in method_keys(method)}
-    assert set(rule.keys) <= keys
-    assert set(rule.under if isinstance(rule, IgnoredKeys) else ()) <= keys
-    assert rule.why[0].islower() and not rule.why.endswith(".")
-    assert not rule.fix.endswith(".")
+    keys |= {
+        key for program in shapes_by_program() for method in program_methods(program) for key in method_keys(method)
+    }
+    assert set(refusal.keys) <= keys
+    assert set(refusal.under if isinstance(refusal, IgnoredKeys) else ()) <= keys
+    assert refusal.why[0].islower() and not refusal.why.endswith(".")
+    assert not refusal.fix.endswith(".")
 
 
-@pytest.mark.parametrize("method", [method for program in programs() for method in program_methods(program)])
-def test_defaults_break_no_rule(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_never_refused(method: str) -> None:
     changes = SUPERVISED if method == "sft" else {"method": method}
     assert set(method_keys(method)) < set(load(changes).sources)
 

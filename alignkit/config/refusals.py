@@ -1,7 +1,7 @@
 """Combinations of keys that are refused, as a table.
 
 To add one, add a row to ``conflicts.py`` or ``ignored.py``; ``tests/configs`` then asks for an example that breaks it.
-A rule sees only the keys it names, after their types were checked.
+A refusal sees only the keys it names, after their types were checked.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def no_heldout_rows(c: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Rule(Conflict):
+class Refusal(Conflict):
     """A combination that is refused."""
 
     def check(self, settings: Settings) -> None:
-        """Report to ``settings`` if the rule is broken."""
+        """Report to ``settings`` if the combination is there."""
         if not self.applies(settings, self.keys):
             return
         set_by_user = [key for key in self.keys if key in settings.entries]
@@ -41,7 +41,7 @@ class Rule(Conflict):
 
 
 @dataclass(frozen=True)
-class IgnoredKeys(Rule):
+class IgnoredKeys(Refusal):
     """Keys that would have no effect. Only what the user set, and did not switch off, is refused.
 
     Attributes:

@@ -14,7 +14,7 @@ import pandas as pd
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data import conversion as engine
+from alignkit.data import conversion
 from alignkit.data.candidate_report import EQUAL_AFTER_CUT, NO_ROOM, ConversionReport
 from alignkit.data.columns import PREFERENCE_FORMS, columns_of
 from alignkit.data.contrast import ContrastPrompts
@@ -80,14 +80,14 @@ def to_candidate_rows(
         raise DataError(
             f"{name}: streamed rows have no token rewards", [f"they are computed before training: {advice}"]
         )
-    conversion = _conversion(Settings(kind, max_length, num_candidates, frozenset(stops), contrast))
+    steps = _conversion(Settings(kind, max_length, num_candidates, frozenset(stops), contrast))
     if isinstance(dataset, IterableDataset):
-        rows, counts = engine.convert_stream(dataset, head, columns, tokenizer, conversion, name)
+        rows, counts = conversion.convert_stream(dataset, head, columns, tokenizer, steps, name)
     else:
-        rows, counts = engine.convert_table(dataset, tokenizer, conversion, num_proc, name)
+        rows, counts = conversion.convert_table(dataset, tokenizer, steps, num_proc, name)
     if contrast is not None:
-        rows = rows.add_column(SOURCE_COLUMNS[0], engine.kept_rows(counts))
-    report = _summarise(counts, conversion.settings, max_dropped_fraction, name, columns)
+        rows = rows.add_column(SOURCE_COLUMNS[0], conversion.kept_rows(counts))
+    report = _summarise(counts, steps.settings, max_dropped_fraction, name, columns)
     lost = dict(lost or {})
     report = replace(report, sources=_sources(dataset, counts, max_length))
     report = replace(report, num_rows_in=len(counts) + sum(lost.values()), dropped=lost | report.dropped)
@@ -95,8 +95,8 @@ def to_candidate_rows(
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
 
 
-def _conversion(settings: Settings) -> engine.Conversion:
-    return engine.Conversion(
+def _conversion(settings: Settings) -> conversion.Conversion:
+    return conversion.Conversion(
         settings.features,
         COUNT_FEATURES,
         _find_problems,
@@ -127,22 +127,22 @@ def _summarise(
         max_length=settings.max_length,
         num_rows_in=len(counts),
         num_rows=len(kept),
-        dropped=engine.drop_counts(counts),
+        dropped=conversion.drop_counts(counts),
         num_truncated_rows=int((kept["num_truncated"] > 0).sum()),
         num_truncated_completions=int(kept["num_truncated"].sum()),
         lengths=_length_quantiles(counts),
         candidates_per_row={int(k): int(count) for k, count in sizes.value_counts().sort_index().items()},
         mean_score_gap=float(kept["score_gap"].mean()) if len(kept) else 0.0,
-        recommended_max_length=engine.recommended_length(total, counts["needed_length"], max_dropped_fraction),
+        recommended_max_length=conversion.recommended_length(total, counts["needed_length"], max_dropped_fraction),
         ignored_columns=tuple(
             column for column in columns if column not in (*columns_of(PREFERENCE_FORMS), SOURCE_COLUMN)
         ),
         num_cut_prompts=int((counts["cut_prompt_end"] != "").sum()),
-        cut_prompt_end=engine.first_text(counts["cut_prompt_end"]),
+        cut_prompt_end=conversion.first_text(counts["cut_prompt_end"]),
         num_whole_completions=int((sizes - kept["num_truncated"]).sum()),
         num_stopped_completions=int(kept["num_stopped"].sum()),
-        text_after_stop=engine.first_text(kept["text_after_stop"]),
-        unstopped_end=engine.first_text(kept["unstopped_end"]),
+        text_after_stop=conversion.first_text(kept["text_after_stop"]),
+        unstopped_end=conversion.first_text(kept["unstopped_end"]),
         num_doubled_tokens=int(kept["doubled"].sum()),
     )
 
@@ -166,7 +166,7 @@ def _length_quantiles(counts: pd.DataFrame) -> dict[str, dict[str, int]]:
     completion = np.concatenate(counts["completion_lengths"].to_list())
     prompt = counts["prompt_length"].to_numpy()
     total = completion + np.repeat(prompt, counts["completion_lengths"].map(len))
-    return engine.length_quantiles({"prompt": prompt, "completion": completion, "prompt + completion": total})
+    return conversion.length_quantiles({"prompt": prompt, "completion": completion, "prompt + completion": total})
 
 
 def _refuse_drops(
@@ -176,7 +176,7 @@ def _refuse_drops(
     if report.num_without_preference:
         equal = "rows whose candidates or scores are equal prefer nothing"
         advice.append(f"{equal}: check that column_map names the right columns, or remove these rows")
-    engine.refuse_drops(
+    conversion.refuse_drops(
         report,
         counts,
         max_dropped_fraction,
