@@ -7,76 +7,29 @@ Where DeepSpeed steps weights by other means, ``_support.py`` refuses the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.errors import CheckpointError, ConfigError
 
 
-class DecayToStart:
-    """``w <- w - lr * coef * (w - w_0)`` before every step of an optimizer.
+class DecayToStart(TrainerCallback):
+    """``w <- w - lr * coef * (w - w_0)`` before every step of the optimizer; ``w_0`` is kept in checkpoints.
 
     Args:
         coef: Coefficient of the pull.
-        starts: The starting weights of a resumed run, as :meth:`starts` returned them; None takes them as they come.
     """
 
-    def __init__(self, coef: float, starts: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, coef: float) -> None:
         self.coef = coef
         self._attached: torch.optim.Optimizer | None = None
-        self._saved = list(starts or ())
-        self._is_resumed = starts is not None
+        self._saved: list[Tensor] | None = None
         self._starts: dict[Tensor, Tensor] = {}
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Act before each step of ``optimizer``; a second time for the same one changes nothing."""
-        if self._attached is not optimizer:
-            optimizer.register_step_pre_hook(self._before_step)
-            self._attached = optimizer
-
-    def starts(self) -> list[Tensor]:
-        """The starting weights in the order the optimizer was seen to hold them."""
-        return list(self._starts.values())
-
-    @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                start = self._start_of(weight)
-                if weight.grad is not None:
-                    weight.add_(start - weight, alpha=group["lr"] * self.coef)
-
-    def _start_of(self, weight: Tensor) -> Tensor:
-        if weight not in self._starts:
-            position = len(self._starts)
-            if not self._is_resumed:
-                self._starts[weight] = weight.detach().clone()
-            elif position < len(self._saved) and self._saved[position].shape == weight.shape:
-                self._starts[weight] = self._saved[position].to(weight.device, weight.dtype)
-            else:
-                raise CheckpointError(
-                    "the checkpoint's starting weights (decay_to_init) do not fit the weights the optimizer holds: it "
-                    "was written in another process layout. Resume in that layout, or start again."
-                )
-        return self._starts[weight]
-
-
-class StartKeeper(TrainerCallback):
-    """Saves the starting weights of :class:`DecayToStart` with each checkpoint, a file a rank.
-
-    It stands before the callback that declares a checkpoint complete.
-
-    Args:
-        decay: Whose starting weights.
-    """
-
-    def __init__(self, decay: DecayToStart) -> None:
-        self.decay = decay
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,33 +44,59 @@ class StartKeeper(TrainerCallback):
                 "before it steps. Write optim: adamw_torch"
             )
             raise ConfigError("the gradient rule cannot be used in this run", [problem])
-        self.decay.attach(optimizer)
+        self.attach(optimizer)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write this rank's file."""
-        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        torch.save(self.decay.starts(), checkpoint / _file_name(args.process_index))
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act before each step of ``optimizer``; a second time for the same one changes nothing."""
+        if self._attached is not optimizer:
+            optimizer.register_step_pre_hook(self._before_step)
+            self._attached = optimizer
+
+    def starts(self) -> list[Tensor]:
+        """The starting weights in the order the optimizer was seen to hold them."""
+        return list(self._starts.values())
+
+    def save(self, directory: Path) -> None:
+        """Write what this rank's optimizer holds the starting weights of, a file a rank."""
+        torch.save(self.starts(), directory / _file_name())
+
+    def load(self, directory: Path) -> None:
+        """Take the starting weights of a checkpoint in the place of those training goes on with.
+
+        Raises:
+            CheckpointError: They are not there.
+        """
+        file = directory / _file_name()
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is missing: this checkpoint was written without gradient_rule: decay_to_init, or with fewer "
+                "processes. Resume the run as it was started, or start again."
+            )
+        self._saved = torch.load(file, map_location="cpu", weights_only=True)
+        self._starts.clear()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                start = self._start_of(weight)
+                if weight.grad is not None:
+                    weight.add_(start - weight, alpha=group["lr"] * self.coef)
+
+    def _start_of(self, weight: Tensor) -> Tensor:
+        if weight not in self._starts:
+            position = len(self._starts)
+            if self._saved is None:
+                self._starts[weight] = weight.detach().clone()
+            elif position < len(self._saved) and self._saved[position].shape == weight.shape:
+                self._starts[weight] = self._saved[position].to(weight.device, weight.dtype)
+            else:
+                raise CheckpointError(
+                    "the checkpoint's starting weights (decay_to_init) do not fit the weights the optimizer holds: it "
+                    "was written in another process layout. Resume in that layout, or start again."
+                )
+        return self._starts[weight]
 
 
-def read_starts(checkpoint: Path, rank: int) -> list[Tensor]:
-    """The starting weights in a checkpoint.
-
-    Args:
-        checkpoint: A directory ``checkpoint-<step>``.
-        rank: Whose.
-
-    Raises:
-        CheckpointError: They are not there.
-    """
-    file = checkpoint / _file_name(rank)
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file} is missing: this checkpoint was written without gradient_rule: decay_to_init, or with fewer "
-            "processes. Resume the run as it was started, or start again."
-        )
-    starts: list[Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    return starts
-
-
-def _file_name(rank: int) -> str:
-    return f"starting_weights_{rank}.pt"
+def _file_name() -> str:
+    return f"starting_weights_{PartialState().process_index}.pt"

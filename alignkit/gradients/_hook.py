@@ -1,10 +1,10 @@
 """Where a gradient rule enters a trainer: one mixin, for every objective, parametrisation and process layout.
 
 A trainer that inherits from :class:`GradientRuleHook` implements :meth:`~GradientRuleHook.batch_loss` and
-:meth:`~GradientRuleHook.record`, sets ``gradient_rule`` to a :class:`ChosenRule` (or None), and returns
-:meth:`~GradientRuleHook.ruled_loss` from its ``compute_loss``. Nothing else changes: the scalar that comes back has
-the value of the loss and the edited gradient, so that scaling, backward pass, accumulation, reduction over processes,
-clipping and logging are the trainer's own.
+:meth:`~GradientRuleHook.record`, sets ``gradient_rule`` to a :class:`ChosenRule` (or None), keeps what is on its
+list ``persistent`` in checkpoints, and returns :meth:`~GradientRuleHook.ruled_loss` from its ``compute_loss``. Nothing
+else changes: the scalar that comes back has the value of the loss and the edited gradient, so that scaling, backward
+pass, accumulation, reduction over processes, clipping and logging are the trainer's own.
 
 What is evaluated, once or twice a micro-batch, is the model inside its wrapper, with stand-ins for the trainable
 weights (``_weights.py``): no gradient is reduced and no engine is stepped before the edited gradient is known.
@@ -21,15 +21,13 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
-from alignkit.gradients._decay import DecayToStart, StartKeeper, read_starts
+from alignkit.gradients._decay import DecayToStart
 from alignkit.gradients._family import Evaluation, LowRankPair
 from alignkit.gradients._measures import HeldDisplacement, measure
 from alignkit.gradients._replay import random_state, replayed
@@ -47,6 +45,7 @@ from alignkit.gradients._weights import (
 )
 from alignkit.losses.types import Metric
 from alignkit.parts.rule import DisplacedOptions, EditOptions, GradientRule, load_rule
+from alignkit.storage.persistent import Persistent
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,11 @@ class GradientRuleHook(Trainer):
     """Mixin of a trainer; see the head of this file."""
 
     gradient_rule: ChosenRule | None = None
+    persistent: list[Persistent]
 
     _kept: dict[str, Tensor] | None = None
     _start: Mapping[str, Tensor] | None = None
-    _keeper: StartKeeper | None = None
+    _decay: DecayToStart | None = None
     _known: _Known | None = None
     _drawn: tuple[int, int] = (-1, 0)
     _has_looked = False
@@ -288,7 +288,7 @@ class GradientRuleHook(Trainer):
 
     # --- before and after ------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **inherited: Any) -> Any:
+    def train(self, *args: Any, **options: Any) -> Any:
         """Train as the host does, once it is known that the rule works in this process layout.
 
         Raises:
@@ -309,16 +309,8 @@ class GradientRuleHook(Trainer):
             # Once: training that is taken up again has not started anew.
             if self.gradient_rule.rule.needs_start and self._start is None:
                 self._start = starting_weights(self.model, tensors)
-            if self.gradient_rule.rule.decay is not None and self._keeper is None:
-                coef = self.gradient_rule.rule.decay(self.gradient_rule.options)
-                self._add_decay(coef, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **inherited)
-
-    def _add_decay(self, coef: float, resume_from_checkpoint: str | bool | None) -> None:
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-        starts = read_starts(Path(checkpoint), self.args.process_index) if checkpoint else None
-        # Before the callback that declares a checkpoint complete.
-        self._keeper = StartKeeper(DecayToStart(coef, starts))
-        self.callback_handler.callbacks.insert(0, self._keeper)
+            if self.gradient_rule.rule.decay is not None and self._decay is None:
+                self._decay = DecayToStart(self.gradient_rule.rule.decay(self.gradient_rule.options))
+                self.add_callback(self._decay)
+                self.persistent.append(self._decay)
+        return super().train(*args, **options)

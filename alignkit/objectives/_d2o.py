@@ -108,7 +108,9 @@ class SelfSampled(Preparation):
         """Draw the samples of the training rows anew every ``sample_refresh_steps``."""
         if self.exchanges_rows:
             resampler = Resampler.of_lists(source, tokenizer, self._settings(), self.config.max_length)
-            trainer.add_callback(SampleRefresh(trainer, resampler, self.config.method_options.sample_refresh_steps))
+            refresh = SampleRefresh(trainer, resampler, self.config.method_options.sample_refresh_steps)
+            trainer.add_callback(refresh)
+            trainer.persistent.append(refresh)
 
     def _refuse_sampling(self) -> None:
         """Raise where no samples can be drawn before training."""

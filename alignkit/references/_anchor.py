@@ -5,7 +5,7 @@ policy's by name, ``modules_to_save`` included. What an anchor has become is sav
 resuming, under DeepSpeed too.
 
 Upstream names relied on: ``deepspeed.zero.GatheredParameters`` and the ``ds_id`` attribute of partitioned parameters;
-transformers' checkpoint folder ``checkpoint-<step>``; PEFT's ``add_adapter`` and parameter names with ``.default.``.
+PEFT's ``add_adapter`` and parameter names with ``.default.``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
         self, schedule: AnchorSchedule, accelerator: Accelerator, policy: nn.Module, anchor: nn.Module | None
     ) -> None:
         self.schedule, self.accelerator = schedule, accelerator
-        self.resume_from: Path | None = None
         self._drift = MetricSums()
         self._recent: deque[float] = deque(maxlen=schedule.window)
         self._exact: dict[str, Tensor] = {}
@@ -80,11 +79,9 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        """Warn of an anchor that will not move, and continue from the checkpoint that training resumes from."""
+        """Warn of an anchor that will not move."""
         if PartialState().is_main_process and (problem := still(self.schedule, state.max_steps)):
             print(problem)
-        if self.resume_from is not None:
-            self._restore(self.resume_from)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         """Move the anchor if its time has come."""
@@ -100,18 +97,40 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
                 self._move(1.0)
                 self._recent.clear()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
-        """Save the anchor in the checkpoint; a collective."""
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def save(self, directory: Path) -> None:
+        """Write what the anchor has become; a collective."""
         tensors: dict[str, Tensor] = {}
         for name, (_, anchor) in self._pairs.items():
             with _whole(anchor):
                 if PartialState().is_main_process:
                     tensors[name] = self._exact.get(name, anchor).detach().cpu().clone().contiguous()
         if PartialState().is_main_process:
-            save_file(tensors, checkpoint / WEIGHTS_FILE)
-            (checkpoint / STATE_FILE).write_text(json.dumps({"recent_drift": list(self._recent)}), encoding="utf-8")
-        PartialState().wait_for_everyone()
+            save_file(tensors, directory / WEIGHTS_FILE)
+            (directory / STATE_FILE).write_text(json.dumps({"recent_drift": list(self._recent)}), encoding="utf-8")
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Go on with the anchor of a checkpoint; a collective.
+
+        Raises:
+            CheckpointError: It holds none.
+        """
+        path = directory / WEIGHTS_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory} holds no {WEIGHTS_FILE}: it was saved without a moving anchor. Resume with the anchor "
+                "it was trained with, or start again."
+            )
+        tensors = load_file(path)
+        self._exact.clear()
+        for name, (_, anchor) in self._pairs.items():
+            with _whole(anchor) as may_write:
+                if may_write:
+                    anchor.copy_(tensors[name])
+                    if tensors[name].dtype != anchor.dtype:
+                        self._exact[name] = tensors[name].to(anchor.device)
+        self._recent.clear()
+        self._recent.extend(json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))["recent_drift"])
 
     @torch.no_grad()
     def _move(self, share: float) -> None:
@@ -135,23 +154,6 @@ class MovingAnchor(TrainerCallback):  # type: ignore[misc]  # transformers' call
         if name not in self._exact:
             self._exact[name] = anchor.detach().float()
         return self._exact[name]
-
-    @torch.no_grad()
-    def _restore(self, checkpoint: Path) -> None:
-        path = checkpoint / WEIGHTS_FILE
-        if not path.is_file():
-            raise CheckpointError(
-                f"{checkpoint} holds no {WEIGHTS_FILE}: it was saved without a moving anchor. Resume with the anchor "
-                "it was trained with, or start again."
-            )
-        tensors = load_file(path)
-        for name, (_, anchor) in self._pairs.items():
-            with _whole(anchor) as may_write:
-                if may_write:
-                    anchor.copy_(tensors[name])
-                    if tensors[name].dtype != anchor.dtype:
-                        self._exact[name] = tensors[name].to(anchor.device)
-        self._recent.extend(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["recent_drift"])
 
 
 def still(schedule: AnchorSchedule, max_steps: int) -> str | None:

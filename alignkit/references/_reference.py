@@ -167,8 +167,11 @@ class Reference:
         """Whether it follows the policy."""
         return self.anchor is not None
 
-    def follow(self, schedule: AnchorSchedule) -> None:
+    def follow(self, schedule: AnchorSchedule) -> MovingAnchor:
         """Follow the policy from now on; before anything is sharded.
+
+        Returns:
+            What the reference has become, which belongs in every checkpoint of the host.
 
         Raises:
             ModelError: The weights are sharded by FSDP, or too coarse for an average.
@@ -183,6 +186,7 @@ class Reference:
         own = None if self.model is None else self._plain(self.model)
         self.anchor = MovingAnchor(schedule, self.host.accelerator, policy, own)
         self.host.add_callback(self.anchor)
+        return self.anchor
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.config.base import ProgramConfig
 from alignkit.errors import RunDirectoryError
@@ -94,8 +94,8 @@ def write_origin(directory: RunDirectory, folder: Path) -> None:
         write_whole(folder / ORIGIN_FILE, origin_text({**sections["origin"], QUANTIZATION: quantization}))
 
 
-class OriginWriter(TrainerCallback):
-    """Writes ``alignkit.json`` into every checkpoint of an adapter.
+class OriginRecord:
+    """``alignkit.json`` in every checkpoint of an adapter.
 
     Args:
         directory: The run.
@@ -104,9 +104,12 @@ class OriginWriter(TrainerCallback):
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Into the checkpoint of this step, before it is marked complete."""
-        write_origin(self.directory, Path(args.output_dir, f"checkpoint-{state.global_step}"))
+    def save(self, directory: Path) -> None:
+        """Write it."""
+        write_origin(self.directory, directory)
+
+    def load(self, directory: Path) -> None:
+        """Nothing: :func:`record_origin` has compared what the run is made of with ``run.json``."""
 
 
 def rows_fingerprint(rows: Dataset) -> str:

@@ -36,7 +36,7 @@ from alignkit.reports.metrics_log import MetricsLog
 from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.health import HealthMonitor
-from alignkit.runs.origin import OriginWriter
+from alignkit.runs.origin import OriginRecord
 from alignkit.runs.pickles import check_deepspeed_shards, check_sharded_model, refused_pickle
 from alignkit.runs.preemption import StopRequest, StopWhenAsked
 from alignkit.runs.process_layout import ProcessLayoutRecorder
@@ -141,8 +141,7 @@ def introduce(
     trainer.add_callback(StartLine(trainer, f"{config.method}{rule}, {kind}{against}"))
     if trainer.eval_dataset is not None:
         trainer.add_callback(EvaluationAtTheEnd())
-    trainer.add_callback(OriginWriter(directory))
-    # Last: whatever belongs to a checkpoint is in it before it is called complete.
+    trainer.persistent.append(OriginRecord(directory))
     trainer.add_callback(CheckpointGuard(config.save_total_limit, directory.lock.check))
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)
     if directory.is_main:

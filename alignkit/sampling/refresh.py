@@ -34,7 +34,6 @@ class RefreshedTrainer(Protocol):
     """The part of the trainer that is used."""
 
     train_dataset: Dataset
-    resumed_from: Path | None
     model: Any
     accelerator: Accelerator
 
@@ -42,7 +41,7 @@ class RefreshedTrainer(Protocol):
 class SampleRefresh(TrainerCallback):
     """Draws the samples of all training rows anew every ``steps`` optimizer steps; not after the last one.
 
-    It stands before the callback that declares a checkpoint complete.
+    Drawn samples cannot be made again without the weights of their step, so checkpoints keep the rows.
 
     Args:
         trainer: Whose rows are exchanged.
@@ -56,11 +55,9 @@ class SampleRefresh(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        """Warn, and continue with the rows of the checkpoint that training resumes from."""
+        """Say what refreshed samples do."""
         if PartialState().is_main_process:
             print(self.warning(state.max_steps))
-        if self.trainer.resumed_from is not None:
-            self.trainer.train_dataset = read_rows(self.trainer.resumed_from, len(self.trainer.train_dataset))
 
     def warning(self, max_steps: int) -> str:
         """What refreshed samples do, or that a run of ``max_steps`` ends before they would be."""
@@ -82,11 +79,18 @@ class SampleRefresh(TrainerCallback):
             drawn = f"{result.num_samples} samples for {result.num_renewed} of {len(result.rows)} rows"
             tqdm.write(f"step {step}: {drawn} drawn anew from the policy, {seconds:.1f} s")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
-        """Write the rows into the checkpoint."""
+    def save(self, directory: Path) -> None:
+        """Write the rows."""
         if PartialState().is_main_process:
-            table = self.trainer.train_dataset.with_format("arrow")[:]
-            pq.write_table(table, Path(args.output_dir, f"checkpoint-{state.global_step}", ROWS_FILE))
+            pq.write_table(self.trainer.train_dataset.with_format("arrow")[:], directory / ROWS_FILE)
+
+    def load(self, directory: Path) -> None:
+        """Go on with the rows of a checkpoint.
+
+        Raises:
+            CheckpointError: They are not there, or not as many.
+        """
+        self.trainer.train_dataset = read_rows(directory, len(self.trainer.train_dataset))
 
 
 def read_rows(checkpoint: Path, count: int) -> Dataset:

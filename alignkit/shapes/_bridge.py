@@ -8,7 +8,9 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``aux_loss_enabled`` and ``router_aux_loss_coef``
 - transformers ``Trainer._get_dataloader(dataset, description, batch_size, ...)`` of training and evaluation
 - transformers ``Trainer._load_from_checkpoint(resume_from_checkpoint, model)``, which DeepSpeed's resumption bypasses
-- transformers ``Trainer._load_optimizer_and_scheduler(checkpoint)``, called once DeepSpeed has loaded its engine
+- transformers ``Trainer._load_optimizer_and_scheduler(checkpoint)``, called when training resumes, once everything is
+  wrapped and DeepSpeed has loaded its engine
+- transformers ``Trainer._save_checkpoint(model, trial)``, which writes ``checkpoint-<step>`` before callbacks are told
 - transformers ``Trainer.get_batch_samples``, whose second value reaches ``compute_loss`` as ``num_items_in_batch``
 """
 
@@ -37,6 +39,7 @@ from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.metric_sums import MetricSums
 from alignkit.models.precision import hold_in_float32
 from alignkit.shapes._streams import StreamResume
+from alignkit.storage.persistent import Persistent
 
 
 class ObjectiveBridge(StreamResume, GradientRuleHook):
@@ -44,6 +47,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
 
     Attributes:
         item_kinds: What a term of this batch shape may be averaged over.
+        persistent: What checkpoints keep beside what transformers keeps in them; add to it before training begins.
     """
 
     item_kinds: ClassVar[tuple[str, ...]]
@@ -60,6 +64,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
     def prepare_bridge(self, gradient_rule: ChosenRule | None = None) -> None:
         """Set up the running sums and take the gradient rule; nothing of the host is touched."""
         self.gradient_rule = gradient_rule
+        self.persistent: list[Persistent] = []
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._loss_weights: dict[str, float] = {}
         self._evaluation_prefix = "eval"
@@ -235,7 +240,14 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             return dict(inputs)
         return self.keep_rows(inputs, max(left - self.accelerator.process_index * rows, 0))
 
-    # --- resumption ------------------------------------------------------------------------------------------------
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save what transformers does, then all that is persistent: no callback has seen the checkpoint by then."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        for state in self.persistent:
+            state.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights that training goes on from, and compare the model with their files.
@@ -259,13 +271,17 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         _refuse(folder, next(filter(None, problems), None))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them, then compare the model that DeepSpeed has loaded from its shards with the files beside these."""
+        """Load them and all that is persistent; what DeepSpeed has loaded from shards is compared with plain files."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.is_deepspeed_enabled:
+        if checkpoint is None:
             return
-        problem = engine_difference(self.model_wrapped, self.model, Path(checkpoint))
-        (problem,) = broadcast_object_list([problem])
-        _refuse(Path(checkpoint), problem)
+        folder = Path(checkpoint)
+        if self.is_deepspeed_enabled:
+            problem = engine_difference(self.model_wrapped, self.model, folder)
+            (problem,) = broadcast_object_list([problem])
+            _refuse(folder, problem)
+        for state in self.persistent:
+            state.load(folder)
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 

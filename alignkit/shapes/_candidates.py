@@ -24,7 +24,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
@@ -154,7 +153,7 @@ class PreferenceTrainer(ObjectiveBridge, DPOTrainer):
         if args.precompute_ref_log_probs:
             self.ref_model = self.reference.model = None  # everything it is needed for is in the rows now
         if (schedule := method.anchor(options)) is not None:
-            self.reference.follow(schedule)
+            self.persistent.append(self.reference.follow(schedule))
 
     @cached_property
     def reference(self) -> Reference:
@@ -167,15 +166,6 @@ class PreferenceTrainer(ObjectiveBridge, DPOTrainer):
             cache=self.settings.reference_cache,
             token_reward_cache=self.settings.token_reward_cache,
         )
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; a moving anchor continues from the checkpoint as well."""
-        anchor = self.reference.anchor
-        if anchor is not None and resume_from_checkpoint:
-            found = resume_from_checkpoint
-            path = get_last_checkpoint(self.args.output_dir) if isinstance(found, bool) else found
-            anchor.resume_from = None if path is None else Path(path)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # --- what is run is compared first, and in which layout ---------------------------------------------------------
 

@@ -11,14 +11,12 @@ as they are when it is called.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import get_last_checkpoint
 
 from alignkit.shapes._candidates import PreferenceTrainer
 
@@ -45,13 +43,11 @@ class LateRowsTrainer(PreferenceTrainer):
 
     Attributes:
         train_dataset: Candidate rows; may be exchanged for as many others.
-        resumed_from: Checkpoint that training resumes from, or None.
     """
 
     rows_change = True
     train_dataset: Dataset
     data_collator: Any
-    resumed_from: Path | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A dataloader of row numbers, in the order that the rows would have."""
@@ -68,14 +64,6 @@ class LateRowsTrainer(PreferenceTrainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one step, made from the rows of this moment, and their item counts."""
         return super().get_batch_samples(map(self._collated, epoch_iterator), num_batches, device)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, and remember where from."""
-        found = resume_from_checkpoint
-        if isinstance(found, bool):
-            found = get_last_checkpoint(self.args.output_dir) if found else None
-        self.resumed_from = None if found is None else Path(found)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _collated(self, numbers: list[int]) -> dict[str, Tensor]:
         batch = self.data_collator([self.train_dataset[number] for number in numbers])

@@ -46,6 +46,7 @@ def parameters(function: Any) -> list[str]:
         ),
         (Trainer._load_from_checkpoint, ["self", "resume_from_checkpoint", "model"]),
         (Trainer._load_optimizer_and_scheduler, ["self", "checkpoint"]),
+        (Trainer._save_checkpoint, ["self", "model", "trial"]),
         (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
         (
             Trainer._init_training_state,
@@ -78,13 +79,14 @@ def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
 
 # Not ours to name: what alignkit/gradients overrides of the Trainer is asserted with its own tests.
 OWN_HOOKS = {
-    PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed", "train"},
+    PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"},
     SupervisedTrainer: {"_set_signature_columns_if_needed"},
 }
 SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluate", "log", "create_model_card"} | {
     "_init_training_state",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
+    "_save_checkpoint",
     "predict",
 }
 
@@ -102,6 +104,27 @@ def test_every_override_has_something_to_override(ours: type, theirs: type) -> N
     overridden = {name for cls in classes for name in vars(cls) if name in dir(theirs)}
     functions = {name for name in overridden if inspect.isfunction(getattr(ours, name))}
     assert functions - {"__init__"} == SHARED_HOOKS | OWN_HOOKS[ours]
+
+
+def test_a_checkpoint_is_written_before_callbacks_are_told_and_loaded_once_everything_is_wrapped() -> None:
+    saving = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert (
+        saving.count("self._save_checkpoint(model, trial)\n            self.control = self.callback_handler.on_save(")
+        == 1
+    )
+    assert 'checkpoint_folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in inspect.getsource(
+        Trainer._save_checkpoint
+    )
+    # Everywhere from the path that ``train`` has made of True, and never without one.
+    source = inspect.getsource(Trainer._prepare_for_training)
+    load = "            self._load_optimizer_and_scheduler(resume_from_checkpoint)\n"
+    assert source.count(load) == 1 and inspect.getsource(Trainer).count("_load_optimizer_and_scheduler(") == 2
+    before, after = source.split(load)
+    assert before.rindex("if resume_from_checkpoint is not None:\n") > before.rindex("self.accelerator.prepare(")
+    assert "deepspeed_load_checkpoint(" in before and "self.accelerator.prepare" not in after
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    assert loop.index("self._prepare_for_training(") < loop.index("self.callback_handler.on_train_begin(")
+    assert "resume_from_checkpoint = get_last_checkpoint(args.output_dir)" in inspect.getsource(Trainer.train)
 
 
 def test_the_epoch_of_a_stream_is_counted_in_batches_of_the_run() -> None:

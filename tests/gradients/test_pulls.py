@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import CheckpointError, ConfigError
-from alignkit.gradients._decay import DecayToStart, StartKeeper
+from alignkit.gradients._decay import DecayToStart
 from alignkit.runs.checkpoints import CheckpointGuard
 from tests.gradients.conftest import chosen, lora, weights
 from tests.methods.conftest import flat_weights, logged
@@ -48,11 +48,18 @@ def test_a_step_takes_back_its_share_of_the_distance(optimizer: Any) -> None:
         rate /= 2
 
 
-def test_a_weight_without_gradient_is_left_alone() -> None:
+def pulled_to(start: Tensor, coef: float, folder: Path) -> DecayToStart:
+    """A decay that has loaded the start of a single weight."""
+    torch.save([start], folder / "starting_weights_0.pt")
+    decay = DecayToStart(coef)
+    decay.load(folder)
+    return decay
+
+
+def test_a_weight_without_gradient_is_left_alone(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     stepper = torch.optim.SGD([weight], lr=0.1)
-    decay = DecayToStart(5.0, [torch.zeros(2)])
-    decay.attach(stepper)
+    pulled_to(torch.zeros(2), 5.0, tmp_path).attach(stepper)
     stepper.step()
     assert weight.tolist() == [1.0, 1.0]
 
@@ -69,10 +76,10 @@ def test_training_taken_up_again_is_pulled_to_the_first_start_and_once(make_trai
     if name == "l2_sp":
         kept = list(trainer._start.values())
     else:
-        keepers = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StartKeeper)]
-        assert len(keepers) == 1
+        decays = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DecayToStart)]
+        assert len(decays) == 1 and trainer.persistent == decays
         assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 1
-        kept = keepers[0].decay.starts()
+        kept = decays[0].starts()
     assert len(kept) == len(start)  # in the order of the optimizer's groups
     assert all(any(torch.equal(ours, first) for ours in kept) for first in start)
     assert any(not torch.equal(now, first) for now, first in zip(vectors(trainer), start, strict=True))
@@ -173,25 +180,25 @@ def test_a_checkpoint_without_starting_weights_is_refused(make_trainer: Any, mod
         resumable(make_trainer, model_path, rule, "lora", 6).train(str(tmp_path / "run" / "checkpoint-3"))
 
 
-def test_starting_weights_of_another_layout_are_refused() -> None:
+def test_starting_weights_of_another_layout_are_refused(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     stepper = torch.optim.SGD([weight], lr=0.1)
-    DecayToStart(1.0, [torch.zeros(3)]).attach(stepper)
+    pulled_to(torch.zeros(3), 1.0, tmp_path).attach(stepper)
     with pytest.raises(CheckpointError, match="another process layout"):
         stepper.step()
 
 
-def test_the_optimizer_inside_all_wrappers_is_asked() -> None:
+def test_the_optimizer_inside_all_wrappers_is_asked(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     inner = torch.optim.SGD([weight], lr=0.5)
     zero = SimpleNamespace(optimizer=inner)
-    keeper = StartKeeper(DecayToStart(1.0, [torch.zeros(2)]))
-    keeper.on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=zero))
+    decay = pulled_to(torch.zeros(2), 1.0, tmp_path)
+    decay.on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=zero))
     weight.grad = torch.zeros(2)
     inner.step()
     assert weight.tolist() == [0.5, 0.5]
     with pytest.raises(ConfigError, match="SimpleNamespace is no torch optimizer"):
-        keeper.on_train_begin(None, None, None, optimizer=SimpleNamespace())
+        decay.on_train_begin(None, None, None, optimizer=SimpleNamespace())
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback
 
 from alignkit.errors import CheckpointError
 from alignkit.parts.method import AnchorSchedule, Method, load_method
@@ -182,8 +182,8 @@ def test_an_average_of_half_precision_weights_is_kept_in_float32(
     exact = {name: value.clone() for name, value in anchor._exact.items()}
     checkpoint = tmp_path / "run" / "checkpoint-7"
     checkpoint.mkdir(parents=True)
-    anchor.on_save(trainer.args, TrainerState(global_step=7), TrainerControl())
+    anchor.save(checkpoint)
     anchor._exact.clear()
-    anchor._restore(checkpoint)
+    anchor.load(checkpoint)
     assert exact.keys() == anchor._exact.keys()
     assert all(torch.equal(value, anchor._exact[name]) for name, value in exact.items())

@@ -90,7 +90,9 @@ def make(
         trainer.add_callback(callback(trainer))
     if kind is LateRowsTrainer:
         resampler = Resampler.of_lists(lists, TOKENIZER, settings, MAX_LENGTH)
-        trainer.add_callback(SampleRefresh(trainer, resampler, steps))
+        refresh = SampleRefresh(trainer, resampler, steps)
+        trainer.add_callback(refresh)
+        trainer.persistent.append(refresh)
     trainer.add_callback(CheckpointGuard())
     return trainer
 
