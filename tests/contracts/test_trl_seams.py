@@ -55,6 +55,7 @@ def parameters(function: Any) -> list[str]:
         (trainer_utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
         (trainer_utils.use_adapter, ["model", "adapter_name"]),
         (model_utils.prepare_deepspeed, ["model", "accelerator"]),
+        (model_utils.prepare_fsdp, ["model", "accelerator"]),
         (model_utils.disable_gradient_checkpointing, ["model", "gradient_checkpointing_kwargs"]),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else "",
@@ -162,7 +163,10 @@ def test_the_hooks_are_called_where_we_think() -> None:
     source = inspect.getsource(DPOTrainer.__init__)
     assert "self._prepare_dataset(train_dataset, processing_class, args" in source
     assert "self.train_dataset = self._precompute_ref_logps(" in source
-    assert "self._precompute_engine = None" in source
+    ready = source.index("self.ref_model = self.accelerator.prepare_model(")
+    assert ready < source.index("self._precompute_ref_logps("), (
+        "the reference model is placed when it is first asked for"
+    )
     assert 'self.aux_loss_enabled = hasattr(text_config, "output_router_logits") and self.router_aux_loss' in source
     assert 'getattr(text_config, "router_aux_loss_coef", 0.0) if coef is None else coef' in source
     head = inspect.getsource(trainer_utils.add_fused_lm_head)
