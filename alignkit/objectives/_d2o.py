@@ -23,11 +23,10 @@ from alignkit.models.vocabulary import check_token_ids
 from alignkit.parametrizations.policy import load_policy, new_adapter
 from alignkit.parts.method import Preparation
 from alignkit.references._cache import default_cache_dir, model_fingerprint
-from alignkit.sampling.candidates import SampleSettings, prepare_prompts
+from alignkit.sampling.candidates import SampleSettings, check_room, prepare_prompts
 from alignkit.sampling.refresh import SampleRefresh
 from alignkit.sampling.report import SamplingReport
 from alignkit.sampling.resampling import Resampler
-from alignkit.sampling.room import check_room
 from alignkit.sampling.self_samples import SETTING_NAMES, self_samples
 
 

@@ -57,8 +57,8 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     from alignkit.evals.evaluate import start_processes, tokenizer_for
     from alignkit.models.loading import ModelSource
     from alignkit.sampling import candidates as steps
+    from alignkit.sampling.candidates import check_room
     from alignkit.sampling.report import SettingNames
-    from alignkit.sampling.room import check_room
     from alignkit.sampling.scorer import load_scorer
     from alignkit.sampling.store import ChunkStore, on_first_process, write_rows
 

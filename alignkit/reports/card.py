@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,6 @@ from alignkit.parts.method import Method, load_method
 from alignkit.parts.rule import GradientRule, load_rule
 from alignkit.parts.shape import shapes_by_program
 from alignkit.plain_text import markdown, markdown_code
-from alignkit.reports.card_equations import method_text, rule_text
 
 _LENGTHS_SHOWN = {
     "prompt": "tokens a prompt",
@@ -149,8 +150,8 @@ def render_card(content: CardContent) -> str:
     sections = {
         "": _introduction(content),
         "Loading": _loading(content),
-        "Method": method_text(content.method),
-        "Gradient rule": rule_text(content.gradient_rule),
+        "Method": _method_text(content.method),
+        "Gradient rule": _rule_text(content.gradient_rule),
         "Results": _results(content),
         "Training data": _training_data(content),
         "Options": _options(content),
@@ -292,3 +293,43 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _method_text(method: Method) -> str:
+    """The equation of a method's loss and how sure we are of it."""
+    equation = loss_equation(method.name)
+    return (
+        f"{equation}\n\nThe symbols are explained in the docstring of `alignkit.losses.{method.name}`.\n\n"
+        f"Fidelity: {method.fidelity}."
+    )
+
+
+def _rule_text(rule: GradientRule | None) -> str:
+    """What was done to the gradient and how sure we are of it; empty without a rule."""
+    if rule is None:
+        return ""
+    paper = f"[{rule.paper.title}]({rule.paper.url})"
+    return f"`{rule.name}` ({paper}): {rule.summary}\n\nFidelity: {rule.fidelity}."
+
+
+def loss_equation(method: str) -> str:
+    """The paragraph "Equation (...)::" of a loss docstring, as Markdown.
+
+    Args:
+        method: Method name; by convention its loss is ``alignkit.losses.<method>.<method>_loss``.
+    """
+    loss = vars(importlib.import_module(f"alignkit.losses.{method}"))[f"{method}_loss"]
+    lines = inspect.cleandoc(loss.__doc__).split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("Equation"))
+    head_end = next(i for i in range(start, len(lines)) if lines[i].endswith("::"))
+    block = []
+    for line in lines[head_end + 1 :]:
+        if line and not line.startswith(" "):
+            break
+        block.append(line)
+    return (
+        " ".join(lines[start : head_end + 1]).removesuffix(":")
+        + "\n\n```\n"
+        + inspect.cleandoc("\n".join(block))
+        + "\n```"
+    )

@@ -1,7 +1,7 @@
 """What can go wrong in a run, read off its logs: one function a trouble, each a pure function of the series.
 
 A verdict needs an effect of a size that matters. Where it claims a direction of training metrics, whose rows differ
-from log to log, it needs a trend that noise does not produce (:mod:`alignkit.reports.trend`). Evaluations see the
+from log to log, it needs a trend that noise does not produce (:mod:`alignkit.reports.series`). Evaluations see the
 same rows each time, so there a level is enough. The thresholds are ours; each says why.
 """
 
@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from statistics import fmean, median
 from typing import Any
 
-from alignkit.reports.series import RECENT, LoggedSeries, Verdict
-from alignkit.reports.trend import MIN_POINTS
+from alignkit.reports.series import MIN_POINTS, RECENT, LoggedSeries, Verdict
 
 FEW = 3
 """Logged points that a comparison with an evaluation needs."""

@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.errors import AlignkitError
-from alignkit.reports.series import LoggedSeries, Verdict
-from alignkit.reports.trend import MIN_POINTS
+from alignkit.reports.series import MIN_POINTS, LoggedSeries, Verdict
 from alignkit.reports.verdicts import CHECKS, nonfinite
 from alignkit.storage.durability import complete_checkpoints
 

@@ -13,8 +13,7 @@ import torch
 from huggingface_hub import ModelCard, metadata_load
 
 from alignkit.parts.method import load_method, method_names
-from alignkit.reports.card import CardContent, content_of_run, hub_id, render_card
-from alignkit.reports.card_equations import loss_equation
+from alignkit.reports.card import CardContent, content_of_run, hub_id, loss_equation, render_card
 from tests.callbacks.saved import tiny_adapter, tiny_model, tiny_tokenizer
 
 

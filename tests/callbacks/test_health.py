@@ -12,7 +12,7 @@ import yaml
 from transformers import TrainerControl, TrainerState
 
 from alignkit.errors import AlignkitError
-from alignkit.reports.trend import trend
+from alignkit.reports.series import trend
 from alignkit.runs.health import HealthMonitor
 from alignkit.storage.durability import mark_complete
 from tests.callbacks.logs import training_logs

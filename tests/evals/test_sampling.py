@@ -22,13 +22,13 @@ from alignkit.sampling.candidates import (
     Sampled,
     SampleSettings,
     candidate_lists,
+    check_room,
     prepare_prompts,
     sample_candidates,
 )
 from alignkit.sampling.engines import HuggingFaceEngine, Request
 from alignkit.sampling.generation import Sample
 from alignkit.sampling.report import SettingNames
-from alignkit.sampling.room import check_room
 from alignkit.sampling.scorer import Scorer, load_scorer
 from alignkit.sampling.self_samples import SETTING_NAMES, self_samples
 from alignkit.sampling.store import ChunkStore, source_identity, write_rows
