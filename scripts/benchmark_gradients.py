@@ -113,7 +113,7 @@ def build(name: str, directory: str, options: argparse.Namespace) -> Any:
     from trl import DPOConfig
 
     from alignkit.gradients._hook import chosen_rule
-    from alignkit.parametrizations.lora import lora_config
+    from alignkit.parametrizations._lora import lora_config
     from alignkit.parts.method import load_method
     from alignkit.parts.rule import load_rule
     from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import DPOConfig, DPOTrainer
 
 from alignkit.data.candidates import to_candidate_rows
-from alignkit.parametrizations.lora import lora_config
+from alignkit.parametrizations._lora import lora_config
 from alignkit.parts.method import load_method
 from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 

@@ -12,6 +12,7 @@ from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import show
 from alignkit.parts.method import Method, load_method, method_names
 from alignkit.parts.options import Conflict, OnlyWith
+from alignkit.parts.parametrization import Parametrization, parametrizations
 from alignkit.parts.rule import load_rule, rule_names
 
 
@@ -53,10 +54,44 @@ def _ignored_option(part: str, name: str, needed: OnlyWith, keys: tuple[str, ...
     )
 
 
+def _refusals_of_parametrization(owner: Parametrization) -> Iterator[Refusal]:
+    """Its own conflicts, and where its options have no effect."""
+    yield from (Refusal(**vars(conflict)) for conflict in owner.conflicts)
+    yield from (_options_under_another(owner, other) for other in parametrizations() if _own_keys(owner, other))
+    if owner.has_adapter:
+        yield IgnoredKeys(
+            f"{owner.label} options with a saved adapter",
+            tuple(field.name for field in fields(owner.options)),
+            lambda c: c.adapter is not None and c.parametrization == owner.name,
+            "a saved adapter keeps the rank, targets and scale it was made with",
+            "remove adapter to start a new one",
+            under=("adapter", "parametrization"),
+        )
+    yield from (IgnoredKeys(**vars(ignored)) for ignored in owner.ignored)
+
+
+def _options_under_another(owner: Parametrization, other: Parametrization) -> IgnoredKeys:
+    return IgnoredKeys(
+        f"{owner.label} options with {other.label}",
+        _own_keys(owner, other),
+        lambda c: c.parametrization == other.name,
+        f"it belongs to {owner.label}" if other.has_adapter else f"{other.label} has no adapters",
+        f"write parametrization: {owner.name}",
+        under=("parametrization",),
+    )
+
+
+def _own_keys(owner: Parametrization, other: Parametrization) -> tuple[str, ...]:
+    """Options of one that the other does not have."""
+    shared = {field.name for field in fields(other.options)}
+    return tuple(field.name for field in fields(owner.options) if field.name not in shared)
+
+
 _METHODS = [load_method(name) for name in method_names()]
 
 REFUSALS: tuple[Refusal, ...] = (
     *CONFLICTS,
+    *(refusal for record in parametrizations() for refusal in _refusals_of_parametrization(record)),
     *(_refusal_of(method, conflict) for method in _METHODS for conflict in method.conflicts),
     *IGNORED,
     *(keys for method in _METHODS for keys in _ignored_options("method", method.name, method.options)),

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from alignkit.config.refusals import Refusal, no_heldout_rows
+from alignkit.parts.parametrization import load_parametrization
 from alignkit.parts.rule import load_rule
 
-_OUTPUT_HEAD = "lm_head"
 
-
-def names_output_head(modules: str | list[str]) -> bool:
-    """Whether LoRA modules, given as names or as one regular expression over full names, include the output head."""
-    if isinstance(modules, list):
-        return any(name.split(".")[-1] == _OUTPUT_HEAD for name in modules)
-    return not _bad_pattern(modules) and re.fullmatch(modules, _OUTPUT_HEAD) is not None
-
-
-def _bad_pattern(modules: str | list[str]) -> bool:
-    try:
-        re.compile(modules if isinstance(modules, str) else "")
-    except re.error:
-        return True
-    return False
+def _has_adapter(c: Any) -> bool:
+    return load_parametrization(c.parametrization).has_adapter
 
 
 def _edits_gradients(rule: str | None) -> bool:
@@ -34,39 +23,16 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "quantization with full fine-tuning",
         ("quantization", "parametrization"),
-        lambda c: c.quantization != "none" and c.parametrization == "full",
+        lambda c: c.quantization != "none" and not _has_adapter(c),
         "quantized weights are integers and cannot be trained",
         "Write parametrization: lora (QLoRA), or quantization: none",
     ),
     Refusal(
         "adapter with full fine-tuning",
         ("adapter", "parametrization"),
-        lambda c: c.adapter is not None and c.parametrization == "full",
+        lambda c: c.adapter is not None and not _has_adapter(c),
         "full fine-tuning has no adapter to continue",
         "Write parametrization: lora, or merge the adapter first (alignkit merge) and train the merged model",
-    ),
-    Refusal(
-        "LoRA on the output head",
-        ("lora_target_modules",),
-        lambda c: names_output_head(c.lora_target_modules),
-        "contains lm_head: log-probs are computed from lm_head.weight directly, so low-rank factors beside it would "
-        "never be used",
-        "Leave lm_head out (all-linear covers every other linear layer); to train the head too, in full, write "
-        "lora_modules_to_save: [lm_head]",
-    ),
-    Refusal(
-        "LoRA targets that are no regular expression",
-        ("lora_target_modules",),
-        lambda c: _bad_pattern(c.lora_target_modules),
-        "is not a valid regular expression",
-        "Write all-linear, a list of module names such as [q_proj, v_proj], or a valid expression",
-    ),
-    Refusal(
-        "no LoRA target",
-        ("lora_target_modules", "parametrization"),
-        lambda c: c.lora_target_modules == [] and c.parametrization == "lora",
-        "nothing would be trained",
-        "Write lora_target_modules: all-linear, or name at least one module",
     ),
     # --- precision and kernels -------------------------------------------------------------------------------------
     Refusal(
@@ -86,7 +52,7 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "fp16 with float16 weights that train",
         ("fp16", "dtype", "parametrization"),
-        lambda c: c.fp16 and c.dtype == "float16" and c.parametrization == "full",
+        lambda c: c.fp16 and c.dtype == "float16" and not _has_adapter(c),
         "loss scaling cannot unscale float16 gradients",
         "Write dtype: float32; fp16 then computes in float16 and updates in float32",
     ),
@@ -115,7 +81,7 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "adapter_disabled with full fine-tuning",
         ("reference", "parametrization"),
-        lambda c: c.reference == "adapter_disabled" and c.parametrization == "full",
+        lambda c: c.reference == "adapter_disabled" and not _has_adapter(c),
         "there is no adapter to switch off, so the reference would move with the policy",
         "Write reference: copy or reference: precomputed, or parametrization: lora",
     ),
@@ -201,14 +167,14 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "gradient rule with half-precision weights that train",
         ("gradient_rule", "dtype", "parametrization"),
-        lambda c: c.gradient_rule is not None and c.dtype in ("bfloat16", "float16") and c.parametrization == "full",
+        lambda c: c.gradient_rule is not None and c.dtype in ("bfloat16", "float16") and not _has_adapter(c),
         "rounding to half precision swallows displacements and pulls of the size a rule makes",
         "Write dtype: float32 and bf16: true, which computes in bfloat16 and keeps the weights in float32",
     ),
     Refusal(
         "gradient rule on LoRA with full fine-tuning",
         ("rule_targets", "gradient_rule", "parametrization"),
-        lambda c: c.rule_targets == "lora" and c.parametrization == "full",
+        lambda c: c.rule_targets != "all" and not _has_adapter(c),
         "there are no LoRA factors to edit the gradient of",
         "Write rule_targets: all, or parametrization: lora",
     ),

@@ -4,40 +4,7 @@ from __future__ import annotations
 
 from alignkit.config.refusals import IgnoredKeys, no_heldout_rows
 
-_LORA_KEYS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "lora_modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
 IGNORED: tuple[IgnoredKeys, ...] = (
-    IgnoredKeys(
-        "LoRA options with full fine-tuning",
-        _LORA_KEYS,
-        lambda c: c.parametrization == "full",
-        "full fine-tuning has no adapters",
-        "write parametrization: lora",
-        under=("parametrization",),
-    ),
-    IgnoredKeys(
-        "LoRA options with a saved adapter",
-        _LORA_KEYS,
-        lambda c: c.adapter is not None and c.parametrization == "lora",
-        "a saved adapter keeps the rank, targets and scale it was made with",
-        "remove adapter to start a new one",
-        under=("adapter", "parametrization"),
-    ),
-    IgnoredKeys(
-        "LoRA dropout with dropout off",
-        ("lora_dropout",),
-        lambda c: c.disable_dropout and c.parametrization == "lora" and c.adapter is None,
-        "it switches off the adapters' dropout too",
-        "write disable_dropout: false",
-        under=("disable_dropout", "parametrization", "adapter"),
-    ),
     IgnoredKeys(
         "cache options without a precomputed reference",
         ("reference_batch_size", "reference_cache"),

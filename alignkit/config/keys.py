@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 from alignkit.config.sections import GradientSection, MethodSection, Section
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.options import OptionInfo
+from alignkit.parts.parametrization import parametrization_names
 from alignkit.parts.rule import load_rule, rule_names
 from alignkit.parts.shape import shapes_by_program
 
@@ -51,8 +52,9 @@ def base_keys(program: str) -> Mapping[str, Key]:
     sections = [base for base in shapes_by_program()[program].config.__bases__ if issubclass(base, Section)]
     keys = {key.name: key for section in sections for key in _declared(section, section.title)}
     names = program_methods(program)
-    for key, choices in (("method", names), ("gradient_rule", tuple(rule_names()))):
-        keys[key] = replace(keys[key], info=replace(keys[key].info, choices=choices))
+    parts = {"method": names, "gradient_rule": rule_names(), "parametrization": parametrization_names()}
+    for key, choices in parts.items():
+        keys[key] = replace(keys[key], info=replace(keys[key].info, choices=tuple(choices)))
     return keys
 
 

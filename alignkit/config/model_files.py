@@ -11,12 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from alignkit.config.conflicts import names_output_head
 from alignkit.config.settings import Settings
 from alignkit.json_text import parse_json
 from alignkit.models.adapter_config import config_problem
 from alignkit.models.files import newest_inside, quantization_problem, stored_quantization
 from alignkit.models.positions import stated_positions
+from alignkit.parametrizations.lora import names_output_head
+from alignkit.parts.parametrization import load_parametrization
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -97,7 +98,7 @@ def _check_quantization(settings: Settings) -> None:
     if any(values.get(key) is None for key in ("model", "quantization", "parametrization")):
         return
     stored = stored_quantization(_json(Path(values["model"]) / "config.json"))
-    in_full = values["parametrization"] == "full"
+    in_full = not load_parametrization(values["parametrization"]).has_adapter
     if problem := quantization_problem(stored, wanted=values["quantization"], in_full=in_full):
         settings.report("parametrization" if in_full else "quantization", *problem)
 

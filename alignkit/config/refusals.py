@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from alignkit.config.settings import Settings
-from alignkit.parts.options import Conflict
+from alignkit.parts.options import Conflict, Ignored
 
 
 def no_heldout_rows(c: Any) -> bool:
@@ -41,14 +41,8 @@ class Refusal(Conflict):
 
 
 @dataclass(frozen=True)
-class IgnoredKeys(Refusal):
-    """Keys that would have no effect. Only what the user set, and did not switch off, is refused.
-
-    Attributes:
-        under: Keys whose values take the effect away; ``when`` sees these alone.
-    """
-
-    under: tuple[str, ...] = ()
+class IgnoredKeys(Ignored, Refusal):
+    """Keys that would have no effect."""
 
     def check(self, settings: Settings) -> None:
         """Report every such key that the user set."""

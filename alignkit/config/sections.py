@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypedDict
 
+from alignkit.parametrizations import DEFAULT
 from alignkit.parts.options import option
+from alignkit.parts.parametrization import parametrizations
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
-PEFT, TRL, TRANSFORMERS = "PEFT", "TRL 1.16", "transformers"
+TRL, TRANSFORMERS = "TRL 1.16", "transformers"
 
 
 class _Place(TypedDict):
@@ -68,36 +70,31 @@ class ModelSection(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParametrizationSection(Section):
-    """Which numbers may move."""
-
-    title: ClassVar[str] = "Parametrization"
-
-    parametrization: str = option(
-        "lora", choices=("full", "lora"), help="Train every weight, or low-rank adapters on frozen weights."
-    )
+class _ParametrizationKeys(Section):
+    parametrization: str = option(DEFAULT, help="Train every weight, or low-rank adapters on frozen weights.")
     quantization: str = option(
         "none",
         choices=("none", "nf4", "int8"),
         help="Precision of the frozen weights under lora: nf4 (QLoRA) or int8, through bitsandbytes.",
     )
-    lora_r: int = option(16, ge=1, le=2**16, help="Rank of the adapters.", source=TRL)
-    lora_alpha: int = option(32, ge=1, help="Scale of the adapters: the update is alpha / r * BA.", source=TRL)
-    lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.", source=PEFT)
-    lora_target_modules: str | list[str] = option(
-        "all-linear",
-        help="Modules that get an adapter: all-linear (all but the output head and, said at the start, what cannot "
-        "take one), a list of names, or one regular expression over full names.",
-        source="QLoRA (arXiv 2305.14314), section 4",
-    )
-    lora_modules_to_save: list[str] = option(
-        default_factory=list, help="Modules trained in full and saved beside the adapter, such as lm_head.", source=PEFT
-    )
-    use_rslora: bool = option(False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).", source=PEFT)
-    use_dora: bool = option(False, help="Weight-decomposed adapters (arXiv 2402.09353).", source=PEFT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdapterKeys(Section):
     adapter: str | None = option(
         None, help="Directory of a saved LoRA adapter to continue from; its own rank and targets apply.", is_path=True
     )
+
+
+_OPTIONS = [record.options for record in parametrizations()]
+
+
+# Fields are in the order of the bases read backwards.
+@dataclass(frozen=True, kw_only=True)
+class ParametrizationSection(_AdapterKeys, *reversed(_OPTIONS), _ParametrizationKeys):  # type: ignore[misc]
+    """Which numbers may move, with the options of every parametrisation."""
+
+    title: ClassVar[str] = "Parametrization"
 
 
 @dataclass(frozen=True, kw_only=True)

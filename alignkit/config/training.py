@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from alignkit.config.sections import TRANSFORMERS, TRL, Section
 from alignkit.parts.options import DerivedDefault, option
+from alignkit.parts.parametrization import parametrizations
 
 OPTIMIZERS = (
     "adamw_torch",
@@ -24,9 +25,14 @@ TEN_TIMES = "10 times full: Schulman et al. 2025, LoRA Without Regret; TRL's PEF
 """Found there to hold over ranks, models and tasks; with zero at the start of one factor, a short run can bear more."""
 
 
-def rate_by_parametrization(*, lora: float, full: float) -> DerivedDefault:
+def rate_by_parametrization(*, adapter: float, full: float) -> DerivedDefault:
     """The default learning rate: TRL's for all weights, ten times that for an adapter."""
-    return DerivedDefault("parametrization", {"lora": lora, "full": full}, {"lora": TEN_TIMES, "full": TRL})
+    has_adapter = {record.name: record.has_adapter for record in parametrizations()}
+    return DerivedDefault(
+        "parametrization",
+        {name: adapter if has_adapter[name] else full for name in has_adapter},
+        {name: TEN_TIMES if has_adapter[name] else TRL for name in has_adapter},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,7 @@ class OptimizationSection(Section):
         None,
         gt=0,
         help="Peak learning rate; null is 1e-5 under lora, 1e-6 under full. Small models and short runs want more.",
-        derived=rate_by_parametrization(lora=1e-5, full=1e-6),
+        derived=rate_by_parametrization(adapter=1e-5, full=1e-6),
         passes_to_trainer=True,
     )
     lr_scheduler_type: str = option(
@@ -154,7 +160,7 @@ class SupervisedOptimizationSection(OptimizationSection):
         None,
         gt=0,
         help="Peak learning rate; null is 2e-4 under lora, 2e-5 under full. Small models and short runs want more.",
-        derived=rate_by_parametrization(lora=2e-4, full=2e-5),
+        derived=rate_by_parametrization(adapter=2e-4, full=2e-5),
         passes_to_trainer=True,
     )
 

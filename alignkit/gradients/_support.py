@@ -109,7 +109,7 @@ def check_supported(
                 "the rule's. Write dtype: float32 (bf16: true still computes in bfloat16)"
                 + (", or gradient_rule: l2_sp, whose pull goes through the optimizer" if rule.decay else "")
             )
-    if isinstance(options, EditOptions) and options.rule_targets == "lora":
+    if isinstance(options, EditOptions) and options.rule_targets != "all":
         if not any(tensor.is_lora for tensor in tensors):
             problems.append("`rule_targets: lora`: no LoRA factor trains. Write rule_targets: all")
     _refuse(problems)

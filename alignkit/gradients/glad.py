@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alignkit.gradients.sam import displacement
+from alignkit.parametrizations.lora import PARAMETRIZATION as LORA
 from alignkit.parts.method import Paper
 from alignkit.parts.options import option
 from alignkit.parts.rule import TWO_GRADIENT_METRICS, DisplacedOptions, GradientRule
@@ -29,8 +30,8 @@ class GLADOptions(DisplacedOptions):
     """Options of ``glad``."""
 
     rule_targets: str = option(
-        "lora",
-        choices=("all", "lora"),
+        LORA.name,
+        choices=("all", LORA.name),
         help="Tensors the gradient rule displaces and edits: everything that trains, or the LoRA factors alone.",
         source="GLAD (arXiv 2507.13089), abstract: it is defined on LoRA",
     )

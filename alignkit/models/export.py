@@ -38,6 +38,7 @@ from alignkit.models.loading import (
     quantization_of,
 )
 from alignkit.models.vocabulary import check_token_ids
+from alignkit.parts.parametrization import parametrization_names
 from alignkit.plain_text import markdown
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -291,7 +292,11 @@ def _tie_if_equal(model: PreTrainedModel) -> None:
 
 def _method_tags(tags: Sequence[str]) -> list[str]:
     """Tags of an adapter's card that are true of the merged model too."""
-    return [tag for tag in tags if tag not in ("alignkit", "lora", "peft") and not tag.startswith("base_model:")]
+    return [
+        tag
+        for tag in tags
+        if tag not in {"alignkit", "peft", *parametrization_names()} and not tag.startswith("base_model:")
+    ]
 
 
 def _write_card(directory: Path, adapter: AdapterFiles, source: ModelSource, report: MergeReport) -> None:

@@ -20,7 +20,7 @@ from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError, DataError
 from alignkit.models.loading import is_quantized
 from alignkit.models.vocabulary import check_token_ids
-from alignkit.parametrizations.policy import load_policy, new_adapter
+from alignkit.parametrizations._policy import load_policy, new_adapter
 from alignkit.parts.method import Preparation
 from alignkit.references._cache import default_cache_dir, model_fingerprint
 from alignkit.sampling.candidates import SampleSettings, check_room, prepare_prompts

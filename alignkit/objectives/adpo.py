@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from alignkit.parts.method import AnchorSchedule, Method, Paper
 from alignkit.parts.options import Conflict, only_with, option
+from alignkit.parts.parametrization import load_parametrization
 
 if TYPE_CHECKING:
     from alignkit.losses.types import CandidateBatch, LossOutput
@@ -244,7 +245,7 @@ METHOD = Method(
                 c.anchor in _MOVING
                 and (
                     c.reference in ("precomputed", "adapter_disabled")
-                    or (c.reference == "copy" and c.parametrization == "lora")
+                    or (c.reference == "copy" and load_parametrization(c.parametrization).has_adapter)
                 )
             ),
             "the anchor has to be a copy of what is trained, or it could not follow it",

@@ -1,1 +1,4 @@
-"""Which numbers of a model may move: everything, or low-rank adapters."""
+"""Which numbers of a model may move, one record a file (:mod:`alignkit.parts.parametrization`)."""
+
+DEFAULT = "lora"
+"""The parametrisation of a run whose configuration names none."""

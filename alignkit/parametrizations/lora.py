@@ -1,239 +1,94 @@
-"""LoRA adapters through PEFT."""
+"""Parametrisation ``lora``: low-rank adapters on frozen weights, which may be quantised (QLoRA)."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peft import LoraConfig
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from alignkit.parts.options import Conflict, Ignored, option
+from alignkit.parts.parametrization import Parametrization
 
-from alignkit.bounded import slow_pattern
-from alignkit.errors import ModelError
-
-_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")
-_SCAN_AND_OUT = ("conv1d", "out_proj")
-READ_FROM_OUTSIDE = {
-    "mamba": _SCAN,
-    "falcon_mamba": _SCAN,
-    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"), _SCAN_AND_OUT),
-    "jamba": ("conv1d", "dt_proj"),
-}
-"""By model type, the modules whose weights transformers hands to a state-space kernel instead of calling them."""
-
-ROUTERS = ("gate", "router", "shared_expert_gate")
-"""What the module is called that chooses the experts of a token, in a model that has experts."""
-
-ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-"""Kinds of module PEFT has a LoRA layer for."""
+_OUTPUT_HEAD = "lm_head"
 
 
-def lora_config(
-    *,
-    r: int,
-    alpha: int,
-    dropout: float,
-    target_modules: str | Sequence[str],
-    modules_to_save: Sequence[str] = (),
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    exclude: Sequence[str] = (),
-) -> LoraConfig:
-    """A PEFT configuration for a causal language model.
+def names_output_head(modules: str | list[str]) -> bool:
+    """Whether LoRA modules, given as names or as one regular expression over full names, include the output head."""
+    if isinstance(modules, list):
+        return any(name.split(".")[-1] == _OUTPUT_HEAD for name in modules)
+    return not _bad_pattern(modules) and re.fullmatch(modules, _OUTPUT_HEAD) is not None
 
-    Args:
-        r: Rank of the update.
-        alpha: Scale; the update is multiplied by ``alpha / r`` (``alpha / sqrt(r)`` with ``use_rslora``).
-        dropout: Dropout on the adapter's input.
-        target_modules: ``all-linear``, one suffix, or several.
-        modules_to_save: Modules trained in full and saved with the adapter.
-        use_rslora: Rank-stabilised scaling.
-        use_dora: Weight-decomposed LoRA.
-        exclude: Modules that ``all-linear`` leaves out.
-    """
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        modules_to_save=list(modules_to_save) or None,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        exclude_modules=list(exclude) or None,
+
+def _bad_pattern(modules: str | list[str]) -> bool:
+    try:
+        re.compile(modules if isinstance(modules, str) else "")
+    except re.error:
+        return True
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Options of ``lora``."""
+
+    lora_r: int = option(16, ge=1, le=2**16, help="Rank of the adapters.", source="TRL 1.16")
+    lora_alpha: int = option(32, ge=1, help="Scale of the adapters: the update is alpha / r * BA.", source="TRL 1.16")
+    lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.", source="PEFT")
+    lora_target_modules: str | list[str] = option(
+        "all-linear",
+        help="Modules that get an adapter: all-linear (all but the output head and, said at the start, what cannot "
+        "take one), a list of names, or one regular expression over full names.",
+        source="QLoRA (arXiv 2305.14314), section 4",
     )
+    lora_modules_to_save: list[str] = option(
+        default_factory=list,
+        help="Modules trained in full and saved beside the adapter, such as lm_head.",
+        source="PEFT",
+    )
+    use_rslora: bool = option(False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).", source="PEFT")
+    use_dora: bool = option(False, help="Weight-decomposed adapters (arXiv 2402.09353).", source="PEFT")
 
 
-def unadaptable(model: PreTrainedModel) -> dict[str, str]:
-    """Linear modules that low-rank factors cannot be put on, with the reason; ``all-linear`` is to leave them out.
-
-    Args:
-        model: The base.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Linear) and "Router" in type(module).__name__:
-            found[last] = "routes tokens to experts, which is more than the product that factors could be added to"
-        elif isinstance(module, ADAPTABLE) and last in READ_FROM_OUTSIDE.get(model.config.model_type, ()):
-            found[last] = "a state-space kernel reads from outside, so that factors beside it would never be used"
-    return found
-
-
-def check_modules(
-    model: PreTrainedModel, target_modules: str | Sequence[str], modules_to_save: Sequence[str] = ()
-) -> None:
-    """Check that every name leads to a module of the model; PEFT passes over those that do not, one in a list of many.
-
-    Args:
-        model: The base.
-        target_modules: As in :func:`lora_config`.
-        modules_to_save: As in :func:`lora_config`.
-
-    Raises:
-        ModelError: Names the unknown modules and those there are.
-    """
-    modules = {name: module for name, module in model.named_modules() if name}
-    if isinstance(target_modules, str) and (slow := slow_pattern([target_modules], list(modules))):
-        raise ModelError(f"lora_target_modules: {slow}. Write all-linear, or a list of names.")
-    barred = unadaptable(model)
-    adaptable = {
-        name
-        for name, module in modules.items()
-        if isinstance(module, ADAPTABLE) and name.rpartition(".")[2] not in barred
-    }
-    problems = _barred(target_modules, barred, modules)
-    head = model.get_output_embeddings()
-    linear = [
-        name for name in adaptable if isinstance(modules[name], (nn.Linear, Conv1D)) and modules[name] is not head
-    ]
-    if target_modules == "all-linear" and not linear:
-        raise ModelError("the model has no linear layer that could take an adapter. Write parametrization: full.")
-    if isinstance(target_modules, str):
-        if target_modules != "all-linear" and not any(re.fullmatch(target_modules, name) for name in adaptable):
-            problems.append(f"no module that can take an adapter matches lora_target_modules: {target_modules}")
-    elif unknown := [name for name in target_modules if not _leads_to(name, adaptable) and not problems]:
-        problems.append(f"lora_target_modules names {', '.join(unknown)}, which cannot take an adapter here")
-    if unknown := [name for name in modules_to_save if not _leads_to(name, set(modules))]:
-        problems.append(f"lora_modules_to_save names {', '.join(unknown)}, which the model does not have")
-    if problems:
-        kinds = sorted({name.rpartition(".")[2] for name in adaptable if modules[name] is not head})
-        raise ModelError(f"{'; '.join(problems)}. Write all-linear, or names among {', '.join(kinds)}.")
-
-
-def check_rank(model: PreTrainedModel, rank: int) -> None:
-    """Check that adapters of this rank are not larger than every layer they could adapt.
-
-    Args:
-        model: The base.
-        rank: ``lora_r``.
-
-    Raises:
-        ModelError: They are.
-    """
-    head = model.get_output_embeddings()
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    widest = max((max(layer.in_features, layer.out_features) for layer in layers), default=rank)
-    if rank > widest:
-        raise ModelError(
-            f"`lora_r: {rank}` is larger than the layers it adapts, whose sides have at most {widest}: a pair "
-            f"of factors would hold more than the layer. Write a value well below {widest}, or parametrization: full."
-        )
-
-
-def _barred(target_modules: str | Sequence[str], barred: Mapping[str, str], modules: Iterable[str]) -> list[str]:
-    """Say which of the modules asked for cannot take an adapter, and why."""
-    if target_modules == "all-linear":
-        return []
-    if isinstance(target_modules, str):
-        asked = {name.rpartition(".")[2] for name in modules if re.fullmatch(target_modules, name)}
-    else:
-        asked = {name.rpartition(".")[2] for name in target_modules}
-    return [f"lora_target_modules asks for {name}, which {why}" for name, why in barred.items() if name in asked]
-
-
-def _leads_to(name: str, modules: set[str]) -> bool:
-    """Whether ``name`` is a module, or the last parts of the full name of one."""
-    return any(full == name or full.endswith(f".{name}") for full in modules)
-
-
-@dataclass(frozen=True)
-class TrainableReport:
-    """How many numbers may move, and in which kinds of module.
-
-    Attributes:
-        trainable, total: Parameter counts of the whole (unsharded) model.
-        by_module: Trainable parameters by the last meaningful part of the module name.
-        by_block: The same by kind of block: ``attention``, ``mlp``, ``experts``, ``router``, ``embedding``, ``head``,
-            ``other``.
-    """
-
-    trainable: int
-    total: int
-    by_module: dict[str, int]
-    by_block: dict[str, int]
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / self.total
-        text = f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %): {_listed(self.by_module)}"
-        if len(self.by_block) > 1:
-            text += f"\n  by kind of block: {_listed(self.by_block)}"
-        if "router" in self.by_block:
-            text += (
-                "\n  routers, which choose the experts, are among them: to leave them as they are, list other modules"
-            )
-        return text
-
-
-def trainable_report(model: nn.Module) -> TrainableReport:
-    """Count the trainable parameters of ``model``; ZeRO-3 partitions and packed 4-bit weights count in full."""
-    modules: Counter[str] = Counter()
-    blocks: Counter[str] = Counter()
-    trainable = total = 0
-    parameters = list(model.named_parameters())
-    has_experts = any("experts" in name.split(".") for name, _ in parameters)
-    for name, parameter in parameters:
-        size = _size(parameter)
-        total += size
-        if parameter.requires_grad:
-            trainable += size
-            modules[_module_kind(name)] += size
-            blocks[_block_kind(name, has_experts=has_experts)] += size
-    return TrainableReport(trainable, total, dict(modules.most_common()), dict(blocks.most_common()))
-
-
-def _size(parameter: nn.Parameter) -> int:
-    """Numbers a parameter stands for: bitsandbytes packs two of 4 bits in a byte, DeepSpeed leaves a part here."""
-    own = vars(parameter)
-    if own.get("quant_state") is not None:
-        return int(own["quant_state"].shape.numel())
-    return int(own.get("ds_numel", parameter.numel()))
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
-def _block_kind(parameter_name: str, *, has_experts: bool) -> str:
-    """Kind of the block a parameter belongs to, by the names of the modules around it."""
-    parts = parameter_name.split(".")
-    if has_experts and _module_kind(parameter_name) in ROUTERS:
-        return "router"
-    kinds = {
-        "head": ("lm_head", "embed_out", "output_projection"),
-        "experts": ("expert",),
-        "attention": ("attn", "attention"),
-        "mlp": ("mlp", "feed_forward", "ffn", "fc1", "fc2"),
-        "embedding": ("embed", "wte", "wpe"),
-    }
-    return next((kind for kind, words in kinds.items() if any(w in p for p in parts for w in words)), "other")
-
-
-def _module_kind(parameter_name: str) -> str:
-    ignored = {"weight", "bias", "default", "base_layer", "original_module", "modules_to_save"}
-    parts = [p for p in parameter_name.split(".") if p not in ignored and not p.startswith("lora_")]
-    return parts[-1] if parts else parameter_name
+PARAMETRIZATION = Parametrization(
+    name="lora",
+    summary="Low-rank adapters train on frozen weights, which may be quantised (QLoRA).",
+    label="LoRA",
+    options=LoraOptions,
+    has_adapter=True,
+    has_factors=True,
+    product="A LoRA adapter",
+    conflicts=(
+        Conflict(
+            "LoRA on the output head",
+            ("lora_target_modules",),
+            lambda c: names_output_head(c.lora_target_modules),
+            "contains lm_head: log-probs are computed from lm_head.weight directly, so low-rank factors beside it "
+            "would never be used",
+            "Leave lm_head out (all-linear covers every other linear layer); to train the head too, in full, write "
+            "lora_modules_to_save: [lm_head]",
+        ),
+        Conflict(
+            "LoRA targets that are no regular expression",
+            ("lora_target_modules",),
+            lambda c: _bad_pattern(c.lora_target_modules),
+            "is not a valid regular expression",
+            "Write all-linear, a list of module names such as [q_proj, v_proj], or a valid expression",
+        ),
+        Conflict(
+            "no LoRA target",
+            ("lora_target_modules", "parametrization"),
+            lambda c: c.lora_target_modules == [] and c.parametrization == "lora",
+            "nothing would be trained",
+            "Write lora_target_modules: all-linear, or name at least one module",
+        ),
+    ),
+    ignored=(
+        Ignored(
+            "LoRA dropout with dropout off",
+            ("lora_dropout",),
+            lambda c: c.disable_dropout and c.parametrization == "lora" and c.adapter is None,
+            "it switches off the adapters' dropout too",
+            "write disable_dropout: false",
+            under=("disable_dropout", "parametrization", "adapter"),
+        ),
+    ),
+)

@@ -148,3 +148,14 @@ class Conflict:
     when: Callable[[Any], bool]
     why: str
     fix: str
+
+
+@dataclass(frozen=True)
+class Ignored(Conflict):
+    """Keys that would have no effect. Only what the user set, and did not switch off, is refused.
+
+    Attributes:
+        under: Keys whose values take the effect away; ``when`` sees these alone.
+    """
+
+    under: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.parts.method import Paper
 from alignkit.parts.options import option
+from alignkit.parts.parametrization import parametrizations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class EditOptions:
 
     rule_targets: str = option(
         "all",
-        choices=("all", "lora"),
+        choices=("all", *(record.name for record in parametrizations() if record.has_factors)),
         help="Tensors the gradient rule displaces and edits: everything that trains, or the LoRA factors alone.",
     )
 

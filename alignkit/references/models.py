@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.errors import ModelError
 from alignkit.models import loading
 from alignkit.models.files import model_problem
-from alignkit.parametrizations.policy import load_model
+from alignkit.parametrizations._policy import load_model
 from alignkit.parts.method import load_method
+from alignkit.parts.parametrization import load_parametrization
 
 
 def load_reference(config: Any) -> PreTrainedModel | None:
@@ -23,7 +24,8 @@ def load_reference(config: Any) -> PreTrainedModel | None:
     """
     if "reference_model" in (others := other_models(config)):
         return _load_other(config, "reference_model", others["reference_model"])
-    wants_copy = config.reference == "copy" or (config.reference == "auto" and config.parametrization == "full")
+    has_adapter = load_parametrization(config.parametrization).has_adapter
+    wants_copy = config.reference == "copy" or (config.reference == "auto" and not has_adapter)
     if not wants_copy or "reference" not in load_method(config.method).needs(config.method_options):
         return None
     return load_model(config, config.model, config.model_revision)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from alignkit.parts.method import Method, load_method
+from alignkit.parts.parametrization import Parametrization, load_parametrization
 from alignkit.parts.rule import GradientRule, load_rule
 from alignkit.parts.shape import shapes_by_program
 from alignkit.plain_text import markdown, markdown_code
@@ -39,7 +40,7 @@ class CardContent:
         gradient_rule: What was done to its gradient; None is nothing.
         base_model: Directory or Hub id the run started from, as the user wrote it.
         location: Where the result is loaded from: the run directory, or the Hub id it is published under.
-        is_adapter: Whether a PEFT adapter was trained, rather than the whole model.
+        parametrization: What of it was trained: an adapter, or the whole model.
         config: Effective options, ``{key: {"value": ..., "source": ...}}``.
         datasets: Paths and Hub ids of the training data.
         data: What there is to say about the rows, label to value.
@@ -53,7 +54,7 @@ class CardContent:
     method: Method
     base_model: str
     location: str
-    is_adapter: bool
+    parametrization: Parametrization
     config: Mapping[str, Mapping[str, Any]]
     gradient_rule: GradientRule | None = None
     datasets: Sequence[str] = ()
@@ -109,7 +110,7 @@ def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
         gradient_rule=None if rule is None else load_rule(rule),
         base_model=base_model,
         location=location,
-        is_adapter=config["parametrization"]["value"] == "lora",
+        parametrization=load_parametrization(config["parametrization"]["value"]),
         config=config,
         datasets=sources,
         data=_row_counts(sections.get("data", {}).get("splits", [])),
@@ -167,7 +168,7 @@ def _metadata(content: CardContent) -> ModelCardData:
     datasets = [found for name in content.datasets if (found := hub_id(name)) is not None]
     return ModelCardData(
         base_model=hub_id(content.base_model),
-        library_name="peft" if content.is_adapter else "transformers",
+        library_name="peft" if content.parametrization.has_adapter else "transformers",
         pipeline_tag="text-generation",
         datasets=datasets or None,
         tags=[
@@ -175,7 +176,7 @@ def _metadata(content: CardContent) -> ModelCardData:
             "trl",
             content.method.name,
             *([content.gradient_rule.name] if content.gradient_rule else []),
-            *(["lora"] if content.is_adapter else []),
+            *([content.parametrization.name] if content.parametrization.has_adapter else []),
         ],
     )
 
@@ -187,7 +188,8 @@ def _introduction(content: CardContent) -> str:
         if base
         else f"the local model {markdown_code(_name(content.base_model))}"
     )
-    what = f"A LoRA adapter for {named}" if content.is_adapter else f"{named[0].upper()}{named[1:]}"
+    product = content.parametrization.product.format_map({key: entry["value"] for key, entry in content.config.items()})
+    what = f"{product} for {named}" if product else f"{named[0].upper()}{named[1:]}"
     method, verb = content.method, shapes_by_program()[content.method.program].verb
     text = f"{what}, {verb} `{method.name}` ([{method.paper.title}]({method.paper.url})) by alignkit. {method.summary}"
     if content.warnings:
@@ -197,7 +199,7 @@ def _introduction(content: CardContent) -> str:
 
 def _loading(content: CardContent) -> str:
     location = content.location
-    if not content.is_adapter:
+    if not content.parametrization.has_adapter:
         model = f"model = AutoModelForCausalLM.from_pretrained({json.dumps(location)})"
         return _python(["from transformers import AutoModelForCausalLM, AutoTokenizer", ""], model, location)
     base = hub_id(content.base_model)

@@ -16,6 +16,7 @@ from alignkit.config.check import in_force
 from alignkit.config.keys import base_keys
 from alignkit.errors import ConfigError
 from alignkit.gradients._support import RunLayout, check_layout
+from alignkit.parts.parametrization import load_parametrization
 from alignkit.parts.rule import load_rule
 
 MOST_STEPS = 10**9
@@ -123,5 +124,5 @@ def check_gradient_rule(config: ProgramConfig, args: TrainingArguments) -> None:
         ConfigError: Lists what stands in the way.
     """
     if config.gradient_rule is not None:
-        has_adapter = config.parametrization == "lora"
+        has_adapter = load_parametrization(config.parametrization).has_adapter
         check_layout(load_rule(config.gradient_rule), RunLayout.of_arguments(args), has_adapter=has_adapter)

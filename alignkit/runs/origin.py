@@ -22,7 +22,7 @@ from alignkit.errors import RunDirectoryError
 from alignkit.models.files import ADAPTER_CONFIG, read_adapter, sha256
 from alignkit.models.fingerprints import ORIGIN_FILE, QUANTIZATION, BaseFingerprint, origin_text
 from alignkit.models.loading import fingerprint
-from alignkit.parametrizations.policy import model_source
+from alignkit.parametrizations._policy import model_source
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.ranks import Ranks
 from alignkit.runs.rows import PreparedData

@@ -13,7 +13,7 @@ from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
 from alignkit.errors import Stopped
 from alignkit.gradients._hook import chosen_rule
-from alignkit.parametrizations.policy import load_policy, new_adapter
+from alignkit.parametrizations._policy import load_policy, new_adapter
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, shapes_by_program
 from alignkit.references.models import check_other

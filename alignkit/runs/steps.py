@@ -31,7 +31,8 @@ from alignkit.config.check import in_force
 from alignkit.environment import environment
 from alignkit.errors import CheckpointError, Stopped
 from alignkit.hub.upload import check_before_training
-from alignkit.parametrizations.lora import trainable_report
+from alignkit.parametrizations._trainable import trainable_report
+from alignkit.parts.parametrization import load_parametrization
 from alignkit.reports.metrics_log import MetricsLog
 from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.directory import RunDirectory
@@ -58,7 +59,8 @@ def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
     """
     config = loaded.config
     if config.push_to_hub:
-        check_before_training(config.hub_model_id, config.model, is_adapter=config.parametrization == "lora")
+        is_adapter = load_parametrization(config.parametrization).has_adapter
+        check_before_training(config.hub_model_id, config.model, is_adapter=is_adapter)
     # The processes of a launch are not connected yet; the launcher's variable tells them apart.
     is_main = int(os.environ.get("RANK", "0")) == 0
     reuse = {"resume": config.resume, "overwrite": config.overwrite, "config": loaded.effective()}

@@ -40,7 +40,7 @@ _REFUSED = {
 }
 _SAID_ELSEWHERE = re.compile(
     r"os error (?P<code>\d+)|PytorchStreamWriter failed|inline_container.*unexpected pos"
-    r"|(?P<full>No space left on device)|(?P<quota>Disk quota exceeded)|(?P<large>File too large)",
+    r"|(?P<no_room>No space left on device)|(?P<quota>Disk quota exceeded)|(?P<large>File too large)",
     re.S,
 )
 """How safetensors (Rust), torch (C++) and Arrow say it, which raise errors without a number."""
@@ -169,7 +169,7 @@ def _code_said(error: BaseException) -> int | None:
     if said["code"] is not None:
         code = int(said["code"])
         return code if code in FULL or code in _REFUSED else None
-    codes = {"full": errno.ENOSPC, "quota": errno.EDQUOT, "large": errno.EFBIG}
+    codes = {"no_room": errno.ENOSPC, "quota": errno.EDQUOT, "large": errno.EFBIG}
     return next((code for name, code in codes.items() if said[name]), _UNTOLD)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from alignkit.config import load_config
 from alignkit.errors import ConfigError
 from alignkit.gradients._hook import chosen_rule
-from alignkit.parametrizations.policy import load_policy
+from alignkit.parametrizations._policy import load_policy
 from alignkit.parts.rule import load_rule
 from alignkit.yaml_text import dump_yaml
 from tests.gradients.compositions import (

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignkit.errors import ModelError, ProblemListError
 from alignkit.hub import upload
-from alignkit.parametrizations.lora import check_modules
+from alignkit.parametrizations._lora import check_modules
 
 
 def test_the_output_head_is_not_among_the_targets_proposed() -> None:

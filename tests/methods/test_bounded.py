@@ -19,7 +19,7 @@ from alignkit.config import load_config
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.files import read_adapter
 from alignkit.models.loading import load_adapter, load_tokenizer
-from alignkit.parametrizations.lora import check_modules, check_rank
+from alignkit.parametrizations._lora import check_modules, check_rank
 from alignkit.runs import arguments
 from tests.chaos.hostile import TEMPLATES
 from tests.programs.conftest import save_model

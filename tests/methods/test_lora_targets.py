@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.quantization import quantization_config
-from alignkit.parametrizations.lora import trainable_report
-from alignkit.parametrizations.policy import new_adapter
+from alignkit.parametrizations._policy import new_adapter
+from alignkit.parametrizations._trainable import trainable_report
 from alignkit.shapes.tokens import SupervisedConfig
 
 SHAPE: dict[str, Any] = {

@@ -14,7 +14,7 @@ from alignkit.errors import ModelError
 from alignkit.losses.types import Metric
 from alignkit.models.loading import ModelSource, load_model
 from alignkit.models.precision import hold_in_float32
-from alignkit.parametrizations.policy import load_policy
+from alignkit.parametrizations._policy import load_policy
 from alignkit.references.models import load_reference
 from alignkit.runs.unmoved import UnmovedWeights
 from alignkit.shapes.candidates import PreferenceConfig

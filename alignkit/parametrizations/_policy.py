@@ -12,7 +12,7 @@ from alignkit.environment import launched_with_deepspeed
 from alignkit.models import loading
 from alignkit.models.files import read_adapter
 from alignkit.models.precision import HALF
-from alignkit.parametrizations.lora import check_modules, check_rank, lora_config, unadaptable
+from alignkit.parts.parametrization import load_half, load_parametrization
 
 
 def load_model(config: Any, path: str, revision: str | None = None) -> PreTrainedModel:
@@ -44,7 +44,7 @@ def _load(config: Any, source: loading.ModelSource) -> PreTrainedModel:
     """
     model = loading.load_model(source)
     held = model.dtype
-    if config.parametrization == "lora" or held not in HALF or launched_with_deepspeed():
+    if load_parametrization(config.parametrization).has_adapter or held not in HALF or launched_with_deepspeed():
         return model
     if PartialState().is_main_process:
         print(
@@ -61,7 +61,7 @@ def load_policy(config: Any) -> PreTrainedModel | PeftModel:
         ModelError: It cannot be loaded or trained as the config says, or the adapter belongs to another base.
     """
     source = model_source(config, config.model, config.model_revision)
-    loading.quantization_of(source, in_full=config.parametrization == "full")
+    loading.quantization_of(source, in_full=not load_parametrization(config.parametrization).has_adapter)
     if config.adapter is None:
         return _load(config, source)
     adapter = read_adapter(config.adapter)
@@ -73,24 +73,9 @@ def new_adapter(config: Any, model: PreTrainedModel | PeftModel) -> Any:
     """PEFT's configuration of the adapter the run starts; None where it starts none.
 
     Raises:
-        ModelError: It names modules that the model does not have.
+        ModelError: The model has no place for it.
     """
-    if config.parametrization != "lora" or config.adapter is not None:
+    record = load_parametrization(config.parametrization)
+    if not record.has_adapter or config.adapter is not None:
         return None
-    check_modules(model, config.lora_target_modules, config.lora_modules_to_save)
-    check_rank(model, config.lora_r)
-    left_out = unadaptable(model) if config.lora_target_modules == "all-linear" else {}
-    if left_out and PartialState().is_main_process:
-        for reason in dict.fromkeys(left_out.values()):
-            names = ", ".join(sorted(name for name, why in left_out.items() if why == reason))
-            print(f"lora_target_modules: all-linear leaves out {names}, which {reason}")
-    return lora_config(
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        modules_to_save=config.lora_modules_to_save,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        exclude=list(left_out),
-    )
+    return load_half(record).new_adapter(config, model)

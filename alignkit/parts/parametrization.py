@@ -1,0 +1,70 @@
+"""What a parametrisation is: which numbers of a model may move, with which options and which consequences.
+
+Torch is not imported here, so that configs can be checked and ``--help`` answered in a fraction of a second. The half
+that needs it is the file ``_<name>.py`` beside the record.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+from alignkit.parts.options import Conflict, Ignored
+
+
+@dataclass(frozen=True)
+class Parametrization:
+    """One parametrisation, discovered by the name of its file.
+
+    Attributes:
+        name: File stem; the value of the config key ``parametrization``.
+        summary: One sentence.
+        label: What it is called in a sentence, such as "full fine-tuning".
+        options: Dataclass of its own options, declared with :func:`alignkit.parts.options.option`. They are keys of
+            every program, and refused under another parametrisation.
+        has_adapter: Whether an adapter trains beside weights that stay as they are, rather than the weights themselves.
+        has_factors: Whether the adapter is made of pairs of low-rank factors, which a gradient rule may edit alone.
+        product: What a model card calls the result, with options in braces; empty where it is a whole model.
+        conflicts: Combinations of its options, with each other or with any key of a program, that cannot work.
+        ignored: Keys without effect under some values.
+    """
+
+    name: str
+    summary: str
+    label: str
+    options: type
+    has_adapter: bool
+    has_factors: bool = False
+    product: str = ""
+    conflicts: tuple[Conflict, ...] = ()
+    ignored: tuple[Ignored, ...] = ()
+
+
+def parametrization_names() -> list[str]:
+    """Names of all parametrisations, from the files in ``alignkit/parametrizations`` (helpers left out)."""
+    package = importlib.import_module("alignkit.parametrizations")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def load_parametrization(name: str) -> Parametrization:
+    """Import and return the parametrisation called ``name``; raises KeyError for an unknown one."""
+    if name not in parametrization_names():
+        raise KeyError(name)
+    record: Parametrization = importlib.import_module(f"alignkit.parametrizations.{name}").PARAMETRIZATION
+    return record
+
+
+def parametrizations() -> list[Parametrization]:
+    """All of them, those with an adapter first."""
+    return sorted(map(load_parametrization, parametrization_names()), key=lambda record: not record.has_adapter)
+
+
+def load_half(record: Parametrization) -> ModuleType:
+    """The half of a parametrisation with an adapter that needs torch, ``alignkit/parametrizations/_<name>.py``.
+
+    Its ``new_adapter(config, model)`` returns PEFT's configuration of the adapter that a run starts, and refuses what
+    the model has no place for.
+    """
+    return importlib.import_module(f"alignkit.parametrizations._{record.name}")
