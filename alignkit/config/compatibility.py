@@ -31,7 +31,6 @@ def _ignored_options(part: str, name: str, options: type) -> Iterator[IgnoredKey
     Args:
         part: ``method`` or ``gradient_rule``, the key that chooses it.
         name: Its value.
-        options: The options class.
     """
     dependent: dict[OnlyWith, list[str]] = {}
     for field in fields(options):

@@ -131,7 +131,6 @@ def plain_prompt_problem(columns: Sequence[str], row: Mapping[str, Any]) -> str 
     """Why rows cannot become messages, or None.
 
     Args:
-        columns: Columns of the rows.
         row: The first row.
     """
     if any(isinstance(row.get(column), list) for column in ("messages", "prompt", "chosen")):
@@ -160,7 +159,6 @@ def missing_columns(
 
     Args:
         columns: Names in the data, which complete no form.
-        forms: The forms there are.
         notes: What to say of a missing column that no other column looks like.
     """
     if foreign := _foreign_form(columns):
@@ -204,10 +202,6 @@ def misnamed_prompt(columns: Sequence[str]) -> str | None:
 
 
 def listed_columns(names: Collection[str]) -> str:
-    """Names of columns for a line of text, of which a file may have thousands.
-
-    Args:
-        names: The names.
-    """
+    """Names of columns for a line of text, of which a file may have thousands."""
     shown = [name if len(name) <= 60 else f"{name[:60]} ..." for name in islice(names, _LISTED)]
     return ", ".join(shown) + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")

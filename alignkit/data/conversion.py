@@ -69,8 +69,6 @@ def convert_table(
     """Convert rows at hand; returns those that are kept, and the counts of all.
 
     Args:
-        dataset: Rows as loaded.
-        tokenizer: The tokenizer of the model.
         conversion: What they become.
         num_proc: Worker processes; see :mod:`alignkit.data.processes`.
         name: What the rows are called in messages.
@@ -118,10 +116,6 @@ def convert_stream(
     """Convert a stream when it is read; of its first rows, checked now, the counts.
 
     Args:
-        dataset: Rows as loaded.
-        head: The first of them.
-        columns: Their columns.
-        tokenizer: The tokenizer of the model.
         conversion: What they become.
         name: What the rows are called in messages.
 

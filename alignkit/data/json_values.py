@@ -69,7 +69,6 @@ def column_of(values: Sequence[Any], *, as_text: bool) -> pa.Array:
     """A column of a table.
 
     Args:
-        values: The values.
         as_text: Store texts as they are; other values than text and null raise.
 
     Raises:
@@ -81,11 +80,7 @@ def column_of(values: Sequence[Any], *, as_text: bool) -> pa.Array:
 
 
 def is_text(values: Sequence[Any]) -> bool:
-    """Whether a column can store these values as text.
-
-    Args:
-        values: The values.
-    """
+    """Whether a column can store these values as text."""
     try:
         column_of(values, as_text=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
@@ -121,7 +116,6 @@ def map_values(
     """The rows with columns of JSON values that ``change`` makes of their values.
 
     Args:
-        dataset: Rows.
         columns: Columns to change.
         change: ``(value, number of the row, column)`` to the new value; a function of a module, or a ``partial`` of
             one, so that ``datasets`` finds the result of an earlier run in its cache.
@@ -138,7 +132,6 @@ def with_json_columns(dataset: Dataset, columns: Collection[str]) -> Dataset:
     """The dataset with columns of another type made columns of JSON values.
 
     Args:
-        dataset: Rows.
         columns: Which columns; those of JSON values stay as they are.
 
     Raises:
@@ -157,7 +150,6 @@ def without_filled_nulls(dataset: Dataset | IterableDataset, columns: Collection
     that a row itself had as null cannot be told from an added one and goes with them.
 
     Args:
-        dataset: Rows.
         columns: Columns that are used.
 
     Raises:

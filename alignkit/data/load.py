@@ -217,8 +217,6 @@ def rename_columns(
     """Give the columns our names; a column that already has a name claimed by another one is dropped.
 
     Args:
-        dataset: Rows.
-        columns: Their columns.
         column_map: Our column name to the one in the data.
         name: What the rows are called in an error.
         known: Our names.

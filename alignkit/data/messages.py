@@ -26,8 +26,6 @@ def as_messages(
     """Rows of a plain prompt with its prompt as a user's message, and a completion as the assistant's.
 
     Args:
-        dataset: Rows as loaded.
-        tokenizer: The tokenizer of the model.
         name: What the rows are called in an error.
 
     Raises:
@@ -54,8 +52,6 @@ def rows_as_messages(
     """The same for rows at hand.
 
     Args:
-        rows: Rows.
-        tokenizer: The tokenizer of the model.
         name: What they are called in an error.
 
     Raises:
@@ -74,9 +70,7 @@ def check_plain_prompts(
     """Raise DataError where ``apply_chat_template`` could do nothing.
 
     Args:
-        columns: Columns of the rows.
         row: The first row.
-        tokenizer: The tokenizer of the model.
         name: What the rows are called in the error.
     """
     problems = []

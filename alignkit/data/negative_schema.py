@@ -66,7 +66,6 @@ def detect_prompt_kind(
     """Recognise the form of the rows.
 
     Args:
-        columns: Column names.
         head: The first rows; the first value that is not null decides between text and messages.
         name: What the rows are called in an error.
         negatives: Whether each needs a rejected answer.
@@ -91,7 +90,6 @@ def prompt_problems(row: Mapping[str, Any], kind: PromptKind) -> list[Problem]:
     """Everything wrong with one row; empty when it can be sampled for.
 
     Args:
-        row: The row.
         kind: The form of the dataset.
     """
     problems = value_problems("prompt", row.get("prompt"), kind.conversational)

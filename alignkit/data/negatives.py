@@ -73,7 +73,6 @@ def lack_samples(dataset: Dataset | IterableDataset, name: str) -> bool:
     """Whether rows of :func:`~alignkit.data.negative_schema.negative_rows` must be sampled for before training.
 
     Args:
-        dataset: Rows as loaded.
         name: What they are called in an error.
 
     Raises:
@@ -87,7 +86,6 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], *, name: str, negatives: bo
     """Recognise the form of the rows and check every one of them.
 
     Args:
-        rows: The rows.
         name: What they are called in an error.
         negatives: Whether each needs a rejected answer.
 
@@ -105,11 +103,7 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], *, name: str, negatives: bo
 
 
 def ignored_note(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """What to say of columns that are there but not used, or None.
-
-    Args:
-        rows: The rows.
-    """
+    """What to say of columns that are there but not used, or None."""
     ignored = [column for column in ("chosen", "completions", "scores") if column in rows[0]]
     return f"columns not used and left out: {listed_columns(ignored)}" if ignored else None
 
@@ -126,7 +120,6 @@ def prompt_token_ids(
 
     Args:
         rows: Valid rows.
-        tokenizer: The tokenizer of the model.
         kind: Their form.
         instruction: Put before the prompt: a system message (at the head of the one that is there), or plain text.
         name: What the rows are called in an error.

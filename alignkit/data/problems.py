@@ -41,7 +41,6 @@ def value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
 
     Args:
         column: What it is called; a prompt may end in an empty message, anything else may not.
-        value: The value.
         messages: Whether it should be messages.
     """
     if value is None:
@@ -113,11 +112,7 @@ def template_problems(row: Mapping[str, Any]) -> list[Problem]:
 
 
 def is_finite(number: float) -> bool:
-    """Whether a number of JSON is one that a float can hold; whole numbers may be of any size.
-
-    Args:
-        number: The number.
-    """
+    """Whether a number of JSON is one that a float can hold; whole numbers may be of any size."""
     return abs(number) <= sys.float_info.max
 
 

@@ -133,7 +133,6 @@ def first_rows(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict
     """The rows looked at up front, each with every column, and the columns.
 
     Args:
-        dataset: Rows.
         name: What they are called in an error.
 
     Raises:
@@ -178,7 +177,6 @@ def list_of_cell(text: str, index: int, column: str, name: str) -> Any:
     Args:
         text: The cell.
         index: Number of its row.
-        column: Its column.
         name: What the file is called in an error.
 
     Raises:

@@ -46,7 +46,6 @@ def render(
 
     Args:
         messages: Messages that :func:`~alignkit.data.problems.value_problems` finds nothing wrong with.
-        tokenizer: The tokenizer of the model.
         arguments: Arguments of the template that the row brings, ``tools`` among them.
         part: What the messages are called in an error, say ``prompt + chosen``.
         chat_template: A template in place of the tokenizer's.
@@ -79,7 +78,6 @@ def render_marked(
 
     Args:
         messages: As in :func:`render`.
-        tokenizer: The tokenizer of the model.
         arguments: As there.
         part: As there.
         chat_template: A template in place of the tokenizer's.
@@ -103,8 +101,6 @@ def renderable(messages: Messages, tokenizer: PreTrainedTokenizerBase, how: Mapp
     """The messages as the template can render them: content in parts joined to one text where it has to be.
 
     Args:
-        messages: The messages.
-        tokenizer: The tokenizer of the model.
         how: Further arguments of ``apply_chat_template``.
     """
     if not any(isinstance(message.get("content"), list) for message in messages):

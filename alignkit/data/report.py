@@ -133,7 +133,6 @@ class SplitReport:
         """A converted row as the model sees it.
 
         Args:
-            row: The row.
             tokenizer: The tokenizer it was converted with.
         """
         raise NotImplementedError

@@ -90,7 +90,6 @@ def detect_kind(
     """Recognise the form of the rows.
 
     Args:
-        columns: Column names.
         head: The first rows; the first value that is not null decides between text and messages.
         name: What the rows are called in an error.
         num_candidates: What the method takes. It decides when the columns of pairs and of lists are both there: pairs

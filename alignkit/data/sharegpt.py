@@ -27,7 +27,6 @@ def messages_of_turns(value: Any, index: int, column: str, name: str) -> Any:
     Args:
         value: Turns, or one of them.
         index: Number of the row.
-        column: Its column.
         name: What the rows are called in an error.
 
     Raises:

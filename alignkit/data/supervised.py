@@ -91,8 +91,6 @@ def prompts_of(
     """Token ids of the first different prompts, ready for generation; none for rows of plain text.
 
     Args:
-        dataset: Rows as loaded.
-        tokenizer: The tokenizer of the model.
         count: How many at most.
 
     Raises:

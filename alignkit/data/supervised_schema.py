@@ -80,7 +80,6 @@ def detect_supervised_kind(
     """Recognise the form of the rows.
 
     Args:
-        columns: Column names.
         head: The first rows; the first value that is not null decides between text and messages.
         name: What the rows are called in an error.
         completion_only_loss: True where the completions alone shall be trained, which needs them told apart.

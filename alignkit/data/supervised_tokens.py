@@ -88,7 +88,6 @@ def convert_batch(
 
     Args:
         batch: Columns of the batch.
-        tokenizer: The tokenizer of the model.
         settings: What else the result depends on.
 
     Returns:
@@ -194,7 +193,6 @@ def encode(
     Args:
         values: All texts, or all lists of messages.
         rows: The rows they are of, which may hold arguments of the chat template.
-        tokenizer: The tokenizer of the model.
         trained: Which tokens are trained.
         part: What the messages are called in a problem.
         is_prompt: Whether messages end in the generation prompt.

@@ -38,7 +38,6 @@ def require_template(tokenizer: PreTrainedTokenizerBase, *, conversational: bool
     """Raise DataError when the tokenizer cannot render the rows.
 
     Args:
-        tokenizer: The tokenizer of the model.
         conversational: Whether the rows are messages.
         name: What the rows are called in an error.
     """
@@ -77,7 +76,6 @@ def has_doubled_token(
     """Whether a sequence begins with two BOS or ends in two EOS tokens.
 
     Args:
-        prompt_ids: The prompt.
         completion_ids: An untruncated completion.
         tokenizer: Names the two tokens.
     """

@@ -127,7 +127,6 @@ def convert_batch(
 
     Args:
         batch: Columns of the batch.
-        tokenizer: The tokenizer of the model.
         settings: What else the result depends on.
 
     Returns:
@@ -180,7 +179,6 @@ def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[l
 
     Args:
         texts: Texts as they are to be read.
-        tokenizer: The tokenizer of the model.
     """
     ids: list[list[int]] = tokenizer(list(texts), **_IDS_ALONE)["input_ids"]
     with_special, bare = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))

@@ -107,7 +107,6 @@ def prepare_data(
 
     Args:
         sources: Files or Hub ids under ``held-out`` and, if there are probe rows, ``probe``.
-        tokenizer: The tokenizer of the model.
         column_map: Our column names to those of the data.
         max_rows: Keep at most so many rows of each, or None.
         max_length: Limit on prompt + completion, tokens.
@@ -159,7 +158,6 @@ def check_positions(model: PreTrainedModel | PeftModel, data: EvaluationData, ma
     """Refuse answers that would run past the last position of the model.
 
     Args:
-        model: The model.
         data: With the prompts to answer.
         max_new_tokens: Longest answer, tokens.
 
@@ -273,7 +271,6 @@ def provenance(
         source: The model.
         adapter: The adapter, or None.
         model: The model as loaded.
-        tokenizer: Its tokenizer.
         data: The rows.
         state: The processes.
     """

@@ -56,7 +56,6 @@ def measure(rule: GradientRule, options: Any, evaluations: Sequence[Evaluation])
 
     Args:
         rule: The rule in use.
-        options: Its options.
         evaluations: At the weights, and where the rule displaces them once more there.
     """
     if len(evaluations) == 2:

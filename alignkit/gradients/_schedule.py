@@ -39,7 +39,6 @@ class ScheduleCheck(TrainerCallback):  # type: ignore[misc]  # transformers' cal
 
     Args:
         name: Of the rule.
-        options: Its options.
     """
 
     def __init__(self, name: str, options: Any) -> None:

@@ -65,7 +65,6 @@ def check_layout(rule: GradientRule, layout: RunLayout, *, has_adapter: bool) ->
     """Refuse a run in whose layout the rule cannot work, before anything is loaded.
 
     Args:
-        rule: The rule.
         layout: Of the run.
         has_adapter: Whether an adapter trains rather than the model itself.
 
@@ -87,8 +86,6 @@ def check_supported(
     """Refuse a run that the rule cannot work in, before it trains.
 
     Args:
-        rule: The rule.
-        options: Its options.
         model: The model, not wrapped.
         tensors: What of it trains.
         accelerator: Knows the process layout and the precision.

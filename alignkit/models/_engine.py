@@ -28,7 +28,6 @@ def engine_difference(engine: Any, model: PreTrainedModel | PeftModel, folder: P
 
     Args:
         engine: DeepSpeed's.
-        model: The model in it.
         folder: The checkpoint.
     """
     is_first = PartialState().is_main_process

@@ -116,7 +116,6 @@ def merge_adapter(
     """Merge, compare, and write model, generation config, tokenizer and card; nothing is written when refused.
 
     Args:
-        adapter: The adapter.
         source: Its base; ``dtype`` is the type of the merged weights, ``quantization`` how training saw the base.
         output: Folder to make; it may exist only when empty.
         tokenizer: Saved with the model.

@@ -224,9 +224,6 @@ def is_local(model: str) -> bool:
 def check_tensors(file: Path) -> list[str]:
     """Names of the tensors of a safetensors file, after checking that it is whole and none is empty.
 
-    Args:
-        file: The file.
-
     Raises:
         CheckpointError: It is truncated, or holds no tensor or an empty one (a ZeRO-3 shard that was never gathered).
     """
@@ -241,9 +238,6 @@ def check_tensors(file: Path) -> list[str]:
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
     """Shape of every tensor of a safetensors file, by name.
 
-    Args:
-        file: The file.
-
     Raises:
         CheckpointError: It is truncated, or no such file.
     """
@@ -255,20 +249,13 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def sha256(file: Path) -> str:
-    """Hash of a file's bytes.
-
-    Args:
-        file: The file.
-    """
+    """Hash of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file that anybody may have written.
-
-    Args:
-        file: The file.
 
     Raises:
         ModelError: It holds something else, or no JSON.
@@ -298,7 +285,6 @@ def newest_inside(path: Path, *names: str) -> Path | None:
     """The last checkpoint, by its number, among the folders in ``path`` that hold a file of one of these names.
 
     Args:
-        path: A folder.
         names: Names of files.
     """
     saved = [entry for entry in path.iterdir() if any((entry / name).is_file() for name in names)]

@@ -83,9 +83,6 @@ class BaseFingerprint:
         """What tells this base, then, from another one, now; empty where they are the same.
 
         Entries that only one of the two configs has are passed over: versions of transformers add and remove some.
-
-        Args:
-            other: The other one.
         """
         shared = [key for key in self.config if key in other.config]
         found = [

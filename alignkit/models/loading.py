@@ -305,7 +305,6 @@ def check_base(adapter: AdapterFiles, source: ModelSource) -> None:
     on its own base when that is quantised otherwise than in training.
 
     Args:
-        adapter: The adapter.
         source: The model it is to be put on.
 
     Raises:

@@ -33,7 +33,6 @@ def check_token_ids(
     A tokenizer may know more tokens than its model as long as nothing uses them; of streamed rows that cannot be known.
 
     Args:
-        model: The model.
         tokenizer: The tokenizer of the rows.
         used: What the model is to be given, by name.
         name: What the model is called in the message.

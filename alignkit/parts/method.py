@@ -67,9 +67,6 @@ class Preparation:
 
     A method that makes something of its rows before training, or while training, has a subclass in
     ``objectives/_<name>.py``.
-
-    Args:
-        config: The configuration of the run.
     """
 
     exchanges_rows = False
@@ -98,7 +95,6 @@ class Preparation:
 
         Args:
             trainer: The trainer, before its first step.
-            tokenizer: The tokenizer of the model.
             source: The training rows as text.
             directory: The run directory.
         """

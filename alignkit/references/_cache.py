@@ -164,7 +164,6 @@ def with_reference(
 
     Args:
         rows: Candidate rows.
-        cache: The cache.
         path: This run's file in it.
         precision: Key of ``LOGP_TOLERANCE``, which sets the tolerance of the comparison.
         score: Scores rows under the reference with all ranks, returning all scores on every rank.

@@ -128,7 +128,6 @@ def with_token_rewards(
 
     Args:
         rows: Candidate rows with contrast prompts; these columns are removed.
-        cache: The cache.
         weights: ``model_fingerprint`` of the reference.
         precision: Key of ``LOGP_TOLERANCE``.
         layout: What :func:`choose_pass_layout` returned.

@@ -27,7 +27,6 @@ def training_arguments(config: ProgramConfig, bridge: ModuleType) -> Any:
     """The arguments of the host's trainer; creating them sets up the processes too (and ZeRO-3, before a model loads).
 
     Args:
-        config: The config.
         bridge: That of the batch shape (:func:`~alignkit.parts.shape.load_bridge`).
 
     Raises:
@@ -95,7 +94,6 @@ def check_length(config: ProgramConfig, args: TrainingArguments, rows: Dataset |
     """Refuse a share of the rows that is no step, and more steps than a run can take.
 
     Args:
-        config: The config.
         args: The trainer's arguments.
         rows: The training rows, as the trainer takes them; those of a stream are not counted.
 

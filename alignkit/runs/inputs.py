@@ -17,7 +17,6 @@ def inputs_inside(run: Path, config: Mapping[str, Mapping[str, Any]]) -> list[st
     holds links into the run.
 
     Args:
-        run: The run directory.
         config: Effective config, ``{key: {"value": ...}}``.
     """
     texts = ((key, text) for key, entry in config.items() if key not in _NO_INPUTS for text in _texts(entry["value"]))

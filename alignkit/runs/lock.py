@@ -32,11 +32,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class RunLock:
-    """The lock of a run directory, held from :meth:`acquire` to :meth:`release`.
-
-    Args:
-        run: The directory.
-    """
+    """The lock of a run directory, held from :meth:`acquire` to :meth:`release`."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / LOCK_FILE

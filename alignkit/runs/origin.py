@@ -51,8 +51,6 @@ def record_origin(
     machine.
 
     Args:
-        config: The config.
-        tokenizer: The tokenizer of the model.
         data: The rows; those of a stream are not at hand and not compared.
         others: The models beside the policy, by the key that names them.
         directory: The run.
@@ -113,11 +111,7 @@ class OriginRecord:
 
 
 def rows_fingerprint(rows: Dataset) -> str:
-    """Hash of all numbers in tokenised rows, in order: token ids, labels, scores, whatever type they are stored in.
-
-    Args:
-        rows: The rows.
-    """
+    """Hash of all numbers in tokenised rows, in order: token ids, labels, scores, whatever type they are stored in."""
     digest = hashlib.blake2b(digest_size=16)
     for batch in rows.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
         for name in sorted(batch.column_names):

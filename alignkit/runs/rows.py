@@ -55,9 +55,7 @@ def prepare_rows(
     """Load, complete, tokenise, check and report on the rows; rank 0 first, so that the others read its cache.
 
     Args:
-        config: The config.
         args: The trainer's arguments.
-        tokenizer: The tokenizer of the model.
         bridge: That of the batch shape.
         preparation: What the method does with rows of its own.
         directory: Where the report goes.

@@ -126,7 +126,6 @@ def introduce(
     """Set up what a trainer prints and how it saves, record what it trains, and say so.
 
     Args:
-        config: The config.
         trainer: The trainer, with all its callbacks.
         directory: Where it is recorded.
         reference: The reference in force, in words; None where there is no such thing.

@@ -127,8 +127,6 @@ def prepare_prompts(
     """Check the rows and tokenise what the model is to continue.
 
     Args:
-        rows: Rows as loaded.
-        tokenizer: The tokenizer of the model.
         instruction: Put before the prompt while sampling, or None.
         negatives: Whether rows have, and need, a rejected answer.
         name: What the rows are called in an error.

@@ -55,11 +55,7 @@ class Request:
     prompt_ids: Sequence[int]
 
     def seeds(self, seed: int) -> np.random.SeedSequence:
-        """The source of all randomness of this request.
-
-        Args:
-            seed: The seed of the whole.
-        """
+        """The source of all randomness of this request."""
         return np.random.SeedSequence([seed, self.row, self.candidate, self.attempt])
 
 
@@ -146,7 +142,6 @@ class HuggingFaceEngine:
 
     Args:
         model: A causal language model, plain or PEFT, on its device.
-        tokenizer: Its tokenizer.
         drawing: How samples are drawn.
         state: This process among the others.
     """
@@ -213,7 +208,6 @@ class VllmEngine:
     Args:
         source: The model. vLLM's ``auto`` dtype runs float32 weights in half precision.
         adapter: A LoRA adapter, or None.
-        tokenizer: The tokenizer.
         drawing: How samples are drawn.
 
     Raises:

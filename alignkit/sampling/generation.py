@@ -113,7 +113,6 @@ def stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
 
     Args:
         model: A model with a generation config.
-        tokenizer: Its tokenizer.
     """
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]

@@ -64,7 +64,6 @@ class Resampler:
 
         Args:
             lists: Samples and one negative, which has the lowest score; as loaded, or as sampled before training.
-            tokenizer: The tokenizer of the model.
             settings: How samples are drawn.
             max_length: Limit on prompt + completion in tokens, or None.
 
@@ -134,7 +133,6 @@ def _with(
         rows: The rows as they are.
         lists: Candidate lists to replace rows by.
         numbers: The row that each list replaces, ascending.
-        tokenizer: The tokenizer of the model.
         max_length: Limit on prompt + completion in tokens, or None.
 
     Returns:

@@ -25,7 +25,6 @@ def load_scorer(file: Path, function: str) -> Scorer:
     """Run a Python file and take a function from it.
 
     Args:
-        file: The file.
         function: Name of the function.
 
     Raises:
@@ -55,7 +54,6 @@ def score_samples(
 
     Args:
         records: Their samples.
-        rows: All rows.
         kind: Their form.
         scorer: Gives scores.
         state: This process among the others.

@@ -34,7 +34,6 @@ def self_samples(
     Args:
         prompts: The rows.
         model: Draws the samples; on its device.
-        tokenizer: Its tokenizer.
         settings: How.
         directory: Where samples are kept; those of the same rows, weights and settings are found there again.
         weights: Identity of the model, for instance ``model_fingerprint``.

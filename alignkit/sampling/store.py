@@ -91,7 +91,6 @@ class ChunkStore:
         """Add a chunk.
 
         Args:
-            number: Its number.
             records: Its rows.
         """
         lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
@@ -149,7 +148,6 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         path: File to create or replace.
-        rows: The rows.
     """
     partial = partial_path(path)
     with writing(path, partial):

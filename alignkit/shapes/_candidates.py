@@ -434,8 +434,6 @@ def build(
     Args:
         config: A :class:`~alignkit.shapes.candidates.PreferenceConfig`.
         args: TRL's arguments.
-        policy: The model to train.
-        tokenizer: Its tokenizer.
         data: ``train`` and ``evaluation``, tokenised.
         exchanges_rows: Whether training rows are exchanged for others while training.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.

@@ -339,8 +339,6 @@ def build(
     Args:
         config: A :class:`~alignkit.shapes.tokens.SupervisedConfig`.
         args: TRL's arguments.
-        policy: The model to train.
-        tokenizer: Its tokenizer.
         data: ``train`` and ``evaluation``, tokenised, and ``prompts``.
         exchanges_rows: Never: no method on these rows does.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.

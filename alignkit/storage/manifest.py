@@ -32,11 +32,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 class Manifest:
-    """The list of one run; read anew for every question, so that it is right after any kill.
-
-    Args:
-        run: The run directory.
-    """
+    """The list of one run; read anew for every question, so that it is right after any kill."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.path = run, run / MANIFEST
@@ -75,28 +71,17 @@ class Manifest:
         self._change("complete", lambda listed: listed | {folder.name})
 
     def was_complete(self, folder: Path) -> bool:
-        """Whether a checkpoint has been marked complete once, whatever has become of it since.
-
-        Args:
-            folder: The folder.
-        """
+        """Whether a checkpoint has been marked complete once, whatever has become of it since."""
         return durability.was_complete(folder) or folder.name in self._read()["complete"]
 
     def delete_checkpoint(self, folder: Path) -> None:
-        """Delete a listed checkpoint but for what someone else has put into it, and list it no longer.
-
-        Args:
-            folder: The folder.
-        """
+        """Delete a listed checkpoint but for what someone else has put into it, and list it no longer."""
         self._change("complete", lambda listed: listed - {folder.name})
         durability.delete_checkpoint(folder)
         self._forget(folder)
 
     def move_aside(self, folder: Path) -> Path:
         """Give a listed checkpoint a name under which no run looks for it.
-
-        Args:
-            folder: The folder.
 
         Returns:
             Where it is now.

@@ -133,7 +133,6 @@ class Reserve:
     """Room for the last record of a run, held while it runs.
 
     Args:
-        run: The run directory.
         is_main: Whether this process writes there; the others hold nothing.
     """
 

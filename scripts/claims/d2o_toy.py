@@ -197,7 +197,6 @@ def train(start: Parameters, make: Callable[[Tensor], Objective], *, steps: int,
     Args:
         start: The reference.
         make: Value of ``RUNS``.
-        steps: Number of steps.
         learning_rate: Of Adam.
     """
     reference = logps(start).detach()

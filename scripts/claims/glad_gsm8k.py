@@ -148,7 +148,6 @@ def token_sets(seed: int, tokenizer: PreTrainedTokenizerBase, budget: RealBudget
 
     Args:
         seed: Of the draw.
-        tokenizer: Of the model.
         budget: Says how many rows, and how long.
     """
     needed = budget.train_rows + 2 * budget.test_rows

@@ -95,7 +95,6 @@ def draw_rows(questions: Sequence[Question], seed: int) -> list[LabelledRow]:
     """The questions in random order with true labels; where there are more than four answers, two of each kind.
 
     Args:
-        questions: The questions.
         seed: Seed of all draws.
     """
     generator = np.random.default_rng(seed)
@@ -146,7 +145,6 @@ def negative_row(row: LabelledRow, samples: Mapping[str, Sequence[str]]) -> dict
     """The model's samples, each with score 1, and the pair's rejected answer with score 0; no right answer is read.
 
     Args:
-        row: The row.
         samples: Samples by question.
     """
     negative = row.answers[row.pair[1]]

@@ -77,7 +77,6 @@ def run_all(given: Mapping[str, Source], num_seeds: int, model: Path, directory:
     Args:
         given: The data sets.
         num_seeds: Seeds 0, 1, ...
-        model: The model.
         directory: Of the study.
     """
     path = directory / "runs.jsonl"

@@ -108,9 +108,7 @@ def prepare_task(
 
     Args:
         rows: All rows, in random order, true labels.
-        model_path: The model.
         budget: How many to train on and to hold out.
-        seed: The seed.
         samples: Samples by question.
         directory: Of the runs of this seed.
     """
@@ -133,7 +131,6 @@ def draw_samples(
 
     Args:
         prompts: The questions.
-        model_path: The model.
         max_new_tokens: Longest sample.
         directory: Where finished samples are found again.
     """
@@ -176,7 +173,6 @@ def candidates(
 
     Args:
         rows: Pairs or lists of messages.
-        tokenizer: Of the model.
         num_candidates: 2 for pairs, None for lists.
         contrast: Also tokenise the contrast prompts.
     """
@@ -195,7 +191,6 @@ def score(model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, l
     Args:
         model: With a completion head.
         rows: Candidate rows.
-        tokenizer: Of the model.
         layout: ``padded`` or ``shared_prefix``.
     """
     model.eval()

@@ -56,7 +56,6 @@ def write_page(page: Path, program: str, header: str, section: Callable[[], str]
     """Run a study and put its section, named ``figures``, on its page.
 
     Args:
-        page: The page.
         program: Path of the program.
         header: Beginning of a new page.
         section: Runs the study; its text has one open field, ``{origin}``.

@@ -138,7 +138,6 @@ def measured(evaluation: Evaluation, task: Task, scores: Tensor) -> dict[str, fl
 
     Args:
         evaluation: Weights and unedited gradient.
-        task: The task.
         scores: Logits of the training pairs.
     """
     held_out = logits(evaluation.weights, task.pairs[task.test], task.modulus)

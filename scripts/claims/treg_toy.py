@@ -119,7 +119,6 @@ def train(
         pairs: Training pairs.
         alpha: Weight of the regulariser; 0 is DPO.
         static_weight: Whether its weight is 1 for every pair.
-        steps: Number of steps.
         learning_rate: Size of a step.
     """
     num_seeds = len(pairs.responses)
