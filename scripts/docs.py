@@ -22,6 +22,7 @@ from alignkit.config.keys import Key, base_keys, method_keys, rule_keys
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import AlignkitError
+from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.rule import load_rule, rule_names
 from alignkit.programs.entry import run_program
@@ -160,6 +161,12 @@ def own_keys(program: str) -> str:
     return keys_table(key for key in own if key.name not in ("method", "gradient_rule"))
 
 
+def evaluations() -> str:
+    """What ``alignkit evaluate --metrics`` takes."""
+    found = map(load_evaluation, evaluation_names())
+    return table(["name", "what it says"], ([f"`{evaluation.name}`", evaluation.summary] for evaluation in found))
+
+
 def supervised_metrics() -> str:
     """What the supervised bridge logs."""
     from alignkit.shapes._tokens import METRICS
@@ -229,6 +236,7 @@ def hostile_files() -> str:
 
 GENERATORS: dict[str, Callable[..., str]] = {
     "compositions": compositions,
+    "evaluations": evaluations,
     "hostile-files": hostile_files,
     "keys": all_keys,
     "method-docstring": method_docstring,

@@ -54,8 +54,8 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     model_name, revision, adapter = check_inputs(arguments, parser.prog)
 
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
-    from alignkit.evals.evaluate import start_processes, tokenizer_for
     from alignkit.models.loading import ModelSource
+    from alignkit.programs.models import start_processes, tokenizer_for
     from alignkit.sampling import candidates as steps
     from alignkit.sampling.candidates import check_room
     from alignkit.sampling.report import SettingNames

@@ -41,20 +41,20 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     # Torch and the Hugging Face libraries are imported here, once the command line is known to be right.
     from alignkit.data.lengths import RowLengths
-    from alignkit.evals import evaluate as steps
     from alignkit.models._comparison import compare_with_itself
     from alignkit.models.loading import ModelSource
     from alignkit.models.vocabulary import check_token_ids
+    from alignkit.programs.models import load_for_scoring, start_processes, tokenizer_for
     from alignkit.references._token_rewards import refuse_long_sequences
     from alignkit.references.token_reward_report import write_heatmap
     from alignkit.sampling.store import write_rows
 
-    state = steps.start_processes(use_cpu=arguments.use_cpu)
+    state = start_processes(use_cpu=arguments.use_cpu)
     how = ("dtype", "quantization", "attn_implementation", "trust_remote_code")
     source = ModelSource(model_name, arguments.revision or revision, **{name: getattr(arguments, name) for name in how})
-    tokenizer = steps.tokenizer_for(source, adapter, arguments.chat_template)
+    tokenizer = tokenizer_for(source, adapter, arguments.chat_template)
     given, rows = prepare_rows(arguments, tokenizer, contrast, state)
-    model = steps.load_evaluated(source, adapter, state.device)
+    model = load_for_scoring(source, adapter, state.device)
     refuse_long_sequences(rows, model, "data")
     check_token_ids(model, tokenizer, {"a row": rows}, name=repr(source.model))
     compare_with_itself(model, RowLengths.of(rows), "the model", together=arguments.batch_size > 1)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig
 
 from alignkit.data.candidates import to_candidate_rows
+from alignkit.evals.likelihood import side_sums
 from alignkit.evals.preference import preference_sums
 from alignkit.models._forward import score_rows
 from alignkit.models.loading import ModelSource, load_model, load_tokenizer
@@ -87,7 +88,7 @@ class Run:
         steps: Optimiser steps at which the curves were measured, the first being 0 [N].
         curves: Means over the watched training pairs and, for the two keys of the probe, over all held-out responses,
             each [N].
-        before: Held-out metrics of :func:`alignkit.evals.preference.preference_sums` before training.
+        before: Held-out figures of the evaluations ``preference`` and ``likelihood`` before training.
         after: The same after it.
     """
 
@@ -183,7 +184,8 @@ def held_out_metrics(trainer: PreferenceTrainer, rows: Dataset) -> dict[str, flo
         batch_size=EVAL_BATCH_SIZE,
         device=trainer.accelerator.device,
     )
-    return {key: sums.estimate().mean for key, sums in preference_sums(rows, scores).items()}
+    found = preference_sums(rows, scores) | side_sums(rows, scores)
+    return {key: sums.estimate().mean for key, sums in found.items()}
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> tuple[list[int], dict[str, list[float]]]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
+from alignkit.evals.likelihood import side_sums
 from alignkit.evals.preference import preference_sums
 from alignkit.models._forward import base_model, support_packed_rows
 from alignkit.parts.method import load_method
@@ -70,7 +71,8 @@ def measure(task: Task, model: nn.Module) -> dict[str, float]:
     """Held-out accuracies and likelihoods; ``accuracy/reward`` goes by the log-ratio to the reference, sums."""
     support_packed_rows(base_model(model))
     logps = score(model, task.held_out, task.tokenizer, "shared_prefix")
-    figures = {key: sums.estimate().mean for key, sums in preference_sums(task.held_out, logps).items()}
+    found = preference_sums(task.held_out, logps) | side_sums(task.held_out, logps)
+    figures = {key: sums.estimate().mean for key, sums in found.items()}
     figures["accuracy/reward"] = reward_accuracy(task.held_out["scores"], logps, task.reference_logps)
     return figures
 

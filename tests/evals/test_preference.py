@@ -7,14 +7,21 @@ import random
 
 import pytest
 
-from alignkit.evals.preference import likelihood_sums, preference_sums
+from alignkit.evals.likelihood import likelihood_sums, side_sums
+from alignkit.evals.preference import preference_sums
+from alignkit.reports.estimates import RowSums
 
 PAIR = {"scores": [1.0, 0.0]}
 
 
+def all_sums(rows: list[dict[str, list[float]]], logps: list[list[list[float]]]) -> dict[str, RowSums]:
+    """Figures of the evaluations ``preference`` and ``likelihood``."""
+    return preference_sums(rows, logps) | side_sums(rows, logps)
+
+
 def mean(rows: list[dict[str, list[float]]], logps: list[list[list[float]]], name: str) -> float:
     """The estimate of one metric."""
-    estimate = preference_sums(rows, logps)[name].estimate()
+    estimate = all_sums(rows, logps)[name].estimate()
     assert estimate is not None
     return estimate.mean
 
@@ -77,9 +84,9 @@ def test_permuting_candidates_changes_nothing() -> None:
     draw = random.Random(0)
     scores = [0.0, 2.0, 1.0, 2.0]
     logps = [[-draw.random() for _ in range(n)] for n in (3, 1, 4, 2)]
-    expected = {k: v.estimate() for k, v in preference_sums([{"scores": scores}], [logps]).items()}
+    expected = {k: v.estimate() for k, v in all_sums([{"scores": scores}], [logps]).items()}
     for order in itertools.permutations(range(4)):
-        permuted = preference_sums([{"scores": [scores[i] for i in order]}], [[logps[i] for i in order]])
+        permuted = all_sums([{"scores": [scores[i] for i in order]}], [[logps[i] for i in order]])
         assert {k: v.estimate().mean for k, v in permuted.items()} == pytest.approx(
             {k: v.mean for k, v in expected.items()}, abs=1e-12
         )

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.errors import ModelError
-from alignkit.evals.evaluate import EvaluationData, prepare_scoring
+from alignkit.evals._trial import EvaluationData, prepare_scoring
 from alignkit.models import _packed_attention
 from alignkit.models._comparison import ScoringRun, disagreement, length_dependence, refuse_other_scores
 from alignkit.models._forward import add_completion_head

@@ -17,7 +17,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignkit
+from alignkit import evals
 from alignkit.models.files import sha256
+from alignkit.parts.evaluation import evaluation_names, load_evaluation
+from alignkit.programs.evaluate import METRICS
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import TEMPLATE, candidate_lists, chat_pairs, save_adapter, write_rows
 
@@ -192,6 +195,11 @@ def test_two_processes_give_the_same_figures(
         (["--model", "{assets}/base", "--data", "{tmp}/empty.jsonl"], ["no rows", "is empty"]),
         (["--model", "{assets}/base", "--max_length", "2"], ["held-out"]),
         (["--model", "{assets}/base", "--revision", "main"], ["--revision", "is a folder"]),
+        (
+            ["--model", "{assets}/base", "--metrics", "preference,liklihood"],
+            ["did you mean 'likelihood'?"],
+        ),
+        (["--model", "{assets}/base", "--metrics", "generation", "--probe_data", "x"], ["add likelihood"]),
         (["--model", "{assets}/base", "--max_new_tokens", "100000"], ["100000 behind a prompt", "Write at most"]),
     ],
 )
@@ -228,3 +236,57 @@ def test_a_quantised_base(assets: Path, tmp_path: Path, run_script: Script) -> N
         assert run_script("evaluate", *words, "--quantization", kind, "--output", tmp_path / kind) == 0
     exact, quantised = (means(read(tmp_path / kind)["metrics"])["mean_logps/chosen"] for kind in ("none", "nf4"))
     assert exact != quantised and quantised == pytest.approx(exact, abs=0.5)
+
+
+SPARE = """
+from alignkit.parts.evaluation import Evaluation, Found
+from alignkit.reports.estimates import row_sums
+
+def compute(trial):
+    lengths = [[len(ids) for ids in row] for row in trial.data.rows["completion_ids"]]
+    return Found({"spare/tokens": row_sums([(sum(row), len(row)) for row in lengths])}, examples=["spare"])
+
+EVALUATION = Evaluation(
+    name="spare_tokens", summary="Mean length.", reads=frozenset({"held-out"}), compute=compute,
+    render=lambda prompts, found, base: f"seen: {found.examples[0]}",
+    record=lambda prompts, found, base: {"spare": list(found.examples)},
+)
+"""
+
+
+def test_an_evaluation_is_one_file(
+    assets: Path,
+    tmp_path: Path,
+    run_script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file that lies among the evaluations is found, made alone or beside others, and shown and kept."""
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "spare_tokens.py").write_text(SPARE)
+    monkeypatch.setattr(evals, "__path__", [*evals.__path__, str(tmp_path / "evals")])
+    assert evaluation_names() == ["generation", "likelihood", "preference", "spare_tokens"]
+    words = ("--model", assets / "base", "--data", assets / "pairs.jsonl", *QUICK, "--output")
+    assert run_script("evaluate", *words, tmp_path / "spare", "--metrics", "spare_tokens") == 0
+    out, alone = capsys.readouterr().out, read(tmp_path / "spare")
+    assert list(alone["metrics"]) == ["spare/tokens"] and alone["spare"] == ["spare"] and "samples" not in alone
+    assert "seen: spare" in out and "held-out rows" not in out
+    assert run_script("evaluate", *words, tmp_path / "both", "--metrics", "likelihood,spare_tokens") == 0
+    both = read(tmp_path / "both")["metrics"]
+    assert both["spare/tokens"] == alone["metrics"]["spare/tokens"]
+    assert list(both) == ["logps/chosen", "mean_logps/chosen", "logps/rejected", "mean_logps/rejected", "spare/tokens"]
+    # A likelihood a token weighs the tokens that were counted.
+    tokens = both["mean_logps/chosen"]["count"] + both["mean_logps/rejected"]["count"]
+    assert both["spare/tokens"]["mean"] * both["spare/tokens"]["count"] == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize("name", evaluation_names())
+def test_an_evaluation_says_what_it_is(name: str) -> None:
+    evaluation = load_evaluation(name)
+    assert evaluation.name == name and evaluation.summary.endswith(".")
+    assert evaluation.reads and evaluation.reads <= {"held-out", "probe", "prompts"}
+
+
+def test_what_is_made_by_default_is_there() -> None:
+    assert METRICS == ("preference", "likelihood", "generation")
+    assert set(METRICS) <= set(evaluation_names())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alignkit.evals import evaluate
+from alignkit.evals import _trial
 from alignkit.models import _packed_attention
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import byte_tokenizer, save_model, write_rows
@@ -106,13 +106,13 @@ def test_packed_rows_are_evaluated_with_the_attention_of_training(
     save_model(tmp_path / "model")
     save_model(tmp_path / "base", seed=1)
     data = write_rows(tmp_path / "rows.jsonl", pairs(3, 40))
-    seen, score = [], evaluate.score_over_ranks
+    seen, score = [], _trial.score_over_ranks
 
     def watched(model: Any, *arguments: Any, **options: Any) -> Any:
         seen.append((options["layout"], model.config._attn_implementation))
         return score(model, *arguments, **options)
 
-    monkeypatch.setattr(evaluate, "score_over_ranks", watched)
+    monkeypatch.setattr(_trial, "score_over_ranks", watched)
     evaluated("--model", tmp_path / "model", "--compare_base", tmp_path / "base", "--data", data)
     assert seen == [("shared_prefix", _packed_attention.NAME)] * 2
 

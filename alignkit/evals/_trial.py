@@ -1,17 +1,13 @@
-"""The steps of an evaluation, in the order ``alignkit evaluate`` takes them."""
+"""What models are evaluated on, and a model before it."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import datasets
-import torch
-import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
@@ -26,19 +22,19 @@ from alignkit.data.messages import as_messages
 from alignkit.data.prefix import Layout
 from alignkit.environment import environment
 from alignkit.errors import ConfigError
-from alignkit.evals.preference import likelihood_sums, preference_sums
-from alignkit.evals.results import Evaluation
 from alignkit.models._comparison import compare_with_itself
-from alignkit.models._forward import add_completion_head, use_packed_attention
+from alignkit.models._forward import use_packed_attention
 from alignkit.models._layouts import choose_layout, confirmed
 from alignkit.models.files import AdapterFiles, sha256
-from alignkit.models.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
+from alignkit.models.loading import ModelSource
 from alignkit.models.positions import positions_of
 from alignkit.models.sharding import score_over_ranks
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.references._cache import rows_fingerprint
-from alignkit.sampling.generation import Sample, Sampling, generate_samples, generation_sums
+from alignkit.sampling.generation import Sampling
 
+TokenLogps = Sequence[Sequence[float]]
+"""Token log-probs of the candidates of one row, nats."""
 logger = logging.getLogger(__name__)
 
 
@@ -57,39 +53,6 @@ class EvaluationData:
     probe: Dataset | None
     prompts: list[list[int]]
     reports: dict[str, ConversionReport]
-
-
-def start_processes(*, use_cpu: bool) -> PartialState:
-    """Join the other processes of the launch; only the first one shows progress.
-
-    Args:
-        use_cpu: Stay on the CPU even where there is an accelerator.
-    """
-    state = PartialState(cpu=True) if use_cpu else PartialState()
-    if not state.is_main_process:
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-    return state
-
-
-def tokenizer_for(
-    source: ModelSource, adapter: AdapterFiles | None, chat_template: Path | None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with the adapter, which knows the template it was trained with; otherwise the model's.
-
-    Args:
-        source: The model.
-        adapter: The adapter, or None.
-        chat_template: Jinja file that replaces the chat template, or None.
-    """
-    if adapter is not None and adapter.has_tokenizer:
-        return load_tokenizer(str(adapter.directory), chat_template=chat_template)
-    return load_tokenizer(
-        source.model,
-        revision=source.revision,
-        chat_template=chat_template,
-        trust_remote_code=source.trust_remote_code,
-    )
 
 
 def prepare_data(
@@ -133,27 +96,6 @@ def prepare_data(
     return EvaluationData(rows["held-out"], rows.get("probe"), prompts, reports)
 
 
-def load_evaluated(
-    source: ModelSource, adapter: AdapterFiles | None, device: torch.device
-) -> PreTrainedModel | PeftModel:
-    """Load a model for :func:`evaluate_model`.
-
-    Args:
-        source: The model.
-        adapter: Put on it, or None.
-        device: Where to.
-
-    Raises:
-        ModelError: It cannot be loaded, or the adapter was trained on another base.
-    """
-    if adapter is not None:
-        check_base(adapter, source)
-    model = load_model(source, device)
-    # The head goes on before PEFT wraps the model.
-    add_completion_head(model)
-    return model if adapter is None else load_adapter(model, adapter)
-
-
 def check_positions(model: PreTrainedModel | PeftModel, data: EvaluationData, max_new_tokens: int) -> None:
     """Refuse answers that would run past the last position of the model.
 
@@ -179,7 +121,7 @@ def check_vocabulary(
     """Refuse a model that lacks the embedding of a token of the rows or prompts.
 
     Args:
-        model: What :func:`load_evaluated` returned.
+        model: What :func:`alignkit.programs.models.load_for_scoring` returned.
         tokenizer: The tokenizer of the rows.
         data: What the model is to be evaluated on.
 
@@ -201,7 +143,7 @@ def prepare_scoring(
     """Compare a model's scores with its own logits, and choose how its rows are laid out; a collective.
 
     Args:
-        model: What :func:`load_evaluated` returned; it is given the attention that training would use.
+        model: What :func:`alignkit.programs.models.load_for_scoring` returned; it is given the attention of training.
         data: What it will be evaluated on.
         requested: The layout asked for.
         batch_size: Rows a forward pass.
@@ -219,42 +161,50 @@ def prepare_scoring(
     return choice.layout
 
 
-def evaluate_model(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: EvaluationData,
-    *,
-    layout: Layout,
-    batch_size: int,
-    sampling: Sampling,
-    state: PartialState,
-    name: str,
-) -> Evaluation:
-    """Evaluate a model on all processes; every one of them gets the results.
+@dataclass
+class Trial:
+    """One model before the data of an evaluation. All processes hold one, and call it in the same order.
 
-    Args:
-        model: What :func:`load_evaluated` returned.
-        tokenizer: Decodes the sample answers.
+    Attributes:
+        model: What :func:`alignkit.programs.models.load_for_scoring` returned.
+        tokenizer: Decodes answers.
         data: What on.
+        sampling: How answers are generated.
         layout: ``padded`` or ``shared_prefix``.
         batch_size: Rows a forward pass.
-        sampling: How answers are generated.
         state: This process among the others.
         name: What the model is called in progress bars.
     """
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    scoring: dict[str, Any] = {"layout": layout, "batch_size": batch_size, "state": state}
-    scoring["pad_token_id"] = pad_token_id or 0
-    scores = score_over_ranks(model, data.rows, progress=f"{name}: held-out rows", **scoring)
-    sums = preference_sums(data.rows, scores)
-    if data.probe is not None:
-        probe_scores = score_over_ranks(model, data.probe, progress=f"{name}: probe rows", **scoring)
-        sums |= likelihood_sums(probe_scores, "probe")
-    samples: list[Sample] = []
-    if data.prompts:
-        samples = generate_samples(model, tokenizer, data.prompts, sampling, state=state, progress=f"{name}: samples")
-        sums |= generation_sums(samples)
-    return Evaluation(sums, samples)
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    data: EvaluationData
+    sampling: Sampling
+    layout: Layout
+    batch_size: int
+    state: PartialState
+    name: str
+    _scored: dict[str, list[TokenLogps]] = field(default_factory=dict, repr=False)
+
+    def token_logps(self, rows: Literal["held-out", "probe"]) -> list[TokenLogps]:
+        """Token log-probs of every candidate of the rows, computed on first use.
+
+        Args:
+            rows: Which; probe rows only where there are some.
+        """
+        if rows not in self._scored:
+            pad = self.tokenizer.pad_token_id
+            scored = self.data.rows if rows == "held-out" else self.data.probe
+            self._scored[rows] = score_over_ranks(
+                self.model,
+                scored,
+                pad_token_id=(self.tokenizer.eos_token_id if pad is None else pad) or 0,
+                layout=self.layout,
+                batch_size=self.batch_size,
+                state=self.state,
+                progress=f"{self.name}: {rows} rows",
+            )
+        return self._scored[rows]
 
 
 def provenance(
