@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from alignkit.config.check import validate_config
 from alignkit.data.columns import RowFamily
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.rule import load_rule, rule_names
@@ -44,6 +45,4 @@ class ProgramConfig:
         Raises:
             ConfigError: Lists all problems.
         """
-        from alignkit.config.check import validate_config
-
         validate_config(self)

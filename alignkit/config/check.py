@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-from alignkit.config.base import ProgramConfig
 from alignkit.config.compatibility import REFUSALS
 from alignkit.config.data_files import check_data
 from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule_keys, rules_with
@@ -20,7 +19,25 @@ from alignkit.parts.rule import load_rule
 from alignkit.parts.shape import shapes_by_program
 
 
-def build_config(settings: Settings, headline: str, *, check_files: bool) -> ProgramConfig:
+class Configuration(Protocol):
+    """What is read here of the configuration of any program, beside the values of its keys."""
+
+    program: ClassVar[str]
+
+    @property
+    def method_options(self) -> Any:
+        """The method's own options."""
+
+    @property
+    def gradient_rule(self) -> str | None:
+        """Name of the gradient rule."""
+
+    @property
+    def gradient_options(self) -> Any:
+        """The rule's own options."""
+
+
+def build_config(settings: Settings, headline: str, *, check_files: bool) -> Configuration:
     """The config object of ``settings``.
 
     Args:
@@ -45,13 +62,13 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Pro
         ordered = sorted(settings.problems, key=lambda problem: problem.origin.order)
         raise ConfigError(headline, [str(problem) for problem in ordered])
     base = {name: settings.values[name] for name in base_keys(settings.program)}
-    config: ProgramConfig = shapes_by_program()[settings.program].config(
+    config: Configuration = shapes_by_program()[settings.program].config(
         **base, method_options=options, gradient_options=gradient
     )
     return config
 
 
-def validate_config(config: ProgramConfig) -> None:
+def validate_config(config: Configuration) -> None:
     """Check a config made in Python; what differs from the default counts as set by the user.
 
     Raises:
@@ -74,7 +91,7 @@ def validate_config(config: ProgramConfig) -> None:
     build_config(settings, f"{name} cannot work", check_files=True)
 
 
-def flatten(config: ProgramConfig) -> dict[str, Any]:
+def flatten(config: Configuration) -> dict[str, Any]:
     """All values by key, the options of method and gradient rule beside the others, in the order of the sections."""
     values = {name: getattr(config, name) for name in base_keys(config.program)}
     for options in (config.method_options, config.gradient_options):
@@ -83,7 +100,7 @@ def flatten(config: ProgramConfig) -> dict[str, Any]:
     return values
 
 
-def in_force(config: ProgramConfig) -> dict[str, Any]:
+def in_force(config: Configuration) -> dict[str, Any]:
     """The values of :func:`flatten`, with what null stands for where a default depends on another key."""
     values = flatten(config)
     for name, key in base_keys(config.program).items():

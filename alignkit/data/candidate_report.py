@@ -10,8 +10,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.repeats import Content, list_bytes, list_slices
-from alignkit.data.report import Spans, SplitReport
-from alignkit.data.templates import Check, check_conversion
+from alignkit.data.split_report import Check, Spans, SplitReport
+from alignkit.data.templates import check_padding, check_rows
 
 IDENTICAL = "candidates are identical"
 EQUAL_SCORES = "all scores are equal"
@@ -55,7 +55,9 @@ class ConversionReport(SplitReport):
 
     def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
         """The checks of candidate rows."""
-        return check_conversion(self, tokenizer, rows)
+        stop_token, prompt_prefix, special_tokens = check_rows(self)
+        padding = check_padding(tokenizer, rows)
+        return [stop_token, padding, prompt_prefix, self._check_preference(), special_tokens]
 
     def contents(self, table: pa.Table) -> Iterator[Content]:
         """What each row trains: every completion behind the prompt."""
@@ -71,6 +73,13 @@ class ConversionReport(SplitReport):
         labels = ["chosen", "rejected"] if is_pair else [f"score {score:g}" for score in row["scores"]]
         texts = [tokenizer.decode(completion) for completion in row["completion_ids"]]
         return Example(tokenizer.decode(row["prompt_ids"]), tuple(zip(labels, texts, strict=True)))
+
+    def _check_preference(self) -> Check:
+        name = "the candidates of a row differ"
+        if not self.num_without_preference:
+            return Check(name, "ok", "in every row")
+        message = f"{self.num_without_preference} of {self.num_rows_in} rows prefer nothing and were dropped"
+        return Check(name, "warn", message)
 
 
 @dataclass(frozen=True)

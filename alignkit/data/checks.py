@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.repeats import RepeatCounts
-from alignkit.data.templates import Check
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from alignkit.data.report import SplitReport
+from alignkit.data.split_report import Check, SplitReport
 
 TRUNCATION_WARNING = 0.05
 """Share of rows cut by max_length above which a warning is given."""

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.json_files import HEAD_ROWS
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc, process_count, workers_ending
-from alignkit.data.report import QUANTILES, SplitReport, length_line
+from alignkit.data.report import QUANTILES, length_line
 from alignkit.data.schema import describe_problems
+from alignkit.data.split_report import SplitReport
 from alignkit.errors import DataError
 
 BATCH_ROWS = 256

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, ClassVar, Protocol, TextIO
+from typing import Any, TextIO
 
-import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -23,9 +22,8 @@ from alignkit.data.checks import (
 )
 from alignkit.data.columns import listed_columns
 from alignkit.data.problems import shorten
-from alignkit.data.repeats import Content, Prints, RepeatCounts, count_repeats, fingerprints
-from alignkit.data.sources import SourceCounts
-from alignkit.data.templates import Check
+from alignkit.data.repeats import Prints, RepeatCounts, count_repeats, fingerprints
+from alignkit.data.split_report import Check, Example, SplitReport
 from alignkit.errors import DataError
 
 QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
@@ -36,106 +34,6 @@ TEXT_SHOWN = 800
 MARKS = ("[[", "]]")
 _COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m", "trained": "\033[36m"}
 _PLAIN = "\033[0m"
-
-
-Spans = list[tuple[str, bool]]
-"""Pieces of text, each with whether its tokens are trained."""
-
-
-class Example(Protocol):
-    """One row as the model sees it; a dataclass, so that it can be recorded."""
-
-    def labelled(self) -> list[tuple[str, Spans]]:
-        """Label and spans of each part."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitReport:
-    """What happened to the rows of one split on the way to token ids; a family of rows adds what it counts.
-
-    Attributes:
-        name: The split.
-        kind: Form of the rows.
-        conversational: Whether they are messages.
-        max_length: Limit on a row, tokens, or None.
-        num_rows_in, num_rows: Rows before and after.
-        dropped: Rows dropped, by cause.
-        num_truncated_rows: Rows kept that are cut.
-        lengths: Quantiles of every kind of length before truncation, over all rows, tokens.
-        recommended_max_length: Holds 95 % of the rows whole and drops no more than the fraction allowed.
-        ignored_columns: Columns that are not read.
-        num_cut_prompts: Rows whose tokenised prompt is not a prefix of prompt + completion.
-        cut_prompt_end: What such a prompt lost; an example.
-        num_whole_completions: Untruncated completions of rows kept; a row without a prompt is one.
-        num_stopped_completions: Those of them that end in a stop token.
-        text_after_stop: Template text after a stop token; an example.
-        unstopped_end: The end of a completion without a stop token; an example.
-        num_doubled_tokens: Rows that begin with two BOS or end in two EOS.
-        sources: What each source of a mixture contributes; empty for rows of one source.
-        is_sample: True for streamed rows, where all of this describes the first rows only.
-    """
-
-    name: str
-    kind: str
-    conversational: bool
-    max_length: int | None
-    num_rows_in: int
-    num_rows: int
-    dropped: dict[str, int]
-    num_truncated_rows: int
-    lengths: dict[str, dict[str, int]]
-    recommended_max_length: int
-    ignored_columns: tuple[str, ...]
-    num_cut_prompts: int
-    cut_prompt_end: str
-    num_whole_completions: int
-    num_stopped_completions: int
-    text_after_stop: str
-    unstopped_end: str
-    num_doubled_tokens: int
-    sources: tuple[SourceCounts, ...] = ()
-    is_sample: bool = False
-
-    has_preferences: ClassVar[bool] = False
-    """Whether a row says which of its answers is better."""
-
-    @property
-    def num_dropped(self) -> int:
-        """Rows dropped for any cause."""
-        return sum(self.dropped.values())
-
-    def sizes(self) -> dict[int, int]:
-        """Rows kept by their number of candidates, where that varies."""
-        return {}
-
-    def details(self) -> dict[str, str]:
-        """What the table of counts says beside rows read, dropped, kept and cut."""
-        return {}
-
-    def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
-        """The checks of this split.
-
-        Args:
-            tokenizer: The tokenizer it was converted with.
-            rows: A few converted rows.
-        """
-        raise NotImplementedError
-
-    def contents(self, table: pa.Table) -> Iterable[Content]:
-        """What rows train, to find those that are there more than once.
-
-        Args:
-            table: Converted rows.
-        """
-        raise NotImplementedError
-
-    def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-        """A converted row as the model sees it.
-
-        Args:
-            tokenizer: The tokenizer it was converted with.
-        """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

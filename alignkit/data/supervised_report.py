@@ -12,8 +12,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.repeats import Content, list_bytes
-from alignkit.data.report import Spans, SplitReport
-from alignkit.data.templates import Check, check_rows
+from alignkit.data.split_report import Check, Spans, SplitReport
+from alignkit.data.templates import check_rows
 
 NOTHING_TRAINED = "no token is trained"
 CUT_AWAY = "no trained token is left at max_length"

@@ -6,32 +6,13 @@ The expensive way to learn that a model never stops, or was trained on a context
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.prefix import CandidateCollator, Layout
+from alignkit.data.split_report import Check, SplitReport
 from alignkit.errors import DataError
-
-if TYPE_CHECKING:
-    from alignkit.data.candidate_report import ConversionReport
-    from alignkit.data.report import SplitReport
-
-
-@dataclass(frozen=True)
-class Check:
-    """The outcome of one check.
-
-    Attributes:
-        name: What should hold.
-        status: ``ok``, ``warn`` (training goes on) or ``fail`` (it would not do what was asked).
-        message: What was found and, unless ok, what to do.
-    """
-
-    name: str
-    status: Literal["ok", "warn", "fail"]
-    message: str
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, *, conversational: bool, name: str) -> None:
@@ -88,25 +69,6 @@ def _is_twice(ids: Sequence[int]) -> bool:
     return len(ids) == 2 and ids[0] == ids[1]
 
 
-def check_conversion(
-    report: ConversionReport, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]
-) -> list[Check]:
-    """All checks of one split.
-
-    Args:
-        report: What the conversion counted.
-        tokenizer: The tokenizer it used.
-        rows: A few candidate rows, collated to see that padding hides no token.
-    """
-    return [
-        _check_stop_token(report),
-        _check_padding(tokenizer, rows),
-        _check_prompt_prefix(report),
-        _check_preference(report),
-        _check_special_tokens(report),
-    ]
-
-
 def check_rows(report: SplitReport) -> list[Check]:
     """The checks of a split that hold for rows of any family.
 
@@ -134,7 +96,30 @@ def _check_stop_token(report: SplitReport) -> Check:
     return Check(name, "warn" if stopped else "fail", f"{found}; {advice} eos_token_id of the generation config")
 
 
-def _check_padding(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> Check:
+def _check_prompt_prefix(report: SplitReport) -> Check:
+    name = "the prompt is a prefix of prompt + completion"
+    if report.num_cut_prompts == 0:
+        return Check(name, "ok", "in every row")
+    found = f"not in {report.num_cut_prompts} of {report.num_rows_in} rows, whose prompt lost an end like "
+    advice = "the model trains on a context it will not see: end prompts on a token boundary (a newline, no trailing"
+    return Check(name, "warn", f"{found}{report.cut_prompt_end!r}; {advice} space), or mend the template")
+
+
+def _check_special_tokens(report: SplitReport) -> Check:
+    name = "no special token is doubled"
+    if report.num_doubled_tokens == 0:
+        return Check(name, "ok", "in every row")
+    advice = "take BOS and EOS out of the texts (the tokenizer adds them), or out of the template"
+    return Check(name, "warn", f"{report.num_doubled_tokens} rows begin with two BOS or end in two EOS; {advice}")
+
+
+def check_padding(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> Check:
+    """Whether padding hides no completion token.
+
+    Args:
+        tokenizer: The tokenizer of the rows.
+        rows: A few candidate rows, which are collated to see it.
+    """
     name = "padding hides no completion token"
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = eos if pad is None else pad
@@ -145,28 +130,3 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[st
             return Check(name, "fail", f"layout {layout} trains {trained} of {expected} completion tokens")
     same = " (pad and EOS are the same token here, which is harmless)" if pad == eos else ""
     return Check(name, "ok", f"masks come from lengths, not from token ids{same}")
-
-
-def _check_prompt_prefix(report: SplitReport) -> Check:
-    name = "the prompt is a prefix of prompt + completion"
-    if report.num_cut_prompts == 0:
-        return Check(name, "ok", "in every row")
-    found = f"not in {report.num_cut_prompts} of {report.num_rows_in} rows, whose prompt lost an end like "
-    advice = "the model trains on a context it will not see: end prompts on a token boundary (a newline, no trailing"
-    return Check(name, "warn", f"{found}{report.cut_prompt_end!r}; {advice} space), or mend the template")
-
-
-def _check_preference(report: ConversionReport) -> Check:
-    name = "the candidates of a row differ"
-    if not report.num_without_preference:
-        return Check(name, "ok", "in every row")
-    message = f"{report.num_without_preference} of {report.num_rows_in} rows prefer nothing and were dropped"
-    return Check(name, "warn", message)
-
-
-def _check_special_tokens(report: SplitReport) -> Check:
-    name = "no special token is doubled"
-    if report.num_doubled_tokens == 0:
-        return Check(name, "ok", "in every row")
-    advice = "take BOS and EOS out of the texts (the tokenizer adds them), or out of the template"
-    return Check(name, "warn", f"{report.num_doubled_tokens} rows begin with two BOS or end in two EOS; {advice}")

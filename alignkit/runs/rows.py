@@ -15,7 +15,8 @@ from alignkit.config.base import ProgramConfig
 from alignkit.data.checks import Limits
 from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.messages import as_messages
-from alignkit.data.report import SplitReport, data_report
+from alignkit.data.report import data_report
+from alignkit.data.split_report import SplitReport
 from alignkit.errors import ModelError
 from alignkit.models import loading
 from alignkit.models.files import read_adapter

@@ -62,6 +62,7 @@ from alignkit.references._reference import Reference
 from alignkit.references.models import load_negative_reference, load_reference, other_models
 from alignkit.shapes._arguments import REFUSED_FOR_PREFERENCE, refuse_unused
 from alignkit.shapes._bridge import ObjectiveBridge, ratio
+from alignkit.shapes._late_rows import LateRows
 from alignkit.shapes._probe import DispersionProbe
 
 __all__ = ["other_models"]
@@ -380,6 +381,10 @@ class PreferenceTrainer(ObjectiveBridge, DPOTrainer):
         self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS, REPEATED]
 
 
+class LateRowsTrainer(LateRows, PreferenceTrainer):
+    """A preference trainer whose training rows may be exchanged between two steps."""
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -438,8 +443,6 @@ def build(
         exchanges_rows: Whether training rows are exchanged for others while training.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
     """
-    from alignkit.shapes._late_rows import LateRowsTrainer  # which is made from the trainer above
-
     negative_reference, reference = load_negative_reference(config), load_reference(config)
     used = {"a training row": data.train, "a held-out row": data.evaluation}
     for model in (policy, reference, negative_reference):

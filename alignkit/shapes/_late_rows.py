@@ -1,4 +1,4 @@
-"""A preference trainer whose training rows may be exchanged between two steps.
+"""Training rows that may be exchanged between two steps.
 
 Dataloaders run ahead: worker processes hold copies of the rows, and accelerate fetches a batch before the previous one
 is given out. Here they handle row numbers alone, and the rows are looked up when their step begins. So no step trains
@@ -17,8 +17,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-
-from alignkit.shapes._candidates import PreferenceTrainer
+from transformers import Trainer
 
 
 class RowNumbers(torch.utils.data.Dataset[int]):
@@ -38,8 +37,8 @@ class RowNumbers(torch.utils.data.Dataset[int]):
         return index
 
 
-class LateRowsTrainer(PreferenceTrainer):
-    """Trains on ``train_dataset`` as it is when a step begins; takes what a preference trainer takes.
+class LateRows(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
+    """Trains on ``train_dataset`` as it is when a step begins; stands before the trainer it is combined with.
 
     Attributes:
         train_dataset: Candidate rows; may be exchanged for as many others.
@@ -63,7 +62,9 @@ class LateRowsTrainer(PreferenceTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one step, made from the rows of this moment, and their item counts."""
-        return super().get_batch_samples(map(self._collated, epoch_iterator), num_batches, device)
+        samples: tuple[list[dict[str, Tensor]], Tensor]
+        samples = super().get_batch_samples(map(self._collated, epoch_iterator), num_batches, device)
+        return samples
 
     def _collated(self, numbers: list[int]) -> dict[str, Tensor]:
         batch = self.data_collator([self.train_dataset[number] for number in numbers])

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,56 @@ def test_a_violation_is_found(contract: str, file: str, statement: str, reposito
     done = lint(tmp_path, "--contract", contract)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "BROKEN" in done.stdout
+
+
+def modules_imported(sources: dict[str, str], name: str) -> set[str]:
+    """Modules of ``sources`` that a module names in an import, wherever it stands: in a function, or for types alone.
+
+    What is found by the name of its file, through importlib, is not named.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(sources[name])):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & set(sources)
+            found |= inside or {node.module}
+    return found & set(sources)
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """The first circle of imports among modules, empty where there is none.
+
+    The public names of ``alignkit`` itself are loaded when they are asked for, so what it names is not followed.
+    """
+    graph = {name: modules_imported(sources, name) for name in sources if name != "alignkit"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def sources_of(repository: Path) -> dict[str, str]:
+    """Source of every module of alignkit by its dotted name."""
+    paths = {path: path.relative_to(repository).with_suffix("") for path in (repository / "alignkit").rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): path.read_text() for path, name in paths.items()}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from alignkit.parts.rule import load_rule",
+        "import alignkit.parts.rule",
+        "def lazily():\n    from alignkit.parts import rule",
+        "if TYPE_CHECKING:\n    from alignkit.parts.rule import GradientRule",
+    ],
+)
+def test_an_import_circle_is_found(statement: str, repository: Path) -> None:
+    """Of parts.rule, which imports parts.options."""
+    sources = sources_of(repository)
+    sources["alignkit.parts.options"] += f"\n{statement}\n"
+    assert {"alignkit.parts.options", "alignkit.parts.rule"} <= set(circle(sources))
 
 
 def test_only_bridges_touch_names_that_trl_does_not_promise(repository: Path) -> None:

@@ -18,8 +18,8 @@ from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.checks import Limits
 from alignkit.data.repeats import count_repeats, fingerprints
 from alignkit.data.report import DataReport, data_report
+from alignkit.data.split_report import Check
 from alignkit.data.supervised import to_supervised_rows
-from alignkit.data.templates import Check
 from alignkit.data.tokenization import CANDIDATE_FEATURES
 from alignkit.errors import DataError
 from tests.data.rows import message, pair

@@ -17,7 +17,8 @@ from alignkit.data import templates
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.checks import TEMPLATE_CHECK
 from alignkit.data.report import DataReport, data_report
-from alignkit.data.templates import Check, has_doubled_token, tokens_after_stop
+from alignkit.data.split_report import Check
+from alignkit.data.templates import has_doubled_token, tokens_after_stop
 from alignkit.errors import DataError
 from tests.data.rows import forms, message, pair
 

@@ -27,8 +27,7 @@ from alignkit.sampling.candidates import SampleSettings
 from alignkit.sampling.refresh import ROWS_FILE, SampleRefresh
 from alignkit.sampling.resampling import Resampled, Resampler
 from alignkit.sampling.store import RowSamples
-from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
-from alignkit.shapes._late_rows import LateRowsTrainer
+from alignkit.shapes._candidates import BridgeSettings, LateRowsTrainer, PreferenceTrainer
 from alignkit.shapes.candidates import PreferenceConfig
 from alignkit.storage.durability import is_complete
 from tests.list_oracles import Candidate, d2o
