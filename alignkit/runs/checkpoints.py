@@ -80,11 +80,11 @@ def _check_state(checkpoint: Path) -> None:
 class CheckpointGuard(TrainerCallback):
     """Announces, verifies, marks and rotates the checkpoints of a run.
 
-    A checkpoint is listed in the run's manifest before it is written: what is not listed belongs to someone else and
-    is never written into or deleted. After a save all ranks wait for each other; the first one verifies the
-    checkpoint, writes ``complete.json`` as its last file and deletes what is no longer wanted. A kill at any instant
-    leaves the last complete checkpoint usable. transformers' own rotation must be off (``save_total_limit=None`` in
-    its arguments): it counts incomplete ones, and those of others.
+    A checkpoint is listed in the run's manifest before it is written, when the trainer calls :meth:`announce`: what is
+    not listed belongs to someone else and is never written into or deleted. After a save all ranks wait for each other;
+    the first one verifies the checkpoint, writes ``complete.json`` as its last file and deletes what is no longer
+    wanted. A kill at any instant leaves the last complete checkpoint usable. transformers' own rotation must be off
+    (``save_total_limit=None`` in its arguments): it counts incomplete ones, and those of others.
 
     Args:
         save_total_limit: Number of complete checkpoints kept, the newest; None keeps all.
@@ -102,12 +102,16 @@ class CheckpointGuard(TrainerCallback):
         """Clear the way of the checkpoints to come: no save may be mixed with what a kill or someone else has left."""
         _on_main(lambda: _clear(Manifest(Path(args.output_dir)), state.global_step, state.max_steps))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Announce the checkpoint that is about to be saved."""
-        if control.should_save:
-            _on_main(lambda: self._announce(Manifest(Path(args.output_dir)), state.global_step))
+    def announce(self, checkpoint: Path) -> None:
+        """List a checkpoint before it is written; a collective.
 
-    on_epoch_end = on_step_end
+        Args:
+            checkpoint: The directory it will be.
+
+        Raises:
+            CheckpointError: It is there already, and not of this run.
+        """
+        _on_main(lambda: self._announce(checkpoint))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Finish the checkpoint of this step; if it is unusable, every rank raises :class:`CheckpointError`."""
@@ -115,17 +119,16 @@ class CheckpointGuard(TrainerCallback):
         PartialState().wait_for_everyone()
         _on_main(lambda: self._finish(checkpoint, args.world_size))
 
-    def _announce(self, manifest: Manifest, step: int) -> None:
-        """List the checkpoint of a step before it is written."""
+    def _announce(self, checkpoint: Path) -> None:
         if self.check is not None:
             self.check()
-        folder = manifest.run / f"checkpoint-{step}"
-        if folder.is_symlink() or (folder.exists() and folder not in manifest.checkpoints()):
+        manifest = Manifest(checkpoint.parent)
+        if checkpoint.is_symlink() or (checkpoint.exists() and checkpoint not in manifest.checkpoints()):
             raise CheckpointError(
-                f"{folder} is there already and this run did not write it, so step {step} cannot be saved. Move it "
-                "elsewhere and resume from the last checkpoint."
+                f"{checkpoint} is there already and this run did not write it, so step {_step_of(checkpoint)} cannot "
+                "be saved. Move it elsewhere and resume from the last checkpoint."
             )
-        manifest.claim_checkpoint(folder)
+        manifest.claim_checkpoint(checkpoint)
 
     def _finish(self, checkpoint: Path, world_size: int) -> None:
         """Verify, mark and rotate."""

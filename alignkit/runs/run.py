@@ -20,7 +20,7 @@ from alignkit.references.models import check_other
 from alignkit.runs import origin, results, steps
 from alignkit.runs.arguments import check_length, training_arguments
 from alignkit.runs.directory import RunDirectory
-from alignkit.runs.preemption import StopRequest
+from alignkit.runs.preemption import StopRequest, StopWhenAsked
 from alignkit.runs.ranks import Ranks, launched_with
 from alignkit.runs.resumption import settled
 from alignkit.runs.rows import PreparedData, load_tokenizer, prepare_rows
@@ -103,7 +103,7 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
             check_length(config, args, data.train)
             origin.record_origin(config, tokenizer, data, others, directory, ranks)
             trainer = _trainer(config, args, tokenizer, data, preparation, directory)
-            steps.stop_when_asked(trainer, request)
+            trainer.add_callback(StopWhenAsked(request))
             try:
                 steps.train(config, trainer, directory)
             finally:

@@ -4,50 +4,43 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
 from alignkit.runs.process_layout import local_parameter_count
 from alignkit.storage.durability import complete_checkpoints
 from alignkit.storage.refusals import StorageError, free_bytes, full
 
 
-class RoomForCheckpoints(TrainerCallback):
-    """Ends the run before a save that the disk has no room for; the previous checkpoint stays as it is.
+def refuse_full_disk(trainer: Trainer, checkpoint: Path) -> None:
+    """End the run before a save that the disk has no room for; the previous checkpoint stays as it is. A collective.
 
     Args:
         trainer: Whose weights are saved.
+        checkpoint: The directory that is about to be written.
+
+    Raises:
+        StorageError: There is no room, on every rank.
     """
+    problem: StorageError | None = None
+    if PartialState().is_main_process:
+        needed = _needed(checkpoint.parent, trainer.model)
+        if needed > free_bytes(checkpoint):
+            problem = full(errno.ENOSPC, checkpoint, needed=needed)
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        raise problem
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask; on no, every rank raises :class:`~alignkit.storage.refusals.StorageError`."""
-        if not control.should_save:
-            return
-        problem: StorageError | None = None
-        if PartialState().is_main_process:
-            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            needed = self._needed(checkpoint.parent)
-            if needed > free_bytes(checkpoint):
-                problem = full(errno.ENOSPC, checkpoint, needed=needed)
-        (problem,) = broadcast_object_list([problem])
-        if problem is not None:
-            raise problem
-
-    on_epoch_end = on_step_end
-
-    def _needed(self, run: Path) -> int:
-        """Bytes of the last checkpoint; before the first one those of the trained weights, which is the least."""
-        complete = complete_checkpoints(run)
-        if complete:
-            return sum(path.stat().st_size for path in complete[-1].rglob("*") if path.is_file())
-        return _trained_bytes(self.trainer.model)
+def _needed(run: Path, model: nn.Module) -> int:
+    """Bytes of the last checkpoint; before the first one those of the trained weights, which is the least."""
+    complete = complete_checkpoints(run)
+    if complete:
+        return sum(path.stat().st_size for path in complete[-1].rglob("*") if path.is_file())
+    return _trained_bytes(model)
 
 
 def _trained_bytes(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,12 +40,11 @@ from alignkit.runs.directory import RunDirectory
 from alignkit.runs.health import HealthMonitor
 from alignkit.runs.origin import OriginRecord
 from alignkit.runs.pickles import check_deepspeed_shards, check_sharded_model, refused_pickle
-from alignkit.runs.preemption import StopRequest, StopWhenAsked
 from alignkit.runs.process_layout import ProcessLayoutRecorder
 from alignkit.runs.progress import ShortProgress
 from alignkit.runs.resumption import how_to_go_on
 from alignkit.runs.rows import PreparedData
-from alignkit.runs.space import RoomForCheckpoints
+from alignkit.runs.space import refuse_full_disk
 from alignkit.runs.start_line import StartLine
 from alignkit.runs.unmoved import UnmovedWeights
 from alignkit.storage.refusals import Reserve, StorageError, storage_error
@@ -143,7 +143,9 @@ def introduce(
     if trainer.eval_dataset is not None:
         trainer.add_callback(EvaluationAtTheEnd())
     trainer.persistent.append(OriginRecord(directory))
-    trainer.add_callback(CheckpointGuard(config.save_total_limit, directory.lock.check))
+    guard = CheckpointGuard(config.save_total_limit, directory.lock.check)
+    trainer.add_callback(guard)
+    trainer.before_saving += [partial(refuse_full_disk, trainer), guard.announce]
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)
     if directory.is_main:
         directory.manifest.claim(directory.metrics_path.name)
@@ -160,14 +162,6 @@ class EvaluationAtTheEnd(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for it."""
         control.should_evaluate = control.should_evaluate or state.global_step >= state.max_steps
-
-
-def stop_when_asked(trainer: Trainer, request: StopRequest) -> None:
-    """Let a signal end training after a step, and refuse a checkpoint for which there is no room."""
-    # The guard stays last: it announces what they have decided to save.
-    guard = trainer.pop_callback(CheckpointGuard)
-    for callback in (StopWhenAsked(request), RoomForCheckpoints(trainer), guard):
-        trainer.add_callback(callback)
 
 
 def train(config: ProgramConfig, trainer: Trainer, directory: RunDirectory) -> None:

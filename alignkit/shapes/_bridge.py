@@ -16,7 +16,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +48,8 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
     Attributes:
         item_kinds: What a term of this batch shape may be averaged over.
         persistent: What checkpoints keep beside what transformers keeps in them; add to it before training begins.
+        before_saving: Called on every process with the directory of a checkpoint before it is written, whatever has
+            asked for the save; may raise, and nothing is written.
     """
 
     item_kinds: ClassVar[tuple[str, ...]]
@@ -65,6 +67,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         """Set up the running sums and take the gradient rule; nothing of the host is touched."""
         self.gradient_rule = gradient_rule
         self.persistent: list[Persistent] = []
+        self.before_saving: list[Callable[[Path], None]] = []
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._loss_weights: dict[str, float] = {}
         self._evaluation_prefix = "eval"
@@ -244,8 +247,10 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save what transformers does, then all that is persistent: no callback has seen the checkpoint by then."""
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        for look in self.before_saving:
+            look(folder)
+        super()._save_checkpoint(model, trial)
         for state in self.persistent:
             state.save(folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,10 +45,27 @@ def write_checkpoint(run: Path, step: int, *, numel: int = 8, weights: dict[str,
 
 def save(guard: CheckpointGuard, run: Path, step: int, args: TrainingArguments, **options: object) -> Path:
     """Announce a checkpoint, write it and let the guard finish it."""
-    guard.on_step_end(args, TrainerState(global_step=step), TrainerControl(should_save=True))
+    guard.announce(run / f"checkpoint-{step}")
     checkpoint = write_checkpoint(run, step, **options)
     guard.on_save(args, TrainerState(global_step=step), TrainerControl())
     return checkpoint
+
+
+def guarded(trainer: Any) -> Any:
+    """A bridge whose checkpoints are announced, verified and marked complete."""
+    guard = CheckpointGuard()
+    trainer.add_callback(guard)
+    trainer.before_saving.append(guard.announce)
+    return trainer
+
+
+class AnnouncingGuard(CheckpointGuard):
+    """For a trainer of transformers, which says nothing before it saves."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Announce the checkpoint of this step."""
+        if control.should_save:
+            self.announce(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 def tiny_model(seed: int = 0) -> Qwen3ForCausalLM:

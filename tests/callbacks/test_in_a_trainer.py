@@ -14,11 +14,10 @@ from alignkit.errors import AlignkitError
 from alignkit.models.saved_weights import verify_weights
 from alignkit.reports.metrics_log import MetricsLog, read_metrics
 from alignkit.reports.plot import plot_run
-from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.health import HealthMonitor
 from alignkit.storage.durability import checkpoints, is_complete
-from tests.callbacks.saved import arguments, tiny_adapter, tiny_model
+from tests.callbacks.saved import AnnouncingGuard, arguments, tiny_adapter, tiny_model
 
 
 def rows(count: int = 32) -> list[dict[str, torch.Tensor]]:
@@ -45,7 +44,7 @@ def train(
         path, max_steps=12, per_device_train_batch_size=4, learning_rate=lr, logging_steps=logging_steps,
         save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=3, seed=3,
     )  # fmt: skip
-    callbacks = [MetricsLog(run.metrics_path), HealthMonitor(), CheckpointGuard(save_total_limit=1)]
+    callbacks = [MetricsLog(run.metrics_path), HealthMonitor(), AnnouncingGuard(save_total_limit=1)]
     callbacks += [] if stop_at is None else [Stop(stop_at)]
     model = tiny_adapter(tiny_model())
     trainer = Trainer(model, args, train_dataset=rows(), eval_dataset=rows(4), callbacks=callbacks)

@@ -15,9 +15,8 @@ from alignkit.errors import CheckpointError, ModelError
 from alignkit.models.comparison import model_difference
 from alignkit.models.loading import ModelSource, load_model
 from alignkit.parts.method import load_method
-from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.shapes._tokens import SupervisedTrainer
-from tests.callbacks.saved import tiny_tokenizer
+from tests.callbacks.saved import guarded, tiny_tokenizer
 from tests.chaos.architectures import ARCHITECTURES, VOCABULARY, save_base
 
 SHORT = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3")
@@ -40,10 +39,11 @@ def trainer(base: Path, output: Path) -> SupervisedTrainer:
         bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, eval_packing=False, logging_steps=1,
     )  # fmt: skip
     method = load_method("sft")
-    return SupervisedTrainer(
+    made: SupervisedTrainer = guarded(SupervisedTrainer(
         load_model(ModelSource(str(base))), args, method=method, options=method.options(), train_dataset=rows(),
-        processing_class=tiny_tokenizer(), callbacks=[CheckpointGuard()],
-    )  # fmt: skip
+        processing_class=tiny_tokenizer(),
+    ))  # fmt: skip
+    return made
 
 
 def resumed_equals_whole(kind: str, folder: Path) -> None:

@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from alignkit.errors import RunDirectoryError
-from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.directory import RunDirectory
 from alignkit.storage import durability
 from alignkit.storage.durability import MARKER, mark_complete
 from alignkit.storage.manifest import Manifest
-from tests.callbacks.saved import arguments, tiny_adapter, tiny_model, write_checkpoint
+from tests.callbacks.saved import AnnouncingGuard, arguments, tiny_adapter, tiny_model, write_checkpoint
 from tests.callbacks.test_in_a_trainer import rows
 
 FILES = (
@@ -48,7 +47,7 @@ def train(path: Path, *, resume: bool = False) -> RunDirectory:
     """Six steps, saved every second."""
     run = RunDirectory.create(path, resume=resume)
     args = arguments(path, max_steps=6, per_device_train_batch_size=4, save_steps=2, logging_steps=1)
-    trainer = Trainer(tiny_adapter(tiny_model()), args, train_dataset=rows(), callbacks=[CheckpointGuard()])
+    trainer = Trainer(tiny_adapter(tiny_model()), args, train_dataset=rows(), callbacks=[AnnouncingGuard()])
     trainer.train(resume_from_checkpoint=str(run.checkpoint_to_resume()) if resume else None)
     run.record(status="finished")
     run.lock.release()

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.gradients._decay import DecayToStart
-from alignkit.runs.checkpoints import CheckpointGuard
+from tests.callbacks.saved import guarded
 from tests.gradients.conftest import chosen, lora, weights
 from tests.methods.conftest import flat_weights, logged
 
@@ -122,7 +122,7 @@ def test_decay_holds_the_weights_back(make_trainer: Any) -> None:
 
 
 def resumable(make_trainer: Any, model_path: str, rule: Any, kind: str, steps: int) -> Any:
-    return make_trainer(
+    trainer = make_trainer(
         gradient_rule=rule,
         model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
         arguments={
@@ -133,15 +133,15 @@ def resumable(make_trainer: Any, model_path: str, rule: Any, kind: str, steps: i
             "disable_dropout": False,
         },
         peft_config=lora(lora_dropout=0.2, modules_to_save=["q_norm"]) if kind == "lora" else None,
-        callbacks=[CheckpointGuard(), StopAt(steps)],
+        callbacks=[StopAt(steps)],
     )
+    return guarded(trainer)
 
 
-class StopAt(CheckpointGuard):
+class StopAt(TrainerCallback):
     """Ends a run early, as a kill would, without changing its schedule."""
 
     def __init__(self, step: int) -> None:
-        super().__init__()
         self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

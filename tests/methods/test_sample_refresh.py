@@ -21,7 +21,6 @@ from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.tokenization import CANDIDATE_FEATURES
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.objectives.d2o import METHOD, D2OOptions
-from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.run import train_preference
 from alignkit.sampling.candidates import SampleSettings
 from alignkit.sampling.refresh import ROWS_FILE, SampleRefresh
@@ -30,6 +29,7 @@ from alignkit.sampling.store import RowSamples
 from alignkit.shapes._candidates import BridgeSettings, LateRowsTrainer, PreferenceTrainer
 from alignkit.shapes.candidates import PreferenceConfig
 from alignkit.storage.durability import is_complete
+from tests.callbacks.saved import guarded
 from tests.list_oracles import Candidate, d2o
 from tests.methods.conftest import dpo_arguments, flat_weights, logged
 from tests.scripts.tiny import byte_tokenizer, save_model, tiny_model, write_rows
@@ -87,13 +87,12 @@ def make(
     )
     for callback in before:
         trainer.add_callback(callback(trainer))
-    if kind is LateRowsTrainer:
+    if issubclass(kind, LateRowsTrainer):
         resampler = Resampler.of_lists(lists, TOKENIZER, settings, MAX_LENGTH)
         refresh = SampleRefresh(trainer, resampler, steps)
         trainer.add_callback(refresh)
         trainer.persistent.append(refresh)
-    trainer.add_callback(CheckpointGuard())
-    return trainer
+    return guarded(trainer)
 
 
 class Watch(TrainerCallback):
