@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int | None:
         return _train(options.recipe, overrides)
     if options.command == "config":
         return _config(options.recipe, overrides, schema=options.schema)
-    return {"methods": _methods, "recipes": _recipes, "env": _env}[options.command]()
+    return {"methods": _methods, "parts": _parts, "recipes": _recipes, "env": _env}[options.command]()
 
 
 def _split_off_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in _PROGRAMS.items():
         commands.add_parser(name, help=summary)
     commands.add_parser("methods", help="list the methods with their papers")
+    commands.add_parser("parts", help="list methods, gradient rules and every other part that a run can be made of")
     commands.add_parser("recipes", help="list the shipped recipes")
     commands.add_parser("env", help="show versions and accelerators, and say what does not fit together")
     return parser
@@ -150,6 +151,16 @@ def _methods() -> int | None:
         print(f"{method.name}\n  {method.summary}")
         print(f"  paper     {method.paper.title} ({method.paper.url})")
         print(f"  fidelity  {method.fidelity}\n")
+    return None
+
+
+def _parts() -> int | None:
+    from alignkit.parts.catalogue import KINDS
+
+    for kind in KINDS:
+        summaries = kind.summaries()
+        width = max(map(len, summaries))
+        print("\n".join([kind.title, *(f"  {name:<{width}}  {text}" for name, text in summaries.items())]) + "\n")
     return None
 
 

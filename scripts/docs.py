@@ -22,9 +22,11 @@ from alignkit.config.keys import Key, base_keys, method_keys, rule_keys
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import AlignkitError
+from alignkit.parts.catalogue import KINDS
 from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.rule import load_rule, rule_names
+from alignkit.parts.shape import shapes_by_program
 from alignkit.programs.entry import run_program
 from alignkit.shipped import recipe_names, recipe_path
 
@@ -79,7 +81,7 @@ def method_head(name: str) -> str:
     """The opening paragraph of a method's page."""
     method = load_method(name)
     number = "any number of" if method.num_candidates is None else method.num_candidates
-    rows = f"{number} completions a row" if method.program == "preference" else "supervised rows"
+    rows = shapes_by_program()[method.program].rows.format(count=number)
     return (
         f"{method.summary}\n\n"
         f"- Paper: [{method.paper.title}]({method.paper.url})\n"
@@ -174,6 +176,15 @@ def supervised_metrics() -> str:
     return metrics_table(METRICS.items())
 
 
+def parts() -> str:
+    """Everything a run can be made of, by kind, and the folder that a new one is added to."""
+    return "\n".join(
+        f"### {kind.title[0].upper()}{kind.title[1:]}\n\nOne file each in `{kind.folder}`.\n\n"
+        + table(["name", "what it is"], ([f"`{name}`", summary] for name, summary in kind.summaries().items()))
+        for kind in KINDS
+    )
+
+
 def recipes() -> str:
     """Shipped recipes with the first line of their header."""
     headers = {name: recipe_path(name).read_text().partition("\n")[0] for name in recipe_names()}
@@ -244,6 +255,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "method-metrics": method_metrics,
     "method-options": lambda name: keys_table(method_keys(name).values()),
     "own-keys": own_keys,
+    "parts": parts,
     "probe-metrics": probe_metrics,
     "recipes": recipes,
     "results": results,

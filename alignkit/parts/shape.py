@@ -21,6 +21,7 @@ class Shape:
         name: File stem.
         summary: One sentence.
         config: Dataclass of the configuration; its ``program`` names the launch program under ``trainers/``.
+        rows: What a method is given, in the words of its page; ``{count}`` stands for the number of candidates.
         verb: What a run does to a model, in the words of a model card: "tuned on preferences with" a method.
         panels: Panels of the figure that a run draws.
     """
@@ -28,6 +29,7 @@ class Shape:
     name: str
     summary: str
     config: Any
+    rows: str
     verb: str
     panels: tuple[Any, ...]
 

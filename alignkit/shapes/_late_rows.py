@@ -37,7 +37,7 @@ class RowNumbers(torch.utils.data.Dataset[int]):
         return index
 
 
-class LateRows(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
+class LateRows(Trainer):  # transformers' trainer is untyped
     """Trains on ``train_dataset`` as it is when a step begins; stands before the trainer it is combined with.
 
     Attributes:

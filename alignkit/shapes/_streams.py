@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 
-class StreamResume(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
+class StreamResume(Trainer):  # transformers' trainer is untyped
     """Resumes streamed rows where they were, in whichever pass that was; logs, evaluates and saves as asked for now."""
 
     def _init_training_state(

@@ -133,6 +133,7 @@ SHAPE = Shape(
     name="candidates",
     summary="One prompt with K candidate answers and their scores; a pair is K = 2.",
     config=PreferenceConfig,
+    rows="{count} completions a row",
     verb="tuned on preferences with",
     panels=PANELS,
 )

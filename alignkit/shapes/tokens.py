@@ -68,6 +68,7 @@ SHAPE = Shape(
     name="tokens",
     summary="One row of text or messages, of which all tokens, the completion or the assistant's turns are trained.",
     config=SupervisedConfig,
+    rows="supervised rows",
     verb="fine-tuned with",
     panels=PANELS,
 )

@@ -17,12 +17,13 @@ from alignkit.data.negative_schema import detect_prompt_kind, prompt_problems
 from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.supervised_schema import detect_supervised_kind, supervised_row_problems
 from alignkit.parts.method import load_method
+from alignkit.parts.shape import shapes_by_program
 from alignkit.shipped import recipe_names, recipe_path
 from alignkit.yaml_text import parse_yaml
 from tests.docs.pages import REPOSITORY, Block, anchors, blocks, commands, links, pages
 
 SHELL_BLOCKS = blocks("bash")
-PROGRAM_OF_CONFIG = {"trainers/preference.py": "preference", "trainers/sft.py": "sft"}
+PROGRAM_OF_CONFIG = {f"trainers/{program}.py": program for program in shapes_by_program()}
 PLAIN_COMMANDS = ("pip install ", "git clone ", "pytest ", "source ")
 
 
@@ -74,7 +75,7 @@ def check_command(words: list[str], folder: Path) -> None:
     elif words[0] == "alignkit" and words[1] in cli._PROGRAMS:
         check_options(("-m", *words[:2]), words[2:])
     elif words[0] == "alignkit":
-        assert words[1] in ("config", "env", "methods", "recipes")
+        assert words[1] in ("config", "env", "methods", "parts", "recipes")
     else:
         assert f"{' '.join(words)} ".startswith(PLAIN_COMMANDS), "say how to check this command"
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -38,8 +37,10 @@ from tests.methods import supervised
 from tests.methods.conftest import logged
 from tests.methods.test_preference_trainer import rows_for
 from tests.methods.test_quantized import wide_model
+from tests.shapes import building
+from tests.shapes.building import little_garbage
 
-__all__ = ["wide_model"]
+__all__ = ["little_garbage", "wide_model"]
 
 PULL = 0.5
 STRONG: dict[str, dict[str, float]] = {"decay_to_init": {"decay_coef": PULL}, "l2_sp": {"l2_sp_coef": 0.5}}
@@ -54,14 +55,6 @@ def load(composition: Composition, model: str, folder: Path) -> Any:
     file = folder / "composition.yaml"
     file.write_text(dump_yaml(values))
     return load_config(program(composition), file, check_files=False).config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _little_garbage() -> Iterator[None]:
-    """A trainer collects garbage when it starts: most of what a run of two steps takes, were all of torch looked at."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +89,7 @@ def build(
 
     def make(composition: Composition) -> tuple[Any, Any]:
         is_supervised = program(composition) == "sft"
-        models = supervised_models if is_supervised else pairs
+        models = pairs if program(composition) == "preference" else supervised_models
         config = load(composition, models[composition.parametrization], tmp_path)
         options = {**asdict(config.gradient_options), **STRONG.get(composition.rule, {})}
         rule, seen = chosen_rule(composition.rule, load_rule(composition.rule).options(**options)), None
@@ -105,6 +98,11 @@ def build(
         # Without Adam's memory of earlier gradients a step with none shows the pull alone.
         changes = arguments | ({"optim": "sgd", "learning_rate": 0.5} if composition.rule == "decay_to_init" else {})
         peft = composition.parametrization != "full"
+        if program(composition) not in ("preference", "sft"):
+            keys = arguments | {"use_cpu": True} | changes
+            run = building.config_of(program(composition), config.model, tmp_path, **composition.config, **keys)
+            rows_as_text = building.text_rows(run, 8)
+            return building.build(run, rows_as_text, rule=rule, tokenizer=supervised.tokenizer()), seen
         if is_supervised:
             trainer = supervised.make(tmp_path / "run", supervised_rows, peft, model=load_policy(config), **changes)
             trainer.gradient_rule = rule

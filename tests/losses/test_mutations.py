@@ -7,16 +7,17 @@ import importlib
 
 import pytest
 
-from tests.losses.batches import PREFERENCE_METHODS
+from alignkit.parts.method import method_names
 from tests.losses.mutants import Mutant, loaded, mutants_of, source_tree
 
 CAUGHT = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 
 
 def building_blocks(module: str) -> list[str]:
-    """The loss module and the modules of the layer it takes functions from; ``types`` only declares shapes."""
+    """The loss module and the modules of the layer it takes functions from; others, and ``types``, declare shapes."""
     names = {n.module for n in ast.walk(source_tree(module)) if isinstance(n, ast.ImportFrom) and n.module}
-    return [module, *sorted(n for n in names if n.startswith("alignkit.losses.") and not n.endswith(".types"))]
+    found = sorted(n for n in names if n.startswith("alignkit.losses.") and not n.endswith(".types"))
+    return [module, *(n for n in found if any(isinstance(part, ast.FunctionDef) for part in source_tree(n).body))]
 
 
 def survives(mutant: Mutant, name: str) -> bool:
@@ -33,7 +34,7 @@ def survives(mutant: Mutant, name: str) -> bool:
 def users_of_modules() -> dict[str, list[str]]:
     """Module of the layer to the methods whose loss is built from it."""
     users: dict[str, list[str]] = {}
-    for name in [*PREFERENCE_METHODS, "sft"]:
+    for name in method_names():
         importlib.import_module(f"alignkit.losses.{name}")
         for module in building_blocks(f"alignkit.losses.{name}"):
             users.setdefault(module, []).append(name)

@@ -50,7 +50,7 @@ def record(code: Path, names: Sequence[str]) -> Recording:
 
     Args:
         code: A checkout of alignkit.
-        names: Of :data:`RUNS` and :data:`ZERO2`.
+        names: Of :data:`RUNS` and :data:`ZERO2`; those of a method that the code has not got are left out.
     """
     with tempfile.TemporaryDirectory() as folder:
         place, output = Path(folder, "place"), Path(folder, "output")
@@ -59,6 +59,7 @@ def record(code: Path, names: Sequence[str]) -> Recording:
         write_inputs(place)
         environment = program_environment(Path(folder, "home"), code)
         runs: dict[str, Any] = {}
+        names = [name for name in names if any(code.glob(f"alignkit/*/{config_of(name)['method']}.py"))]
         alone = [name for name in names if name in RUNS]
         if alone:
             runs |= _record(alone, Launcher(output, environment), code, place)

@@ -1,6 +1,7 @@
 """The runs whose trajectories are recorded, as a user writes them: YAML keys, data files and saved models alone.
 
-Nothing here knows how alignkit is built inside, so that the same runs are made before and after a refactor of it.
+Nothing here knows how alignkit is built inside but what its methods are called, so that the same runs are made before
+and after a refactor of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from alignkit.parts.method import load_method, method_names
 from tests.programs.conftest import pairs, save_model, write_rows
 
 BASE: Mapping[str, Any] = {
@@ -32,7 +34,7 @@ EMA = {**ADPO, "anchor": "ema", "anchor_decay": 0.5}
 D2O = {
     "method": "d2o", "data": "negatives.jsonl", "num_samples_per_prompt": 2, "sampling_max_new_tokens": 6
 }  # fmt: skip
-OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
+OBJECTIVES: dict[str, Mapping[str, Any]] = {
     "dpo": DPO,
     "flex_dpo": {"method": "flex_dpo", "eta": 0.1},
     "treg": {"method": "treg", "contrast_prompts": "contrast.yaml"},
@@ -43,6 +45,9 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     "sft": {"method": "sft", "data": "completions.jsonl"},
     "sft_packed": {"method": "sft", "data": "texts.jsonl", "packing": True},
 }
+NAMED = {options["method"] for options in OBJECTIVES.values()}
+OBJECTIVES = OBJECTIVES | {name: {"method": name, "data": "any.jsonl"} for name in method_names() if name not in NAMED}
+"""A method that is not named here joins with its defaults, on rows that have every usual column."""
 RUNS: Mapping[str, Mapping[str, Any]] = {
     **{f"{name}-lora": {**options, **LORA} for name, options in OBJECTIVES.items()},
     **{f"{name}-full": {**options, **FULL} for name, options in OBJECTIVES.items()},
@@ -96,6 +101,7 @@ def write_inputs(place: Path) -> None:
     write_rows(place / "lists.jsonl", lists)
     write_rows(place / "negatives.jsonl", [{key: row[key] for key in ("prompt", "rejected")} for row in rows])
     write_rows(place / "completions.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+    write_rows(place / "any.jsonl", [{**row, "completion": row["chosen"]} for row in rows])
     write_rows(place / "texts.jsonl", [{"text": row["prompt"] + row["chosen"]} for row in [*rows, *others]])
     (place / "contrast.yaml").write_text(yaml.safe_dump(contrast_prompts()))
 
@@ -117,4 +123,4 @@ def config_of(name: str) -> dict[str, Any]:
 
 def program_of(config: Mapping[str, Any]) -> str:
     """Which program makes a run."""
-    return "sft" if config["method"] == "sft" else "preference"
+    return load_method(config["method"]).program

@@ -1,0 +1,124 @@
+"""A trainer of any batch shape, from a config and rows of text, through the calls a run makes of the shape's bridge."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from alignkit.config import load_config
+from alignkit.config.keys import base_keys, program_methods
+from alignkit.gradients._hook import ChosenRule
+from alignkit.parametrizations._policy import load_policy, new_adapter
+from alignkit.parts.method import Preparation, load_method
+from alignkit.parts.shape import load_bridge, load_shape, shapes_by_program
+from alignkit.runs.arguments import training_arguments
+from alignkit.runs.rows import PreparedData
+from alignkit.yaml_text import dump_yaml
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> Iterator[None]:
+    """A trainer collects garbage when it starts: most of what a run of two steps takes, were all of torch looked at."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+SHORT: Mapping[str, Any] = {
+    "data": "rows.jsonl",
+    "use_cpu": True,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1.0e-3,
+    "lr_scheduler_type": "constant",
+    "max_length": 64,
+    "gradient_checkpointing": False,
+}
+"""A short run on the CPU, in keys that every program has."""
+
+
+def plainest_method(program: str) -> str:
+    """The method of a program with the fewest options, of those that train on the rows as they are."""
+    plain = [name for name in program_methods(program) if load_method(name).preparation is Preparation]
+    return min(plain, key=lambda name: len(fields(load_method(name).options)))
+
+
+def config_of(program: str, model: str, folder: Path, **keys: Any) -> Any:
+    """A short run of a program, checked as a user's config is.
+
+    Args:
+        program: Launch program.
+        model: Folder of a saved model.
+        folder: Where the config and the run go.
+        **keys: What the config says besides.
+    """
+    values = {"method": plainest_method(program), **SHORT, "model": model, "output_dir": str(folder / "run"), **keys}
+    file = folder / "run.yaml"
+    file.write_text(dump_yaml(values))
+    return load_config(program, file, check_files=False).config
+
+
+def text_rows(config: Any, count: int, seed: int = 0) -> Dataset:
+    """Rows of random words of the tiny tokenizer, in the first form that the program takes."""
+    draw = random.Random(seed)
+
+    def text() -> str:
+        return "".join(f"w{draw.randrange(61)} " for _ in range(draw.randint(2, 8)))
+
+    columns = config.row_family(vars(config)).forms[0].columns
+    return Dataset.from_list([{column: text() for column in columns} for _ in range(count)])
+
+
+def build(
+    config: Any,
+    rows: Dataset,
+    evaluation: Dataset | None = None,
+    rule: ChosenRule | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Any:
+    """The trainer of a run, on a model loaded for it.
+
+    Args:
+        config: From :func:`config_of`.
+        rows: Training rows as text.
+        evaluation: Held-out rows as text.
+        rule: Gradient rule.
+        tokenizer: The one saved with the model, unless another is given.
+    """
+    bridge = load_bridge(shapes_by_program()[config.program])
+    tokenizer = AutoTokenizer.from_pretrained(config.model) if tokenizer is None else tokenizer
+    args = training_arguments(config, bridge)
+    args.disable_tqdm, args.report_to = True, []
+    convert = bridge.converter(config, tokenizer)
+    tokens = [
+        None if split is None else convert(split, name=name, max_dropped_fraction=0.0)[0]
+        for name, split in (("train", rows), ("held-out", evaluation))
+    ]
+    policy = load_policy(config)
+    return bridge.build(
+        config,
+        args,
+        policy,
+        tokenizer,
+        PreparedData(tokens[0], tokens[1], [], rows),
+        exchanges_rows=False,
+        gradient_rule=rule,
+        peft_config=new_adapter(config, policy),
+        callbacks=[],
+    )
+
+
+def layouts(shape: str) -> tuple[str | None, ...]:
+    """The values of ``layout`` that lay batches of a shape out, or None alone where it has no such key."""
+    keys = base_keys(load_shape(shape).program)
+    return tuple(name for name in keys["layout"].info.choices or () if name != "auto") if "layout" in keys else (None,)
