@@ -19,14 +19,33 @@ if TYPE_CHECKING:
     from alignkit.errors import ModelError as ModelError
     from alignkit.errors import ProblemListError as ProblemListError
     from alignkit.errors import RunDirectoryError as RunDirectoryError
+    from alignkit.gradients.asam import ASAMOptions as ASAMOptions
+    from alignkit.gradients.decay_to_init import DecayToInitOptions as DecayToInitOptions
+    from alignkit.gradients.glad import GLADOptions as GLADOptions
+    from alignkit.gradients.gnp import GNPOptions as GNPOptions
+    from alignkit.gradients.gsam import GSAMOptions as GSAMOptions
+    from alignkit.gradients.l2_sp import L2SPOptions as L2SPOptions
+    from alignkit.gradients.perpgrad import PerpGradOptions as PerpGradOptions
+    from alignkit.gradients.random_perturbation import RandomPerturbationOptions as RandomPerturbationOptions
+    from alignkit.gradients.sagm import SAGMOptions as SAGMOptions
+    from alignkit.gradients.sam import SAMOptions as SAMOptions
+    from alignkit.losses.adpo import adpo_loss as adpo_loss
+    from alignkit.losses.d2o import d2o_loss as d2o_loss
     from alignkit.losses.dpo import dpo_loss as dpo_loss
     from alignkit.losses.flex_dpo import flex_dpo_loss as flex_dpo_loss
     from alignkit.losses.sft import sft_loss as sft_loss
+    from alignkit.losses.treg import treg_loss as treg_loss
     from alignkit.losses.types import CandidateBatch as CandidateBatch
     from alignkit.losses.types import LossOutput as LossOutput
     from alignkit.losses.types import LossTerm as LossTerm
     from alignkit.losses.types import Metric as Metric
     from alignkit.losses.types import TokenBatch as TokenBatch
+    from alignkit.objectives.adpo import ADPOOptions as ADPOOptions
+    from alignkit.objectives.d2o import D2OOptions as D2OOptions
+    from alignkit.objectives.dpo import DPOOptions as DPOOptions
+    from alignkit.objectives.flex_dpo import FlexDPOOptions as FlexDPOOptions
+    from alignkit.objectives.sft import SFTOptions as SFTOptions
+    from alignkit.objectives.treg import TREGOptions as TREGOptions
     from alignkit.parts.method import Method as Method
     from alignkit.parts.method import load_method as load_method
     from alignkit.parts.method import method_names as method_names
@@ -50,14 +69,33 @@ _PUBLIC = {
         "ProblemListError",
         "RunDirectoryError",
     ),
+    "alignkit.gradients.asam": ("ASAMOptions",),
+    "alignkit.gradients.decay_to_init": ("DecayToInitOptions",),
+    "alignkit.gradients.glad": ("GLADOptions",),
+    "alignkit.gradients.gnp": ("GNPOptions",),
+    "alignkit.gradients.gsam": ("GSAMOptions",),
+    "alignkit.gradients.l2_sp": ("L2SPOptions",),
+    "alignkit.gradients.perpgrad": ("PerpGradOptions",),
+    "alignkit.gradients.random_perturbation": ("RandomPerturbationOptions",),
+    "alignkit.gradients.sagm": ("SAGMOptions",),
+    "alignkit.gradients.sam": ("SAMOptions",),
+    "alignkit.losses.adpo": ("adpo_loss",),
+    "alignkit.losses.d2o": ("d2o_loss",),
     "alignkit.losses.dpo": ("dpo_loss",),
     "alignkit.losses.flex_dpo": ("flex_dpo_loss",),
     "alignkit.losses.sft": ("sft_loss",),
+    "alignkit.losses.treg": ("treg_loss",),
     "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric", "TokenBatch"),
     "alignkit.shapes.candidates": ("PreferenceConfig",),
     "alignkit.shapes.tokens": ("SupervisedConfig",),
     "alignkit.shapes._candidates": ("PreferenceTrainer",),
     "alignkit.shapes._tokens": ("SupervisedTrainer",),
+    "alignkit.objectives.adpo": ("ADPOOptions",),
+    "alignkit.objectives.d2o": ("D2OOptions",),
+    "alignkit.objectives.dpo": ("DPOOptions",),
+    "alignkit.objectives.flex_dpo": ("FlexDPOOptions",),
+    "alignkit.objectives.sft": ("SFTOptions",),
+    "alignkit.objectives.treg": ("TREGOptions",),
     "alignkit.parts.method": ("Method", "load_method", "method_names"),
     "alignkit.runs.run": ("train_preference", "train_sft"),
 }

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 import alignkit
+from alignkit.parts.method import load_method
+from alignkit.parts.rule import load_rule
+from tests.docs.pages import blocks
 
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "matplotlib")
 BEST_OF = 3
@@ -61,7 +64,9 @@ def test_import_takes_less_than_300_ms(repository: Path) -> None:
     assert best_seconds(["-c", "import alignkit"], repository) < 0.3
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["methods"], ["recipes"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["methods"], ["recipes"]]
+)
 def test_the_command_line_answers_in_half_a_second(arguments: list[str], repository: Path) -> None:
     assert best_seconds(["-m", "alignkit", *arguments], repository) < 0.5
 
@@ -77,6 +82,51 @@ def test_the_names_for_type_checkers_are_the_public_names(repository: Path) -> N
     block = next(node for node in tree.body if isinstance(node, ast.If))
     declared = {(alias.name, node.module) for node in block.body for alias in node.names}
     assert declared == set(alignkit._MODULE_OF.items())
+
+
+def imported_from(block: str) -> dict[str, set[str]]:
+    """Names that a block of Python imports from alignkit, by module."""
+    nodes = [node for node in ast.walk(ast.parse(block)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    found: dict[str, set[str]] = {}
+    for node in nodes:
+        for alias in node.names:
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+            found.setdefault(module, set()).add(alias.name)
+    return {module: names for module, names in found.items() if module.partition(".")[0] == "alignkit"}
+
+
+def test_what_the_pages_import_is_promised() -> None:
+    """A reader copies it: a name that is not public may be another one in the next version."""
+    shown = {block.where: imported_from(block.text) for block in blocks("python")}
+    assert sum(len(names) for modules in shown.values() for names in modules.values()) >= 6
+    for where, modules in shown.items():
+        assert set(modules) <= {"alignkit"}, where
+        assert modules.get("alignkit", set()) <= set(alignkit.__all__), where
+
+
+def test_an_import_past_the_public_names_is_seen() -> None:
+    assert imported_from("from alignkit.objectives.dpo import DPOOptions") == {
+        "alignkit.objectives.dpo": {"DPOOptions"}
+    }
+    assert imported_from("import torch\nfrom alignkit import dpo_loss\n") == {"alignkit": {"dpo_loss"}}
+
+
+SHIPPED_METHODS = ("adpo", "d2o", "dpo", "flex_dpo", "sft", "treg")
+SHIPPED_RULES = (
+    "asam", "decay_to_init", "glad", "gnp", "gsam", "l2_sp", "perpgrad", "random_perturbation", "sagm", "sam",
+)  # fmt: skip
+"""Listed, since what a user adds as a file is no name of ``alignkit``."""
+
+
+@pytest.mark.parametrize("name", SHIPPED_METHODS)
+def test_a_shipped_method_is_public(name: str) -> None:
+    """Its loss for those who bring their own trainer, its options for a configuration in Python."""
+    assert {f"{name}_loss", load_method(name).options.__name__} <= set(alignkit.__all__)
+
+
+@pytest.mark.parametrize("name", SHIPPED_RULES)
+def test_the_options_of_a_shipped_rule_are_public(name: str) -> None:
+    assert load_rule(name).options.__name__ in alignkit.__all__
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
