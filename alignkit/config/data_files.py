@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, format_of, peek, peek_saved
-from alignkit.config.model_files import has_similar_entry, looks_like_path, nearest_entry
+from alignkit.config.model_files import has_similar_entry, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
 from alignkit.data.paths import is_pattern, matched_files
 from alignkit.errors import DataError
 from alignkit.parts.shape import shapes_by_program
+from alignkit.places import is_hub_id
 
 
 def check_data(settings: Settings) -> None:
@@ -76,7 +77,7 @@ def _open_head(name: str, split: str) -> Head | None:
         return peek(path)
     if path.is_dir():
         return _saved_head(path, split) or _folder_head(path)
-    if looks_like_path(name) or format_of(path) or has_similar_entry(path):
+    if not is_hub_id(name) or format_of(path) or has_similar_entry(path):
         raise DataFault(f"names {name}, which does not exist", nearest_entry(path))
     return None
 

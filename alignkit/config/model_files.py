@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,30 +16,23 @@ from alignkit.models.files import newest_inside, quantization_problem, stored_qu
 from alignkit.models.positions import stated_positions
 from alignkit.parametrizations.lora import names_output_head
 from alignkit.parts.parametrization import load_parametrization
+from alignkit.places import is_hub_id, similar_entry
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model")
-
-
-def looks_like_path(text: str) -> bool:
-    """Whether ``text`` can only have been meant as a path: a Hub id is ``name`` or ``owner/name``."""
-    return text.startswith((".", "/", "~")) or text.endswith("/") or HUB_ID.fullmatch(text) is None
 
 
 def nearest_entry(path: Path) -> str:
     """Where to look for a path that does not exist: the entry beside it with the most similar name."""
     if not path.parent.is_dir():
         return f"The folder {path.parent} does not exist either."
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-    return f"Did you mean {path.parent / near[0]}?" if near else f"The folder {path.parent} has no entry like it."
+    near = similar_entry(path)
+    return f"Did you mean {near}?" if near else f"The folder {path.parent} has no entry like it."
 
 
 def has_similar_entry(path: Path) -> bool:
     """Whether ``owner/name`` is the entry of a local folder misspelt rather than a Hub id."""
-    if path.parent == Path() or not path.parent.is_dir():
-        return False
-    return bool(difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1))
+    return path.parent != Path() and similar_entry(path) is not None
 
 
 def check_model_files(settings: Settings) -> None:
@@ -71,7 +62,7 @@ def _check_model(settings: Settings, key: str) -> None:
             settings.report("model_revision", f"would be ignored: {name} is a local folder", "Remove it")
     elif path.exists():
         settings.report(key, "is a file", "Write the folder that holds config.json and the weights, or a Hub id")
-    elif looks_like_path(name) or (key == "reference_model" and has_similar_entry(path)):
+    elif not is_hub_id(name) or (key == "reference_model" and has_similar_entry(path)):
         settings.report(key, "is a path that does not exist", f"{nearest_entry(path)} A Hub id is owner/name")
     elif key == "model" and "/" in name and path.parent.is_dir() and not settings.is_set("model_revision"):
         advice = f"{nearest_entry(path)} If you mean the Hub model {name}, write model_revision: main"

@@ -7,7 +7,6 @@ are, and a clear word when a path or a Hub id leads nowhere.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from alignkit.data.json_files import HEAD_ROWS, cache_folder, json_stream, json_
 from alignkit.data.paths import is_pattern, matched_files, plain_path
 from alignkit.errors import DataError
 from alignkit.json_text import parse_json
+from alignkit.places import is_hub_id, similar_entry
 
 logger = logging.getLogger(__name__)
 
@@ -322,13 +322,11 @@ def _csv_columns(files: Sequence[Path]) -> list[str]:
 
 
 def _refuse_missing_path(given: str, path: Path) -> None:
-    """Raise when ``given`` can only have been meant as a path: a Hub id is ``name`` or ``owner/name``."""
-    if not _format_of(path) and not given.startswith((".", "/", "~")) and given.count("/") <= 1:
+    """Raise when ``given`` can only have been meant as a path."""
+    if not _format_of(path) and is_hub_id(given):
         return
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    if siblings and near:
-        advice = f"did you mean {str(path.parent / near[0])!r}?"
+    if near := similar_entry(path):
+        advice = f"did you mean {str(near)!r}?"
     else:
         advice = f"the folder {str(path.parent)!r} {'has no such entry' if path.parent.is_dir() else 'does not exist'}"
     raise DataError(f"{given}: not found", [f"no such file or folder; {advice}"])

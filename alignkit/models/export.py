@@ -27,7 +27,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.errors import ModelError
 from alignkit.models.card_file import read_card
 from alignkit.models.comparison import model_difference
-from alignkit.models.files import CARD_OF_THE_ADAPTER, AdapterFiles, is_local
+from alignkit.models.files import CARD_OF_THE_ADAPTER, AdapterFiles
 from alignkit.models.loading import (
     DTYPES,
     ModelSource,
@@ -39,6 +39,7 @@ from alignkit.models.loading import (
 )
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.parametrization import parametrization_names
+from alignkit.places import is_local
 from alignkit.plain_text import markdown
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.json_text import parse_json
 from alignkit.models.adapter_config import MOST_LAYERS, config_problem, possible_patterns
+from alignkit.places import is_hub_id, is_local, similar_entry
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -142,7 +142,7 @@ def model_problem(model: str) -> str | None:
         return f"{model!r} has no {MODEL_CONFIG}, so it is not a saved model; {_checkpoints(path)}"
     if path.is_file():
         return f"{model!r} is a file; give the folder of a saved model, or a Hub id"
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if not is_hub_id(model):
         return f"the model {model!r} does not exist. {_near(path)}Give the folder of a saved model, or a Hub id"
     return None
 
@@ -212,15 +212,6 @@ def quantization_problem(stored: str | None, *, wanted: str, in_full: bool = Fal
     return why, "Take quantization none to use it as it is, or give the model before it was quantised"
 
 
-def is_local(model: str) -> bool:
-    """Whether the name of a model leads to a place on this machine rather than to the Hub.
-
-    Args:
-        model: A path or a Hub id; ``name/model`` is a path when such a folder exists.
-    """
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
-
-
 def check_tensors(file: Path) -> list[str]:
     """Names of the tensors of a safetensors file, after checking that it is whole and none is empty.
 
@@ -270,9 +261,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _near(path: Path) -> str:
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"Did you mean {str(path.parent / near[0])!r}? " if near else ""
+    near = similar_entry(path)
+    return f"Did you mean {str(near)!r}? " if near else ""
 
 
 def _checkpoints(path: Path) -> str:

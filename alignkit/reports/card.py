@@ -12,13 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from alignkit.parts.method import Method, load_method
 from alignkit.parts.parametrization import Parametrization, load_parametrization
 from alignkit.parts.rule import GradientRule, load_rule
 from alignkit.parts.shape import shapes_by_program
+from alignkit.places import is_hub_id
 from alignkit.plain_text import markdown, markdown_code
 
 _LENGTHS_SHOWN = {
@@ -83,11 +82,7 @@ def hub_id(name: str) -> str | None:
         return f"{cached[1]}/{cached[2]}"
     if Path(name).exists() or PurePosixPath(name).suffix in (".jsonl", ".json", ".csv", ".parquet"):
         return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    return name if is_hub_id(name) else None
 
 
 def content_of_run(sections: Mapping[str, Any], location: str) -> CardContent:
