@@ -57,7 +57,7 @@ test: check  ## Static checks, then the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 # Every test that brings a fault about, the long form beside the short one; those of tests/chaos are not all of them.
-FAULTS = tests/chaos $(wildcard tests/*/test_hostile.py tests/*/test_full_disk.py) tests/methods/test_bounded.py \
+FAULTS = tests/chaos $(wildcard tests/*/test_hostile.py tests/*/test_full_disk.py) tests/data/test_bounded.py \
          tests/programs/test_signals.py tests/programs/test_bad_inputs.py tests/programs/test_sft_bad_inputs.py \
          tests/distributed/test_signals_of_ranks.py
 chaos: $(VENV)/.dev  ## Long fault injection, some 25 minutes, with a table of all of it at the end

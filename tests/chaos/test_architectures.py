@@ -16,8 +16,8 @@ from alignkit.models.comparison import model_difference
 from alignkit.models.loading import ModelSource, load_model
 from alignkit.parts.method import load_method
 from alignkit.shapes._tokens import SupervisedTrainer
-from tests.callbacks.saved import guarded, tiny_tokenizer
 from tests.chaos.architectures import ARCHITECTURES, VOCABULARY, save_base
+from tests.runs.saved import guarded, tiny_tokenizer
 
 SHORT = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3")
 """In every run of the suite; the others with ``-m chaos``."""

@@ -19,8 +19,8 @@ from alignkit.runs.directory import RunDirectory
 from alignkit.storage import durability
 from alignkit.storage.durability import MARKER, mark_complete
 from alignkit.storage.manifest import Manifest
-from tests.callbacks.saved import AnnouncingGuard, arguments, tiny_adapter, tiny_model, write_checkpoint
-from tests.callbacks.test_in_a_trainer import rows
+from tests.runs.saved import AnnouncingGuard, arguments, tiny_adapter, tiny_model, write_checkpoint
+from tests.runs.test_in_a_trainer import rows
 
 FILES = (
     "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",

@@ -23,7 +23,7 @@ from alignkit.programs.entry import run_program
 from alignkit.references.token_reward_report import write_heatmap
 from alignkit.reports.card import content_of_run, render_card
 from alignkit.runs.directory import RunDirectory
-from tests.callbacks.test_card import SECTIONS, config
+from tests.reports.test_card import SECTIONS, config
 
 CANARY = "CaNaRy0123456789abcdefGHIJ"
 WRITTEN = (

@@ -122,7 +122,7 @@ def gsm8k_pairs(path: Path, count: int) -> list[dict[str, Any]]:
     """The first line of a correct against that of a wrong solution of the same question.
 
     Lines and not whole solutions: a larger gradient shows that its norm is summed up in float32 where DeepSpeed takes
-    float64, 5e-6 of it (tests/methods/test_gradient_in_float64.py).
+    float64, 5e-6 of it (tests/shapes/test_gradient_in_float64.py).
     """
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():

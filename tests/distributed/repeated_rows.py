@@ -18,8 +18,8 @@ from alignkit.gradients._hook import ChosenRule
 from alignkit.parts.method import load_method
 from alignkit.parts.rule import load_rule
 from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
-from tests.methods import supervised
-from tests.methods.conftest import dpo_arguments, flat_weights, random_rows
+from tests import supervised
+from tests.trainers import dpo_arguments, flat_weights, random_rows
 
 EPOCHS = 2
 

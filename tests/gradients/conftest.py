@@ -14,7 +14,7 @@ from torch import Tensor
 from alignkit.gradients._family import Evaluation
 from alignkit.gradients._hook import ChosenRule
 from alignkit.parts.rule import DisplacedOptions, load_rule, rule_names
-from tests.methods.conftest import make_trainer, model_path, rows, tokenizer
+from tests.trainers import make_trainer, model_path, rows, tokenizer
 
 __all__ = ["make_trainer", "model_path", "rows", "tokenizer"]
 

@@ -19,6 +19,7 @@ from alignkit.gradients._hook import chosen_rule
 from alignkit.parametrizations._policy import load_policy
 from alignkit.parts.rule import load_rule
 from alignkit.yaml_text import dump_yaml
+from tests import supervised
 from tests.gradients.compositions import (
     ALL,
     IN_FULL,
@@ -33,12 +34,11 @@ from tests.gradients.compositions import (
 from tests.gradients.conftest import DISPLACING, EDITING, chosen
 from tests.gradients.steps import expected_gradients, micro_batches, step_gradients, trainable
 from tests.gradients.test_hook import NOTHING
-from tests.methods import supervised
-from tests.methods.conftest import logged
-from tests.methods.test_preference_trainer import rows_for
-from tests.methods.test_quantized import wide_model
+from tests.models.test_quantized import wide_model
 from tests.shapes import building
 from tests.shapes.building import little_garbage
+from tests.shapes.test_preference_trainer import rows_for
+from tests.trainers import logged
 
 __all__ = ["little_garbage", "wide_model"]
 

@@ -16,7 +16,7 @@ from alignkit.shapes._candidates import METRICS as BRIDGE_METRICS
 from alignkit.shapes._candidates import BridgeSettings
 from tests.gradients.conftest import DISPLACING, EDITING, RULES, chosen, lora, weights
 from tests.gradients.steps import expected_gradients, gradients, micro_batches, step_gradients, trainable
-from tests.methods.conftest import flat_weights, logged
+from tests.trainers import flat_weights, logged
 
 RHO = 0.3
 OPTIONS: dict[str, dict[str, Any]] = {name: {"rho": RHO} for name in DISPLACING}

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.gradients._decay import DecayToStart
-from tests.callbacks.saved import guarded
 from tests.gradients.conftest import chosen, lora, weights
-from tests.methods.conftest import flat_weights, logged
+from tests.runs.saved import guarded
+from tests.trainers import flat_weights, logged
 
 COEF = 30.0
 

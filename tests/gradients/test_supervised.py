@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests import supervised
 from tests.gradients.conftest import chosen
 from tests.gradients.steps import expected_gradients, micro_batches, step_gradients
-from tests.methods import supervised
-from tests.methods.conftest import flat_weights
+from tests.trainers import flat_weights
 
 RHO = 0.3
 

@@ -22,11 +22,11 @@ from alignkit.parts.method import load_method
 from alignkit.runs.arguments import check_gradient_rule
 from alignkit.shapes._candidates import BridgeSettings
 from alignkit.shapes.candidates import PreferenceConfig
-from tests.callbacks.saved import arguments
 from tests.gradients.conftest import chosen, lora
-from tests.methods.conftest import logged
-from tests.methods.test_preference_trainer import rows_for
-from tests.methods.test_quantized import wide_model
+from tests.models.test_quantized import wide_model
+from tests.runs.saved import arguments
+from tests.shapes.test_preference_trainer import rows_for
+from tests.trainers import logged
 
 __all__ = ["wide_model"]
 

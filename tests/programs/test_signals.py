@@ -16,10 +16,10 @@ from alignkit.config import load_config
 from alignkit.errors import RunDirectoryError
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.resumption import settled
-from tests.callbacks.saved import write_checkpoint
 from tests.programs.conftest import CONFIG
 from tests.programs.launching import REPOSITORY, Launcher, Running, read_lines, run_json, write_config
 from tests.programs.test_resume import contents, same_weights
+from tests.runs.saved import write_checkpoint
 
 pytestmark = pytest.mark.xdist_group("programs")
 

@@ -17,15 +17,15 @@ import torch
 from alignkit.parts.method import load_method
 from alignkit.parts.shape import load_bridge, load_shape, shape_names
 from alignkit.shapes._bridge import ObjectiveBridge
-from tests.methods.conftest import flat_weights, logged
 from tests.programs.conftest import save_model
 from tests.shapes.building import build, config_of, layouts, little_garbage, text_rows
+from tests.trainers import flat_weights, logged
 
 __all__ = ["little_garbage"]
 
 SHAPES = shape_names()
 STEPS, ROWS_OF_A_STEP = 3, 4
-PARITY = {"candidates": "tests/methods/test_parity.py", "tokens": "tests/methods/test_supervised_parity.py"}
+PARITY = {"candidates": "tests/shapes/test_parity.py", "tokens": "tests/shapes/test_supervised_parity.py"}
 """Where a shape is compared with TRL's trainer, unless that is ``tests/shapes/test_<name>.py``."""
 TRAINER_KEYS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 

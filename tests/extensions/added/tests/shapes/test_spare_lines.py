@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
-from tests.methods.conftest import flat_weights, logged
 from tests.programs.conftest import save_model
 from tests.shapes.building import build, config_of, text_rows
+from tests.trainers import flat_weights, logged
 
 
 def test_every_step_is_bitwise_that_of_trl(tmp_path: Path) -> None:
