@@ -64,7 +64,7 @@ print(json.dumps(seen))
 """
 """What is looked at, in one process that has the copy as its alignkit."""
 CONFORMANCE = {
-    "spare_nll": ("losses/test_mutations.py", "losses/test_spare_nll.py", "callbacks/test_card.py"),
+    "spare_nll": ("losses/test_mutations.py", "losses/test_spare_nll.py", "reports/test_card.py"),
     "spare_mean": ("gradients/test_family.py", "gradients/test_spare_mean.py"),
     "spare_nll-spare_mean": ("gradients/test_compositions.py",),
     "spare_lines": ("shapes/test_conformance.py", "shapes/test_spare_lines.py"),

@@ -18,7 +18,7 @@ import alignkit
 from alignkit.objectives.d2o import METHOD
 from alignkit.parts.method import AnchorSchedule
 from alignkit.runs.preemption import StopRequest, StopWhenAsked
-from alignkit.shapes._late_rows import LateRowsTrainer
+from alignkit.shapes._candidates import LateRowsTrainer
 from alignkit.storage.durability import is_complete
 from alignkit.storage.manifest import Manifest
 from tests.gradients.conftest import chosen
