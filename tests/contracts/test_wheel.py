@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.shipped import recipe_names
+from tests.scripts.tiny import chat_pairs, save_model, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]
 
@@ -86,3 +88,35 @@ def test_the_program_is_found_in_the_wheel(installed: Path, tmp_path: Path) -> N
     assert done.returncode == 2
     assert "no/such/folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_user_of_the_wheel_trains_evaluates_merges_and_publishes(installed: Path, tmp_path: Path) -> None:
+    """From rows to the list of what would be published, and an evaluation on two processes, without a checkout."""
+    save_model(tmp_path / "base")
+    write_rows(tmp_path / "pairs.jsonl", chat_pairs(8))
+    python, alignkit = installed / "python", installed / "alignkit"
+    settings = {
+        "method": "flex_dpo", "model": "base", "data": "pairs.jsonl", "output_dir": "run", "use_cpu": "true",
+        "max_steps": "2", "logging_steps": "1", "learning_rate": "1e-2",
+    }  # fmt: skip
+    run([alignkit, "train", *(word for key, value in settings.items() for word in (f"--{key}", value))], tmp_path)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
+    assert "agrees" in run([alignkit, "compare", "run", "run"], tmp_path)
+
+    quick = ["--data", "pairs.jsonl", "--num_samples", "1", "--max_new_tokens", "4", "--use_cpu"]
+    run([alignkit, "evaluate", "--adapter", "run", "--compare_base", *quick, "--output", "eval.json"], tmp_path)
+    run([alignkit, "merge", "--adapter", "run", "--output", "merged"], tmp_path)
+    folder = run([alignkit, "recipes"], tmp_path).rpartition("accelerate files: ")[2].strip()
+    launch = [python, "-m", "accelerate.commands.launch", "--config_file", Path(folder) / "cpu_ddp.yaml"]
+    words = ["evaluate", "--model", "merged", *quick, "--output", "merged.json"]
+    run([*launch, "--main_process_port", "0", "-m", "alignkit", *words], tmp_path)
+    adapter, merged = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "merged.json"))
+    assert merged["processes"]["world_size"] == 2
+    before, after, again = (
+        found["logps/chosen"]["mean"] for found in (adapter["base_metrics"], adapter["metrics"], merged["metrics"])
+    )
+    assert abs(after - before) > 1e-3 and again == pytest.approx(after, abs=1e-3)
+
+    push = ["push", "--directory", "merged", "--repo_id", "me/it", "--dry_run"]
+    listed = run([alignkit, *push], tmp_path)
+    assert "model.safetensors" in listed and "nothing was sent" in listed
