@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from alignkit.config.settings import Settings
 from alignkit.json_text import parse_json
 from alignkit.models.adapter_config import config_problem
 from alignkit.models.files import newest_inside, quantization_problem, stored_quantization
-from alignkit.models.positions import stated_positions
+from alignkit.models.positions import is_stretched, stated_positions
 from alignkit.parametrizations.lora import names_output_head
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.places import is_hub_id, similar_entry
@@ -106,15 +105,9 @@ def _check_positions(settings: Settings) -> None:
     for path in (Path(name) for name in names if name is not None):
         config = _json(path / "config.json")
         key, limit = stated_positions(config) or ("", math.inf)
-        if limit < asked and not _stretches(config):
+        if limit < asked and not is_stretched(config):
             why = f"is beyond the {limit} positions of {path} ({key} in its config.json)"
             settings.report("max_length", why, f"Write max_length: {limit}, or less")
-
-
-def _stretches(config: dict[str, Any]) -> bool:
-    """Whether the rotary embedding is scaled, so that the stated number of positions may not be the limit."""
-    settings = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    return '"factor"' in json.dumps([settings.get("rope_scaling"), settings.get("rope_parameters")])
 
 
 def _any_file(path: Path, patterns: tuple[str, ...]) -> bool:

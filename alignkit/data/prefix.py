@@ -26,6 +26,7 @@ from alignkit.data.filling import REPEATED
 
 Layout = Literal["padded", "shared_prefix"]
 IGNORE_INDEX = -100
+"""Label of a token that is not trained, which torch's cross entropy leaves out."""
 PER_TOKEN_COLUMNS = ("ref_token_logps", "token_rewards")
 
 

@@ -25,6 +25,7 @@ from alignkit.data.problems import shorten
 from alignkit.data.repeats import Prints, RepeatCounts, count_repeats, fingerprints
 from alignkit.data.split_report import Check, Example, SplitReport
 from alignkit.errors import DataError
+from alignkit.reports.table import render_table
 
 QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 
@@ -164,7 +165,7 @@ def _counts(splits: Sequence[SplitReport]) -> str:
     ]
     ignored = [f"{split.name}: columns not used: {listed_columns(split.ignored_columns)}" for split in splits]
     notes = [note for note, split in zip(ignored, splits, strict=True) if split.ignored_columns]
-    return "\n".join([_table(rows), *notes])
+    return "\n".join([render_table(rows[0], rows[1:]), *notes])
 
 
 def _sources(splits: Sequence[SplitReport]) -> str:
@@ -175,7 +176,7 @@ def _sources(splits: Sequence[SplitReport]) -> str:
             counts = (source.num_rows_in, source.num_rows, source.num_tokens, source.num_trained_tokens)
             share = f"{source.num_trained_tokens / total:.1%}"
             rows.append([f"{split.name}: {source.name}", *map(str, counts), share])
-    return _table(rows)
+    return render_table(rows[0], rows[1:])
 
 
 def _lengths(splits: Sequence[SplitReport]) -> str:
@@ -185,7 +186,7 @@ def _lengths(splits: Sequence[SplitReport]) -> str:
             [f"{split.name}: {what}", *(f"{value}" for value in quantiles.values())]
             for what, quantiles in split.lengths.items()
         ]
-    return _table(rows)
+    return render_table(rows[0], rows[1:])
 
 
 def _example(example: Example, colour: bool) -> str:
@@ -219,15 +220,4 @@ def _checks(split: str, checks: Sequence[Check], colour: bool) -> str:
         lines.append(
             f"  {_COLOURS[check.status] + status + _PLAIN if colour else status}  {check.name}: {check.message}"
         )
-    return "\n".join(lines)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data import conversion
+from alignkit.data.prefix import IGNORE_INDEX
 from alignkit.data.problems import Problem
 from alignkit.data.rendering import RenderingError, render, render_marked
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED
@@ -30,7 +31,6 @@ from alignkit.data.supervised_schema import SupervisedKind
 from alignkit.data.templates import has_doubled_token
 from alignkit.data.tokenization import endings, rendered_ids, template_arguments, text_ids, with_eos
 
-IGNORE_INDEX = -100
 Encoded = tuple[list[int], list[int]]
 """Token ids, and which of them are trained."""
 TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})

@@ -30,7 +30,7 @@ from alignkit.models.loading import ModelSource
 from alignkit.models.positions import positions_of
 from alignkit.models.sharding import score_over_ranks
 from alignkit.models.vocabulary import check_token_ids
-from alignkit.references._cache import rows_fingerprint
+from alignkit.references._cache import token_ids_fingerprint
 from alignkit.sampling.generation import Sampling
 
 TokenLogps = Sequence[Sequence[float]]
@@ -248,7 +248,7 @@ def provenance(
                 "rows": len(rows),
                 "dropped": data.reports[name].dropped,
                 "cut_at_max_length": data.reports[name].num_truncated_rows,
-                "token_ids_blake2b": rows_fingerprint(rows),
+                "token_ids_blake2b": token_ids_fingerprint(rows),
             }
             for name, rows in splits.items()
         },

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.errors import CheckpointError, ConfigError
+from alignkit.gradients._weights import unwrapped_optimizer
 
 
 class DecayToStart(TrainerCallback):
@@ -35,9 +36,7 @@ class DecayToStart(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the optimizer that will really step, which DeepSpeed may have put in the place of another."""
-        optimizer = kwargs["optimizer"]
-        while "optimizer" in vars(optimizer):
-            optimizer = optimizer.optimizer
+        optimizer = unwrapped_optimizer(kwargs["optimizer"])
         if not isinstance(optimizer, torch.optim.Optimizer):
             problem = (
                 f"`gradient_rule: decay_to_init`: {type(optimizer).__name__} is no torch optimizer and cannot be asked "

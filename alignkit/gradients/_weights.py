@@ -185,3 +185,10 @@ def zero_with_gradients(
 
 def _bound(function: Any, module: nn.Module) -> Any:
     return lambda *args, **kwargs: function(module, *args, **kwargs)
+
+
+def unwrapped_optimizer(optimizer: Any) -> Any:
+    """The optimizer that really steps, which accelerate and DeepSpeed wrap."""
+    while "optimizer" in vars(optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import add_fused_lm_head
 
+from alignkit.data.prefix import IGNORE_INDEX
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ModelError
 from alignkit.models._forward import base_model
@@ -86,7 +87,7 @@ def check_aux_loss(model: nn.Module, coefficient: float) -> None:
     try:
         with evaluating(model):
             own = model(**inputs).aux_loss
-            trained = model(**inputs, labels=ids.masked_fill(mask == 0, -100), fused_lm_head=True).aux_loss
+            trained = model(**inputs, labels=ids.masked_fill(mask == 0, IGNORE_INDEX), fused_lm_head=True).aux_loss
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         problem = f"it cannot be computed for {name} ({type(error).__name__}: {error})"
     else:

@@ -310,12 +310,13 @@ def length_dependence(model: nn.Module, lengths: RowLengths, *, together: bool) 
 
 
 def _rope_limits(base: nn.Module) -> Iterator[tuple[str, int]]:
-    settings = base.config.get_text_config().to_dict()  # type: ignore[operator, union-attr]
-    parameters = settings.get("rope_parameters") or {}
+    config: Any = base.config
+    parameters = config.get_text_config().to_dict().get("rope_parameters") or {}
+    positions = positions_of(config)
     # One set of parameters, or one a kind of layer.
     for own in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         kind = own.get("rope_type", "default")
         if kind == "longrope":
             yield kind, own["original_max_position_embeddings"]
-        elif "dynamic" in kind:
-            yield kind, settings["max_position_embeddings"]
+        elif "dynamic" in kind and positions is not None:
+            yield kind, positions

@@ -8,6 +8,10 @@ spaced blocks of 1,024), and every entry of the config that can change what the 
 model of 70 billion parameters. **Not seen:** where the files lie, how they are sharded, how a run quantises them when
 it loads them, dropout, token ids of the generation, and an edit that misses every block of a large tensor. A cast
 between float32 and bfloat16 is seen through: checkpoints of different types are compared as rounded to bfloat16.
+
+Two other identities of a model are keys of what is stored, and so exact: ``model_fingerprint`` of the reference cache
+hashes every value of a model in memory, for log-probs that another bit would change; ``source_identity`` of the store
+of answers hashes the files of a model that is not loaded, or takes its commit on the Hub.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,7 @@ def stated_positions(config: Mapping[str, Any]) -> tuple[str, int] | None:
     Args:
         config: Content of a ``config.json``, or of its text model's part.
     """
-    text = config.get("text_config")
-    settings = text if isinstance(text, Mapping) else config
+    settings = _of_text(config)
     for key in (STATED, *OTHER_NAMES):
         value = settings.get(key)
         if isinstance(value, int) and value > 0:
@@ -37,3 +37,19 @@ def positions_of(config: Any) -> int | None:
     """
     stated = stated_positions(config.get_text_config().to_dict())
     return None if stated is None else stated[1]
+
+
+def is_stretched(config: Mapping[str, Any]) -> bool:
+    """Whether the rotary embedding is scaled, so that the stated number of positions may not be the limit.
+
+    Args:
+        config: Content of a ``config.json``.
+    """
+    settings = _of_text(config)
+    return '"factor"' in json.dumps([settings.get("rope_scaling"), settings.get("rope_parameters")])
+
+
+def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part about the text model, in the config of a model of several."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config

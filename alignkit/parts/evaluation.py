@@ -6,11 +6,11 @@ what needs it inside ``compute``.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from alignkit.parts.discovery import load_part, names_in
 
 if TYPE_CHECKING:
     from alignkit.reports.estimates import RowSums
@@ -64,13 +64,10 @@ class Evaluation:
 
 def evaluation_names() -> list[str]:
     """Names of all evaluations, from the files in ``alignkit/evals`` (helpers left out)."""
-    package = importlib.import_module("alignkit.evals")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return names_in("alignkit.evals")
 
 
 def load_evaluation(name: str) -> Evaluation:
     """Import and return the evaluation called ``name``; raises KeyError for an unknown one."""
-    if name not in evaluation_names():
-        raise KeyError(name)
-    evaluation: Evaluation = importlib.import_module(f"alignkit.evals.{name}").EVALUATION
+    evaluation: Evaluation = load_part("alignkit.evals", name, "EVALUATION")
     return evaluation

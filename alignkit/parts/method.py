@@ -6,12 +6,11 @@ module imports its loss inside the objective function for the same reason.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from alignkit.parts.discovery import load_part, names_in
 from alignkit.parts.options import Conflict
 
 if TYPE_CHECKING:
@@ -142,14 +141,10 @@ class Method:
 
 def method_names() -> list[str]:
     """Names of all methods, from the files in ``alignkit/objectives`` (helpers left out)."""
-    package = importlib.import_module("alignkit.objectives")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__)]
-    return sorted(n for n in names if not n.startswith("_"))
+    return names_in("alignkit.objectives")
 
 
 def load_method(name: str) -> Method:
     """Import and return the method called ``name``; raises KeyError for an unknown one."""
-    if name not in method_names():
-        raise KeyError(name)
-    method: Method = importlib.import_module(f"alignkit.objectives.{name}").METHOD
+    method: Method = load_part("alignkit.objectives", name, "METHOD")
     return method

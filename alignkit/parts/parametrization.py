@@ -7,10 +7,10 @@ that needs it is the file ``_<name>.py`` beside the record.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
 
+from alignkit.parts.discovery import load_part, names_in
 from alignkit.parts.options import Conflict, Ignored
 
 
@@ -44,15 +44,12 @@ class Parametrization:
 
 def parametrization_names() -> list[str]:
     """Names of all parametrisations, from the files in ``alignkit/parametrizations`` (helpers left out)."""
-    package = importlib.import_module("alignkit.parametrizations")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return names_in("alignkit.parametrizations")
 
 
 def load_parametrization(name: str) -> Parametrization:
     """Import and return the parametrisation called ``name``; raises KeyError for an unknown one."""
-    if name not in parametrization_names():
-        raise KeyError(name)
-    record: Parametrization = importlib.import_module(f"alignkit.parametrizations.{name}").PARAMETRIZATION
+    record: Parametrization = load_part("alignkit.parametrizations", name, "PARAMETRIZATION")
     return record
 
 

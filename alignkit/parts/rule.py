@@ -7,12 +7,11 @@ module imports its maths (``_family.py``) inside its functions for the same reas
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from alignkit.parts.discovery import load_part, names_in
 from alignkit.parts.method import Paper
 from alignkit.parts.options import option
 from alignkit.parts.parametrization import parametrizations
@@ -109,14 +108,10 @@ class GradientRule:
 
 def rule_names() -> list[str]:
     """Names of all rules, from the files in ``alignkit/gradients`` (helpers left out)."""
-    package = importlib.import_module("alignkit.gradients")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__)]
-    return sorted(n for n in names if not n.startswith("_"))
+    return names_in("alignkit.gradients")
 
 
 def load_rule(name: str) -> GradientRule:
     """Import and return the rule called ``name``; raises KeyError for an unknown one."""
-    if name not in rule_names():
-        raise KeyError(name)
-    rule: GradientRule = importlib.import_module(f"alignkit.gradients.{name}").RULE
+    rule: GradientRule = load_part("alignkit.gradients", name, "RULE")
     return rule

@@ -7,10 +7,11 @@ of a shape that needs it is the file ``_<name>.py`` beside the record, its *brid
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from alignkit.parts.discovery import load_part, names_in
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,12 @@ class Shape:
 
 def shape_names() -> list[str]:
     """Names of all shapes, from the files in ``alignkit/shapes`` (bridges left out)."""
-    package = importlib.import_module("alignkit.shapes")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return names_in("alignkit.shapes")
 
 
 def load_shape(name: str) -> Shape:
     """Import and return the shape called ``name``; raises KeyError for an unknown one."""
-    if name not in shape_names():
-        raise KeyError(name)
-    shape: Shape = importlib.import_module(f"alignkit.shapes.{name}").SHAPE
+    shape: Shape = load_part("alignkit.shapes", name, "SHAPE")
     return shape
 
 

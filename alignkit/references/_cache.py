@@ -108,7 +108,7 @@ def _named_weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str,
             yield plain_name, tensor
 
 
-def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
+def token_ids_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
     """Hash of the token ids of candidate rows, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:

@@ -264,7 +264,7 @@ class Reference:
             title = f"Reference log-probs of {len(chosen)} {name} rows"
             return self.score(chosen, title, batch_size=batch_size, layout=layout)
 
-        path = self.cache.path(weights, self.precision, _cache.rows_fingerprint(rows))
+        path = self.cache.path(weights, self.precision, _cache.token_ids_fingerprint(rows))
         return _cache.with_reference(rows, cache=self.cache, path=path, precision=self.precision, score=score)
 
     def token_rewarded(self, rows: Any, name: str, *, batch_size: int, layout: Literal["auto", Layout]) -> Any:

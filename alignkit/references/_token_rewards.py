@@ -288,4 +288,4 @@ def _score_sequences(rows: Dataset, layout: PassLayout, score: Score, title: str
 def _fingerprint(rows: Dataset) -> str:
     """Hash of the ids of exactly the sequences scored, however they are packed."""
     flat = ([ids for sequence in _sequences(row) for ids in sequence] for row in rows)
-    return reference.rows_fingerprint({"prompt_ids": [], "completion_ids": ids} for ids in flat)
+    return reference.token_ids_fingerprint({"prompt_ids": [], "completion_ids": ids} for ids in flat)

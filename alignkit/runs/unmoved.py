@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignkit.gradients._weights import unwrapped_optimizer
 from alignkit.losses.types import Metric
 
 METRICS: Mapping[str, str] = {
@@ -55,9 +56,7 @@ class UnmovedWeights(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hook the optimizer that will really step, which accelerate and DeepSpeed wrap."""
-        optimizer = kwargs["optimizer"]
-        while "optimizer" in vars(optimizer):
-            optimizer = optimizer.optimizer
+        optimizer = unwrapped_optimizer(kwargs["optimizer"])
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer is not self._attached:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)

@@ -35,6 +35,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
+from alignkit.data.prefix import IGNORE_INDEX
 from alignkit.data.supervised import prompts_of, to_supervised_rows
 from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.errors import ModelError
@@ -55,7 +56,6 @@ from alignkit.parts.method import Method, load_method
 from alignkit.shapes._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
 from alignkit.shapes._bridge import ObjectiveBridge, ratio
 
-IGNORE_INDEX = -100
 ROW_TOKENS = "row_tokens"
 """Key of a batch that the model never sees: how many tokens of each of its rows count."""
 METRICS: Mapping[str, str] = {

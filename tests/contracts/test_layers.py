@@ -111,6 +111,16 @@ def test_only_bridges_touch_names_that_trl_does_not_promise(repository: Path) ->
     assert not offenders
 
 
+def test_the_number_of_positions_is_read_in_one_file(repository: Path) -> None:
+    """Every family calls it otherwise; a second reader would know some of the names."""
+    readers = set()
+    for name, source in sources_of(repository).items():
+        texts = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+        if texts & {"max_position_embeddings", "n_positions", "n_ctx"}:
+            readers.add(name)
+    assert readers == {"alignkit.models.positions"}
+
+
 def test_every_contract_is_tried(repository: Path) -> None:
     """The violations above cover every contract of pyproject.toml."""
     contracts = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]

@@ -195,6 +195,8 @@ def test_fingerprints_separate_what_must_be_separate() -> None:
     moved = row | {"prompt_ids": row["prompt_ids"] + row["completion_ids"][0][:1]}
     swapped = row | {"completion_ids": row["completion_ids"][::-1]}
     scored = row | {"scores": [0.3, 0.1]}
-    prints = {reference.rows_fingerprint([r]) for r in (row, moved, swapped)}
+    prints = {reference.token_ids_fingerprint([r]) for r in (row, moved, swapped)}
     assert len(prints) == 3
-    assert reference.rows_fingerprint([scored]) == reference.rows_fingerprint([row]), "scores change no log-prob"
+    assert reference.token_ids_fingerprint([scored]) == reference.token_ids_fingerprint([row]), (
+        "scores change no log-prob"
+    )
