@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.config.data_peek import DATA_SUFFIXES, DataFault, Head, format_of, peek, peek_saved
+from alignkit.config.data_peek import DataFault, Head, peek, peek_saved
 from alignkit.config.model_files import has_similar_entry, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
-from alignkit.data.paths import is_pattern, matched_files
+from alignkit.data.paths import FORMATS, format_of, is_pattern, matched_files
 from alignkit.errors import DataError
 from alignkit.parts.shape import shapes_by_program
 from alignkit.places import is_hub_id
@@ -71,9 +71,9 @@ def _open_head(name: str, split: str) -> Head | None:
             raise DataFault(f"names {name}, which matches no file", advice)
         return _head_of(files, name)
     if path.is_file():
-        if format_of(path) is None:
-            advice = f"Convert it to one of {', '.join(DATA_SUFFIXES)}, or give it its true ending"
-            raise DataFault(f"names {name}, whose ending is not one of {', '.join(DATA_SUFFIXES)}", advice)
+        if not format_of(path):
+            advice = f"Convert it to one of {', '.join(FORMATS)}, or give it its true ending"
+            raise DataFault(f"names {name}, whose ending is not one of {', '.join(FORMATS)}", advice)
         return peek(path)
     if path.is_dir():
         return _saved_head(path, split) or _folder_head(path)
@@ -85,9 +85,7 @@ def _open_head(name: str, split: str) -> Head | None:
 def _folder_head(folder: Path) -> Head:
     files = sorted(file for file in folder.rglob("*") if format_of(file) and file.is_file())
     if not files:
-        raise DataFault(
-            f"names {folder}, a folder without data files", f"Its files must end in {', '.join(DATA_SUFFIXES)}"
-        )
+        raise DataFault(f"names {folder}, a folder without data files", f"Its files must end in {', '.join(FORMATS)}")
     return _head_of(files, f"{folder}, a folder")
 
 
@@ -96,9 +94,9 @@ def _head_of(files: Sequence[Path], name: str) -> Head:
     formats = sorted({f".{format_of(file)}" if format_of(file) else repr(file.suffix) for file in files})
     if len(formats) > 1:
         raise DataFault(f"names {name} that mixes {' and '.join(formats)}", "Name the files one by one")
-    if format_of(files[0]) is None:
-        advice = f"Convert them to one of {', '.join(DATA_SUFFIXES)}, or give them their true ending"
-        raise DataFault(f"names {files[0]}, whose ending is not one of {', '.join(DATA_SUFFIXES)}", advice)
+    if not format_of(files[0]):
+        advice = f"Convert them to one of {', '.join(FORMATS)}, or give them their true ending"
+        raise DataFault(f"names {files[0]}, whose ending is not one of {', '.join(FORMATS)}", advice)
     return peek(files[0])
 
 

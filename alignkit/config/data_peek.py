@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from alignkit.data.paths import format_of
 from alignkit.json_text import parse_json
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
 HEAD_ROWS = 16
 MOST_OF_A_ROW = 1 << 26
 MOST_BETWEEN_ROWS = 1 << 20
@@ -46,12 +46,6 @@ class Head:
 
     columns: Sequence[str]
     rows: Sequence[Mapping[str, Any]]
-
-
-def format_of(path: Path) -> str | None:
-    """``json``, ``parquet`` or ``csv`` by the ending of a file's name, or None."""
-    ending = next((suffix for suffix in DATA_SUFFIXES if path.name.endswith(suffix)), None)
-    return None if ending is None else ending.split(".")[1].replace("jsonl", "json")
 
 
 def peek(path: Path) -> Head:

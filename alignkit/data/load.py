@@ -21,9 +21,9 @@ from alignkit.data.json_values import map_values, without_filled_nulls
 from alignkit.data.mixture import mix
 from alignkit.data.readers import Source, first_rows, is_csv, list_of_cell, open_source
 from alignkit.data.schema import preference_rows
-from alignkit.data.sharegpt import holds_turns, messages_of_turns
 from alignkit.errors import DataError
 from alignkit.json_text import parse_json
+from alignkit.parts.data_format import format_names, load_format
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def wanted_columns(column_map: Mapping[str, str], known: Sequence[str]) -> set[s
 
 
 def parse_messages(dataset: Dataset | IterableDataset, name: str) -> Any:
-    """The rows with messages that are stored as JSON text, or written as ShareGPT does, turned into messages.
+    """The rows with messages that are stored as JSON text, or written in another data format, turned into messages.
 
     A column is taken for such text where every value of the first rows is a list of messages written as JSON. A later
     value that is not stays a text, and is reported as one by the checks of rows.
@@ -203,8 +203,12 @@ def parse_messages(dataset: Dataset | IterableDataset, name: str) -> Any:
     stored = [c for c in MESSAGE_COLUMNS if c in columns and _are_stored_messages([row[c] for row in head])]
     dataset = map_values(dataset, stored, _messages_of) if stored else dataset
     head, _ = first_rows(dataset, name) if stored else (head, columns)
-    turns = [c for c in MESSAGE_COLUMNS if c in columns and holds_turns([row[c] for row in head])]
-    return map_values(dataset, turns, partial(messages_of_turns, name=name)) if turns else dataset
+    others = [column for column in MESSAGE_COLUMNS if column in columns]
+    for form in map(load_format, format_names()):
+        if written := [column for column in others if form.holds([row[column] for row in head])]:
+            dataset = map_values(dataset, written, partial(form.messages, name=name))
+            others = [column for column in others if column not in written]
+    return dataset
 
 
 def rename_columns(

@@ -12,8 +12,23 @@ import hashlib
 import os
 from pathlib import Path
 
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".jsonl.gz": "json",
+    ".json.gz": "json",
+}
+"""File name endings that can be read, and the reader of each."""
+
 _SPECIAL = "*?[]{}:"
 """Characters that ``datasets`` and ``fsspec`` read as more than a name."""
+
+
+def format_of(path: Path) -> str:
+    """The format that a file's name ends in, ``json``, ``parquet`` or ``csv``, or nothing."""
+    return next((name for ending, name in FORMATS.items() if path.name.endswith(ending)), "")
 
 
 def is_pattern(name: str) -> bool:

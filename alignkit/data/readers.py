@@ -32,22 +32,12 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.json.json import Json as JsonBuilder
 
 from alignkit.data.json_files import HEAD_ROWS, cache_folder, json_stream, json_table
-from alignkit.data.paths import is_pattern, matched_files, plain_path
+from alignkit.data.paths import FORMATS, format_of, is_pattern, matched_files, plain_path
 from alignkit.errors import DataError
 from alignkit.json_text import parse_json
 from alignkit.places import is_hub_id, similar_entry
 
 logger = logging.getLogger(__name__)
-
-FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".jsonl.gz": "json",
-    ".json.gz": "json",
-}
-"""File name endings that can be read, and the reader of each."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ def open_source(source: Source, *, streaming: bool, keep: Collection[str] | None
         return _open_files([path], source, streaming, keep)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _typed(_open_saved(path, source, streaming=streaming), source.path, keep)
-    files = sorted(file for file in path.rglob("*") if _format_of(file))
+    files = sorted(file for file in path.rglob("*") if format_of(file))
     if not files:
         raise DataError(f"{path}: cannot be read", [f"the folder holds no file ending in {', '.join(FORMATS)}"])
     return _open_files(files, source, streaming, keep, folder=path)
@@ -285,11 +275,11 @@ def _open_saved(path: Path, source: Source, *, streaming: bool) -> Dataset | Ite
 
 def _one_format(files: Sequence[Path], name: str) -> str:
     """The one format of files, none of them empty."""
-    unknown = [file for file in files if not _format_of(file)]
+    unknown = [file for file in files if not format_of(file)]
     if unknown:
         expected = f"expected one of {', '.join(FORMATS)}"
         raise DataError(f"{name}: cannot be read", [f"{unknown[0]} ends in {unknown[0].suffix!r}; {expected}"])
-    formats = sorted({_format_of(file) for file in files})
+    formats = sorted({format_of(file) for file in files})
     if len(formats) > 1:
         advice = f"it mixes formats ({', '.join(formats)}); name the files one by one"
         raise DataError(f"{name}: cannot be read", [advice])
@@ -297,11 +287,6 @@ def _one_format(files: Sequence[Path], name: str) -> str:
     if empty:
         raise DataError(f"{name}: no rows", empty)
     return formats[0]
-
-
-def _format_of(path: Path) -> str:
-    """The format that a file's name ends in, or nothing."""
-    return next((name for ending, name in FORMATS.items() if path.name.endswith(ending)), "")
 
 
 def _is_blank_file(path: Path) -> bool:
@@ -323,7 +308,7 @@ def _csv_columns(files: Sequence[Path]) -> list[str]:
 
 def _refuse_missing_path(given: str, path: Path) -> None:
     """Raise when ``given`` can only have been meant as a path."""
-    if not _format_of(path) and is_hub_id(given):
+    if not format_of(path) and is_hub_id(given):
         return
     if near := similar_entry(path):
         advice = f"did you mean {str(near)!r}?"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from alignkit.parts.data_format import format_names, load_format
 from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.parametrization import load_parametrization, parametrization_names
@@ -42,5 +43,6 @@ KINDS = (
     Kind("gradient rules", "alignkit/gradients", rule_names, load_rule),
     Kind("parametrisations", "alignkit/parametrizations", parametrization_names, load_parametrization),
     Kind("batch shapes", "alignkit/shapes", shape_names, load_shape),
+    Kind("data formats", "alignkit/data/formats", format_names, load_format),
     Kind("evaluations", "alignkit/evals", evaluation_names, load_evaluation),
 )

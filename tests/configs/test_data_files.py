@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from alignkit.config.data_peek import DATA_SUFFIXES, peek
+from alignkit.config.data_peek import peek
 from alignkit.errors import DataError
 from tests.configs.cases import ROWS, load, load_text, problems_of
 
@@ -226,12 +226,6 @@ def test_folder_written_by_save_to_disk() -> None:
         "broken is a saved data set that cannot be read. Save it again with save_to_disk"
         in problems_of({"data": "broken"})[0]
     )
-
-
-def test_same_endings_as_the_loader() -> None:
-    from alignkit.data.readers import FORMATS
-
-    assert set(DATA_SUFFIXES) == set(FORMATS)
 
 
 @pytest.mark.usefixtures("workspace")

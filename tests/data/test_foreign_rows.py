@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from alignkit.data import formats
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.columns import RowFamily
 from alignkit.data.load import load_rows
@@ -18,6 +20,8 @@ from alignkit.data.schema import preference_rows
 from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
 from alignkit.errors import DataError
+from alignkit.parts.catalogue import KINDS
+from alignkit.parts.data_format import format_names
 from tests.data.rows import message, pair
 
 Write = Callable[[str, Sequence[Any]], str]
@@ -127,3 +131,30 @@ def test_a_speaker_of_whom_it_is_not_clear_who_that_is(write_jsonl: Write) -> No
     )
     text = refusal(path, supervised_rows())
     assert "row 1: messages has a turn that is from 'function_call'" in text and "{role, content}" in text
+
+
+SPARE = """
+from alignkit.parts.data_format import DataFormat
+
+FORMAT = DataFormat(
+    name="spare",
+    summary="Questions and answers in turn, separated by bars.",
+    holds=lambda values: all(isinstance(value, str) and "|" in value for value in values),
+    messages=lambda value, index, column, name: [
+        {"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(value.split("|"))
+    ],
+)
+"""
+
+
+def test_a_data_format_is_added_by_a_file(write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "added"
+    folder.mkdir()
+    (folder / "spare.py").write_text(SPARE)
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(folder)])
+    assert {"sharegpt", "spare"} <= set(format_names())
+    assert "separated by bars" in next(kind for kind in KINDS if kind.title == "data formats").summaries()["spare"]
+    path = write_jsonl("bars.jsonl", [{"messages": "q|a"}, {"messages": "why|so|then|thus"}])
+    loaded = load_rows(path, family=supervised_rows())
+    assert loaded[0]["messages"] == [message("user", "q"), message("assistant", "a")]
+    assert [turn["role"] for turn in loaded[1]["messages"]] == ["user", "assistant"] * 2

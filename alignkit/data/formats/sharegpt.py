@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignkit.errors import DataError
+from alignkit.parts.data_format import DataFormat
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 """Those who speak, of whom it is clear what they are here."""
@@ -50,3 +51,11 @@ def messages_of_turns(value: Any, index: int, column: str, name: str) -> Any:
 
 def _turns(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [value]
+
+
+FORMAT = DataFormat(
+    name="sharegpt",
+    summary='Turns as ShareGPT writes them, {"from": "human", "value": "..."}.',
+    holds=holds_turns,
+    messages=messages_of_turns,
+)

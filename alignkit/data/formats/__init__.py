@@ -1,0 +1,1 @@
+"""How conversations of other programs are written: one file a format, found by its name."""
