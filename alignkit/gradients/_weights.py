@@ -169,11 +169,14 @@ def zero_with_gradients(
         module, name = tensor.places[0]
         owned.setdefault(module, []).append((name, gradient))
 
+    # PEFT keeps the parameters of some adapters in containers, which are never called and so carry no hooks.
+    uncalled = {inner, *(m for m in owned if isinstance(m, (nn.ParameterDict, nn.ParameterList)))}
+
     def own_forward(module: nn.Module, *_: Any, **__: Any) -> Tensor:
         return sum((_GradientSource.apply(getattr(module, n), e) for n, e in owned[module]), start=anchor.new_zeros(()))
 
     def inner_forward(*_: Any, **__: Any) -> Tensor:
-        parts = [own_forward(module) if module is inner else module(anchor) for module in owned]
+        parts = [own_forward(module) if module in uncalled else module(anchor) for module in owned]
         return torch.stack(parts).sum()
 
     replacements: list[tuple[nn.Module, str, Any]] = [(m, "forward", _bound(own_forward, m)) for m in owned]

@@ -34,7 +34,8 @@ RUN = {
     "max_steps": 2,
     "logging_steps": 1,
     "num_samples": 0,
-    "parametrization": "full",
+    "parametrization": "spare_scales",
+    "spare_modules": ["v_proj", "down_proj"],
 }
 """A run of two steps that is made of what was added."""
 LOOK = """
@@ -48,6 +49,7 @@ def said(*words, program=None):
 
 from pathlib import Path
 from alignkit import cli
+EVALUATED = "--model model --adapter run --data pairs.jsonl --metrics spare_length --output found.json".split()
 from tests.programs.conftest import save_model
 save_model(Path("model"))
 seen = {
@@ -58,6 +60,7 @@ seen = {
     "config": said("config", "run.yaml"),
     "refused": said("config", "run.yaml", "--spare_weight", "-1"),
     "training": said("train", "run.yaml"),
+    "evaluation": said("evaluate", *EVALUATED),
     "docs": said(program="../scripts/docs.py"),
 }
 print(json.dumps(seen))
@@ -67,6 +70,7 @@ CONFORMANCE = {
     "spare_nll": ("losses/test_mutations.py", "losses/test_spare_nll.py", "reports/test_card.py"),
     "spare_mean": ("gradients/test_family.py", "gradients/test_spare_mean.py"),
     "spare_nll-spare_mean": ("gradients/test_compositions.py",),
+    "spare_scales": ("parametrizations/test_conformance.py", "parametrizations/test_spare_scales.py"),
     "spare_lines": ("shapes/test_conformance.py", "shapes/test_spare_lines.py"),
 }
 """The suites that every part of a kind goes through."""
@@ -94,6 +98,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = root / "place"
     place.mkdir()
     (place / "rows.jsonl").write_text("".join(json.dumps({"text": f"w{n} w1 w2 w{n + 1}"}) + "\n" for n in range(16)))
+    pairs = [{"prompt": f"w{n} w1 ", "chosen": "w2 w3", "rejected": "w4"} for n in range(4)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (place / "run.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in RUN.items()))
     return root
 
@@ -119,19 +125,23 @@ def test_every_file_is_one_of_the_kind(house: Path) -> None:
     """The files are those that docs/concepts and CONTRIBUTING ask for, whatever more a part might want."""
     places = [re.sub(r"spare(?!\.py)_\w+", "<name>", str(file)) for file in added_files()]
     assert sorted(set(places)) == [
+        "alignkit/evals/<name>.py",
         "alignkit/gradients/<name>.py",
         "alignkit/losses/<name>.py",
         "alignkit/objectives/<name>.py",
+        "alignkit/parametrizations/<name>.py",
+        "alignkit/parametrizations/_<name>.py",
         "alignkit/shapes/<name>.py",
         "alignkit/shapes/_<name>.py",
         "tests/gradients/test_<name>.py",
         "tests/losses/test_<name>.py",
+        "tests/parametrizations/test_<name>.py",
         "tests/shapes/test_<name>.py",
         "trainers/spare.py",
     ]
 
 
-@pytest.mark.parametrize("name", ["spare_nll", "spare_mean", "spare_lines"])
+@pytest.mark.parametrize("name", ["spare_nll", "spare_mean", "spare_scales", "spare_lines", "spare_length"])
 def test_a_part_is_listed_by_the_command_line_and_in_the_documentation(
     name: str, seen: dict[str, Any], house: Path
 ) -> None:
@@ -159,6 +169,7 @@ def test_the_keys_of_the_parts_are_in_schema_help_and_config(seen: dict[str, Any
     assert schema["title"] == "alignkit spare config"
     assert schema["properties"]["method"]["enum"] == ["spare_nll"]
     assert "spare_mean" in schema["properties"]["gradient_rule"]["enum"]
+    assert "spare_scales" in schema["properties"]["parametrization"]["enum"] and "spare_modules" in schema["properties"]
     own = {
         condition["const"]: set(part["then"]["properties"])
         for part in schema["allOf"]
@@ -182,8 +193,15 @@ def test_a_run_of_added_parts_trains(seen: dict[str, Any], house: Path) -> None:
         assert line["loss"] == pytest.approx(0.5 * line["loss/spare"], rel=1e-5)
         assert line["spare_nll/surprise"] == pytest.approx(line["loss"], rel=1e-5)
         assert line["gradient/displacement_norm"] == pytest.approx(0.05, rel=1e-3)
+    assert run["trainable"]["trainable"] == 2 * (16 + 32)
     card = (house / "place/run/README.md").read_text()
-    assert "trained on lines with" in card and "A spare method" in card
+    assert "trained on lines with" in card and "A spare method" in card and "A set of scales" in card
+
+
+def test_an_evaluation_is_made_of_the_run(seen: dict[str, Any], house: Path) -> None:
+    assert "spare_length/prompt" in seen["evaluation"]
+    found = json.loads((house / "place/found.json").read_text())
+    assert found["metrics"]["spare_length/prompt"]["mean"] == 2.0
 
 
 def test_a_part_goes_through_the_suites_of_its_kind(house: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import IA3Config
 from torch import Tensor
 
 from alignkit.gradients._family import norm
@@ -121,6 +122,20 @@ def test_gradient_equals_the_one_computed_by_writing_weights(
             assert second.displacement_norm.item() == pytest.approx(RHO, rel=1e-5)
         if name != "random_perturbation":
             assert second.loss > first.loss + 1e-3
+
+
+@pytest.mark.parametrize("name", ["glad", "perpgrad"])
+def test_parameters_in_containers_that_are_never_called_are_displaced_and_edited(
+    make_trainer: Any, watched: Any, name: str
+) -> None:
+    """PEFT keeps those of IA3 in a ``ParameterDict``."""
+    rule, seen = watched(name, **OPTIONS.get(name, {}))
+    peft = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])
+    trainer = make_trainer("flex_dpo", gradient_rule=rule, peft_config=peft)
+    batches, counts = micro_batches(trainer)
+    ours = step_gradients(trainer, batches, counts)
+    assert len(ours) == 2 and all(x.norm() > 0 for x in ours)
+    assert_close(ours, expected_gradients(trainer, rule, batches[0], counts, seen.evaluations[0][0].seed))
 
 
 @pytest.mark.parametrize("name", STATELESS)
