@@ -11,7 +11,7 @@ from alignkit.config.ignored import IGNORED
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import show
 from alignkit.parts.method import Method, load_method, method_names
-from alignkit.parts.options import Conflict, OnlyWith
+from alignkit.parts.options import Conflict, Ignored, OnlyWith
 from alignkit.parts.parametrization import Parametrization, parametrizations
 from alignkit.parts.rule import load_rule, rule_names
 
@@ -23,6 +23,18 @@ def _refusal_of(method: Method, conflict: Conflict) -> Refusal:
         return chosen.method == method.name and conflict.when(chosen)
 
     return Refusal(conflict.title, (*conflict.keys, "method"), clashes, conflict.why, conflict.fix)
+
+
+def _ignored_by(method: Method, ignored: Ignored) -> IgnoredKeys:
+    """Keys that a method ignores, under that method alone."""
+    return IgnoredKeys(
+        ignored.title,
+        ignored.keys,
+        lambda c: c.method == method.name and ignored.when(c),
+        ignored.why,
+        ignored.fix,
+        under=(*ignored.under, "method"),
+    )
 
 
 def _ignored_options(part: str, name: str, options: type) -> Iterator[IgnoredKeys]:
@@ -93,6 +105,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *(refusal for record in parametrizations() for refusal in _refusals_of_parametrization(record)),
     *(_refusal_of(method, conflict) for method in _METHODS for conflict in method.conflicts),
     *IGNORED,
+    *(_ignored_by(method, ignored) for method in _METHODS for ignored in method.ignored),
     *(keys for method in _METHODS for keys in _ignored_options("method", method.name, method.options)),
     *(keys for name in rule_names() for keys in _ignored_options("gradient_rule", name, load_rule(name).options)),
 )

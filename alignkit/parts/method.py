@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.parts.discovery import load_part, names_in
-from alignkit.parts.options import Conflict
+from alignkit.parts.options import Conflict, Ignored
 
 if TYPE_CHECKING:
     from alignkit.data.columns import RowFamily
@@ -120,6 +120,7 @@ class Method:
         negative_reference: Name of the option with the model that scores the last candidate of a row, if any does.
         anchor: How the reference moves under these options, or None for one that is frozen.
         conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
+        ignored: Keys without effect under this method and some values, which a user who sets them is told.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Method:
     negative_reference: str | None = None
     anchor: Callable[[Any], AnchorSchedule | None] = lambda options: None
     conflicts: tuple[Conflict, ...] = ()
+    ignored: tuple[Ignored, ...] = ()
 
 
 def method_names() -> list[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from alignkit.config import REFUSALS, IgnoredKeys
+from alignkit.config import REFUSALS, IgnoredKeys, check
+from alignkit.config.compatibility import _ignored_by
 from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
+from alignkit.parts.method import load_method
+from alignkit.parts.options import Ignored
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
 from tests.configs.cases import SUPERVISED, load, load_text, problems_of
@@ -314,3 +318,16 @@ def test_a_helpful_reference_may_be_the_base_of_a_continued_adapter() -> None:
     assert problems_of({"method": "d2o", "helpful_reference_model": "base", "adapter": "lora"}) == []
     twice = {"method": "d2o", "helpful_reference_model": "org/other", "reference_model": "org/other"}
     assert len(problems_of(twice)) == 1
+
+
+def test_a_method_says_which_keys_it_ignores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under that method, and the values that take the effect away, alone."""
+    ignored = Ignored(
+        "seed", ("seed",), lambda c: c.bf16, "it draws nothing then", "write bf16: false", under=("bf16",)
+    )
+    method = replace(load_method("dpo"), ignored=(ignored,))
+    monkeypatch.setattr(check, "REFUSALS", (_ignored_by(method, ignored),))
+    changes = {"method": "dpo", "seed": 1, "bf16": True}
+    (problem,) = problems_of(changes)
+    assert "would be ignored" in problem and "it draws nothing then" in problem and "write bf16: false" in problem
+    assert problems_of(changes | {"bf16": False}) == problems_of(changes | {"method": "adpo"}) == []
