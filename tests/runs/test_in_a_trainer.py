@@ -16,6 +16,7 @@ from alignkit.reports.metrics_log import MetricsLog, read_metrics
 from alignkit.reports.plot import plot_run
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.health import HealthMonitor
+from alignkit.shapes import tokens
 from alignkit.storage.durability import checkpoints, is_complete
 from tests.runs.saved import AnnouncingGuard, arguments, tiny_adapter, tiny_model
 
@@ -79,7 +80,7 @@ def test_a_run_stopped_between_two_saves_resumes_to_the_same_end(tmp_path: Path,
     assert all(torch.equal(expected[name], found[name]) for name in expected) and expected.keys() == found.keys()
     assert without_timings(read_metrics(resumed.metrics_path)) == without_timings(read_metrics(whole.metrics_path))
     assert [session["resumed_from"] for session in resumed.sections()["sessions"]] == [None, "checkpoint-4"]
-    plot_run(resumed.metrics_path, resumed.plot_path)
+    plot_run(resumed.metrics_path, resumed.plot_path, panels=tokens.PANELS)
     assert resumed.plot_path.stat().st_size > 10_000
 
 
