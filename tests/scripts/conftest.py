@@ -6,27 +6,26 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from alignkit.programs.entry import run_program
-from tests.programs.launching import Launcher
+from tests.distributed.layouts import LAYOUTS, Layout
+from tests.programs.launching import Ended, Launcher
 from tests.scripts.tiny import candidate_lists, chat_pairs, save_adapter, save_model, write_rows
 
 Script = Callable[..., int]
-ACCELERATE = "accelerate.commands.launch"
 HERE = Path(__file__).parent
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all tests that launch a script, so that they share what is launched."""
+    """One worker runs all tests on two processes, so that they share the launch of tests/distributed."""
     for item in items:
-        if item.path.parent == HERE and isinstance(item, pytest.Function) and "launch" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("launched scripts"))
+        if item.path.parent == HERE and isinstance(item, pytest.Function) and "on_two_processes" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
 @pytest.fixture(scope="session")
@@ -59,41 +58,26 @@ def run_script(monkeypatch: pytest.MonkeyPatch) -> Script:
     return run
 
 
-@pytest.fixture(scope="session")
-def launches(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Callable[..., Launcher]]:
-    """One ``accelerate launch`` for each of its configs, from whose processes scripts are forked."""
-    started: dict[tuple[str, ...], Launcher] = {}
+@pytest.fixture
+def on_two_processes(repository: Path, launchers: Callable[[Layout], Launcher]) -> Callable[..., Ended]:
+    """Run ``scripts/<name>.py`` with the given words on two processes of ``accelerate launch``."""
 
-    def launcher(words: tuple[str, ...]) -> Launcher:
-        if words not in started:
-            config = yaml.safe_load(Path(words[words.index("--config_file") + 1]).read_text())
-            variables = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-            folder, command = tmp_path_factory.mktemp("launch"), (sys.executable, *words)
-            started[words] = Launcher(folder, variables, command, config["num_processes"])
-        return started[words]
+    def run(name: str, *words: str | Path) -> Ended:
+        program, variables = repository / "scripts" / f"{name}.py", {"ALIGNKIT_CACHE": os.environ["ALIGNKIT_CACHE"]}
+        two = launchers(LAYOUTS["ddp 2x2"])
+        return two.run(*map(str, words), directory=repository, program=program, environment=variables)
 
-    yield launcher
-    for one in started.values():
-        one.close()
+    return run
 
 
 @pytest.fixture
-def launch(repository: Path, launches: Callable[..., Launcher]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a command line of Python in processes of its own; those of ``accelerate launch`` share their start."""
+def launch(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command line of Python in a process of its own."""
 
     def start(*words: str | Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-        texts = tuple(map(str, words))
-        if ACCELERATE in texts:
-            script = next(i for i, text in enumerate(texts) if text.endswith(".py"))
-            variables = {"ALIGNKIT_CACHE": os.environ["ALIGNKIT_CACHE"], **environment}
-            program, arguments = repository / texts[script], texts[script + 1 :]
-            ended = launches(texts[:script]).run(
-                *arguments, directory=repository, program=program, environment=variables
-            )
-            return subprocess.CompletedProcess(texts, ended.exit_code, ended.output, ended.errors)
         variables = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(
-            [sys.executable, *texts],
+            [sys.executable, *map(str, words)],
             cwd=repository,
             env=variables,
             capture_output=True,

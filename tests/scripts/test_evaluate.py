@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -21,10 +20,10 @@ from alignkit import evals
 from alignkit.models.files import sha256
 from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.programs.evaluate import METRICS
+from tests.programs.launching import Ended
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import TEMPLATE, candidate_lists, chat_pairs, save_adapter, write_rows
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ("--max_new_tokens", "8", "--batch_size", "4", "--use_cpu")
 
 
@@ -161,7 +160,7 @@ def test_a_base_given_by_name(assets: Path, tmp_path: Path, run_script: Script) 
 
 
 def test_two_processes_give_the_same_figures(
-    assets: Path, tmp_path: Path, run_script: Script, launch: Launch, repository: Path
+    assets: Path, tmp_path: Path, run_script: Script, on_two_processes: Callable[..., Ended]
 ) -> None:
     """Eleven rows in batches of 4 on two ranks: unequal shares, and a rank without a share of the samples."""
     words = ("--adapter", assets / "adapter", "--data", assets / "pairs.jsonl", "--compare_base", "--num_samples", "3")
@@ -170,15 +169,13 @@ def test_two_processes_give_the_same_figures(
     torch.set_num_threads(1)
     assert run_script("evaluate", *words, tmp_path / "one") == 0
     torch.set_num_threads(threads)
-    config = repository / "configs" / "accelerate" / "cpu_ddp.yaml"
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0")
-    done = launch(*launcher, "scripts/evaluate.py", *words, tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_two_processes("evaluate", *words, tmp_path / "two")
+    assert done.exit_code == 0, done.errors[-3000:]
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["processes"]["world_size"], two["processes"]["world_size"]) == (1, 2)
     for key in ("metrics", "base_metrics", "differences", "samples", "data", "model"):
         assert one[key] == two[key], key
-    assert done.stdout.count("accuracy/logps") == 1 and done.stdout.count("written to") == 1
+    assert done.output.count("accuracy/logps") == 1 and done.output.count("written to") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from datasets import Dataset
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.sampling.engines import HuggingFaceEngine
+from tests.programs.launching import Ended
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import byte_tokenizer, chat_pairs, write_rows
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ("--num_samples", "3", "--max_new_tokens", "8", "--batch_size", "2", "--chunk_size", "3", "--use_cpu")
 INSTRUCTION = "Speak of zebras."
 
@@ -161,7 +160,7 @@ def test_a_scorer_that_raises_is_named_and_loses_no_sample(
 
 
 def test_two_processes_write_the_same_file(
-    assets: Path, data: Path, tmp_path: Path, run_script: Script, launch: Launch, repository: Path
+    assets: Path, data: Path, tmp_path: Path, run_script: Script, on_two_processes: Callable[..., Ended]
 ) -> None:
     """Chunks of three prompts in batches of two: unequal shares."""
     words = ("--adapter", assets / "adapter", "--data", data, *QUICK, "--unique", "--output")
@@ -169,11 +168,9 @@ def test_two_processes_write_the_same_file(
     torch.set_num_threads(1)
     assert run_script("sample_candidates", *words, tmp_path / "one.jsonl") == 0
     torch.set_num_threads(threads)
-    config = repository / "configs" / "accelerate" / "cpu_ddp.yaml"
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0")
-    done = launch(*launcher, "scripts/sample_candidates.py", *words, tmp_path / "two.jsonl")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("written to") == 1
+    done = on_two_processes("sample_candidates", *words, tmp_path / "two.jsonl")
+    assert done.exit_code == 0, done.errors[-3000:]
+    assert done.output.count("written to") == 1
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.contrast import DEFAULT_FILE, load_contrast_prompts
 from alignkit.data.load import load_rows
+from tests.programs.launching import Ended
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import candidate_lists, chat_pairs, write_rows
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ("--batch_size", "4", "--use_cpu", "--dtype", "float32")
 
 
@@ -140,7 +139,7 @@ def test_cache_adapter_templates_and_heat_map(assets: Path, tmp_path: Path, run_
 
 
 def test_two_processes_give_the_same_rows(
-    assets: Path, tmp_path: Path, run_script: Script, launch: Launch, repository: Path
+    assets: Path, tmp_path: Path, run_script: Script, on_two_processes: Callable[..., Ended]
 ) -> None:
     words = ("--model", assets / "base", "--data", assets / "pairs.jsonl", *QUICK)
     threads = torch.get_num_threads()
@@ -148,13 +147,11 @@ def test_two_processes_give_the_same_rows(
     one = (*words, "--cache", tmp_path / "c1", "--output", tmp_path / "one.jsonl")
     assert run_script("token_rewards", *one) == 0
     torch.set_num_threads(threads)
-    config = repository / "configs" / "accelerate" / "cpu_ddp.yaml"
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0")
     two = (*words, "--cache", tmp_path / "c2", "--output", tmp_path / "two.jsonl")
-    done = launch(*launcher, "scripts/token_rewards.py", *two)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_two_processes("token_rewards", *two)
+    assert done.exit_code == 0, done.errors[-3000:]
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
-    assert done.stdout.count("token rewards of") == 1 and len(list((tmp_path / "c2").iterdir())) == 1
+    assert done.output.count("token rewards of") == 1 and len(list((tmp_path / "c2").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
