@@ -106,7 +106,7 @@ def test_a_local_base_is_refused_with_the_way_out(
 ) -> None:
     assert run_script("push_to_hub", "--directory", run, "--repo_id", REPO) == 2
     _, err = output_of(capfd)
-    assert "which is not on the Hub" in err and "--base_model" in err and "merge_adapter.py" in err
+    assert "which is not on the Hub" in err and "--base_model" in err and "alignkit merge" in err
     assert hub.requests == []
 
 
