@@ -50,7 +50,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, *, conversational: bool) 
 
 
 def check_truncation(report: SplitReport, limits: Limits) -> Check:
-    """Whether rows fit max_length.
+    """How many rows are cut at ``max_length`` or dropped for it.
 
     Args:
         report: What the conversion counted.

@@ -49,7 +49,7 @@ def as_messages(
 def rows_as_messages(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[dict[str, Any]]:
-    """The same for rows at hand.
+    """As :func:`as_messages`, for rows in a list.
 
     Args:
         name: What they are called in an error.

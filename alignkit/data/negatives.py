@@ -179,7 +179,7 @@ def _answer(text: str, conversational: bool) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -128,7 +128,7 @@ def data_report(
 
 
 def _at_hand(dataset: Dataset | IterableDataset) -> Dataset:
-    """The rows, of a stream the first."""
+    """All rows of a dataset, or the first rows of a stream."""
     if isinstance(dataset, Dataset):
         return dataset
     return Dataset.from_list(list(islice(dataset, STREAMED_ROWS_CHECKED)), features=dataset.features)

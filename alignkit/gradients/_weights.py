@@ -51,7 +51,7 @@ class Trainable:
 
     @property
     def computed_in(self) -> torch.dtype:
-        """Precision it is evaluated in."""
+        """Precision that the forward pass evaluates the tensor in."""
         dtype = self.parameter.dtype
         return torch.float32 if self.is_lora and dtype in (torch.float16, torch.bfloat16) else dtype
 

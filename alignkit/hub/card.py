@@ -25,7 +25,7 @@ Kind = Literal["adapter", "model"]
 
 @dataclass(frozen=True)
 class CardCopy:
-    """The card as it is sent.
+    """The card in the form that is sent to the Hub.
 
     Attributes:
         metadata: Its metadata.

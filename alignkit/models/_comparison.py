@@ -109,7 +109,7 @@ class CompareWhenTrainingBegins(TrainerCallback):  # type: ignore[misc]  # trans
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        """Compare."""
+        """Compare before the first step."""
         self.compare()
 
 

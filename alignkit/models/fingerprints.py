@@ -69,7 +69,7 @@ def has_effect(key: str) -> bool:
 
 @dataclass(frozen=True)
 class BaseFingerprint:
-    """What a base is.
+    """What identifies the base model of an adapter.
 
     Attributes:
         weights: Hash of names, shapes, types and values.

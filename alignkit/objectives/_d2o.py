@@ -148,7 +148,7 @@ def checked_lists(rows: Dataset | IterableDataset, name: str) -> Any:
 
 
 def _check_scores(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], name: str) -> Mapping[str, Sequence[Any]]:
-    """The batch as it is."""
+    """The batch unchanged, once its scores are those of samples and one negative."""
     kind = (
         "scores are not those of samples and one negative: give every sample the score 1 and the negative the score 0, "
         "or take adpo for ranked lists"

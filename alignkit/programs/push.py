@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """One upload, or its list."""
+    """Upload a folder to the Hub, or list what an upload would send."""
     arguments = command_line(prog).parse(words)
 
     # The Hugging Face libraries are imported here, once the command line is known to be right.

@@ -53,7 +53,7 @@ def other_models(config: Any) -> dict[str, str]:
 
 
 def _load_other(config: Any, key: str, path: str) -> PreTrainedModel:
-    """Another model than the policy."""
+    """Load a model other than the policy; its errors name the config key."""
     with _naming(key, path):
         return load_model(config, path)
 

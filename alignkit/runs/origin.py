@@ -103,7 +103,7 @@ class OriginRecord:
         self.directory = directory
 
     def save(self, directory: Path) -> None:
-        """Write it."""
+        """Write ``alignkit.json``."""
         write_origin(self.directory, directory)
 
     def load(self, directory: Path) -> None:

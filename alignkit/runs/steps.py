@@ -160,7 +160,7 @@ class EvaluationAtTheEnd(TrainerCallback):
     """Evaluates after the last step, while the run can still be judged by it."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for it."""
+        """Ask for an evaluation when this was the last step."""
         control.should_evaluate = control.should_evaluate or state.global_step >= state.max_steps
 
 

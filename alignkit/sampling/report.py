@@ -96,7 +96,7 @@ def make_report(
     notes: Sequence[str],
     names: SettingNames,
 ) -> SamplingReport:
-    """Count.
+    """Count what was read, drawn, kept and dropped.
 
     Args:
         written: The rows that became candidate lists.

@@ -126,7 +126,7 @@ class MemoryStore:
         self._records: list[RowSamples] = []
 
     def done(self) -> set[int]:
-        """No chunk is there from before."""
+        """No chunk: nothing is left of an earlier process."""
         return set()
 
     def write(self, number: int, records: Sequence[RowSamples]) -> None:

@@ -114,7 +114,7 @@ def was_complete(checkpoint: Path) -> bool:
 
 
 def checkpoint_order(checkpoint: Path) -> tuple[int, str]:
-    """By step; other names first."""
+    """Sort key: by step, behind all folders whose name holds no step."""
     step = checkpoint_step(checkpoint)
     return (-1 if step is None else step, checkpoint.name)
 
