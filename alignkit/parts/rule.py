@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 TWO_GRADIENT_METRICS: Mapping[str, str] = {
     "gradient/cosine": "cosine of the gradient and the displaced gradient, over all edited tensors together",
     "gradient/conflict_rate": "share of the edited tensors whose two gradients have a negative inner product",
-    "gradient/displacement_norm": "length of the displacement that survives rounding; below rho, rounding has swallowed "
-    "part of it",
+    "gradient/displacement_norm": "length of the displacement that survives rounding; below rho, rounding has "
+    "swallowed part of it",
     "gradient/weight_norm": "l2 norm of the edited weights, to compare the displacement with",
     "gradient/sharpness_gap": "mean loss of a micro-batch at the displaced weights minus that at the weights",
 }
