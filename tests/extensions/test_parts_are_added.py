@@ -21,6 +21,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 ADDED = Path(__file__).parent / "added"
+PARTS = ("spare_nll", "spare_mean", "spare_scales", "spare_lines", "spare_turns", "spare_length")
 COPIED = ("alignkit", "configs", "docs", "scripts", "tests", "trainers", "README.md", "pyproject.toml")
 RUN = {
     "model": "model",
@@ -49,6 +50,8 @@ def said(*words, program=None):
 
 from pathlib import Path
 from alignkit import cli
+from alignkit.data.load import load_rows
+from alignkit.data.supervised_schema import supervised_rows
 EVALUATED = "--model model --adapter run --data pairs.jsonl --metrics spare_length --output found.json".split()
 from tests.programs.conftest import save_model
 save_model(Path("model"))
@@ -62,6 +65,7 @@ seen = {
     "training": said("train", "run.yaml"),
     "evaluation": said("evaluate", *EVALUATED),
     "docs": said(program="../scripts/docs.py"),
+    "rows": list(load_rows("turns.jsonl", family=supervised_rows())),
 }
 print(json.dumps(seen))
 """
@@ -100,6 +104,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "rows.jsonl").write_text("".join(json.dumps({"text": f"w{n} w1 w2 w{n + 1}"}) + "\n" for n in range(16)))
     pairs = [{"prompt": f"w{n} w1 ", "chosen": "w2 w3", "rejected": "w4"} for n in range(4)]
     (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (place / "turns.jsonl").write_text(json.dumps({"messages": "spare> w1 w2 < w3"}) + "\n")
     (place / "run.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in RUN.items()))
     return root
 
@@ -125,6 +130,7 @@ def test_every_file_is_one_of_the_kind(house: Path) -> None:
     """The files are those that docs/concepts and CONTRIBUTING ask for, whatever more a part might want."""
     places = [re.sub(r"spare(?!\.py)_\w+", "<name>", str(file)) for file in added_files()]
     assert sorted(set(places)) == [
+        "alignkit/data/formats/<name>.py",
         "alignkit/evals/<name>.py",
         "alignkit/gradients/<name>.py",
         "alignkit/losses/<name>.py",
@@ -141,7 +147,9 @@ def test_every_file_is_one_of_the_kind(house: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["spare_nll", "spare_mean", "spare_scales", "spare_lines", "spare_length"])
+@pytest.mark.parametrize(
+    "name", ["spare_nll", "spare_mean", "spare_scales", "spare_lines", "spare_turns", "spare_length"]
+)
 def test_a_part_is_listed_by_the_command_line_and_in_the_documentation(
     name: str, seen: dict[str, Any], house: Path
 ) -> None:
@@ -196,6 +204,11 @@ def test_a_run_of_added_parts_trains(seen: dict[str, Any], house: Path) -> None:
     assert run["trainable"]["trainable"] == 2 * (16 + 32)
     card = (house / "place/run/README.md").read_text()
     assert "trained on lines with" in card and "A spare method" in card and "A set of scales" in card
+
+
+def test_rows_of_an_added_format_are_read(seen: dict[str, Any]) -> None:
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    assert seen["rows"] == [{"messages": turns}]
 
 
 def test_an_evaluation_is_made_of_the_run(seen: dict[str, Any], house: Path) -> None:
