@@ -15,6 +15,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from alignkit.config.compatibility import REFUSALS
@@ -22,9 +23,12 @@ from alignkit.config.keys import Key, base_keys, method_keys, rule_keys
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import AlignkitError
+from alignkit.parametrizations.peft import KINDS as PEFT_KINDS
+from alignkit.parametrizations.peft import REFUSED, UNMERGEABLE
 from alignkit.parts.catalogue import KINDS
 from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.parts.method import load_method, method_names
+from alignkit.parts.parametrization import load_parametrization, parametrization_names
 from alignkit.parts.rule import load_rule, rule_names
 from alignkit.parts.shape import shapes_by_program
 from alignkit.programs.entry import run_program
@@ -75,6 +79,22 @@ def methods_table(prefix: str) -> str:
         )
         rows.append([page, method.summary, paper, method.fidelity])
     return table(["method", "what it does", "paper", "fidelity"], rows)
+
+
+def parametrizations_table() -> str:
+    """All parametrisations, and the keys of each."""
+    rows = [
+        [f"`{record.name}`", record.summary, " ".join(f"`{field.name}`" for field in fields(record.options))]
+        for record in map(load_parametrization, parametrization_names())
+    ]
+    return table(["parametrization", "what trains", "its keys"], rows)
+
+
+def peft_kinds() -> str:
+    """The kinds of PEFT's adapters: those that work, and why others do not."""
+    taken = [[f"`{kind}`", "no" if kind in UNMERGEABLE else "yes"] for kind in PEFT_KINDS]
+    refused = [[" ".join(f"`{kind}`" for kind in kinds), why] for why, _, kinds in REFUSED.values()]
+    return f"{table(['peft_type', 'merges'], taken)}\n{table(['refused', 'why'], refused)}"
 
 
 def method_head(name: str) -> str:
@@ -256,6 +276,8 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "method-options": lambda name: keys_table(method_keys(name).values()),
     "own-keys": own_keys,
     "parts": parts,
+    "parametrizations": parametrizations_table,
+    "peft-kinds": peft_kinds,
     "probe-metrics": probe_metrics,
     "recipes": recipes,
     "results": results,

@@ -15,6 +15,7 @@ from alignkit.config.settings import Entry, Origin, Settings
 from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
 from alignkit.parts.method import load_method
+from alignkit.parts.parametrization import parametrizations
 from alignkit.parts.rule import load_rule
 from alignkit.parts.shape import shapes_by_program
 
@@ -92,8 +93,15 @@ def validate_config(config: Configuration) -> None:
 
 
 def flatten(config: Configuration) -> dict[str, Any]:
-    """All values by key, the options of method and gradient rule beside the others, in the order of the sections."""
+    """All values by key, the options of method and gradient rule beside the others, in the order of the sections.
+
+    Options of a parametrisation that is not in force are there where they have a value.
+    """
     values = {name: getattr(config, name) for name in base_keys(config.program)}
+    for record in parametrizations():
+        if record.name != values.get("parametrization"):
+            unused = {f.name for f in fields(record.options)}
+            values = {name: value for name, value in values.items() if name not in unused or value is not None}
     for options in (config.method_options, config.gradient_options):
         if is_dataclass(options):
             values |= {f.name: getattr(options, f.name) for f in fields(options)}

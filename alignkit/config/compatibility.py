@@ -69,7 +69,7 @@ def _refusals_of_parametrization(owner: Parametrization) -> Iterator[Refusal]:
     """Its own conflicts, and where its options have no effect."""
     yield from (Refusal(**vars(conflict)) for conflict in owner.conflicts)
     yield from (_options_under_another(owner, other) for other in parametrizations() if _own_keys(owner, other))
-    if owner.has_adapter:
+    if owner.goes_on:
         yield IgnoredKeys(
             f"{owner.label} options with a saved adapter",
             tuple(field.name for field in fields(owner.options)),

@@ -62,6 +62,8 @@ def _numeric(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _type(annotation: Any) -> dict[str, Any]:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return {}
     if is_union(origin):
         return {"anyOf": [_type(argument) for argument in arguments]}
     if is_typeddict(annotation):

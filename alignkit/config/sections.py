@@ -71,7 +71,9 @@ class ModelSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class _ParametrizationKeys(Section):
-    parametrization: str = option(DEFAULT, help="Train every weight, or low-rank adapters on frozen weights.")
+    parametrization: str = option(
+        DEFAULT, help="Train every weight, or low-rank adapters (lora) or other adapters (peft) on frozen weights."
+    )
     quantization: str = option(
         "none",
         choices=("none", "nf4", "int8"),

@@ -101,7 +101,7 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
         return {
             _convert(k, key_type, f"a key of {path}"): _convert(v, value_type, f"{path}.{k}") for k, v in value.items()
         }
-    if origin is Literal and value in arguments:
+    if annotation is Any or (origin is Literal and value in arguments):
         return value
     if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return _finite(value)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -86,5 +87,6 @@ def _block_kind(parameter_name: str, *, has_experts: bool) -> str:
 
 def _module_kind(parameter_name: str) -> str:
     ignored = {"weight", "bias", "default", "base_layer", "original_module", "modules_to_save"}
-    parts = [p for p in parameter_name.split(".") if p not in ignored and not p.startswith("lora_")]
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    parts = [p for p in parameter_name.split(".") if p not in ignored and not p.startswith(prefixes)]
     return parts[-1] if parts else parameter_name

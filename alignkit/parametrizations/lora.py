@@ -54,6 +54,7 @@ PARAMETRIZATION = Parametrization(
     label="LoRA",
     options=LoraOptions,
     has_adapter=True,
+    goes_on=True,
     has_factors=True,
     product="A LoRA adapter",
     conflicts=(

@@ -25,6 +25,7 @@ class Parametrization:
         options: Dataclass of its own options, declared with :func:`alignkit.parts.options.option`. They are keys of
             every program, and refused under another parametrisation.
         has_adapter: Whether an adapter trains beside weights that stay as they are, rather than the weights themselves.
+        goes_on: Whether the training of a saved adapter can be continued, with the options that it was made with.
         has_factors: Whether the adapter is made of pairs of low-rank factors, which a gradient rule may edit alone.
         product: What a model card calls the result, with options in braces; empty where it is a whole model.
         conflicts: Combinations of its options, with each other or with any key of a program, that cannot work.
@@ -36,6 +37,7 @@ class Parametrization:
     label: str
     options: type
     has_adapter: bool
+    goes_on: bool = False
     has_factors: bool = False
     product: str = ""
     conflicts: tuple[Conflict, ...] = ()
@@ -61,7 +63,8 @@ def parametrizations() -> list[Parametrization]:
 def load_half(record: Parametrization) -> ModuleType:
     """The half of a parametrisation with an adapter that needs torch, ``alignkit/parametrizations/_<name>.py``.
 
-    Its ``new_adapter(config, model)`` returns PEFT's configuration of the adapter that a run starts, and refuses what
-    the model has no place for.
+    - ``check(config)``: refuses options that can only be judged with torch at hand, before anything is loaded
+    - ``new_adapter(config, model)``: PEFT's configuration of the adapter that a run starts; refuses what the model has
+      no place for
     """
     return importlib.import_module(f"alignkit.parametrizations._{record.name}")

@@ -16,7 +16,7 @@ from alignkit.config.check import in_force
 from alignkit.config.keys import base_keys
 from alignkit.errors import ConfigError
 from alignkit.gradients._support import RunLayout, check_layout
-from alignkit.parts.parametrization import load_parametrization
+from alignkit.parts.parametrization import load_half, load_parametrization
 from alignkit.parts.rule import load_rule
 
 MOST_STEPS = 10**9
@@ -30,12 +30,16 @@ def training_arguments(config: ProgramConfig, bridge: ModuleType) -> Any:
         bridge: That of the batch shape (:func:`~alignkit.parts.shape.load_bridge`).
 
     Raises:
-        ConfigError: The config needs an accelerator and there is none, or does not fit the launcher.
+        ConfigError: The config needs an accelerator and there is none, does not fit the launcher, or has options that
+            PEFT does not know.
     """
     check_bf16(config)
     args = bridge.training_arguments(config, common_arguments(config))
     check_device(config, args)
     check_gradient_rule(config, args)
+    record = load_parametrization(config.parametrization)
+    if record.has_adapter:
+        load_half(record).check(config)
     return args
 
 

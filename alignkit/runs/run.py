@@ -144,5 +144,5 @@ def _from_python(config: ProgramConfig) -> LoadedConfig:
     config.validate()
     keys = {**base_keys(config.program), **option_keys(config.method, config.gradient_rule)}
     values = flatten(config)
-    unchanged = {name for name, key in keys.items() if not key.required and values[name] == key.default}
+    unchanged = {name for name in values if not keys[name].required and values[name] == keys[name].default}
     return LoadedConfig(config, {name: DEFAULT if name in unchanged else "python" for name in values})

@@ -21,6 +21,7 @@ FLASH = {"attn_implementation": "flash_attention_2"}
 HELD_OUT = {"eval_fraction": 0.5}
 STREAM = {"streaming": True, "max_steps": 10}
 ADPO = {"method": "adpo"}
+IA3 = {"parametrization": "peft", "peft_type": "ia3"}
 
 # title: (what is refused, what is changed to mend it)
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -83,6 +84,21 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"push_to_hub": True, "hub_model_id": "https://hub/me/model"},
         {"hub_model_id": "me/model"},
     ),
+    # --- peft ---
+    "PEFT without a kind": ({"parametrization": "peft"}, {"peft_type": "vera"}),
+    "PEFT kinds that are a parametrisation of their own": (
+        IA3 | {"peft_type": "lora"},
+        {"parametrization": "lora", "peft_type": None},
+    ),
+    "PEFT kinds that add tokens": (IA3 | {"peft_type": "prefix_tuning"}, {"peft_type": "ia3"}),
+    "PEFT kinds that the loop must serve": (IA3 | {"peft_type": "adalora"}, {"peft_type": "delora"}),
+    "PEFT kinds that run otherwise": (IA3 | {"peft_type": "trainable_tokens"}, {"peft_type": "vera"}),
+    "PEFT kinds that start elsewhere": (IA3 | {"peft_type": "vblora"}, {"peft_type": "vera"}),
+    "PEFT kinds that could not be tried": (IA3 | {"peft_type": "adamss"}, {"peft_type": "ia3"}),
+    "PEFT kinds on quantized weights": (IA3 | {"quantization": "nf4"}, {"quantization": "none"}),
+    "PEFT kinds that go on from an adapter": (IA3 | {"adapter": "lora"}, {"adapter": None}),
+    "PEFT kinds under a gradient rule": (IA3 | {"gradient_rule": "sam"}, {"gradient_rule": None}),
+    "PEFT kinds with a moving anchor": (IA3 | ADPO | {"anchor": "ema"}, {"anchor": "fixed"}),
     # --- adpo ---
     "tau with beta": (ADPO | {"tau": 0.8, "beta": 0.1}, {"tau": None}),
     "empty range of the temperature": (ADPO | {"adaptive_tau": True, "tau_min": 6.0}, {"tau_max": 7.0}),
@@ -128,6 +144,20 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
         | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
         {"parametrization": "lora", "disable_dropout": False},
+    ),
+    "LoRA options with PEFT": (
+        IA3
+        | {"lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
+        | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
+        {"parametrization": "lora", "peft_type": None, "disable_dropout": False},
+    ),
+    "PEFT options with full fine-tuning": (
+        FULL | {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
+        {"parametrization": "peft"},
+    ),
+    "PEFT options with LoRA": (
+        {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
+        {"parametrization": "peft"},
     ),
     "LoRA options with a saved adapter": (
         {"adapter": "lora", "lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
