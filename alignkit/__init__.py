@@ -7,6 +7,7 @@ modules may be imported too, but only these names are promised from one minor ve
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ _PUBLIC = {
     "alignkit.parts.method": ("Method", "load_method", "method_names"),
     "alignkit.runs.run": ("train_preference", "train_sft"),
 }
+_FORMER = {"SFTConfig": "SupervisedConfig"}
+"""Names that were public once, and what they are called now."""
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [*sorted(_MODULE_OF), "__version__"]
@@ -106,6 +109,9 @@ __all__ = [*sorted(_MODULE_OF), "__version__"]
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
+    if name in _FORMER:
+        warnings.warn(f"alignkit.{name} is called {_FORMER[name]} now", DeprecationWarning, stacklevel=2)
+        return __getattr__(_FORMER[name])
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'alignkit' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -71,6 +71,11 @@ def test_the_command_line_answers_in_half_a_second(arguments: list[str], reposit
     assert best_seconds(["-m", "alignkit", *arguments], repository) < 0.5
 
 
+def test_a_name_that_was_public_leads_to_what_it_is_called_now() -> None:
+    with pytest.warns(DeprecationWarning, match="alignkit.SFTConfig is called SupervisedConfig now"):
+        assert alignkit.SFTConfig is alignkit.SupervisedConfig
+
+
 @pytest.mark.parametrize("name", [n for n in alignkit.__all__ if n != "__version__"])
 def test_every_public_name_exists(name: str) -> None:
     value = getattr(alignkit, name)
