@@ -48,7 +48,7 @@ IGNORED: tuple[IgnoredKeys, ...] = (
     IgnoredKeys(
         "probe_steps without a probe",
         ("probe_steps",),
-        lambda c: c.probe_rows == 0 or no_heldout_rows(c),
+        lambda c: not c.probe_rows or no_heldout_rows(c),
         "no probe rows are scored",
         "hold out rows (eval_data or eval_fraction) and write a positive probe_rows",
         under=("probe_rows", "eval_data", "eval_fraction"),

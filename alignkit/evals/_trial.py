@@ -194,7 +194,7 @@ class Trial:
         """
         if rows not in self._scored:
             pad = self.tokenizer.pad_token_id
-            scored = self.data.rows if rows == "held-out" else self.data.probe
+            scored = {"held-out": self.data.rows, "probe": self.data.probe}[rows]
             self._scored[rows] = score_over_ranks(
                 self.model,
                 scored,
