@@ -11,7 +11,7 @@ from alignkit.parts.parametrization import Parametrization
 
 KINDS = (
     "beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning loha lokr miss oft osf peanut "
-    "psoft randlora road shira supertuning tinylora unilora vera waveft"
+    "psoft randlora road shira supertuning tinylora vera waveft"
 ).split()
 """Kinds that train, go on from a checkpoint bit for bit and give the base back when switched off, as tests show."""
 
@@ -45,7 +45,7 @@ REFUSED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "that start elsewhere": (
         "its random start is not the model given, which it is compared with",
         "Choose a kind that starts as the model, such as vera",
-        ("vblora",),
+        ("unilora", "vblora"),
     ),
     "that could not be tried": (
         "it needs scikit-learn or an architecture of its own, and has not been tried",

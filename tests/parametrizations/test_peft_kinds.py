@@ -37,7 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "randlora": {"r": 8},
     "road": {"group_size": 8},
     "shira": {"r": 2},
-    "unilora": {"theta_d_length": 16},
     "vera": {"r": 8},
     "waveft": {"n_frequency": 16},
 }
@@ -88,7 +87,8 @@ def test_a_kind_does_what_the_table_says(
         )
 
     trained = trainer()
-    assert torch.equal(logits(trained.model.eval()), logits(base(model_path)))
+    # Kinds that take weights apart give them back but for rounding.
+    torch.testing.assert_close(logits(trained.model.eval()), logits(base(model_path)), atol=1e-5, rtol=1e-5)
     start = {name: parameter.detach().clone() for name, parameter in trained.model.named_parameters()}
     trained.train()
     end = dict(trained.model.named_parameters())
