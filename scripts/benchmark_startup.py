@@ -29,11 +29,11 @@ from alignkit.programs.arguments import StrictParser, positive_int
 from alignkit.programs.entry import run_program
 
 PHASES = {
-    "read the files": ("alignkit.runs.steps", "load_splits"),
-    "check and tokenise": ("alignkit.runs.steps", "convert_splits"),
-    "report": ("alignkit.runs.steps", "report_data"),
+    "read the files": ("alignkit.runs.rows", "load_splits"),
+    "check and tokenise": ("alignkit.runs.rows", "convert_splits"),
+    "report": ("alignkit.runs.rows", "report_data"),
     "hash what the run is made of": ("alignkit.runs.origin", "record_origin"),
-    "load the model, choose the layout": ("alignkit.steps_{program}", "build_trainer"),
+    "load the model, choose the layout": ("alignkit.runs.run", "_trainer"),
     "up to the first step": ("alignkit.runs.steps", "train"),
 }
 """Phase to the step of a run that is timed."""
@@ -124,7 +124,7 @@ def start(options: argparse.Namespace, model: str, data: str, scratch: str) -> C
 
     loaded, program = clock.timed("read the config, import the libraries", load)()
     for phase, (module, name) in PHASES.items():
-        place = importlib.import_module(module.format(program=options.program))
+        place = importlib.import_module(module)
         setattr(place, name, clock.timed(phase, getattr(place, name)))
     trainer = importlib.import_module("transformers").Trainer
 

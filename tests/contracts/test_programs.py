@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +137,11 @@ NOTICES = {
 def test_notices_of_dependencies_do_not_reach_users(body: str, repository: Path) -> None:
     heard = run_main(body, repository).stderr
     assert "heard" in heard and not any(word in heard for word in ("accelerator", "unused", "adapter keys"))
+
+
+def test_the_steps_that_the_start_up_benchmark_times_are_there(repository: Path) -> None:
+    phases = runpy.run_path(str(repository / "scripts" / "benchmark_startup.py"))["PHASES"]
+    missing = [
+        place for place in phases.values() if not callable(vars(importlib.import_module(place[0])).get(place[1]))
+    ]
+    assert phases and not missing
