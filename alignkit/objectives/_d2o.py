@@ -20,7 +20,7 @@ from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError, DataError
 from alignkit.models.loading import is_quantized
 from alignkit.models.vocabulary import check_token_ids
-from alignkit.parametrizations._policy import load_policy, new_adapter
+from alignkit.parametrizations._policy import load_policy, prepare
 from alignkit.parts.method import Preparation
 from alignkit.references._cache import default_cache_dir, model_fingerprint
 from alignkit.sampling.candidates import SampleSettings, check_room, prepare_prompts
@@ -78,7 +78,7 @@ class SelfSampled(Preparation):
         model = load_policy(config)
         asked = {f"a prompt of {name}": prompts[name].token_ids for name in wanting}
         check_token_ids(model, tokenizer, asked, name=repr(config.model))
-        new_adapter(config, model)  # The trainer makes its own; here it is tried.
+        prepare(config, model)  # The trainer makes its own; here it is tried.
         fit = {"max_dropped_fraction": config.max_dropped_fraction}
         limits = {
             name: check_room(prompts[name], settings, model.config, SETTING_NAMES, name=name, **fit) for name in wanting

@@ -33,7 +33,7 @@ def check(config: Any) -> None:
     """Nothing: all its options are declared, and so checked before."""
 
 
-def new_adapter(config: Any, model: PreTrainedModel) -> LoraConfig:
+def prepare(config: Any, model: PreTrainedModel) -> LoraConfig:
     """PEFT's configuration of the adapter a run starts.
 
     Raises:

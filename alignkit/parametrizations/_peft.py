@@ -43,7 +43,7 @@ def check(config: Any) -> None:
         raise ConfigError(f"the options of peft_type {config.peft_type} cannot be used", problems)
 
 
-def new_adapter(config: Any, model: PreTrainedModel) -> PeftConfig:
+def prepare(config: Any, model: PreTrainedModel) -> PeftConfig:
     """PEFT's configuration of the adapter a run starts."""
     return adapter_config(config)
 

@@ -69,13 +69,12 @@ def load_policy(config: Any) -> PreTrainedModel | PeftModel:
     return loading.load_adapter(_load(config, source), adapter, is_trainable=True)
 
 
-def new_adapter(config: Any, model: PreTrainedModel | PeftModel) -> Any:
-    """PEFT's configuration of the adapter the run starts; None where it starts none.
+def prepare(config: Any, model: PreTrainedModel | PeftModel) -> Any:
+    """Freeze what the parametrisation does not move; PEFT's configuration of the adapter the run starts, or None.
 
     Raises:
-        ModelError: The model has no place for it.
+        ModelError: The model has no place for what shall train.
     """
-    record = load_parametrization(config.parametrization)
-    if not record.has_adapter or config.adapter is not None:
+    if config.adapter is not None:  # It is on the model already, and trains.
         return None
-    return load_half(record).new_adapter(config, model)
+    return load_half(load_parametrization(config.parametrization)).prepare(config, model)

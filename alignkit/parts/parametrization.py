@@ -24,7 +24,7 @@ class Parametrization:
         label: What it is called in a sentence, such as "full fine-tuning".
         options: Dataclass of its own options, declared with :func:`alignkit.parts.options.option`. They are keys of
             every program, and refused under another parametrisation.
-        has_adapter: Whether an adapter trains beside weights that stay as they are, rather than the weights themselves.
+        has_adapter: Whether an adapter trains beside the model's weights, rather than these, or some of them.
         goes_on: Whether the training of a saved adapter can be continued, with the options that it was made with.
         has_factors: Whether the adapter is made of pairs of low-rank factors, which a gradient rule may edit alone.
         product: What a model card calls the result, with options in braces; empty where it is a whole model.
@@ -61,10 +61,10 @@ def parametrizations() -> list[Parametrization]:
 
 
 def load_half(record: Parametrization) -> ModuleType:
-    """The half of a parametrisation with an adapter that needs torch, ``alignkit/parametrizations/_<name>.py``.
+    """The half of a parametrisation that needs torch, ``alignkit/parametrizations/_<name>.py``.
 
     - ``check(config)``: refuses options that can only be judged with torch at hand, before anything is loaded
-    - ``new_adapter(config, model)``: PEFT's configuration of the adapter that a run starts; refuses what the model has
-      no place for
+    - ``prepare(config, model)``: where there is an adapter, PEFT's configuration of the one that a run starts; where
+      there is none, it freezes what shall not move and returns None. Refuses what the model has no place for
     """
     return importlib.import_module(f"alignkit.parametrizations._{record.name}")

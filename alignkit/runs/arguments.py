@@ -37,9 +37,7 @@ def training_arguments(config: ProgramConfig, bridge: ModuleType) -> Any:
     args = bridge.training_arguments(config, common_arguments(config))
     check_device(config, args)
     check_gradient_rule(config, args)
-    record = load_parametrization(config.parametrization)
-    if record.has_adapter:
-        load_half(record).check(config)
+    load_half(load_parametrization(config.parametrization)).check(config)
     return args
 
 

@@ -13,7 +13,7 @@ from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
 from alignkit.errors import Stopped
 from alignkit.gradients._hook import chosen_rule
-from alignkit.parametrizations._policy import load_policy, new_adapter
+from alignkit.parametrizations._policy import load_policy, prepare
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, shapes_by_program
 from alignkit.references.models import check_other
@@ -132,7 +132,7 @@ def _trainer(
         data,
         exchanges_rows=preparation.exchanges_rows,
         gradient_rule=chosen_rule(config.gradient_rule, config.gradient_options),
-        peft_config=new_adapter(config, policy),
+        peft_config=prepare(config, policy),
         callbacks=steps.run_callbacks(config, directory, data),
     )
     preparation.attach(trainer, tokenizer, data.source, directory)

@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 ADDED = Path(__file__).parent / "added"
-PARTS = ("spare_nll", "spare_mean", "spare_scales", "spare_lines", "spare_turns", "spare_length")
+PARTS = ("spare_nll", "spare_mean", "spare_scales", "spare_norms", "spare_lines", "spare_turns", "spare_length")
 COPIED = ("alignkit", "configs", "docs", "scripts", "tests", "trainers", "README.md", "pyproject.toml")
 RUN = {
     "model": "model",
@@ -75,6 +75,7 @@ CONFORMANCE = {
     "spare_mean": ("gradients/test_family.py", "gradients/test_spare_mean.py"),
     "spare_nll-spare_mean": ("gradients/test_compositions.py",),
     "spare_scales": ("parametrizations/test_conformance.py", "parametrizations/test_spare_scales.py"),
+    "spare_norms": ("parametrizations/test_conformance.py", "parametrizations/test_spare_norms.py"),
     "spare_lines": ("shapes/test_conformance.py", "shapes/test_spare_lines.py"),
 }
 """The suites that every part of a kind goes through."""
@@ -147,9 +148,7 @@ def test_every_file_is_one_of_the_kind(house: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["spare_nll", "spare_mean", "spare_scales", "spare_lines", "spare_turns", "spare_length"]
-)
+@pytest.mark.parametrize("name", PARTS)
 def test_a_part_is_listed_by_the_command_line_and_in_the_documentation(
     name: str, seen: dict[str, Any], house: Path
 ) -> None:

