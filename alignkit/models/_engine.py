@@ -15,8 +15,8 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignkit.models.comparison import adapter_difference, has_model, model_difference
 from alignkit.models.files import ADAPTER_WEIGHTS
+from alignkit.models.saved_comparison import adapter_difference, has_model, model_difference
 
 
 def engine_difference(engine: Any, model: PreTrainedModel | PeftModel, folder: Path) -> str | None:

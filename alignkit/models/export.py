@@ -26,7 +26,6 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.card_file import read_card
-from alignkit.models.comparison import model_difference
 from alignkit.models.files import CARD_OF_THE_ADAPTER, AdapterFiles
 from alignkit.models.loading import (
     DTYPES,
@@ -37,6 +36,7 @@ from alignkit.models.loading import (
     load_model,
     quantization_of,
 )
+from alignkit.models.saved_comparison import model_difference
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.parametrization import parametrization_names
 from alignkit.places import is_local

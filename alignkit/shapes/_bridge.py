@@ -34,10 +34,10 @@ from alignkit.models._aux_loss import check_aux_loss
 from alignkit.models._comparison import CompareWhenTrainingBegins, ScoringRun, runs_only_in_training
 from alignkit.models._engine import engine_difference
 from alignkit.models._forward import compute_precision
-from alignkit.models.comparison import adapter_difference, load_saved_weights, model_difference
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.metric_sums import MetricSums
 from alignkit.models.precision import hold_in_float32
+from alignkit.models.saved_comparison import adapter_difference, load_saved_weights, model_difference
 from alignkit.shapes._streams import StreamResume
 from alignkit.storage.persistent import Persistent
 

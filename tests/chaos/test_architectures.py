@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from trl import SFTConfig
 
 from alignkit.errors import CheckpointError, ModelError
-from alignkit.models.comparison import model_difference
 from alignkit.models.loading import ModelSource, load_model
+from alignkit.models.saved_comparison import model_difference
 from alignkit.parts.method import load_method
 from alignkit.shapes._tokens import SupervisedTrainer
 from tests.chaos.architectures import ARCHITECTURES, VOCABULARY, save_base
