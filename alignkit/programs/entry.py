@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from alignkit.errors import AlignkitError, RanksDifferError, Stopped
 from alignkit.plain_text import guard_streams, visible, without_secrets
@@ -81,11 +81,13 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
         sys.stdout.flush()
+        _take_leave()
     except AlignkitError as error:
         _print_error(error)
         status = EXIT_USER_ERROR
     except Stopped as stopped:
         print(str(stopped) or f"stopped by {signal.Signals(stopped.signal).name}", file=sys.stderr)
+        _take_leave()
         status = EXIT_SIGNAL + stopped.signal
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
@@ -102,6 +104,16 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         _print_error(told)
         status = EXIT_USER_ERROR
     sys.exit(status)
+
+
+def _take_leave() -> None:
+    """End the group of processes, where all of them have come to their end.
+
+    A group that is alive when Python ends may abort its process, and a run that is finished would be called failed.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _print_error(error: AlignkitError) -> None:

@@ -87,7 +87,6 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
         base, record["base_layout"] = evaluate(model, "base")
     if state.is_main_process:
         report(arguments, record, evaluations, [tokenizer.decode(ids) for ids in data.prompts], results, base)
-    state.destroy_process_group()
 
 
 def prepare_data(

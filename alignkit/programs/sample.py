@@ -86,7 +86,6 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
         store.remove()
         print(sampled.report.render())
         print(f"written to {arguments.output}")
-    state.destroy_process_group()
 
 
 def read_prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, state: PartialState) -> Prompts:

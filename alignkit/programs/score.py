@@ -68,7 +68,6 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
         if arguments.heatmap is not None:
             write_heatmap(arguments.heatmap, rewarded, tokenizer)
             print(f"heat map written to {arguments.heatmap}")
-    state.destroy_process_group()
 
 
 def prepare_rows(

@@ -31,6 +31,17 @@ def test_exit_status(body: str, status: int, repository: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("ending", ["pass", "raise Stopped(15)"])
+def test_no_group_of_processes_is_alive_when_a_program_ends(ending: str, repository: Path) -> None:
+    """torch aborts a process now and then that ends with a living one: a finished run would be called failed."""
+    begun = (
+        "import atexit, torch.distributed as d; d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)"
+    )
+    done = run_main(f"{begun}; atexit.register(lambda: print(d.is_initialized())); {ending}", repository)
+    assert done.stdout == "False\n", done.stderr
+    assert done.returncode == (0 if ending == "pass" else 143)
+
+
 def test_a_foreseen_error_is_a_message(repository: Path) -> None:
     done = run_main("raise ConfigError('c.yaml', ['unknown key betta', 'lora_r must be > 0'])", repository)
     assert done.returncode == 2

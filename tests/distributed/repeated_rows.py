@@ -131,3 +131,4 @@ if __name__ == "__main__":
     outcome = run_all(target)
     if PartialState().is_main_process:
         torch.save(outcome, target / "found.pt")
+    PartialState().destroy_process_group()
