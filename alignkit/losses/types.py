@@ -1,12 +1,13 @@
 """Batch shapes and loss outputs shared by every objective.
 
-Axis letters: B groups (or rows) in the batch, K candidates of a group, T completion (or row) positions. Tensors named
-``*_token_logps`` are per token and 0 where masked; ``*_logps`` are their sums over T in float32 or wider.
+Axis letters: B groups (or rows) in the batch, K candidates of a group, T completion (or row) positions; of a
+``PolicyBatch`` B are completions. Tensors named ``*_token_logps`` are per token and 0 where masked; ``*_logps`` are
+their sums over T in float32 or wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 ITEM_KINDS = ("group", "chosen_token", "completion_token")
 """What a loss term can be averaged over. ``group`` is one prompt with its candidates; a pair is a group with K = 2."""
+
+POLICY_ITEM_KINDS = ("completion", "completion_token", "micro_batch")
+"""The same for a ``PolicyBatch``. ``micro_batch`` is for what is a mean within each: its count is their number."""
 
 
 def sequence_logps(token_logps: Float[Tensor, "*N T"], mask: Bool[Tensor, "*N T"]) -> Float[Tensor, "*N"]:
@@ -130,6 +134,63 @@ class TokenBatch:
     label_mask: Bool[Tensor, "B T"]
 
 
+def alone(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """What ``PolicyBatch.gather`` does where no other process is."""
+    return values
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """Completions that a policy wrote, with what they were worth. What stands at masked positions is never read.
+
+    Attributes:
+        policy_token_logps: Log-prob of each token under the policy, with gradient, nats.
+        completion_mask: True on what the model wrote, EOS included; the output of tools is not.
+        advantages: How much better than expected a completion, or a token, was.
+        max_completion_length: Longest completion that can be generated, tokens.
+        old_token_logps: Log-probs under the policy when the completions were made; None: that is the policy itself,
+            so every ratio is 1 and carries the gradient alone.
+        ref_token_logps: Log-probs under the reference, without gradient.
+        group_index: Which prompt a completion answers.
+        entropies: Entropy of the policy at each position, with gradient, nats.
+        old_entropies: The same of the policy that made the completions.
+        old_sum_sq_probs: Sum over the vocabulary of its squared probabilities.
+        old_policy_kl: KL(pi_old || pi) at each position over the whole vocabulary, nats.
+        correction: Importance ratio of the trainer's old policy to the sampler; multiplies the surrogate after
+            clipping, and 0 drops.
+        kept: Tokens whose surrogate counts; denominators count all the same. None keeps every token.
+        gather: Concatenates values over processes, of which each may hold another number. Collective: a loss calls it
+            equally often in every process, whatever they hold.
+        memory: What an objective keeps from batch to batch; the trainer saves it in checkpoints.
+    """
+
+    policy_token_logps: Float[Tensor, "B T"]
+    completion_mask: Bool[Tensor, "B T"]
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]
+    max_completion_length: int
+    old_token_logps: Float[Tensor, "B T"] | None = None
+    ref_token_logps: Float[Tensor, "B T"] | None = None
+    group_index: Int[Tensor, " B"] | None = None
+    entropies: Float[Tensor, "B T"] | None = None
+    old_entropies: Float[Tensor, "B T"] | None = None
+    old_sum_sq_probs: Float[Tensor, "B T"] | None = None
+    old_policy_kl: Float[Tensor, "B T"] | None = None
+    correction: Float[Tensor, "B T"] | Float[Tensor, "B 1"] | None = None
+    kept: Bool[Tensor, "B T"] | None = None
+    gather: Callable[[Tensor], Tensor] = alone
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+def count_policy_items(completion_mask: Bool[Tensor, "B T"]) -> dict[str, Tensor]:
+    """Local number of items of every kind in ``POLICY_ITEM_KINDS``; a completion without trained tokens is one too."""
+    tokens = completion_mask.sum()
+    return {
+        "completion": torch.full_like(tokens, completion_mask.shape[0]),
+        "completion_token": tokens,
+        "micro_batch": torch.ones_like(tokens),
+    }
+
+
 @dataclass(frozen=True)
 class LossTerm:
     """One additive part of an objective.
@@ -141,7 +202,8 @@ class LossTerm:
         name: Term name, logged as ``loss/<name>``.
         values: Unreduced contributions; they add up to the numerator.
         num_items: Local number of items the term is averaged over.
-        item: What an item is: one of ``ITEM_KINDS`` for candidates, ``token`` for supervised rows.
+        item: What an item is: one of ``ITEM_KINDS`` for candidates, of ``POLICY_ITEM_KINDS`` for completions that a
+            policy wrote, ``token`` for supervised rows.
         weight: Coefficient of the term in the loss.
     """
 
