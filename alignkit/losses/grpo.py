@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignkit.losses.types import LossOutput, LossTerm, Metric, PolicyBatch, count_policy_items
@@ -126,7 +126,7 @@ def grpo_loss(
             surrogate = -ratio.clamp(max=epsilon_high).detach() * advantages * written(batch.policy_token_logps, batch)
             metrics = {"cispo_clip_ratio": token_metric((ratio > epsilon_high) & (advantages > 0), batch)}
         case "sapo":
-            tau = torch.full_like(advantages, sapo_temperatures[1]).masked_fill(advantages > 0, sapo_temperatures[0])
+            tau = torch.full_like(advantages, sapo_temperatures[1]).masked_fill(advantages.gt(0), sapo_temperatures[0])
             surrogate, metrics = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages, {}
         case _:
             surrogate, metrics = (
@@ -144,6 +144,11 @@ def written(values: Float[Tensor, "B _"], batch: PolicyBatch) -> Float[Tensor, "
     return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(hidden, 0.0)
 
 
+def lengths(batch: PolicyBatch) -> Int[Tensor, " B"]:
+    """Tokens of each completion, 1 of one without."""
+    return batch.completion_mask.sum(-1).clamp(min=1)
+
+
 def token_log_ratios(batch: PolicyBatch) -> Float[Tensor, "B T"]:
     """log pi - log pi_old of every token, 0 where masked."""
     policy = written(batch.policy_token_logps, batch)
@@ -154,7 +159,7 @@ def log_ratios(batch: PolicyBatch, level: str) -> Float[Tensor, "B _"]:
     """Logarithm of r: [B, T] at level ``token``, the mean over tokens [B, 1] at level ``sequence``."""
     values = token_log_ratios(batch)
     if level == "sequence":
-        values = values.sum(-1, keepdim=True) / batch.completion_mask.sum(-1, keepdim=True).clamp(min=1)
+        values = (values.sum(-1) / lengths(batch)).unsqueeze(-1)
     return values.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
@@ -198,7 +203,7 @@ def policy_terms(
         terms.append(aggregate("kl", divergence, batch, aggregation, regularizers.beta))
     if regularizers.entropy_coef != 0:
         acts = mask if kept is None else mask & kept
-        entropy = _entropies(batch).masked_fill(~acts, 0.0).sum() / acts.sum().clamp(min=1)
+        entropy = (_entropies(batch) * acts).sum() / acts.sum().clamp(min=1)
         items = count_policy_items(mask)["micro_batch"]
         terms.append(LossTerm("entropy", entropy.view(1), items, "micro_batch", -regularizers.entropy_coef))
     return tuple(terms)
@@ -216,16 +221,16 @@ def aggregate(
         aggregation: One of :data:`ITEMS`.
         weight: Of the term.
     """
-    mask, item = batch.completion_mask, ITEMS[aggregation]
-    values = per_token.masked_fill(~mask, 0.0).sum(-1)
+    items = count_policy_items(batch.completion_mask)
+    values = written(per_token, batch).sum(-1)
     match aggregation:
         case "grpo" | "sapo":
-            values = values / mask.sum(-1).clamp(min=1)
+            values = values / lengths(batch)
         case "dr_grpo":
             values = values / batch.max_completion_length
         case "bnpo":
-            values = (values.sum() / mask.sum().clamp(min=1)).view(1)
-    return LossTerm(name, values, count_policy_items(mask)[item], item, weight)
+            values = (values.sum() / items["completion_token"].clamp(min=1)).view(1)
+    return LossTerm(name, values, items[ITEMS[aggregation]], ITEMS[aggregation], weight)
 
 
 def reference_kl(batch: PolicyBatch, ratio: Float[Tensor, "B _"] | None) -> Float[Tensor, "B T"]:
@@ -260,11 +265,12 @@ def ratio_metrics(batch: PolicyBatch, ratio: Float[Tensor, "B _"], regularizers:
     return metrics
 
 
+@torch.no_grad()
 def token_metric(values: Float[Tensor, "B _"] | Bool[Tensor, "B _"], batch: PolicyBatch) -> Metric:
     """A mean over the tokens written, or over completions with any where there is one value for each."""
     mask = batch.completion_mask
     counted = mask if values.shape[-1] == mask.shape[-1] else mask.any(-1, keepdim=True)
-    wide = values.detach().to(torch.promote_types(batch.policy_token_logps.dtype, torch.float32))
+    wide = values.to(torch.promote_types(batch.policy_token_logps.dtype, torch.float32))
     return Metric(wide.masked_fill(~counted, 0.0).sum(-1), counted.sum(-1).to(wide.dtype))
 
 

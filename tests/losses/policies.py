@@ -18,10 +18,10 @@ JUNK = (float("inf"), float("-inf"), 99.0, float("nan"))
 
 
 def random_completions(seed: int, count: int, longest: int = 6, *, spread: float = 0.5) -> list[Completion]:
-    """Completions of random lengths, the last without a token; some tokens are not kept, some are corrected.
+    """Completions of random lengths, the last two of one token and of none.
 
-    The policy's log-ratios have the standard deviation ``spread``, times a factor by position; advantages are one a
-    completion, of either sign, and 0 for the first.
+    Some tokens are not kept, some are corrected. The policy's log-ratios have the standard deviation ``spread``, times
+    a factor by position; advantages are one a completion, of either sign, and 0 for the first.
     """
     rng = random.Random(seed)
 
@@ -40,9 +40,9 @@ def random_completions(seed: int, count: int, longest: int = 6, *, spread: float
             policy_kl=rng.expovariate(8.0),
         )
 
-    advantages = [0.0, *(rng.gauss(0.0, 1.0) for _ in range(count - 2))]
+    advantages = [0.0, *(rng.gauss(0.0, 1.0) for _ in range(count - 3))]
     found = [[token(a, t) for t in range(rng.randint(1, longest))] for a in advantages]
-    return [*found, []]
+    return [*found, found[-1][:1], []]
 
 
 def policy_batch(

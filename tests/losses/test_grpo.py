@@ -20,8 +20,12 @@ from tests.losses.policies import changed, on_tokens, policy_batch, random_compl
 from tests.policy_oracles import Completion, Settings
 
 TIGHT = {"rel": 1e-12, "abs": 1e-12}
-EDGES = [oracles.Token(-1.0, -1.0, -1.2, a) for a in (1.0, -1.0)]
+EDGES = [oracles.Token(-1.0, -1.0, -1.2, a, entropy=0.3) for a in (1.0, -1.0)]
 """On-policy tokens, r = 1 exactly."""
+UNCLIPPED = [oracles.Token(p, o, -1.2, 0.0, entropy=0.4) for p, o in ((-0.5, -2.0), (-2.0, -0.5))]
+"""Far from r = 1, but neither better nor worse than expected."""
+EXTREMES = [oracles.Token(p, o, r, -1.0) for p, o, r in ((0.0, -60.0, -60.0), (-1e4, 0.0, 0.0), (-60.0, -1e8, 0.0))]
+"""Log-ratios far beyond the cut at 20 nats."""
 
 
 def arguments(s: Settings) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def arguments(s: Settings) -> dict[str, Any]:
 def check_loss(loss: Callable[..., LossOutput]) -> None:
     """Everything the equations say about one batch; the mutation check calls it with broken losses."""
     by_row = random_completions(seed=3, count=9)
-    by_token = [*by_row, EDGES]
+    by_token = [*by_row, EDGES, UNCLIPPED]
     for aggregation, level in itertools.product(ITEMS, ("token", "sequence")):
         s = Settings(aggregation, level, low=0.1, high=1.1 if aggregation == "cispo" else 0.15)
         check_case(loss, by_token, s)
@@ -48,12 +52,53 @@ def check_loss(loss: Callable[..., LossOutput]) -> None:
             loss, by_row, replace(s, temperatures=(0.8, 1.3), beta=0.2, entropy_coef=0.3, delta=1.3), by_row=True
         )
         check_case(loss, by_token, replace(s, beta=0.2, corrects_kl=False))
+        check_case(loss, by_row, replace(s, entropy_coef=0.1), by_row=True, without=("kept", "correction"))
+        check_case(loss, [EDGES[:1]], replace(s, entropy_coef=0.1))
+        check_nothing(loss, replace(s, beta=0.1, entropy_coef=0.1))
+        check_on_policy(loss, s)
+        check_extremes(loss, s)
+    for aggregation in (*CLIPPED, "cispo"):
+        width = {"epsilon_low": 0.0, "epsilon_high": float(aggregation == "cispo")}
+        output = loss(policy_batch([EDGES]), aggregation=aggregation, **width)
+        assert not any(metric_mean(m) for key, m in output.metrics.items() if "clip_ratio" in key)
+
+
+def check_nothing(loss: Callable[..., LossOutput], s: Settings) -> None:
+    """No completion has a token."""
+    batch = changed(policy_batch(random_completions(seed=3, count=3)), lambda n, t: t & False if "mask" in n else t)
+    output = loss(batch, **arguments(s))
+    assert output.mean().item() == 0.0 and not slopes(output, batch).any()
+    assert all(not term.values.any() for term in output.terms)
+
+
+def check_on_policy(loss: Callable[..., LossOutput], s: Settings) -> None:
+    """Without old log-probs r is 1 and carries the gradient; the same as with those of the policy itself."""
+    completions = [[replace(t, old=t.policy) for t in c] for c in random_completions(seed=8, count=4)]
+    for given in (policy_batch(completions), policy_batch(completions, without=("old_token_logps",))):
+        output, expected = loss(given, **arguments(s)), oracles.grpo(completions, s)
+        assert output.mean().item() == pytest.approx(expected.loss, **TIGHT)
+        for got, wanted in zip(on_tokens(slopes(output, given), completions), expected.gradient, strict=True):
+            assert got == pytest.approx(wanted, **TIGHT)
+
+
+def check_extremes(loss: Callable[..., LossOutput], s: Settings) -> None:
+    """No ratio overflows, in float32 either."""
+    batch = changed(policy_batch([EXTREMES] * 2), lambda _, t: t.float() if t.is_floating_point() else t)
+    output = loss(batch, **arguments(replace(s, beta=0.1)))
+    assert all(term.values.isfinite().all() for term in output.terms) and slopes(output, batch).isfinite().all()
 
 
 def check_case(
-    loss: Callable[..., LossOutput], completions: list[Completion], s: Settings, by_row: bool = False
+    loss: Callable[..., LossOutput],
+    completions: list[Completion],
+    s: Settings,
+    *,
+    by_row: bool = False,
+    without: tuple[str, ...] = (),
 ) -> None:
-    batch = policy_batch(completions, longest=s.longest, by_row=by_row)
+    batch = policy_batch(completions, longest=s.longest, by_row=by_row, without=without)
+    if without:
+        completions = [[replace(t, kept=True, correction=1.0) for t in c] for c in completions]
     output, expected = loss(batch, **arguments(s)), oracles.grpo(completions, s)
     check_terms(output, expected, completions, s)
     assert output.mean().item() == pytest.approx(expected.loss, **TIGHT)
@@ -63,7 +108,8 @@ def check_case(
     assert {key: metric_mean(m) for key, m in output.metrics.items()} == pytest.approx(
         oracles.metrics(completions, s, by_row), **TIGHT
     )
-    assert not any(metric.values.requires_grad for metric in output.metrics.values())
+    for metric in output.metrics.values():
+        assert not metric.values.requires_grad and len(metric.values) == len(metric.counts) == len(completions)
 
 
 def check_terms(output: LossOutput, expected: oracles.Outcome, completions: list[Completion], s: Settings) -> None:
@@ -134,15 +180,6 @@ def test_what_a_regulariser_needs_is_said() -> None:
     with pytest.raises(ValueError, match="entropies.*entropies is None"):
         grpo_loss(bare, regularizers=Regularizers(entropy_coef=0.1))
     assert "entropy" not in grpo_loss(bare).metrics
-
-
-@pytest.mark.parametrize("gap", [60.0, 1e4, 1e8])
-def test_no_log_ratio_overflows(gap: float) -> None:
-    for policy, old, aggregation in itertools.product((0.0, -gap), (0.0, -gap), ITEMS):
-        token = oracles.Token(policy, old, ref=old, advantage=-1.0)
-        batch = changed(policy_batch([[token], [token]]), lambda _, t: t.float() if t.is_floating_point() else t)
-        output = grpo_loss(batch, aggregation=aggregation, regularizers=Regularizers(beta=0.1))
-        assert output.mean().isfinite() and slopes(output, batch).isfinite().all()
 
 
 # TRL's own code.
