@@ -23,7 +23,7 @@ from alignkit.places import is_hub_id
 def check_data(settings: Settings) -> None:
     """Report what is wrong with ``data``, ``eval_data`` and ``column_map``."""
     family = shapes_by_program()[settings.program].config.row_family(settings.values)
-    column_map = _column_map(settings, family.columns)
+    column_map = _column_map(settings, family)
     for key, split_key in (("data", "data_split"), ("eval_data", "eval_split")):
         if settings.values.get(key) is None:
             continue
@@ -110,10 +110,11 @@ def _saved_head(folder: Path, split: str) -> Head | None:
     return peek_saved(folder) if (folder / "state.json").is_file() else None
 
 
-def _column_map(settings: Settings, known: Sequence[str]) -> Mapping[str, str] | None:
+def _column_map(settings: Settings, family: RowFamily) -> Mapping[str, str] | None:
     """The column map, None if it could fit no data at all."""
     column_map: Mapping[str, str] = settings.values.get("column_map", {})
-    foreign = [ours for ours in column_map if ours not in known]
+    known = family.columns
+    foreign = [] if family.keeps_others else [ours for ours in column_map if ours not in known]
     for ours in foreign:
         theirs = column_map[ours]
         turned = f"; if {theirs} is to be read from {ours}, write {{{theirs}: {ours}}}" if theirs in known else ""

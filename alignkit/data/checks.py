@@ -120,15 +120,17 @@ def check_overlap(
         shown: The beginning of the first held-out row that is trained on.
     """
     name, searched = "held-out rows are not trained on", _searched(training)
+    what = "an answer that is trained on to the same prompt" if report.trains_tokens else "a prompt that is trained on"
     prompts = f"{counts.num_prompts_trained_on} rows have a prompt that is trained on with other answers"
     prompts = f"; {prompts}" if counts.num_prompts_trained_on else ""
     if not counts.num_trained_on:
         many = counts.num_prompts_trained_on > DUPLICATE_WARNING * report.num_rows
         advice = ": what is measured on them is partly memory" if many else ""
-        return Check(name, "warn" if many else "ok", f"no answer of theirs is{prompts}{advice}{searched}")
+        part = "answer" if report.trains_tokens else "prompt"
+        return Check(name, "warn" if many else "ok", f"no {part} of theirs is{prompts}{advice}{searched}")
     share = counts.num_trained_on / report.num_rows
-    found = f"{counts.num_trained_on} of {report.num_rows} ({share:.1%}) have an answer that is trained on to the same "
-    found += f"prompt, token for token, such as {shown}{prompts}{searched}"
+    found = f"{counts.num_trained_on} of {report.num_rows} ({share:.1%}) have {what}, token for token, "
+    found += f"such as {shown}{prompts}{searched}"
     if limits.allow_overlap:
         return Check(name, "warn", f"{found}: what is measured on them is memory")
     advice = "remove them from one of the two, or write allow_overlap: true to measure memory"

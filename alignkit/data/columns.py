@@ -54,16 +54,19 @@ class RowFamily:
         expected: The forms in words, for an error.
         detect: ``(columns, head, name=...)`` to the kind of the rows; raises DataError for any other.
         prompt_of: What two rows share that must not be told apart between training and held-out rows.
+        keeps_others: Whether rows keep the columns that are not ours, each as it is; ``column_map`` may then give a
+            column any name.
     """
 
     forms: tuple[Form, ...]
     expected: str
     detect: Callable[..., Any]
     prompt_of: Callable[[Mapping[str, Any]], Any]
+    keeps_others: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that rows may have; all others are dropped."""
+        """Our names of columns, each with a meaning of its own."""
         return columns_of(self.forms)
 
 
@@ -76,6 +79,8 @@ _OTHER_NAMES = {
     "text": ("content", "document", "body"),
     "completions": ("responses", "candidates", "solutions", "answers", "generations"),
     "scores": ("rewards", "ratings", "labels", "ranks"),
+    "answer": ("solution", "ground_truth", "target", "final_answer", "gold", "label"),
+    "solution": ("answer", "ground_truth", "target", "final_answer", "gold"),
 }
 
 

@@ -240,7 +240,7 @@ def refuse_drops(
     problems += advice
     if too_long:
         lengths = "; ".join(f"{what}: {length_line(values)}" for what, values in report.lengths.items())
-        found = f"max_length is {report.max_length}; {report.recommended_max_length} would do"
+        found = f"{report.length_key} is {report.max_length}; {report.recommended_max_length} would do"
         problems.append(f"{found}. Lengths in tokens: {lengths}")
     headline = f"{report.name}: {report.num_dropped} of {report.num_rows_in} rows are dropped, {allowed}"
     raise DataError(headline, problems)

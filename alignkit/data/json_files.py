@@ -131,18 +131,18 @@ def json_stream(files: Sequence[str], keep: Collection[str] | None, name: str) -
     columns = list(dict.fromkeys(chain.from_iterable(head)))
     kept = tuple(name for name in columns if keep is None or name in keep)
     # datasets takes a list for shards, and a tuple for a value.
-    arguments = {"files": list(files), "columns": kept, "keep": tuple(keep or ())}
+    arguments = {"files": list(files), "columns": kept, "keep": None if keep is None else tuple(keep)}
     return IterableDataset.from_generator(_stream, gen_kwargs=arguments), columns
 
 
-def _stream(files: list[str], columns: tuple[str, ...], keep: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    late = [name for name in keep if name not in columns]
+def _stream(files: list[str], columns: tuple[str, ...], keep: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
+    known = frozenset(columns)
     for file in files:
         for place, row in read_json_rows(file):
             if isinstance(row, Fault):
                 _refuse(file, [row])
-            for name in late:
-                if row.get(name) is not None:
+            for name in row.keys() - known:
+                if row[name] is not None and (keep is None or name in keep):
                     advice = f'write "{name}": null in the first row of each file, or streaming: false'
                     seen = f"a stream takes its columns from its first {HEAD_ROWS} rows"
                     _refuse(file, [f"{place}: column {name!r} is new here; {seen}: {advice}"])

@@ -60,7 +60,7 @@ def load_rows(
         name_sources: Say of every row of a mixture which source it is of, for the report.
 
     Returns:
-        Rows with the columns of one form of ``family``; other columns are dropped and logged.
+        Rows with the columns of one form of ``family``; other columns are dropped and logged, unless it keeps them.
 
     Raises:
         DataError: A source cannot be read, lacks columns, holds no row, or does not fit the others.
@@ -70,7 +70,7 @@ def load_rows(
     if len(parsed) == 1:
         dataset = loaded[0][0]
     else:
-        dataset = mix(parsed, loaded, seed, family.columns, name_sources=name_sources)
+        dataset = mix(parsed, loaded, seed, _columns_of_all(parsed, loaded, family), name_sources=name_sources)
     if max_rows is None:
         return dataset
     return dataset.take(max_rows) if streaming else dataset.select(range(min(max_rows, len(dataset))))
@@ -163,17 +163,32 @@ def _load_all(
 def _load_source(
     source: Source, column_map: Mapping[str, str], streaming: bool, family: RowFamily
 ) -> tuple[Dataset | IterableDataset, Any]:
-    dataset, columns = open_source(source, streaming=streaming, keep=wanted_columns(column_map, family.columns))
-    dataset, columns = rename_columns(dataset, columns, column_map, source.path, family.columns)
+    keep = None if family.keeps_others else wanted_columns(column_map, family.columns)
+    known = None if family.keeps_others else family.columns
+    dataset, columns = open_source(source, streaming=streaming, keep=keep)
+    dataset, columns = rename_columns(dataset, columns, column_map, source.path, known)
     used = [name for name in columns if name in family.columns]
-    if ignored := [name for name in columns if name not in used]:
+    ignored = [name for name in columns if name not in used]
+    if ignored and not family.keeps_others:
         logger.warning("%s: columns not used and dropped: %s", source.path, listed_columns(ignored))
     if not used:
         family.detect(columns, [], name=source.path)
     if is_csv(source.path):
-        dataset = _parse_csv_lists(dataset, columns, source.path)
-    dataset = parse_messages(without_filled_nulls(dataset, used), source.path)
+        dataset = _parse_csv_lists(dataset, used, source.path)
+    # Columns that are not ours stay as they are, whatever they hold.
+    ours = [name for name in MESSAGE_COLUMNS if name in family.columns]
+    dataset = parse_messages(without_filled_nulls(dataset, used), source.path, ours)
     return dataset, family.detect(columns, first_rows(dataset, source.path)[0], name=source.path)
+
+
+def _columns_of_all(
+    sources: Sequence[Source], loaded: Sequence[tuple[Dataset | IterableDataset, Any]], family: RowFamily
+) -> Sequence[str]:
+    """Every column that rows of any of the sources may have."""
+    if not family.keeps_others:
+        return family.columns
+    found = [first_rows(rows, source.path)[1] for source, (rows, _) in zip(sources, loaded, strict=True)]
+    return list(dict.fromkeys(name for columns in found for name in columns))
 
 
 def wanted_columns(column_map: Mapping[str, str], known: Sequence[str]) -> set[str]:
@@ -186,7 +201,7 @@ def wanted_columns(column_map: Mapping[str, str], known: Sequence[str]) -> set[s
     return {column_map.get(ours, ours) for ours in known}
 
 
-def parse_messages(dataset: Dataset | IterableDataset, name: str) -> Any:
+def parse_messages(dataset: Dataset | IterableDataset, name: str, candidates: Sequence[str] = MESSAGE_COLUMNS) -> Any:
     """The rows with messages that are stored as JSON text, or written in another data format, turned into messages.
 
     A column is taken for such text where every value of the first rows is a list of messages written as JSON. A later
@@ -195,15 +210,16 @@ def parse_messages(dataset: Dataset | IterableDataset, name: str) -> Any:
     Args:
         dataset: Rows under our column names.
         name: What they are called in an error.
+        candidates: Columns that may hold messages.
 
     Raises:
         DataError: There is no row.
     """
     head, columns = first_rows(dataset, name)
-    stored = [c for c in MESSAGE_COLUMNS if c in columns and _are_stored_messages([row[c] for row in head])]
+    stored = [c for c in candidates if c in columns and _are_stored_messages([row[c] for row in head])]
     dataset = map_values(dataset, stored, _messages_of) if stored else dataset
     head, _ = first_rows(dataset, name) if stored else (head, columns)
-    others = [column for column in MESSAGE_COLUMNS if column in columns]
+    others = [column for column in candidates if column in columns]
     for form in map(load_format, format_names()):
         if written := [column for column in others if form.holds([row[column] for row in head])]:
             dataset = map_values(dataset, written, partial(form.messages, name=name))
@@ -216,14 +232,14 @@ def rename_columns(
     columns: list[str],
     column_map: Mapping[str, str],
     name: str,
-    known: Sequence[str],
+    known: Sequence[str] | None,
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """Give the columns our names; a column that already has a name claimed by another one is dropped.
 
     Args:
         column_map: Our column name to the one in the data.
         name: What the rows are called in an error.
-        known: Our names.
+        known: Our names; None where a column may be given any, and the rows have all of ``columns``.
 
     Returns:
         The rows and their columns.
@@ -233,7 +249,7 @@ def rename_columns(
     """
     problems = []
     for ours, theirs in column_map.items():
-        if ours not in known:
+        if known is not None and ours not in known:
             problems.append(f"column_map: {ours!r} is not a column of ours; ours are {', '.join(known)}")
         elif theirs not in columns:
             near = nearest_name(theirs, columns)
@@ -247,7 +263,8 @@ def rename_columns(
         raise DataError(f"{name}: column_map does not fit", problems)
     new_name = {theirs: ours for ours, theirs in column_map.items() if ours != theirs}
     kept = [column for column in columns if column in new_name or column not in new_name.values()]
-    dataset = dataset.remove_columns([column for column in dataset.column_names or [] if column not in kept])
+    present = columns if known is None else dataset.column_names or []
+    dataset = dataset.remove_columns([column for column in present if column not in kept])
     # Through unused names, so that two columns can be swapped.
     dataset = dataset.rename_columns({theirs: f"renamed:{theirs}" for theirs in new_name})
     dataset = dataset.rename_columns({f"renamed:{theirs}": ours for theirs, ours in new_name.items()})

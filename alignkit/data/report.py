@@ -20,7 +20,7 @@ from alignkit.data.checks import (
     check_template,
     check_truncation,
 )
-from alignkit.data.columns import listed_columns
+from alignkit.data.json_values import dataset_of
 from alignkit.data.problems import shorten
 from alignkit.data.repeats import Prints, RepeatCounts, count_repeats, fingerprints
 from alignkit.data.split_report import Check, Example, SplitReport
@@ -111,12 +111,14 @@ def data_report(
     trained: tuple[SplitReport, Prints] | None = None
     checks, repeats = {}, {}
     for name, (dataset, report) in splits.items():
-        rows = _at_hand(dataset)
+        rows = _at_hand(dataset if report.looked_at is None else dataset.select_columns(list(report.looked_at)))
         prints = fingerprints(rows, report.contents)
         repeats[name] = counts = count_repeats(prints, None if trained is None else trained[1])
         checks[name] = report.checks(tokenizer, list(rows.take(ROWS_CHECKED)))
         checks[name].insert(0, check_template(tokenizer, conversational=report.conversational))
-        checks[name] += [check_truncation(report, limits), check_duplicates(report, counts)]
+        if report.trains_tokens:
+            checks[name].append(check_truncation(report, limits))
+        checks[name].append(check_duplicates(report, counts))
         if report.has_preferences:
             checks[name].append(check_contradictions(report, counts))
         if trained is None:
@@ -131,7 +133,8 @@ def _at_hand(dataset: Dataset | IterableDataset) -> Dataset:
     """All rows of a dataset, or the first rows of a stream."""
     if isinstance(dataset, Dataset):
         return dataset
-    return Dataset.from_list(list(islice(dataset, STREAMED_ROWS_CHECKED)), features=dataset.features)
+    first = list(islice(dataset, STREAMED_ROWS_CHECKED))
+    return dataset_of(first) if dataset.features is None else Dataset.from_list(first, features=dataset.features)
 
 
 def _beginning(report: SplitReport, rows: Dataset, number: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,21 +157,23 @@ def length_line(lengths: Mapping[str, int]) -> str:
 def _counts(splits: Sequence[SplitReport]) -> str:
     causes = dict.fromkeys(cause for split in splits for cause in split.dropped)
     sizes = sorted({size for split in splits for size in split.sizes()})
+    trains_tokens = splits[0].trains_tokens
     rows = [
         ["rows", *(split.name + (" (first rows)" if split.is_sample else "") for split in splits)],
         ["read", *(f"{split.num_rows_in}" for split in splits)],
         *([f"dropped: {cause}", *(f"{split.dropped.get(cause, 0)}" for split in splits)] for cause in causes),
         ["trained on", *(f"{split.num_rows}" for split in splits)],
         *([f"  with {k} candidates", *(f"{split.sizes().get(k, 0)}" for split in splits)] for k in sizes),
-        ["cut at max_length", *(f"{split.num_truncated_rows}" for split in splits)],
+        *([["cut at max_length", *(f"{split.num_truncated_rows}" for split in splits)]] if trains_tokens else []),
         *([label, *(split.details()[label] for split in splits)] for label in splits[0].details()),
     ]
-    ignored = [f"{split.name}: columns not used: {listed_columns(split.ignored_columns)}" for split in splits]
-    notes = [note for note, split in zip(ignored, splits, strict=True) if split.ignored_columns]
+    notes = [f"{split.name}: {note}" for split in splits for note in split.notes()]
     return "\n".join([render_table(rows[0], rows[1:]), *notes])
 
 
 def _sources(splits: Sequence[SplitReport]) -> str:
+    if not splits[0].trains_tokens:
+        return _prompt_sources(splits)
     rows = [["sources", "rows read", "trained on", "tokens", "trained tokens", "share of them"]]
     for split in splits:
         total = max(sum(source.num_trained_tokens for source in split.sources), 1)
@@ -179,8 +184,18 @@ def _sources(splits: Sequence[SplitReport]) -> str:
     return render_table(rows[0], rows[1:])
 
 
+def _prompt_sources(splits: Sequence[SplitReport]) -> str:
+    """Every prompt is answered as often as any other, so what counts is rows."""
+    rows = [["sources", "rows read", "trained on", "share of rows"]]
+    for split in splits:
+        for source in split.sources:
+            share = f"{source.num_rows / max(split.num_rows, 1):.1%}"
+            rows.append([f"{split.name}: {source.name}", f"{source.num_rows_in}", f"{source.num_rows}", share])
+    return render_table(rows[0], rows[1:])
+
+
 def _lengths(splits: Sequence[SplitReport]) -> str:
-    rows = [["tokens before truncation", *QUANTILES]]
+    rows = [["tokens before truncation" if splits[0].trains_tokens else "tokens", *QUANTILES]]
     for split in splits:
         rows += [
             [f"{split.name}: {what}", *(f"{value}" for value in quantiles.values())]
@@ -197,7 +212,8 @@ def _example(example: Example, colour: bool) -> str:
 
     parts = [(label, "".join(marked(*span) for span in spans)) for label, spans in example.labelled()]
     width = max(len(label) for label, _ in parts) + 2
-    lines = [f"first row, trained tokens in {MARKS[0]} {MARKS[1]}"]
+    has_trained = any(is_trained for _, spans in example.labelled() for _, is_trained in spans)
+    lines = [f"first row, trained tokens in {MARKS[0]} {MARKS[1]}" if has_trained else "first row"]
     for label, text in parts:
         first, *rest = text.splitlines() or [""]
         lines += [f"  {label:<{width}}{first}", *(" " * (width + 2) + line for line in rest)]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.columns import listed_columns
 from alignkit.data.repeats import Content
 from alignkit.data.sources import SourceCounts
 
@@ -87,6 +88,12 @@ class SplitReport:
 
     has_preferences: ClassVar[bool] = False
     """Whether a row says which of its answers is better."""
+    trains_tokens: ClassVar[bool] = True
+    """Whether rows hold the tokens that are trained, which are cut where a row is too long; a prompt holds none."""
+    looked_at: ClassVar[tuple[str, ...] | None] = None
+    """Columns of the converted rows that the report reads; None for all."""
+    length_key: ClassVar[str] = "max_length"
+    """The config key that ``max_length`` is given with."""
 
     @property
     def num_dropped(self) -> int:
@@ -100,6 +107,10 @@ class SplitReport:
     def details(self) -> dict[str, str]:
         """What the table of counts says beside rows read, dropped, kept and cut."""
         return {}
+
+    def notes(self) -> list[str]:
+        """What is said below the table of counts."""
+        return [f"columns not used: {listed_columns(self.ignored_columns)}"] if self.ignored_columns else []
 
     def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
         """The checks of this split.

@@ -43,6 +43,8 @@ STYLES = {"evasive": 0.6, "careless": 0.08, "correct": 0.32}
 """Share of the corpus answered in each way."""
 HELD_OUT_SHARE = 10
 """One prompt in so many is held out."""
+LARGEST_TERM = 99
+"""Of the sums and differences that online RL is tried on."""
 
 SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -96,6 +98,27 @@ def make_preferences(n: int, seed: int, *, held_out: bool = False) -> list[dict[
         }
         for i, (prompt, answers) in enumerate(problems)
     ]
+
+
+def arithmetic_prompts(n: int, seed: int, *, held_out: bool = False) -> list[dict[str, str]]:
+    """Generate prompts such as ``12+7=`` for online RL, each with its ``answer``: ``19``, as text.
+
+    Args:
+        n: Number of rows, each with a prompt of its own.
+        seed: Seed; the same seed gives the same rows.
+        held_out: Take prompts that are in no training rows under any seed.
+
+    Raises:
+        ValueError: There are not so many different prompts.
+    """
+    numbers = range(LARGEST_TERM + 1)
+    sums = [{"prompt": f"{a}+{b}=", "answer": f"{a + b}"} for a in numbers for b in numbers]
+    sums += [{"prompt": f"{a}-{b}=", "answer": f"{a - b}"} for a in numbers for b in range(a + 1)]
+    rows = [row for row in sums if _is_held_out(row["prompt"]) == held_out]
+    if n > len(rows):
+        raise ValueError(f"{n} prompts are asked for, but there are {len(rows)} different ones")
+    random.Random(f"arithmetic {seed}").shuffle(rows)
+    return rows[:n]
 
 
 def is_correct(prompt: Sequence[Message], answer: str) -> bool:
@@ -190,6 +213,11 @@ def write_quickstart_data(directory: str | Path, seed: int = 0) -> dict[str, Pat
     return files
 
 
+def _is_held_out(question: str) -> bool:
+    """Whether a question is never trained on, by a checksum, so that the parts stay disjoint under any seeds."""
+    return zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0
+
+
 def _problems(rng: random.Random, *, held_out: bool) -> Iterator[Problem]:
     """Endless random problems, on one side of the split."""
     while True:
@@ -198,8 +226,7 @@ def _problems(rng: random.Random, *, held_out: bool) -> Iterator[Problem]:
         second = rng.randint(2, 6)
         first = rng.randint(2, 9) if sign == "+" else rng.randint(second + 1, 10)
         question = f"{name} has {first} {items} and {ending.format(b=second)} How many {items} does {name} have now?"
-        # By a checksum of the text, so that the parts stay disjoint under any seeds.
-        if (zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0) != held_out:
+        if _is_held_out(question) != held_out:
             continue
         result = first + second if sign == "+" else first - second
         wrong = rng.choice([near for near in range(result - 2, result + 3) if near != result and near >= 0])

@@ -172,6 +172,12 @@ def rendered_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     return ids
 
 
+def whole_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of plain texts, with all that the tokenizer adds, an EOS at the end included."""
+    ids: list[list[int]] = tokenizer(list(texts), **_IDS_ALONE)["input_ids"]
+    return ids
+
+
 def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of plain texts, with a BOS that the tokenizer adds but without an EOS that it adds.
 
@@ -180,7 +186,7 @@ def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[l
     Args:
         texts: Texts as they are to be read.
     """
-    ids: list[list[int]] = tokenizer(list(texts), **_IDS_ALONE)["input_ids"]
+    ids = whole_ids(texts, tokenizer)
     with_special, bare = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
     adds_eos = with_special[-1] == tokenizer.eos_token_id != bare[-1]
     return [sequence[:-1] for sequence in ids] if adds_eos else ids

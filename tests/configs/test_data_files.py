@@ -11,7 +11,9 @@ import pytest
 from pyarrow import parquet
 
 from alignkit.config.data_peek import peek
+from alignkit.data.prompts_schema import prompt_rows
 from alignkit.errors import DataError
+from alignkit.shapes.tokens import SupervisedConfig
 from tests.configs.cases import ROWS, load, load_text, problems_of
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -252,3 +254,40 @@ def test_rows_without_samples_are_enough_for_a_method_of_negatives() -> None:
     assert "column 'chosen' is missing" in problems_of({"method": "dpo"} | negatives)[0]
     without_prompt = as_file([{"chosen": "ab", "rejected": "ac"}], "b.jsonl")
     assert any("prompt" in problem for problem in problems_of({"method": "d2o"} | without_prompt))
+
+
+ONLINE = {
+    "a prompt and what the rewards need": ([{"prompt": "2+2=", "answer": 4}], {}, []),
+    "under other names": (
+        [{"question": "2+2=", "solution": 4}],
+        {"column_map": {"prompt": "question", "answer": "solution"}},
+        [],
+    ),
+    "gsm8k": ([{"question": "a", "answer": "b"}], {}, ["Write column_map: {prompt: question}"]),
+    "a column of the rewards": (
+        [{"prompt": "a", "solution": "b"}],
+        {},
+        ["column 'answer' is missing, which the rewards need. Did you mean 'solution'? Write column_map: {answer:"],
+    ),
+    "a name that is taken": (
+        [{"prompt": "a", "answer": "b", "completions": ["c"]}],
+        {},
+        ["column 'completions': reward functions are given something else under that name"],
+    ),
+    "a column that is not there": (
+        [{"prompt": "a", "answer": "b"}],
+        {"column_map": {"topic": "subject"}},
+        ["takes topic from subject, which a.jsonl does not have"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(("rows", "changes", "says"), ONLINE.values(), ids=ONLINE.keys())
+def test_prompts_are_looked_at_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], changes: dict[str, Any], says: list[str]
+) -> None:
+    monkeypatch.setattr(SupervisedConfig, "row_family", staticmethod(lambda values: prompt_rows(["answer"])))
+    found = problems_of({"method": "sft"} | as_file(rows, "a.jsonl") | changes)
+    assert len(found) == len(says), found
+    assert all(part in problem for part, problem in zip(says, found, strict=True)), found

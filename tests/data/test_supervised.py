@@ -210,3 +210,8 @@ def test_files_hold_out_and_mixtures(write_jsonl: Any) -> None:
         DataError, match="'chosen' is not a column of ours; ours are prompt, completion, messages, text"
     ):
         load_rows(path, column_map={"chosen": "messages"}, family=ROWS)
+
+
+def test_a_csv_may_have_lists_that_are_not_read(write_jsonl: Any) -> None:
+    path = write_jsonl("scored.csv", ["prompt,completion,scores", 'a,b,"[1]"'])
+    assert list(load_rows(path, family=ROWS)) == [{"prompt": "a", "completion": "b"}]

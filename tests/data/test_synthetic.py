@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from alignkit.data.load import load_rows
 from alignkit.data.report import data_report
 from alignkit.data.synthetic import (
     STYLES,
+    arithmetic_prompts,
     is_correct,
     make_corpus,
     make_preferences,
@@ -49,6 +51,23 @@ def test_preferences_are_right_against_wrong_or_evasive() -> None:
         assert is_correct(row["prompt"], row["chosen"][0]["content"])
         assert not is_correct(row["prompt"], row["rejected"][0]["content"])
     assert sum(row["rejected"][0]["content"].startswith("Well") for row in rows) == 200
+
+
+def test_arithmetic_prompts() -> None:
+    rows = arithmetic_prompts(2000, seed=0)
+    assert rows == arithmetic_prompts(3000, seed=0)[:2000] and rows != arithmetic_prompts(2000, seed=1)
+    assert len({row["prompt"] for row in rows}) == 2000
+    signs = Counter()
+    for row in rows:
+        first, sign, second = re.fullmatch(r"(\d{1,2})([+-])(\d{1,2})=", row["prompt"]).groups()
+        signs[sign] += 1
+        assert int(row["answer"]) == int(first) + (1 if sign == "+" else -1) * int(second) >= 0
+    assert min(signs.values()) > 500
+    held_out = arithmetic_prompts(500, seed=0, held_out=True)
+    trained = {row["prompt"] for seed in (0, 1) for row in arithmetic_prompts(10000, seed)}
+    assert not trained & {row["prompt"] for row in held_out}
+    with pytest.raises(ValueError, match="20000 prompts are asked for, but there are 1"):
+        arithmetic_prompts(20000, seed=0)
 
 
 @pytest.mark.parametrize(
