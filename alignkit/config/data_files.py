@@ -140,7 +140,8 @@ def _check_columns(
     if missing:
         return
     columns, rows = _renamed(head, column_map)
-    if settings.values.get("apply_chat_template") and (problem := plain_prompt_problem(columns, rows[0])):
+    first = {column: value for column, value in rows[0].items() if column in family.columns}
+    if settings.values.get("apply_chat_template") and (problem := plain_prompt_problem(columns, first)):
         settings.report("apply_chat_template", f"cannot be done to {name}: {problem}", family.expected)
         return
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -21,17 +21,21 @@ MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 
 def as_messages(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    ours: Collection[str] | None = None,
 ) -> Dataset | IterableDataset:
     """Rows of a plain prompt with its prompt as a user's message, and a completion as the assistant's.
 
     Args:
         name: What the rows are called in an error.
+        ours: The columns that mean what their names say; others are left alone. None for all.
 
     Raises:
         DataError: The tokenizer has no chat template, rows have no plain prompt, or one of them is no text.
     """
-    row = next(iter(dataset), {})
+    row = {column: value for column, value in next(iter(dataset), {}).items() if ours is None or column in ours}
     check_plain_prompts(list(row), row, tokenizer, name)
     columns = [column for column in ROLES if column in row]
     features = None

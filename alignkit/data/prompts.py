@@ -134,6 +134,7 @@ def prompt_ids_of(
     """Token ids of the first different prompts, ready for generation.
 
     Args:
+        dataset: Rows as loaded, or converted: these hold no prompt that is too long.
         count: How many at most.
         template: As for :func:`to_prompt_rows`.
 

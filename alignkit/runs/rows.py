@@ -123,7 +123,7 @@ def load_splits(config: ProgramConfig, tokenizer: PreTrainedTokenizerBase) -> di
     elif config.eval_fraction > 0:
         splits["train"], splits["held-out"] = split_held_out(rows, config.eval_fraction, seed, family)
     if config.apply_chat_template:
-        splits = {name: as_messages(split, tokenizer, name) for name, split in splits.items()}
+        splits = {name: as_messages(split, tokenizer, name, family.columns) for name, split in splits.items()}
     return splits
 
 

@@ -274,6 +274,16 @@ ONLINE = {
         {},
         ["column 'completions': reward functions are given something else under that name"],
     ),
+    "a plain prompt beside messages": (
+        [{"prompt": "a", "answer": "b", "messages": [{"role": "user", "content": "c"}]}],
+        {"apply_chat_template": True},
+        [],
+    ),
+    "messages that are messages already": (
+        [{"prompt": [{"role": "user", "content": "c"}], "answer": "b"}],
+        {"apply_chat_template": True},
+        ["the rows are messages, to which the chat template is applied in any case"],
+    ),
     "a column that is not there": (
         [{"prompt": "a", "answer": "b"}],
         {"column_map": {"topic": "subject"}},

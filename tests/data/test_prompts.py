@@ -14,7 +14,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from alignkit.data.checks import Limits
 from alignkit.data.json_values import dataset_of
@@ -22,9 +22,9 @@ from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.messages import as_messages
 from alignkit.data.prompts import prompt_ids_of, to_prompt_rows
 from alignkit.data.prompts_report import TOO_LONG
-from alignkit.data.prompts_schema import prompt_rows
+from alignkit.data.prompts_schema import REWARD_ARGUMENTS, prompt_rows
 from alignkit.data.report import data_report
-from alignkit.data.synthetic import arithmetic_prompts
+from alignkit.data.synthetic import arithmetic_prompts, tiny_model
 from alignkit.errors import DataError
 from tests.conftest import GSM8K
 from tests.data.rows import QUESTIONS, message
@@ -285,12 +285,43 @@ def test_a_prompt_that_ends_in_a_stop_token_fails(tokenizer: PreTrainedTokenizer
 
 
 def test_plain_prompts_become_messages_and_are_held_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = dataset_of(arithmetic_prompts(20, seed=0))
+    """Of the other columns none is taken for an answer, or for messages."""
+    others = {"completion": None, "messages": LONGER, "checks": {"n": [1, None]}}
+    rows = dataset_of([{**row, **others} for row in arithmetic_prompts(20, seed=0)])
     train, held_out = split_held_out(rows, 0.25, 0, ROWS)
     assert (len(train), len(held_out)) == (15, 5)
-    kept, report = to_prompt_rows(as_messages(train, tokenizer, "train"), tokenizer, max_prompt_length=None)
-    assert kept[0] == {"prompt": [message("user", train[0]["prompt"])], "answer": train[0]["answer"]}
-    assert report.conversational and report.reward_columns == ("answer",)
+    for given in (train, train.to_iterable_dataset()):
+        turned = as_messages(given, tokenizer, "train", ROWS.columns)
+        kept, report = to_prompt_rows(turned, tokenizer, max_prompt_length=None)
+        first = {**train[0], "prompt": [message("user", train[0]["prompt"])]}
+        assert next(iter(kept)) == {name: value for name, value in first.items() if name != "completion"}
+        assert report.conversational and report.reward_columns == ("answer", "messages", "checks")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_trl_hands_the_columns_to_reward_functions(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, streaming: bool
+) -> None:
+    sums = arithmetic_prompts(8, seed=0)
+    rows = [
+        {"prompt": [message("user", row["prompt"])], "answer": [row["answer"], i][i % 2], "checks": {"a": [i, None]}}
+        for i, row in enumerate(sums)
+    ]
+    loaded = load_rows(write_jsonl("rows.jsonl", rows), family=ROWS, streaming=streaming)
+    kept, _ = to_prompt_rows(loaded, tokenizer, max_prompt_length=None)
+    seen: list[Any] = []
+
+    def reward(prompts: Any, completions: Any, answer: Any, checks: Any, **given: Any) -> list[float]:
+        seen.extend({"prompt": p, "answer": a, "checks": c} for p, a, c in zip(prompts, answer, checks, strict=True))
+        assert set(given) == REWARD_ARGUMENTS - {"prompts", "completions", "environments"}
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": 2, "max_steps": 2}
+    args = GRPOConfig(output_dir=str(tmp_path / "run"), **sizes, **quiet)
+    model = tiny_model(tokenizer, seed=0)
+    GRPOTrainer(model, reward, args=args, train_dataset=kept, processing_class=tokenizer).train()
+    assert len(seen) == 16 and all(row in rows for row in seen) and len({str(row) for row in seen}) == 8
 
 
 def test_questions_of_gsm8k(tokenizer: PreTrainedTokenizerFast) -> None:
