@@ -14,6 +14,7 @@ import pytest
 from alignkit import cli
 from alignkit.config import load_config
 from alignkit.data.negative_schema import detect_prompt_kind, prompt_problems
+from alignkit.data.prompts_schema import detect_prompt_rows, prompt_row_problems
 from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.supervised_schema import detect_supervised_kind, supervised_row_problems
 from alignkit.parts.method import load_method
@@ -158,6 +159,8 @@ def test_json_is_a_valid_row(block: Block) -> None:
         assert prompt_problems(row, detect_prompt_kind(list(row), [row], name=block.where)) == []
     elif {"chosen", "completions"} & set(row):
         assert row_problems(row, detect_kind(list(row), [row], name=block.where)) == []
+    elif "prompt" in row and "completion" not in row:
+        assert prompt_row_problems(row, detect_prompt_rows(list(row), [row], name=block.where), []) == []
     else:
         kind = detect_supervised_kind(list(row), [row], name=block.where)
         assert supervised_row_problems(row, kind) == []
