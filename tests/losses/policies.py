@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -34,9 +35,9 @@ def random_completions(seed: int, count: int, longest: int = 6, *, spread: float
             advantage=advantage,
             entropy=rng.expovariate(1.0),
             kept=rng.random() < 0.8,
-            correction=rng.choice((1.0, 0.7, 1.6)),
+            correction=rng.choice((1.0, 0.7, 1.6, 0.0)),
             old_entropy=rng.expovariate(1.0),
-            sum_sq_probs=rng.uniform(0.05, 0.95),
+            sum_sq_probs=math.exp(2 * old) + rng.uniform(0.0, 0.9) * (1 - math.exp(old)) ** 2,
             policy_kl=rng.expovariate(8.0),
         )
 
