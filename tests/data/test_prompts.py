@@ -71,7 +71,11 @@ def test_the_tokens_counted_are_those_of_trl(
     assert report.dropped == {TOO_LONG: 1} and report.num_rows == len(expected) == len(prompts) - 1
     assert report.lengths["prompt"]["max"] == max(lengths) and report.lengths["prompt"]["min"] == min(lengths)
     assert report.is_sample == streaming
-    assert prompt_ids_of(given, tokenizer, 99) == list(dict.fromkeys(map(tuple, trl_ids(prompts, tokenizer))))
+    theirs = [tuple(ids) for ids in trl_ids(prompts, tokenizer)]
+    assert prompt_ids_of(given, tokenizer, 99) == theirs
+    repeated = dataset_of([{"prompt": prompt} for prompt in (prompts[1], prompts[1], prompts[0], prompts[2])])
+    assert prompt_ids_of(repeated, tokenizer, 2) == [theirs[1], theirs[0]]
+    assert prompt_ids_of(kept, tokenizer, 99) == [theirs[i] for i in expected]
 
 
 def test_arguments_of_the_chat_template_are_counted_as_trl_counts_them(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -154,6 +158,7 @@ def test_mixtures_rename_and_keep_what_either_source_has(
     found = {row["prompt"]: (row["solution"], row.get("topic")) for row in kept}
     assert found == {f"q{i}": (i, None) for i in range(6)} | {f"r{i}": (str(i), "maths") for i in range(3)}
     assert {(source.name, source.num_rows) for source in report.sources} == {(one, 6), (two, 3)}
+    assert set(report.reward_columns) == set(next(iter(kept))) - {"prompt"} == {"solution", "topic"}
     text = data_report({"train": (kept, report)}, tokenizer).render()
     assert re.search(rf"train: {two} +3 +3 +33.3%\n", text) and "share of rows" in text
 
@@ -193,6 +198,17 @@ def test_csv_cells_stay_text(tokenizer: PreTrainedTokenizerFast, write_jsonl: Wr
 def test_rows_that_cannot_be_learned_from(tokenizer: Any, row: dict[str, Any], says: tuple[str, ...]) -> None:
     text = refusal([row], tokenizer)
     assert all(part in text for part in says), text
+
+
+def test_a_prompt_may_end_in_what_a_tool_said(tokenizer: Any) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    template = "{{ messages[1]['tool_calls'][0]['function']['name'] }}" + tokenizer.chat_template
+    calling = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>", chat_template=template
+    )
+    talk = [message("user", "2 + 2?"), call, message("tool", "4")]
+    kept, report = convert([{"prompt": talk}], calling)
+    assert kept[0] == {"prompt": talk} and report.lengths["prompt"]["max"] == len(trl_ids([talk], calling)[0])
 
 
 def test_what_rewards_need_must_be_in_every_row(tokenizer: Any) -> None:
