@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from alignkit.errors import DataError as DataError
     from alignkit.errors import ModelError as ModelError
     from alignkit.errors import ProblemListError as ProblemListError
+    from alignkit.errors import RewardError as RewardError
     from alignkit.errors import RunDirectoryError as RunDirectoryError
     from alignkit.gradients.asam import ASAMOptions as ASAMOptions
     from alignkit.gradients.decay_to_init import DecayToInitOptions as DecayToInitOptions
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from alignkit.parts.method import Method as Method
     from alignkit.parts.method import load_method as load_method
     from alignkit.parts.method import method_names as method_names
+    from alignkit.rewards import ChosenReward as ChosenReward
+    from alignkit.rewards import load_rewards as load_rewards
     from alignkit.runs.run import train_preference as train_preference
     from alignkit.runs.run import train_sft as train_sft
     from alignkit.shapes._candidates import PreferenceTrainer as PreferenceTrainer
@@ -68,6 +71,7 @@ _PUBLIC = {
         "DataError",
         "ModelError",
         "ProblemListError",
+        "RewardError",
         "RunDirectoryError",
     ),
     "alignkit.gradients.asam": ("ASAMOptions",),
@@ -98,6 +102,7 @@ _PUBLIC = {
     "alignkit.objectives.sft": ("SFTOptions",),
     "alignkit.objectives.treg": ("TREGOptions",),
     "alignkit.parts.method": ("Method", "load_method", "method_names"),
+    "alignkit.rewards": ("ChosenReward", "load_rewards"),
     "alignkit.runs.run": ("train_preference", "train_sft"),
 }
 _FORMER = {"SFTConfig": "SupervisedConfig"}

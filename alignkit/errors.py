@@ -69,6 +69,10 @@ class ModelError(AlignkitError):
     """The model, adapter or tokenizer cannot be used as asked."""
 
 
+class RewardError(AlignkitError):
+    """A reward function raised, or returned what is no reward; names the reward, the row and the completion."""
+
+
 class RunDirectoryError(AlignkitError):
     """The run directory cannot be created, reused or resumed."""
 

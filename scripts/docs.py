@@ -199,7 +199,8 @@ def supervised_metrics() -> str:
 def parts() -> str:
     """Everything a run can be made of, by kind, and the folder that a new one is added to."""
     return "\n".join(
-        f"### {kind.title[0].upper()}{kind.title[1:]}\n\nOne file each in `{kind.folder}`.\n\n"
+        f"### {kind.title[0].upper()}{kind.title[1:]}\n\n"
+        f"One file {'a family' if kind.in_families else 'each'} in `{kind.folder}`.\n\n"
         + table(["name", "what it is"], ([f"`{name}`", summary] for name, summary in kind.summaries().items()))
         for kind in KINDS
     )

@@ -11,7 +11,6 @@ import codecs
 import gzip
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from huggingface_hub import HfFileSystem
 
 from alignkit.data.json_values import column_of, features_of
 from alignkit.errors import DataError
+from alignkit.json_text import finite_number, no_number, unique_keys
 from alignkit.storage.refusals import writing
 
 MALFORMED_SHOWN = 3
@@ -297,26 +297,7 @@ def _fault(file: str, number: int, text: str, error: Exception) -> Fault:
     return Fault(f"{file}:{number}: malformed JSON ({error}): {text!r:.60}; {_EXPECTED}")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return found
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is beyond the range of a number")
-    return value
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number of JSON; write null")
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_no_number).decode
+_decode = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=finite_number, parse_constant=no_number).decode
 
 
 def _state_of(file: str) -> list[Any]:

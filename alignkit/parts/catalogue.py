@@ -13,6 +13,7 @@ from alignkit.parts.data_format import format_names, load_format
 from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.parametrization import load_parametrization, parametrization_names
+from alignkit.parts.reward import load_reward, reward_names
 from alignkit.parts.rule import load_rule, rule_names
 from alignkit.parts.shape import load_shape, shape_names
 
@@ -26,12 +27,14 @@ class Kind:
         folder: Where its files are, from the root of the repository.
         names: The names of all its parts.
         load: The record of one, which has a ``summary``.
+        in_families: Whether a file has several of them that belong together.
     """
 
     title: str
     folder: str
     names: Callable[[], list[str]]
     load: Callable[[str], Any]
+    in_families: bool = False
 
     def summaries(self) -> dict[str, str]:
         """One sentence on each of its parts, by name."""
@@ -45,5 +48,6 @@ KINDS = (
     Kind("batch shapes", "alignkit/shapes", shape_names, load_shape),
     Kind("data formats", "alignkit/data/formats", format_names, load_format),
     Kind("data formats", "alignkit/data/formats", format_names, load_format),
+    Kind("rewards", "alignkit/rewards", reward_names, load_reward, in_families=True),
     Kind("evaluations", "alignkit/evals", evaluation_names, load_evaluation),
 )
