@@ -35,17 +35,20 @@ if TYPE_CHECKING:
     from alignkit.losses.d2o import d2o_loss as d2o_loss
     from alignkit.losses.dpo import dpo_loss as dpo_loss
     from alignkit.losses.flex_dpo import flex_dpo_loss as flex_dpo_loss
+    from alignkit.losses.grpo import grpo_loss as grpo_loss
     from alignkit.losses.sft import sft_loss as sft_loss
     from alignkit.losses.treg import treg_loss as treg_loss
     from alignkit.losses.types import CandidateBatch as CandidateBatch
     from alignkit.losses.types import LossOutput as LossOutput
     from alignkit.losses.types import LossTerm as LossTerm
     from alignkit.losses.types import Metric as Metric
+    from alignkit.losses.types import PolicyBatch as PolicyBatch
     from alignkit.losses.types import TokenBatch as TokenBatch
     from alignkit.objectives.adpo import ADPOOptions as ADPOOptions
     from alignkit.objectives.d2o import D2OOptions as D2OOptions
     from alignkit.objectives.dpo import DPOOptions as DPOOptions
     from alignkit.objectives.flex_dpo import FlexDPOOptions as FlexDPOOptions
+    from alignkit.objectives.grpo import GRPOOptions as GRPOOptions
     from alignkit.objectives.sft import SFTOptions as SFTOptions
     from alignkit.objectives.treg import TREGOptions as TREGOptions
     from alignkit.parts.method import Method as Method
@@ -53,11 +56,14 @@ if TYPE_CHECKING:
     from alignkit.parts.method import method_names as method_names
     from alignkit.rewards import ChosenReward as ChosenReward
     from alignkit.rewards import load_rewards as load_rewards
+    from alignkit.runs.run import train_online as train_online
     from alignkit.runs.run import train_preference as train_preference
     from alignkit.runs.run import train_sft as train_sft
     from alignkit.shapes._candidates import PreferenceTrainer as PreferenceTrainer
+    from alignkit.shapes._policy_trainer import OnlineTrainer as OnlineTrainer
     from alignkit.shapes._tokens import SupervisedTrainer as SupervisedTrainer
     from alignkit.shapes.candidates import PreferenceConfig as PreferenceConfig
+    from alignkit.shapes.policy import OnlineConfig as OnlineConfig
     from alignkit.shapes.tokens import SupervisedConfig as SupervisedConfig
 
 __version__ = "0.1.0"
@@ -88,22 +94,26 @@ _PUBLIC = {
     "alignkit.losses.d2o": ("d2o_loss",),
     "alignkit.losses.dpo": ("dpo_loss",),
     "alignkit.losses.flex_dpo": ("flex_dpo_loss",),
+    "alignkit.losses.grpo": ("grpo_loss",),
     "alignkit.losses.sft": ("sft_loss",),
     "alignkit.losses.treg": ("treg_loss",),
-    "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric", "TokenBatch"),
+    "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric", "PolicyBatch", "TokenBatch"),
+    "alignkit.shapes.policy": ("OnlineConfig",),
     "alignkit.shapes.candidates": ("PreferenceConfig",),
     "alignkit.shapes.tokens": ("SupervisedConfig",),
+    "alignkit.shapes._policy_trainer": ("OnlineTrainer",),
     "alignkit.shapes._candidates": ("PreferenceTrainer",),
     "alignkit.shapes._tokens": ("SupervisedTrainer",),
     "alignkit.objectives.adpo": ("ADPOOptions",),
     "alignkit.objectives.d2o": ("D2OOptions",),
     "alignkit.objectives.dpo": ("DPOOptions",),
     "alignkit.objectives.flex_dpo": ("FlexDPOOptions",),
+    "alignkit.objectives.grpo": ("GRPOOptions",),
     "alignkit.objectives.sft": ("SFTOptions",),
     "alignkit.objectives.treg": ("TREGOptions",),
     "alignkit.parts.method": ("Method", "load_method", "method_names"),
     "alignkit.rewards": ("ChosenReward", "load_rewards"),
-    "alignkit.runs.run": ("train_preference", "train_sft"),
+    "alignkit.runs.run": ("train_online", "train_preference", "train_sft"),
 }
 _FORMER = {"SFTConfig": "SupervisedConfig"}
 """Names that were public once, and what they are called now."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from alignkit.config.conflicts import CONFLICTS
 from alignkit.config.ignored import IGNORED
+from alignkit.config.online import EngineSection
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import show
 from alignkit.parts.method import Method, load_method, method_names
@@ -44,13 +45,18 @@ def _ignored_options(part: str, name: str, options: type) -> Iterator[IgnoredKey
         part: ``method`` or ``gradient_rule``, the key that chooses it.
         name: Its value.
     """
+    for needed, keys in _dependent(options).items():
+        yield _ignored_option(part, name, needed, tuple(keys))
+
+
+def _dependent(options: type) -> dict[OnlyWith, list[str]]:
+    """Options by the condition under which they have an effect."""
     dependent: dict[OnlyWith, list[str]] = {}
     for field in fields(options):
         needed = field.metadata["option"].only_with
         if needed is not None:
             dependent.setdefault(needed, []).append(field.name)
-    for needed, keys in dependent.items():
-        yield _ignored_option(part, name, needed, tuple(keys))
+    return dependent
 
 
 def _ignored_option(part: str, name: str, needed: OnlyWith, keys: tuple[str, ...]) -> IgnoredKeys:
@@ -63,6 +69,19 @@ def _ignored_option(part: str, name: str, needed: OnlyWith, keys: tuple[str, ...
         f"write {needed.key}: {show(needed.example)}",
         under=(needed.key, part),
     )
+
+
+def _ignored_of_section(section: type) -> Iterator[IgnoredKeys]:
+    """The same for the keys of a section, under any method."""
+    for needed, names in _dependent(section).items():
+        yield IgnoredKeys(
+            f"{', '.join(names)} without {needed.key}",
+            tuple(names),
+            lambda c, needed=needed: not needed.holds(getattr(c, needed.key)),  # type: ignore[misc]
+            f"it belongs to {needed.key}, which is off",
+            f"write {needed.key}: {show(needed.example)}",
+            under=(needed.key,),
+        )
 
 
 def _refusals_of_parametrization(owner: Parametrization) -> Iterator[Refusal]:
@@ -105,6 +124,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *(refusal for record in parametrizations() for refusal in _refusals_of_parametrization(record)),
     *(_refusal_of(method, conflict) for method in _METHODS for conflict in method.conflicts),
     *IGNORED,
+    *_ignored_of_section(EngineSection),
     *(_ignored_by(method, ignored) for method in _METHODS for ignored in method.ignored),
     *(keys for method in _METHODS for keys in _ignored_options("method", method.name, method.options)),
     *(keys for name in rule_names() for keys in _ignored_options("gradient_rule", name, load_rule(name).options)),

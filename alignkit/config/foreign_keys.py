@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 WRITE: Mapping[str, str] = {
+    "reward_funcs": "rewards",
+    "reward_weights": "rewards, each as {name: ..., weight: ...}",
     # --- model ---
     "base_model": "model",
     "base_model_config": "model",
@@ -196,11 +198,7 @@ ABSENT: Mapping[str, str] = {
     "reference_free": "a preference loss without reference but treg with form: simpo",
     "scale_parameter": "options of Adafactor",
     # --- online RL and reward models ---
-    **dict.fromkeys(
-        ("num_generations", "reward_funcs", "reward_model", "reward_weights", "use_vllm", "vllm_mode", "trl",
-         "max_completion_length", "epsilon_high", "scale_rewards"),
-        "online RL",
-    ),
+    **dict.fromkeys(("reward_model", "trl"), "reward models"),
     # --- what PEFT and axolotl have beside LoRA ---
     **dict.fromkeys(
         ("use_galore", "galore_rank", "use_badam", "use_apollo", "loraplus_lr_ratio", "loraplus_lr_embedding",
@@ -279,8 +277,11 @@ METHODS: Mapping[str, str] = {
     **dict.fromkeys(("rpo", "dpo_nll", "dpop"), "alignkit has it not by this name; method: flex_dpo has an SFT term "
                     "on the chosen response (eta)"),
     **dict.fromkeys(("npo",), "Write method: d2o with beta: 0"),
-    **dict.fromkeys(("grpo", "ppo", "rloo", "dapo", "gspo", "dr_grpo", "reinforce", "online_dpo", "nash_md", "xpo"),
-                    "alignkit has no online RL; its methods learn from rows at hand"),
+    **dict.fromkeys(("dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo"),
+                    "Write method: grpo, with loss_type saying the same"),
+    **dict.fromkeys(("gspo",), "Write method: grpo, with importance_sampling_level: sequence"),
+    **dict.fromkeys(("ppo", "rloo", "reinforce", "reinforce_plus_plus", "online_dpo", "nash_md", "xpo"),
+                    "alignkit has not this one; method: grpo learns from completions it draws"),
     **dict.fromkeys(("kto", "bco", "bco_pair", "kto_pair"), "alignkit has no KTO or BCO; d2o learns from rejected "
                     "answers alone"),
     **dict.fromkeys(("orpo", "cpo", "slic", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "aot", "aot_pair",

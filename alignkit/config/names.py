@@ -71,7 +71,9 @@ def explain_unknown(program: str, method: str | None, name: str, value: Any, rul
         return known
     others = [other for other in shapes_by_program() if other != program and plain in base_keys(other)]
     if others and plain not in base_keys(program):
-        return Explanation(f"is a key of trainers/{others[0]}.py alone", "Remove it")
+        programs = [f"trainers/{other}.py" for other in others]
+        alone = f"{programs[0]} alone" if len(programs) == 1 else f"{' and '.join(programs)}, not of this program"
+        return Explanation(f"is a key of {alone}", "Remove it")
     negated = plain.removeprefix("no_")
     if negated != plain and negated in base_keys(program):
         return Explanation("is not a key", f"Write {negated}: false (--{negated} false)")

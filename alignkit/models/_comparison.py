@@ -53,12 +53,14 @@ class ScoringRun:
         model: With its completion head, wrapped or not, on its device.
         precision: Key of ``LOGP_TOLERANCE``.
         context: In force while it is run: autocast, the reference's adapter.
+        temperature: What the logits are divided by before log-probs are taken.
     """
 
     name: str
     model: nn.Module
     precision: str
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    temperature: float = 1.0
 
     @property
     def base(self) -> nn.Module:
@@ -238,7 +240,7 @@ def _head_problem(run: ScoringRun, row: Mapping[str, Any]) -> str | None:
     tokens = torch.tensor([ids, [*ids[:half], *((i + 1) % vocabulary for i in ids[half:])]], device=device)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     # Prompt-learning adapters put virtual tokens before the row; the row is at the end.
-    logps = run.model(**inputs).logits[:, -count:].float().log_softmax(-1)
+    logps = (run.model(**inputs).logits[:, -count:].float() / run.temperature).log_softmax(-1)
     if logps.isnan().any():
         return (
             f"{run.label}: its log-probs are no numbers (NaN). Its weights hold NaN or infinity, or overflow in "

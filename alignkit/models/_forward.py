@@ -122,13 +122,13 @@ def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
     return _MIXED_PRECISION.get(mixed_precision, str(base.dtype).removeprefix("torch."))
 
 
-def add_completion_head(model: nn.Module) -> None:
-    """Give ``model`` (plain or PEFT) TRL's fused head, log-probs alone, and the packed layout.
+def add_completion_head(model: nn.Module, temperature: float = 1.0) -> None:
+    """Give ``model`` (plain or PEFT) TRL's fused head, log-probs alone at a temperature, and the packed layout.
 
     The preference trainer does not need this: TRL adds the head there.
     """
     base = base_model(model)
-    add_fused_lm_head(base)
+    add_fused_lm_head(base, temperature=temperature)
     support_packed_rows(base)
 
 

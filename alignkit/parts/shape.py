@@ -61,6 +61,7 @@ def load_bridge(shape: Shape) -> ModuleType:
     """The half of a shape that needs torch, ``alignkit/shapes/_<name>.py``. A run calls, in this order:
 
     - ``training_arguments(config, common)``: the arguments of the host's trainer, from those that all trainers share
+    - ``batches_an_epoch(args, num_rows)``: micro-batches of each process in one pass over so many rows
     - ``other_models(config)``: the models beside the policy, by the config key that names each
     - ``converter(config, tokenizer)``: ``convert(rows, *, name, ...) -> (rows, report)``, which tokenises a split
     - ``prompts(config, tokenizer, splits, converted)``: token ids of held-out prompts that the report answers

@@ -301,14 +301,15 @@ class Reference:
         return rewarded
 
 
-def placed(model: nn.Module, host: Any) -> nn.Module:
+def placed(model: nn.Module, host: Any, temperature: float = 1.0) -> nn.Module:
     """A model beside the policy with its completion head, sharded and placed as the policy will be.
 
     Args:
         model: As it was loaded.
         host: The trainer of the policy.
+        temperature: What its log-probs are taken at.
     """
-    add_completion_head(model)
+    add_completion_head(model, temperature)
     if host.is_deepspeed_enabled:
         model = prepare_deepspeed(model, host.accelerator)
     elif host.is_fsdp_enabled:

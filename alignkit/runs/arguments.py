@@ -92,20 +92,22 @@ def check_device(config: ProgramConfig, args: TrainingArguments) -> None:
         raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
 
 
-def check_length(config: ProgramConfig, args: TrainingArguments, rows: Dataset | IterableDataset) -> None:
+def check_length(
+    config: ProgramConfig, args: TrainingArguments, rows: Dataset | IterableDataset, bridge: ModuleType
+) -> None:
     """Refuse a share of the rows that is no step, and more steps than a run can take.
 
     Args:
         args: The trainer's arguments.
         rows: The training rows, as the trainer takes them; those of a stream are not counted.
+        bridge: That of the batch shape.
 
     Raises:
         ConfigError: Says how many steps it would be.
     """
     if config.max_steps > 0 or not isinstance(rows, Dataset):
         return
-    batches = math.ceil(len(rows) / (args.per_device_train_batch_size * args.world_size))
-    an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    an_epoch = math.ceil(bridge.batches_an_epoch(args, len(rows)) / args.gradient_accumulation_steps)
     steps = config.num_train_epochs * an_epoch
     given = f"`num_train_epochs: {config.num_train_epochs:g}` of {an_epoch:,} steps each is"
     if 0 < steps < 1:

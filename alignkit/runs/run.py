@@ -27,8 +27,10 @@ from alignkit.runs.rows import PreparedData, load_tokenizer, prepare_rows
 
 if TYPE_CHECKING:
     from alignkit.shapes._candidates import PreferenceTrainer
+    from alignkit.shapes._policy_trainer import OnlineTrainer
     from alignkit.shapes._tokens import SupervisedTrainer
     from alignkit.shapes.candidates import PreferenceConfig
+    from alignkit.shapes.policy import OnlineConfig
     from alignkit.shapes.tokens import SupervisedConfig
 
 
@@ -61,6 +63,22 @@ def train_sft(config: SupervisedConfig | LoadedConfig) -> SupervisedTrainer:
         AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
     """
     trainer: SupervisedTrainer = train(config)
+    return trainer
+
+
+def train_online(config: OnlineConfig | LoadedConfig) -> OnlineTrainer:
+    """Train on completions that are drawn and rewarded while training, as the configuration says.
+
+    Args:
+        config: An :class:`~alignkit.shapes.policy.OnlineConfig`, or a loaded one; see :func:`train`.
+
+    Returns:
+        The trainer after training.
+
+    Raises:
+        AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
+    """
+    trainer: OnlineTrainer = train(config)
     return trainer
 
 
@@ -100,7 +118,7 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
             for key, path in others.items():
                 check_other(config, tokenizer, key, path)
             data = prepare_rows(config, args, tokenizer, bridge, preparation, directory)
-            check_length(config, args, data.train)
+            check_length(config, args, data.train, bridge)
             origin.record_origin(config, tokenizer, data, others, directory, ranks)
             trainer = _trainer(config, args, tokenizer, data, preparation, directory)
             trainer.add_callback(StopWhenAsked(request))

@@ -49,6 +49,17 @@ REFUSED_FOR_SUPERVISED: Mapping[str, str] = _BOTH | {
     ),
     "assistant_only_loss": _TOKENISED,
 }
+_UPDATE = "say it in UpdateSettings"
+REFUSED_FOR_ONLINE: Mapping[str, str] = _BOTH | {
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high", "delta", "loss_type", "importance_sampling_level"), _METHOD),
+    **dict.fromkeys(("use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg"), _METHOD),
+    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), _METHOD),
+    **dict.fromkeys(("entropy_coef", "use_adaptive_entropy"), _METHOD),
+    **dict.fromkeys(("top_entropy_quantile", "off_policy_mask_threshold"), _UPDATE),
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), "the reference is the policy as it was"
+    ),
+}
 """Field to what there is in its place."""
 
 INPUTS = ("eval_dataset", "processing_class", "peft_config", "callbacks", "optimizers")

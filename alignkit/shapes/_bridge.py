@@ -174,10 +174,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         if num_items_in_batch is None:
             inputs = self._without_repeated_rows(inputs)
         output, result = self.evaluate_objective(model, inputs)
-        if num_items_in_batch is None:
-            counts, ranks = self.item_counts(inputs), 1
-        else:
-            counts, ranks = dict(zip(self.item_kinds, num_items_in_batch, strict=True)), self.accelerator.num_processes
+        counts, ranks = self.step_counts(inputs, num_items_in_batch)
         # Gradients are averaged over ranks, while the counts are already global.
         terms = [term.weight * (term.values.sum() / counts[term.item].clamp(min=1)) for term in result.terms]
         loss = sum(terms[1:], terms[0]) * ranks
@@ -188,15 +185,22 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             self._record(inputs, output, result)
         return loss
 
+    def step_counts(
+        self, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None
+    ) -> tuple[Mapping[str, Tensor], int]:
+        """Items of every kind that a micro-batch's terms are divided by, and the number of ranks they are counted over.
+
+        Those of the whole step over all ranks; when evaluating, those of the batch.
+        """
+        if num_items_in_batch is None:
+            return self.item_counts(inputs), 1
+        return dict(zip(self.item_kinds, num_items_in_batch, strict=True)), self.accelerator.num_processes
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one step and their item counts over all ranks, in the order of ``item_kinds``."""
-        if 0 < self.state.max_steps <= self.state.global_step:
-            # Resumed after its last step. transformers would take one more before it looks.
-            self.control.should_training_stop = True
-            num_batches = 0
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = self.next_batches(epoch_iterator, num_batches, device)
         if batches and not self.args.dataloader_drop_last:
             batches[-1] = self._without_repeated_rows(batches[-1], self.train_dataset)
         counts = torch.zeros(len(self.item_kinds), dtype=torch.long, device=device)
@@ -204,6 +208,17 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             local = self.item_counts(batch)
             counts += torch.stack([local[kind] for kind in self.item_kinds]).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def next_batches(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of one step as the host takes them, none after the last step of the run."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # Resumed after its last step. transformers would take one more before it looks.
+            self.control.should_training_stop = True
+            num_batches = 0
+        taken: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return taken
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **how: Any) -> Any:
         """A dataloader whose rows go into whole batches of all processes where it is a stream."""
@@ -321,11 +336,15 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         was_training = self.model.training
         self._evaluation_prefix = metric_key_prefix
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(self._generators()):
                 metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return metrics
         finally:
             self.model.train(was_training)
+
+    def _generators(self) -> list[int]:
+        """Accelerators whose random state an evaluation may change: none, where nothing is drawn there."""
+        return []
 
     def predict(self, *unused: Any, **also_unused: Any) -> Any:
         """Refused: it would return logits."""

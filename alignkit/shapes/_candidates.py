@@ -12,6 +12,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -408,6 +409,11 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> DPOConfig:
         precompute_ref_batch_size=config.reference_batch_size,
         max_length=None,
     )
+
+
+def batches_an_epoch(args: DPOConfig, num_rows: int) -> int:
+    """Micro-batches of each process in one pass over the rows."""
+    return math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
 
 
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -305,6 +306,11 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> SFTConfig:
 def other_models(config: Any) -> dict[str, str]:
     """There are none beside the policy."""
     return {}
+
+
+def batches_an_epoch(args: SFTConfig, num_rows: int) -> int:
+    """Micro-batches of each process in one pass over the rows."""
+    return math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
 
 
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:

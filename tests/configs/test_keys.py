@@ -13,7 +13,8 @@ from alignkit.config.values import check_value
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.shape import shapes_by_program
 
-FOREIGN = {*WRITE, *ABSENT, *SETTLED}
+FOREIGN = {*WRITE, *ABSENT, *SETTLED} - {"loss_type", "max_prompt_length"}
+"""Without what is a key of online runs, and a foreign one in all others."""
 METHODS = [(program, method) for program in shapes_by_program() for method in program_methods(program)]
 KEYS = [(program, key) for program in shapes_by_program() for key in base_keys(program).values()] + [
     (program, key) for program, method in METHODS for key in method_keys(method).values()
@@ -79,7 +80,13 @@ TRAITS = {
     "per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay "
     "optim adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile "
     "dataloader_num_workers logging_steps eval_strategy eval_steps save_strategy save_steps report_to use_cpu "
-    "ddp_timeout pad_to_multiple_of trust_remote_code router_aux_loss_coef",
+    "ddp_timeout pad_to_multiple_of trust_remote_code router_aux_loss_coef "
+    "scale_rewards multi_objective_aggregation num_generations num_generations_eval max_completion_length "
+    "steps_per_generation num_iterations temperature top_p top_k min_p repetition_penalty generation_kwargs "
+    "chat_template_kwargs mask_truncated_completions max_tool_calling_iterations use_transformers_continuous_batching "
+    "use_vllm vllm_mode vllm_server_base_url vllm_gpu_memory_utilization vllm_tensor_parallel_size "
+    "vllm_max_model_length vllm_enable_sleep_mode vllm_importance_sampling_correction vllm_importance_sampling_mode "
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
     "free_on_resume": "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
     "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
     "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
@@ -104,7 +111,7 @@ def test_programs_agree_on_the_traits_of_a_key(trait: str) -> None:
 
 @pytest.mark.parametrize("program", shapes_by_program())
 def test_what_passes_to_the_trainer_is_an_argument_of_it(program: str) -> None:
-    from trl import DPOConfig, SFTConfig
+    from trl import DPOConfig, GRPOConfig, SFTConfig
 
-    arguments = {"preference": DPOConfig, "sft": SFTConfig}[program]
+    arguments = {"preference": DPOConfig, "sft": SFTConfig, "online": GRPOConfig}[program]
     assert keys_that("passes_to_trainer") & set(base_keys(program)) <= {field.name for field in fields(arguments)}

@@ -14,7 +14,7 @@ from alignkit.parts.method import load_method
 from alignkit.parts.options import Ignored
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
-from tests.configs.cases import SUPERVISED, load, load_text, problems_of
+from tests.configs.cases import ONLINE, SUPERVISED, load, load_text, problems_of
 
 FULL = {"parametrization": "full"}
 FLASH = {"attn_implementation": "flash_attention_2"}
@@ -24,7 +24,21 @@ ADPO = {"method": "adpo"}
 IA3 = {"parametrization": "peft", "peft_type": "ia3"}
 
 # title: (what is refused, what is changed to mend it)
+VLLM_KEYS: dict[str, Any] = {
+    "vllm_mode": "server",
+    "vllm_server_base_url": "http://localhost:8000",
+    "vllm_gpu_memory_utilization": 0.5,
+    "vllm_tensor_parallel_size": 2,
+    "vllm_max_model_length": 2048,
+    "vllm_enable_sleep_mode": True,
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_mode": "token_mask",
+    "vllm_importance_sampling_clip_max": 2.0,
+    "vllm_importance_sampling_clip_min": 0.5,
+}
+VLLM = f"{', '.join(VLLM_KEYS)} without use_vllm"
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "delta within the clip": (ONLINE | {"delta": 1.1, "epsilon": 0.15, "epsilon_high": 0.2}, {"delta": 2.0}),
     "quantization with full fine-tuning": (FULL | {"quantization": "nf4"}, {"parametrization": "lora"}),
     "adapter with full fine-tuning": (FULL | {"adapter": "lora"}, {"adapter": None}),
     "LoRA on the output head": (
@@ -139,6 +153,16 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "clip of a loss type without one": (
+        ONLINE | {"loss_type": "sapo", "epsilon": 0.1, "delta": 2.0},
+        {"loss_type": "dapo"},
+    ),
+    "epsilon_high of sapo": (ONLINE | {"loss_type": "sapo", "epsilon_high": 0.3}, {"loss_type": "dapo"}),
+    "sapo_temperature_pos, sapo_temperature_neg of grpo without loss_type: sapo": (
+        ONLINE | {"sapo_temperature_pos": 1.1, "sapo_temperature_neg": 1.2},
+        {"loss_type": "sapo"},
+    ),
+    VLLM: (ONLINE | VLLM_KEYS, {"use_vllm": True}),
     "LoRA options with full fine-tuning": (
         FULL
         | {"lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
@@ -291,7 +315,8 @@ def test_refusal_reads_only_keys_that_exist(refusal: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_never_refused(method: str) -> None:
-    changes = SUPERVISED if method == "sft" else {"method": method}
+    programs = {"sft": SUPERVISED, "online": ONLINE}
+    changes = {**programs.get(load_method(method).program, {}), "method": method}
     assert set(method_keys(method)) < set(load(changes).sources)
 
 

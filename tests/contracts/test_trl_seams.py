@@ -15,13 +15,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Trainer, modeling_rope_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.models import utils as model_utils
 from trl.trainer import sft_trainer
 from trl.trainer import utils as trainer_utils
 
 from alignkit.models import _packed_attention
 from alignkit.shapes._candidates import PreferenceTrainer
+from alignkit.shapes._policy_trainer import OnlineTrainer
 from alignkit.shapes._tokens import SupervisedTrainer
 
 
@@ -38,6 +39,9 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer.log, ["self", "logs", "start_time"]),
         (DPOTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
         (DPOTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+        (GRPOTrainer._prepare_inputs, ["self", "generation_batch"]),
+        (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
+        (GRPOTrainer._get_train_sampler, ["self", "dataset"]),
         (SFTTrainer._set_signature_columns_if_needed, ["self"]),
         (sft_trainer.DataCollatorForLanguageModeling.torch_call, ["self", "examples"]),
         (
@@ -82,6 +86,11 @@ def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
 OWN_HOOKS = {
     PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"},
     SupervisedTrainer: {"_set_signature_columns_if_needed"},
+    OnlineTrainer: {
+        "_get_train_sampler",
+        "_generate_and_score_completions",
+        "_get_per_token_logps_and_entropies",
+    },
 }
 SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluate", "log", "create_model_card"} | {
     "_init_training_state",
@@ -97,7 +106,9 @@ def test_signature_of_the_engine() -> None:
     assert parameters(engine._zero3_consolidated_16bit_state_dict) == ["self", "exclude_frozen_parameters"]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(PreferenceTrainer, DPOTrainer), (SupervisedTrainer, SFTTrainer)])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(PreferenceTrainer, DPOTrainer), (SupervisedTrainer, SFTTrainer), (OnlineTrainer, GRPOTrainer)]
+)
 def test_every_override_has_something_to_override(ours: type, theirs: type) -> None:
     """A renamed hook upstream would leave ours uncalled, without an error."""
     before = ours.__mro__[: ours.__mro__.index(theirs)]
@@ -226,3 +237,17 @@ def test_four_dimensional_masks_pass_untouched(attention: str) -> None:
         config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=mask, past_key_values=None, position_ids=None
     )
     assert passed is mask
+
+
+def test_completions_are_drawn_and_kept_as_the_online_trainer_takes_them_to_be() -> None:
+    names = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert names[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    prepare = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "generate_every = self.args.steps_per_generation * self.num_iterations" in prepare
+    assert "self._step % generate_every == 0 or self._buffered_inputs is None" in prepare
+    assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in prepare
+    score = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert score.count("self.beta != 0.0") == 1 and "rewards.view(-1, num_generations)" in score
+    assert "torch.randperm(self.num_samples, generator=self.generator)" in inspect.getsource(
+        trainer_utils.RepeatSampler.__iter__
+    )

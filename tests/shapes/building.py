@@ -41,10 +41,16 @@ SHORT: Mapping[str, Any] = {
     "per_device_train_batch_size": 4,
     "learning_rate": 1.0e-3,
     "lr_scheduler_type": "constant",
-    "max_length": 64,
     "gradient_checkpointing": False,
 }
 """A short run on the CPU, in keys that every program has."""
+REWARD = f"{Path(__file__).parents[1] / 'online.py'}:share_of_vowels"
+OWN_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "online": {"rewards": [REWARD], "num_generations": 4, "max_completion_length": 8},
+}
+"""Keys of one program beside those."""
+ROW_KEYS: Mapping[str, Any] = {"max_length": 64}
+"""Keys of the other programs."""
 
 
 def plainest_method(program: str) -> str:
@@ -62,7 +68,15 @@ def config_of(program: str, model: str, folder: Path, **keys: Any) -> Any:
         folder: Where the config and the run go.
         **keys: What the config says besides.
     """
-    values = {"method": plainest_method(program), **SHORT, "model": model, "output_dir": str(folder / "run"), **keys}
+    own = OWN_KEYS.get(program, ROW_KEYS)
+    values = {
+        "method": plainest_method(program),
+        **SHORT,
+        **own,
+        "model": model,
+        "output_dir": str(folder / "run"),
+        **keys,
+    }
     file = folder / "run.yaml"
     file.write_text(dump_yaml(values))
     return load_config(program, file, check_files=False).config

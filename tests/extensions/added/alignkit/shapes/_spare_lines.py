@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -75,6 +76,11 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> SFTConfig:
 def other_models(config: Any) -> dict[str, str]:
     """There are none beside the policy."""
     return {}
+
+
+def batches_an_epoch(args: SFTConfig, num_rows: int) -> int:
+    """Micro-batches of each process in one pass over the rows."""
+    return math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
 
 
 def converter(config: Any, tokenizer: Any) -> Callable[..., Any]:

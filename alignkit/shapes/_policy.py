@@ -1,0 +1,185 @@
+"""The bridge of online runs: what a run calls, around the trainer in ``_policy_trainer.py``.
+
+No upstream name is a private one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig
+
+from alignkit.data.prompts import prompt_ids_of, to_prompt_rows
+from alignkit.errors import ConfigError
+from alignkit.models.vocabulary import check_token_ids
+from alignkit.parametrizations._policy import load_model
+from alignkit.parts.method import load_method
+from alignkit.parts.parametrization import load_parametrization
+from alignkit.shapes._policy_trainer import METRICS, OnlineTrainer, UpdateSettings
+
+__all__ = ["METRICS"]
+
+
+def training_arguments(config: Any, common: Mapping[str, Any]) -> GRPOConfig:
+    """TRL's arguments.
+
+    Args:
+        config: A :class:`~alignkit.shapes.policy.OnlineConfig`.
+        common: The arguments that all trainers share.
+
+    Raises:
+        ConfigError: Completions of a prompt would be torn apart.
+    """
+    check_groups(config, PartialState().num_processes)
+    return GRPOConfig(**common, disable_dropout=config.disable_dropout, pad_to_multiple_of=None, log_completions=False)
+
+
+def check_groups(config: Any, ranks: int) -> None:
+    """Refuse batches that do not hold whole groups of completions.
+
+    Args:
+        config: A :class:`~alignkit.shapes.policy.OnlineConfig`.
+        ranks: Processes of the launch.
+
+    Raises:
+        ConfigError: Lists what does not divide.
+    """
+    steps, group = config.steps_per_generation or config.gradient_accumulation_steps, config.num_generations
+    drawn = config.per_device_train_batch_size * ranks * steps
+    problems = []
+    if drawn % group:
+        parts = f"per_device_train_batch_size {config.per_device_train_batch_size} x {ranks} processes x {steps} "
+        parts += "steps_per_generation" if config.steps_per_generation else "gradient_accumulation_steps"
+        problems.append(
+            f"`num_generations: {group}` does not divide the {drawn} completions drawn at a time ({parts}). "
+            f"Write a num_generations that does, or a batch size that makes them a multiple of {group}"
+        )
+    evaluated, of_each = config.per_device_eval_batch_size * ranks, config.num_generations_eval or group
+    if (config.eval_data is not None or config.eval_fraction > 0) and evaluated % of_each:
+        problems.append(
+            f"`per_device_eval_batch_size: {config.per_device_eval_batch_size}` on {ranks} processes holds {evaluated} "
+            f"completions, and a held-out prompt has {of_each}. Write a multiple, or another num_generations_eval"
+        )
+    if problems:
+        raise ConfigError("completions of a prompt must be rewarded together", problems)
+
+
+def batches_an_epoch(args: GRPOConfig, num_rows: int) -> int:
+    """Micro-batches of each process in one pass over the prompts; a last, incomplete draw is left out."""
+    prompts = args.generation_batch_size // args.num_generations
+    return num_rows // prompts * args.steps_per_generation * args.num_iterations
+
+
+def other_models(config: Any) -> dict[str, str]:
+    """There are none that the config names: the reference is the policy as it was."""
+    return {}
+
+
+def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
+    """What checks rows of prompts."""
+    return partial(to_prompt_rows, tokenizer=tokenizer, max_prompt_length=config.max_prompt_length)
+
+
+def prompts(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, converted: Any) -> list[tuple[int, ...]]:
+    """Token ids of the first held-out prompts."""
+    return prompt_ids_of(converted, tokenizer, config.num_samples)
+
+
+def build(
+    config: Any,
+    args: GRPOConfig,
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    *,
+    exchanges_rows: bool,
+    **inherited: Any,
+) -> OnlineTrainer:
+    """Load the reference and put the trainer together.
+
+    Args:
+        config: A :class:`~alignkit.shapes.policy.OnlineConfig`.
+        args: TRL's arguments.
+        data: ``train`` and ``evaluation``, checked.
+        exchanges_rows: Never: completions are drawn by the trainer.
+        **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
+    """
+    check_prompts(args, data.train)
+    used = {"a held-out prompt": data.prompts}
+    check_token_ids(policy, tokenizer, used, name=repr(config.model))
+    method, has_adapter = load_method(config.method), load_parametrization(config.parametrization).has_adapter
+    needs_model = "reference" in method.needs(config.method_options) and not has_adapter
+    rewards = [entry if isinstance(entry, dict) else {"name": entry} for entry in config.rewards]
+    args.reward_weights = [entry.get("weight", 1.0) for entry in rewards]
+    return OnlineTrainer(
+        policy,
+        args,
+        method=method,
+        options=config.method_options,
+        reward_funcs=[load_object(entry["name"]) for entry in rewards],
+        settings=UpdateSettings(
+            config.layout, config.top_entropy_quantile, config.off_policy_mask_threshold, config.max_prompt_length
+        ),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        ref_model=load_model(config, config.model, config.model_revision) if needs_model else None,
+        **inherited,
+    )
+
+
+def load_object(place: str) -> Any:
+    """What ``file.py:name`` names."""
+    path, _, name = place.partition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)[name]
+
+
+def check_prompts(args: GRPOConfig, rows: Dataset) -> None:
+    """Refuse fewer prompts than are drawn at a time, of which no step would be made.
+
+    Raises:
+        ConfigError: There are.
+    """
+    prompts = args.generation_batch_size // args.num_generations
+    if len(rows) < prompts:
+        problem = (
+            f"{len(rows)} training prompts are fewer than the {prompts} that one generation takes: "
+            f"{args.generation_batch_size} completions, num_generations {args.num_generations} of each. Give more "
+            "prompts, or write a smaller per_device_train_batch_size or steps_per_generation"
+        )
+        raise ConfigError("no step can be made", [problem])
+
+
+def describe(config: Any, trainer: OnlineTrainer) -> dict[str, Any]:
+    """What is drawn for a step, and whether clipping can act, said once; the reference in words."""
+    reference = "none"
+    if "reference" in trainer.needs:
+        reference = f"{config.model}, a second model in memory"
+        if trainer.ref_model is None:
+            reference = "a frozen copy of the adapter" if config.adapter else "the policy with its adapter off"
+    if trainer.args.process_index == 0 and (remark := on_policy_remark(trainer.args)):
+        print(remark)
+    return {"reference": reference}
+
+
+def on_policy_remark(args: GRPOConfig) -> str | None:
+    """What a user should know where every update is made on the policy that drew its completions; None elsewhere."""
+    every = args.steps_per_generation * args.num_iterations
+    if args.gradient_accumulation_steps % every or args.use_vllm:
+        return None
+    return (
+        "updates are strictly on-policy: every completion is trained on once, by the weights that drew it, so the "
+        "importance ratio is 1, clip_ratio stays 0 and clipping (or its guard) does nothing. Write num_iterations: 2, "
+        "or steps_per_generation above gradient_accumulation_steps, to reuse completions."
+    )

@@ -1,0 +1,379 @@
+"""The trainer of online runs: TRL's GRPOTrainer with the objective of a :class:`~alignkit.parts.method.Method`.
+
+Inherited from TRL: drawing completions (transformers or vLLM, tools, environments), rewards, advantages, the passes of
+the old policy and of the reference, PEFT, saving. Replaced: the objective (on a PolicyBatch), its one division by the
+counts of the step, metrics of the update, and what a checkpoint keeps (``_rollouts.py``).
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- trl ``GRPOTrainer._prepare_inputs(generation_batch)``, ``_buffered_inputs`` and ``_step``: completions are drawn every
+  ``steps_per_generation * num_iterations`` micro-batches and kept in a list of batches in between
+- trl ``GRPOTrainer._generate_and_score_completions(inputs)``, whose rows stand ``num_generations`` to a prompt over all
+  processes, and the keys it returns
+- trl ``GRPOTrainer._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, ...)``
+- trl ``GRPOTrainer._get_train_sampler(dataset)``, a ``RepeatSampler`` whose generator goes on from pass to pass
+- trl ``GRPOTrainer.beta``, whose being zero decides whether the reference is run
+- trl's adapter name ``ref`` for the frozen copy of an adapter that training continues
+- the names in ``_bridge.py``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
+from alignkit.data.prompts import prompt_ids_of
+from alignkit.errors import ModelError
+from alignkit.gradients._hook import ChosenRule
+from alignkit.losses.types import POLICY_ITEM_KINDS, LossOutput, PolicyBatch
+from alignkit.models._aux_loss import checked_aux_loss
+from alignkit.models._comparison import ScoringRun, length_dependence, refuse_other_scores
+from alignkit.models._forward import compute_precision
+from alignkit.models.modes import switch_off_dropout
+from alignkit.models.precision import trained_values
+from alignkit.parts.method import Method
+from alignkit.references._reference import placed
+from alignkit.shapes._arguments import REFUSED_FOR_ONLINE, refuse_unused
+from alignkit.shapes._bridge import ObjectiveBridge
+from alignkit.shapes._rollouts import Rollouts
+
+METRICS: Mapping[str, str] = {
+    "reward": "mean reward of the completions, weighted and added up",
+    "reward_std": "standard deviation of the reward over completions",
+    "frac_reward_zero_std": "share of the completions whose prompt gives no signal: all are worth the same",
+    "completions/mean_length": "mean length of the completions, tokens",
+    "completions/min_length": "length of the shortest",
+    "completions/max_length": "length of the longest",
+    "completions/clipped_ratio": "share of the completions that did not stop within max_completion_length",
+    "completions/mean_terminated_length": "mean length of those that did",
+    "completions/min_terminated_length": "length of the shortest of them",
+    "completions/max_terminated_length": "length of the longest of them",
+    "num_tokens": "tokens of prompts and completions since the beginning",
+    "step_time": "seconds a step, drawing completions included",
+}
+"""What the bridge logs for every method, beside ``loss/<term>``, and mean and std of every reward by its name."""
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What the bridge needs beside TRL's arguments.
+
+    Attributes:
+        layout: ``padded``, ``shared_prefix`` or ``auto``.
+        top_entropy_quantile: Share of the tokens, those of the largest entropy, that is trained on.
+        off_policy_mask_threshold: Mean log-ratio from which completions with a negative advantage are left out, nats.
+        max_prompt_length: Longest prompt there can be, tokens; None goes by the rows that are looked at.
+    """
+
+    layout: Literal["auto", "padded", "shared_prefix"] = "padded"
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+    max_prompt_length: int | None = None
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """What a forward pass over completions gave; of it, the bridge adds ``aux_loss`` to the loss."""
+
+    token_logps: Tensor
+    entropies: Tensor
+    aux_loss: Tensor | None
+
+
+class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
+    """Draws completions of prompts, rewards them, and trains on them with any online method.
+
+    Args:
+        model: The policy, loaded; with ``peft_config`` it is wrapped by TRL.
+        args: TRL's arguments; those of ``REFUSED_FOR_ONLINE`` must have their defaults.
+        method: The method whose objective is minimised.
+        options: Instance of ``method.options``.
+        reward_funcs: As in TRL.
+        train_dataset: Rows with ``prompt`` and the columns of the rewards.
+        settings: Which tokens are trained, and in which layout.
+        ref_model: The reference, loaded, where it is a model of its own; None where an adapter is trained.
+        gradient_rule: What is done to the gradient before the optimizer sees it; None is nothing.
+        **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``callbacks``, ``optimizers``, ``tools``,
+            ``rollout_func`` and ``environment_factory`` as in TRL.
+    """
+
+    item_kinds = POLICY_ITEM_KINDS
+    _signature_columns: list[str] | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: GRPOConfig,
+        *,
+        method: Method,
+        options: Any,
+        train_dataset: Dataset | None,
+        settings: UpdateSettings = UpdateSettings(),
+        ref_model: nn.Module | None = None,
+        gradient_rule: ChosenRule | None = None,
+        **inherited: Any,
+    ) -> None:
+        refuse_unused(args, REFUSED_FOR_ONLINE, inherited, *TRLS_OWN)
+        self.method, self.method_options, self.settings = method, options, settings
+        self.needs = method.needs(options)
+        self.prepare_bridge(gradient_rule)
+        checked_aux_loss(model, args.router_aux_loss_coef)
+        has_adapter = isinstance(model, PeftModel) or inherited.get("peft_config") is not None
+        # TRL copies an adapter for the reference where its own beta is not zero, and loads no other model then.
+        args.beta = float("reference" in self.needs and has_adapter)
+        start = trained_values(model)
+        super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
+        self.hold_masters(start)
+        self.beta = args.beta = float("reference" in self.needs)
+        if self.beta and not has_adapter:
+            if ref_model is None:
+                raise ModelError("the method compares with a reference, and there is none: pass ref_model")
+            self.ref_model = placed(ref_model, self, args.temperature)
+        if args.disable_dropout:
+            switch_off_dropout(self.model)
+        self.rollouts = Rollouts(self)
+        self.persistent.append(self.rollouts)
+        self._passes: list[tuple[Tensor, Tensor | None]] | None = None
+        self.lengths = self._look_at_prompts()
+        for run in self.policy_runs():
+            self.compare_policy(run)
+        self.compare_once_sharded()
+
+    # --- what is run is compared first -----------------------------------------------------------------------------
+
+    def _look_at_prompts(self) -> RowLengths:
+        """Lengths of the first prompts with completions as long as there can be, which stand in for real ones.
+
+        Raises:
+            ModelError: The model's position encoding makes log-probs depend on the rows beside.
+        """
+        longest = self.args.max_completion_length
+        ids = prompt_ids_of(self.train_dataset, self.processing_class, SAMPLED_ROWS)
+        ids = sorted(ids, key=len)
+        prompts = [list(ids[0]), list(ids[-1])]
+        # Tokens of the prompt over and over: they need only be tokens that the model knows.
+        lengths = [longest, *[max(longest // 2, 1)] * (self.num_generations - 1)]
+        rows = [
+            {
+                "prompt_ids": prompt,
+                "completion_ids": [(prompt * (n // len(prompt) + 1))[:n] for n in lengths],
+                "scores": [0.0] * len(lengths),
+            }
+            for prompt in prompts
+        ]
+        bound = None if self.settings.max_prompt_length is None else self.settings.max_prompt_length + longest
+        found = RowLengths.of(iter(rows), max_length=bound)
+        if problem := length_dependence(self.model, found, together=True):
+            raise ModelError(f"the policy, {problem}.")
+        return found
+
+    def compare_policy(self, run: ScoringRun) -> None:
+        """Compare the policy with itself before it is trained."""
+        refuse_other_scores(run, self.lengths)
+
+    def _policy_run(self, model: nn.Module) -> ScoringRun:
+        precision = compute_precision(self.model, self.accelerator.mixed_precision)
+        return ScoringRun("the policy", model, precision, self.accelerator.autocast, self.args.temperature)
+
+    # --- completions -----------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        """TRL's order of prompts, which in every pass is the same in a run that was resumed."""
+        sampler = super()._get_train_sampler(dataset)
+        return PassSampler(sampler, lambda: int(self.state.epoch or 0))
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What TRL returns, with the prompt that each completion belongs to and what statistics ask for."""
+        self._passes = []
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            passes = self._passes
+        finally:
+            self._passes = None
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        first, count = self.accelerator.process_index * len(inputs), len(inputs)
+        rows = torch.arange(first, first + count, device=output["completion_ids"].device)
+        output["group_index"] = rows // generations
+        old = output.get("old_per_token_logps")
+        for logps, entropies in passes:
+            if old is not None and torch.equal(logps, old):
+                if "old_entropies" in self.needs and entropies is not None:
+                    output["old_entropies"] = entropies
+        return output
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, *inputs: Any, compute_entropy: bool = False, **more: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs of completion tokens; while completions are scored, what comes with them is kept as well."""
+        if self._passes is None:
+            return super()._get_per_token_logps_and_entropies(model, *inputs, compute_entropy=compute_entropy, **more)
+        wanted = compute_entropy or "old_entropies" in self.needs
+        logps, entropies, aux = super()._get_per_token_logps_and_entropies(
+            model, *inputs, compute_entropy=wanted and model is self.model, **more
+        )
+        self._passes.append((logps, entropies))
+        return logps, entropies, aux
+
+    # --- objective -------------------------------------------------------------------------------------------------
+
+    def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[PolicyOutput, LossOutput]:
+        """One forward pass over prompts with their completions, and the method's terms."""
+        logps, entropies, aux = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            inputs["completion_ids"].shape[1],
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+        )
+        assert entropies is not None
+        output = PolicyOutput(logps, entropies, aux)
+        return output, self.method.objective(self._policy_batch(inputs, output), self.method_options)
+
+    def _policy_batch(self, inputs: Mapping[str, Any], output: PolicyOutput) -> PolicyBatch:
+        mask = trained_tokens(inputs)
+        return PolicyBatch(
+            policy_token_logps=output.token_logps.masked_fill(~mask, 0.0),
+            completion_mask=mask,
+            advantages=inputs["advantages"],
+            old_token_logps=inputs.get("old_per_token_logps"),
+            ref_token_logps=inputs.get("ref_per_token_logps"),
+            group_index=inputs["group_index"],
+            max_completion_length=self.args.max_completion_length,
+            entropies=output.entropies,
+            old_entropies=inputs.get("old_entropies"),
+            old_sum_sq_probs=inputs.get("old_sum_sq_probs"),
+            correction=inputs.get("importance_sampling_ratio"),
+            kept=self._kept_tokens(inputs, output, mask),
+            gather=self._over_ranks,
+            memory=self.rollouts.memory,
+        )
+
+    def _kept_tokens(self, inputs: Mapping[str, Any], output: PolicyOutput, mask: Tensor) -> Tensor | None:
+        """The tokens whose surrogate counts; None is all."""
+        kept: list[Tensor] = []
+        if self.settings.top_entropy_quantile < 1.0:
+            share = 1.0 - self.settings.top_entropy_quantile
+            kept.append(self.get_high_entropy_mask(output.entropies.detach(), mask, share))
+        if self.settings.off_policy_mask_threshold is not None:
+            old = inputs.get("old_per_token_logps")
+            is_kept = self.get_off_policy_mask(
+                advantages=inputs["advantages"].view(len(mask), -1),
+                per_token_logps=output.token_logps,
+                sampling_per_token_logps=inputs.get(
+                    "sampling_per_token_logps", output.token_logps.detach() if old is None else old
+                ),
+                mask=mask,
+                off_policy_threshold=self.settings.off_policy_mask_threshold,
+            )
+            kept.append(is_kept.bool().expand_as(mask))
+        return torch.stack(kept).all(0) if kept else None
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """The values of all processes behind one another; a collective."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return torch.cat([part.to(values.device) for part in gather_object([values.detach().cpu()])])
+
+    # --- counts ----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The prompts of one step. What will be counted is not drawn yet: :meth:`step_counts` counts it."""
+        batches, _ = self.next_batches(epoch_iterator, num_batches, device)
+        return batches, torch.tensor(len(batches), device=device)
+
+    def item_counts(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Local number of completions and of their tokens, and this one micro-batch."""
+        mask = trained_tokens(inputs)
+        one = torch.ones((), dtype=torch.long, device=mask.device)
+        return {"completion": one * self.num_rows(inputs), "completion_token": mask.sum(), "micro_batch": one}
+
+    def step_counts(
+        self, inputs: Mapping[str, Any], num_items_in_batch: Tensor | None
+    ) -> tuple[Mapping[str, Tensor], int]:
+        """Completions and micro-batches of the step over all ranks, and its share of the tokens that were drawn.
+
+        TRL takes the tokens of a step for an equal share of those of all completions of a generation.
+        """
+        if num_items_in_batch is None:
+            return self.item_counts(inputs), 1
+        ranks, steps = self.accelerator.num_processes, self.current_gradient_accumulation_steps
+        tokens = inputs["num_items_in_batch"].clamp(min=1)
+        one = torch.ones_like(tokens)
+        return {
+            "completion": one * self.args.per_device_train_batch_size * steps * ranks,
+            "completion_token": tokens * steps / self.args.steps_per_generation,
+            "micro_batch": one * steps * ranks,
+        }, ranks
+
+    def batch_share(self, inputs: Mapping[str, Any], num_items_in_batch: Tensor | None) -> float:
+        """What part of the step's mean loss a micro-batch is, by its completions."""
+        if num_items_in_batch is None:
+            return 1.0
+        rows = self.args.per_device_train_batch_size * self.current_gradient_accumulation_steps
+        return self.num_rows(inputs) / rows
+
+    def num_rows(self, inputs: Mapping[str, Any]) -> int:
+        """Completions of a batch."""
+        return len(inputs["completion_mask"])
+
+    def keep_rows(self, inputs: Mapping[str, Any], kept: int) -> dict[str, Any]:
+        """Mask all completions but the first ``kept``."""
+        mask = inputs["completion_mask"]
+        is_kept = torch.arange(len(mask), device=mask.device) < kept
+        return {**inputs, "completion_mask": mask * is_kept[:, None]}
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    def record_batch(self, inputs: Mapping[str, Any], output: PolicyOutput, result: LossOutput) -> None:
+        """TRL records what it draws, and the method what it does with it."""
+
+    def _generators(self) -> list[int]:
+        """An evaluation draws completions where the model is."""
+        device = self.accelerator.device
+        return [] if device.type != "cuda" else [torch.cuda.current_device() if device.index is None else device.index]
+
+
+TRLS_OWN = ("reward_funcs", "reward_processing_classes", "tools", "rollout_func", "environment_factory")
+"""What the bridge hands on to TRL beside what every bridge does."""
+
+
+class PassSampler(RepeatSampler):
+    """TRL's sampler, for which a pass over the prompts is what its number says, whatever was drawn before.
+
+    TRL's draws the order of every pass from where the last one left its generator, so that a run resumed in its second
+    pass would see the first one again.
+
+    Args:
+        sampler: TRL's.
+        passes: Number of passes that are finished.
+    """
+
+    def __init__(self, sampler: RepeatSampler, passes: Callable[[], int]) -> None:
+        self.__dict__.update(vars(sampler))
+        self.passes = passes
+
+    def __iter__(self) -> Iterator[int]:
+        """Positions of prompts, in the order of this pass."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.passes()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
+
+
+def trained_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Mask [B, T] of the tokens that the model wrote: completions without what tools answered."""
+    mask: Tensor = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask

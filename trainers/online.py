@@ -1,0 +1,27 @@
+"""Online RL: draw completions of prompts, reward them, and move the model towards the better ones.
+
+    accelerate launch trainers/online.py --config online/grpo --model Qwen/Qwen3-0.6B --data prompts.jsonl
+    accelerate launch --config_file configs/accelerate/zero2.yaml trainers/online.py --config my_run.yaml
+
+``--help`` lists every key; ``--print_config`` shows each value and where it comes from. The run itself reads top to
+bottom in ``alignkit/runs/run.py``.
+"""
+
+import sys
+
+from alignkit.config import parse_program_arguments
+from alignkit.programs.entry import run_program
+
+
+def main() -> None:
+    """One run, from the command line to the model card."""
+    loaded = parse_program_arguments("online", sys.argv[1:])
+
+    # Torch and the Hugging Face libraries are imported here, once the configuration is known to be right.
+    from alignkit.runs.run import train_online
+
+    train_online(loaded)
+
+
+if __name__ == "__main__":
+    run_program(main)
