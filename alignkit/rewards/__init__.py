@@ -10,4 +10,5 @@ from alignkit.parts.reward import reward_names as reward_names
 from alignkit.rewards._choice import ChosenReward as ChosenReward
 from alignkit.rewards._choice import check_columns as check_columns
 from alignkit.rewards._choice import load_rewards as load_rewards
+from alignkit.rewards._files import file_function as file_function
 from alignkit.rewards._guard import guarded as guarded

@@ -5,23 +5,24 @@ No upstream name is a private one.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 from trl import GRPOConfig
 
+from alignkit.config.reward_names import columns_of_rewards
 from alignkit.data.prompts import prompt_ids_of, to_prompt_rows
 from alignkit.errors import ConfigError
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parametrizations._policy import load_model
 from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import load_parametrization
+from alignkit.rewards import file_function, load_rewards
 from alignkit.shapes._policy_trainer import METRICS, OnlineTrainer, UpdateSettings
 
 __all__ = ["METRICS"]
@@ -84,12 +85,29 @@ def other_models(config: Any) -> dict[str, str]:
 
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     """What checks rows of prompts."""
-    return partial(to_prompt_rows, tokenizer=tokenizer, max_prompt_length=config.max_prompt_length)
+    return partial(
+        to_prompt_rows,
+        tokenizer=tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        required_columns=columns_of_rewards(vars(config)),
+        template=_template(config),
+    )
+
+
+def _template(config: Any) -> dict[str, Any]:
+    """Arguments that the chat template is given for every prompt."""
+    tools = [get_json_schema(tool) for tool in _functions(config.tools)]
+    return {**({"tools": tools} if tools else {}), **(config.chat_template_kwargs or {})}
+
+
+def _functions(places: Sequence[str]) -> list[Any]:
+    """What ``file.py:name`` names, each."""
+    return [file_function(place) for place in places]
 
 
 def prompts(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, converted: Any) -> list[tuple[int, ...]]:
     """Token ids of the first held-out prompts."""
-    return prompt_ids_of(converted, tokenizer, config.num_samples)
+    return prompt_ids_of(converted, tokenizer, config.num_samples, _template(config))
 
 
 def build(
@@ -116,33 +134,25 @@ def build(
     check_token_ids(policy, tokenizer, used, name=repr(config.model))
     method, has_adapter = load_method(config.method), load_parametrization(config.parametrization).has_adapter
     needs_model = "reference" in method.needs(config.method_options) and not has_adapter
-    rewards = [entry if isinstance(entry, dict) else {"name": entry} for entry in config.rewards]
-    args.reward_weights = [entry.get("weight", 1.0) for entry in rewards]
+    rewards = load_rewards(config.rewards)
+    args.reward_weights = [reward.weight for reward in rewards]
     return OnlineTrainer(
         policy,
         args,
         method=method,
         options=config.method_options,
-        reward_funcs=[load_object(entry["name"]) for entry in rewards],
+        reward_funcs=[reward.function for reward in rewards],
         settings=UpdateSettings(
             config.layout, config.top_entropy_quantile, config.off_policy_mask_threshold, config.max_prompt_length
         ),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
+        tools=_functions(config.tools) or None,
+        environment_factory=file_function(config.environment) if config.environment else None,
         ref_model=load_model(config, config.model, config.model_revision) if needs_model else None,
         **inherited,
     )
-
-
-def load_object(place: str) -> Any:
-    """What ``file.py:name`` names."""
-    path, _, name = place.partition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return vars(module)[name]
 
 
 def check_prompts(args: GRPOConfig, rows: Dataset) -> None:

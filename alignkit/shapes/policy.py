@@ -15,6 +15,7 @@ from alignkit.config.online import (
     RolloutSection,
     UpdateSection,
 )
+from alignkit.config.reward_names import columns_of_rewards
 from alignkit.config.sections import GradientSection, MethodSection, ModelSection, ParametrizationSection
 from alignkit.config.training import (
     DropoutSection,
@@ -79,8 +80,8 @@ class OnlineConfig(
 
     @staticmethod
     def row_family(values: Mapping[str, Any]) -> RowFamily:
-        """Prompts, with any other columns."""
-        return prompt_rows()
+        """Prompts, with the columns that the rewards read and any others."""
+        return prompt_rows(columns_of_rewards(values))
 
 
 SHAPE = Shape(

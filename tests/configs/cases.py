@@ -17,7 +17,7 @@ ROWS = [
 ]
 SUPERVISED = {"method": "sft", "column_map": {"completion": "chosen"}}
 """Turns the good config into one of a supervised run."""
-ONLINE = {"method": "grpo", "rewards": ["rewards.py:spread"]}
+ONLINE = {"method": "grpo", "rewards": ["repetition"]}
 """Turns it into one of an online run."""
 GOOD = {"model": "base", "data": "rows.jsonl", "method": "flex_dpo", "output_dir": "runs/x"}
 
