@@ -96,8 +96,10 @@ def grpo_guard_loss(
     r"""GRPO whose log-ratios l are centred and scaled step by step before they are clipped.
 
     The original (Wang et al. 2025, arXiv 2510.22319) normalises the ratio of every denoising step of a diffusion model;
-    :func:`alignkit.losses.flow_guard.flow_guard_loss` is that. Here a step is a set of rows (tokens, or completions at
-    level ``sequence``) with like positions, entropies or lengths, b, of n_b rows::
+    :func:`alignkit.losses.flow_guard.flow_guard_loss` is that. Here a step b is a set of n_b rows (tokens, or
+    completions at level ``sequence``) with like positions, entropies or lengths.
+
+    Equation (an analogue for language models, after Wang et al. 2025)::
 
         l_hat = kappa * (l - mu_b) - m_b,   r_hat = exp(l_hat)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignkit.parts.options import option
 
@@ -75,3 +75,8 @@ class ClipOptions(RegularizerOptions):
     def upper(self) -> float:
         """``epsilon_high``, or what null stands for."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+def delta_is_within_clip(c: Any) -> bool:
+    """Whether ``delta`` would cut ratios that the clip lets pass."""
+    return c.delta is not None and c.delta <= 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.objectives._clipping import CLIP_METRICS, METRICS, TRL, ClipOptions
+from alignkit.objectives._clipping import CLIP_METRICS, METRICS, TRL, ClipOptions, delta_is_within_clip
 from alignkit.parts.method import Method, Paper
 from alignkit.parts.options import Conflict, Ignored, only_with, option
 
@@ -85,9 +85,16 @@ METHOD = Method(
         Conflict(
             "delta within the clip",
             ("delta", "epsilon", "epsilon_high"),
-            lambda c: c.delta is not None and c.delta <= 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high),
+            delta_is_within_clip,
             "it would cut ratios that the clip lets pass",
             "write a delta above 1 + epsilon_high, or remove it",
+        ),
+        Conflict(
+            "cispo without its largest weight",
+            ("loss_type", "epsilon_high"),
+            lambda c: c.loss_type == "cispo" and c.epsilon_high is None,
+            "epsilon_high is the largest weight of a token there, and epsilon in its place would cut them all",
+            "write epsilon_high: 5.0",
         ),
     ),
     ignored=(

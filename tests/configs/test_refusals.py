@@ -21,6 +21,7 @@ FLASH = {"attn_implementation": "flash_attention_2"}
 HELD_OUT = {"eval_fraction": 0.5}
 STREAM = {"streaming": True, "max_steps": 10}
 ADPO = {"method": "adpo"}
+GUARD = ONLINE | {"method": "grpo_guard"}
 IA3 = {"parametrization": "peft", "peft_type": "ia3"}
 
 # title: (what is refused, what is changed to mend it)
@@ -39,6 +40,15 @@ VLLM_KEYS: dict[str, Any] = {
 VLLM = f"{', '.join(VLLM_KEYS)} without use_vllm"
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "delta within the clip": (ONLINE | {"delta": 1.1, "epsilon": 0.15, "epsilon_high": 0.2}, {"delta": 2.0}),
+    "cispo without its largest weight": (ONLINE | {"loss_type": "cispo"}, {"epsilon_high": 5.0}),
+    "delta within the clip of grpo_guard": (GUARD | {"delta": 1.1}, {"delta": 1.3}),
+    "guard of a loss type without a hard clip": (GUARD | {"loss_type": "sapo"}, {"loss_type": "grpo"}),
+    "guard of tokens at level sequence": (
+        GUARD | {"importance_sampling_level": "sequence", "step_axis": "position"},
+        {"step_axis": "length"},
+    ),
+    "guard of completions at level token": (GUARD | {"scale": "sqrt_length"}, {"scale": "pooled"}),
+    "inverse_kappa in mode gate": (GUARD | {"reweight": "inverse_kappa"}, {"mode": "full"}),
     "quantization with full fine-tuning": (FULL | {"quantization": "nf4"}, {"parametrization": "lora"}),
     "adapter with full fine-tuning": (FULL | {"adapter": "lora"}, {"adapter": None}),
     "LoRA on the output head": (
@@ -156,6 +166,15 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip of a loss type without one": (
         ONLINE | {"loss_type": "sapo", "epsilon": 0.1, "delta": 2.0},
         {"loss_type": "dapo"},
+    ),
+    "bounds of a scale that is not there": (
+        GUARD | {"scale": "none", "kappa_min": 0.5, "kappa_max": 2.0},
+        {"scale": "pooled"},
+    ),
+    "fixed_std of grpo_guard without scale: fixed": (GUARD | {"fixed_std": 0.2}, {"scale": "fixed"}),
+    "alpha, wmax of grpo_guard without reweight: bucket_rms": (
+        GUARD | {"alpha": 0.5, "wmax": 2.0},
+        {"reweight": "bucket_rms"},
     ),
     "epsilon_high of sapo": (ONLINE | {"loss_type": "sapo", "epsilon_high": 0.3}, {"loss_type": "dapo"}),
     "sapo_temperature_pos, sapo_temperature_neg of grpo without loss_type: sapo": (
