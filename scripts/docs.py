@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from alignkit.config.compatibility import REFUSALS
 from alignkit.config.keys import Key, base_keys, method_keys, rule_keys
@@ -29,6 +30,7 @@ from alignkit.parts.catalogue import KINDS
 from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.parametrization import load_parametrization, parametrization_names
+from alignkit.parts.reward import load_reward, reward_names
 from alignkit.parts.rule import load_rule, rule_names
 from alignkit.parts.shape import shapes_by_program
 from alignkit.programs.entry import run_program
@@ -189,6 +191,21 @@ def evaluations() -> str:
     return table(["name", "what it says"], ([f"`{evaluation.name}`", evaluation.summary] for evaluation in found))
 
 
+def rewards() -> str:
+    """Every reward: what it says of itself, where it is from, the columns it reads, and its options."""
+    blocks = []
+    for reward in map(load_reward, reward_names()):
+        types = get_type_hints(reward)
+        options = [Key(f.name, types[f.name], f.metadata["option"], reward.name, f) for f in fields(reward)]
+        counted = " Reads `completion_ids`." if reward.counts_tokens else ""
+        blocks.append(
+            f"### {reward.name}\n\n{reward.summary} Weight {reward.weight:g} unless a run names one.{counted} "
+            f"Fidelity: {reward.fidelity}.\n\n```text\n{inspect.cleandoc(reward.__doc__ or '')}\n```\n\n"
+            + (keys_table(options) if options else "No options.\n")
+        )
+    return "\n".join(blocks)
+
+
 def supervised_metrics() -> str:
     """What the supervised bridge logs."""
     from alignkit.shapes._tokens import METRICS
@@ -282,6 +299,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "probe-metrics": probe_metrics,
     "recipes": recipes,
     "results": results,
+    "rewards": rewards,
     "rule-docstring": rule_docstring,
     "rule-head": rule_head,
     "rule-metrics": lambda name: (

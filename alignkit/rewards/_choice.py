@@ -112,7 +112,7 @@ def _chosen(entry: Any) -> ChosenReward:
         needs, weight, own, counts = reward.columns(), reward.weight, reward.name, reward.counts_tokens
     else:
         if options:
-            advice = "a function of yours has none: read a column, or write a class (docs/rewards.md)"
+            advice = "a function of yours has none: read a column, or write a class (docs/howto/rewards.md)"
             raise Refused(f"{name} is given the option {next(iter(options))!r}; {advice}")
         reward, weight, own, counts = found, 1.0, name.rpartition(":")[2], False
         needs = _columns_of_function(name, reward)

@@ -25,7 +25,7 @@ from tests.docs.pages import REPOSITORY, Block, anchors, blocks, commands, links
 
 SHELL_BLOCKS = blocks("bash")
 PROGRAM_OF_CONFIG = {f"trainers/{program}.py": program for program in shapes_by_program()}
-PLAIN_COMMANDS = ("pip install ", "git clone ", "pytest ", "source ")
+PLAIN_COMMANDS = ("pip install ", "git clone ", "pytest ", "source ", "echo ")
 
 
 def by_place(block: Block) -> str:
