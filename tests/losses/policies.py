@@ -90,9 +90,13 @@ def policy_batch(
 
 
 def changed(batch: PolicyBatch, function: Callable[[str, Tensor], Tensor], **fields: Any) -> PolicyBatch:
-    """The batch with ``function(field name, tensor)`` in place of every tensor, as fresh leaves, and given fields."""
+    """The batch with ``function(field name, tensor)`` in place of every tensor, as fresh leaves, and given fields.
+
+    It remembers nothing, unless it is given a memory.
+    """
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    values = {n: function(n, v.detach()).clone() if isinstance(v, Tensor) else v for n, v in values.items()} | fields
+    values = {n: function(n, v.detach()).clone() if isinstance(v, Tensor) else v for n, v in values.items()}
+    values |= {"memory": {}} | fields
     for name in ("policy_token_logps", "entropies"):
         if values[name] is not None:
             values[name].requires_grad_()

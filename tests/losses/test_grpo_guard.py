@@ -89,7 +89,7 @@ def check_nothing_kept(loss: Callable[..., LossOutput]) -> None:
         rules = Guard(scale=scale, reweight=reweight, mode="full", ema=0.9, min_count=1, num_steps=3)
         batch = policy_batch(completions)
         loss(batch, guard=rules)
-        empty = changed(batch, lambda name, t: t & False if name == "kept" else t)
+        empty = changed(batch, lambda name, t: t & False if name == "kept" else t, memory=batch.memory)
         output = loss(empty, guard=rules)
         assert output.mean().item() == 0.0 and not slopes(output, empty).any()
 
