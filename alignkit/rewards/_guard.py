@@ -50,6 +50,8 @@ class Guarded:
         """What the reward returns for a batch, as numbers and None."""
         try:
             values = self._reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        except RewardError:  # says what it is about already, such as a column that is missing
+            raise
         except Exception as error:  # a reward is any code: whatever it raises is told with the row that it raised on
             place = self._row_that_raises(prompts, completions, completion_ids, columns)
             raise self._error(_raised(error), prompts, completions, place) from error
@@ -109,6 +111,8 @@ class AsyncGuarded(Guarded):
             values = await self._reward(
                 prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
             )
+        except RewardError:  # says what it is about already, such as a column that is missing
+            raise
         except Exception as error:  # a reward is any code: whatever it raises is told with the row that it raised on
             place = await self._awaited_row(prompts, completions, completion_ids, columns)
             raise self._error(_raised(error), prompts, completions, place) from error

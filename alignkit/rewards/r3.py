@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ConfigError
@@ -75,6 +76,9 @@ class R3(Reward):
             raise ConfigError(self.name, [f"relevance_top: of {self.embedder} it is not known: {advice}"])
         if self.embedder != HASHED:
             file_function(self.embedder)
+            # By its whole path: another process may stand in another folder.
+            path, _, function = self.embedder.rpartition(":")
+            object.__setattr__(self, "embedder", f"{Path(path).expanduser().absolute()}:{function}")
 
     def columns(self) -> tuple[str, ...]:
         """Those of the query, the kind and the reference, as far as they are read."""

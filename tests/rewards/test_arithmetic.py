@@ -119,6 +119,13 @@ def test_what_has_no_number_is_no_reference() -> None:
         assert reward("gsm8k_answer", "18", answer=reference) is None
 
 
+def test_every_annotation_of_gsm8k_is_right() -> None:
+    rows = [json.loads(line)["ground_truth"] for line in GSM8K.read_text().splitlines()]
+    annotated = [row for row in rows if "<<" in row]
+    assert len(annotated) >= 50
+    assert rewards("gsm8k_annotations", *annotated) == [1.0] * len(annotated)
+
+
 def test_solutions_of_real_models_are_judged_as_their_graders_did() -> None:
     """The grader's verdict is in the file; their worked answers end in "A: number"."""
     rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]

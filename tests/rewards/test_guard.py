@@ -134,6 +134,19 @@ def test_the_trainer_sees_the_name_and_the_kind() -> None:
     assert not is_async_callable(guarded(load_reward("json_valid")()))
 
 
+def test_a_missing_column_is_told_once() -> None:
+    with pytest.raises(RewardError) as caught:
+        guarded(load_reward("gsm8k_answer")())(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[]] * 3)
+    said = "The reward 'gsm8k_answer' reads the column 'answer', which the rows do not have."
+    assert str(caught.value) == said
+
+
+def test_a_row_with_a_schema_that_is_none_is_named() -> None:
+    reward = guarded(load_reward("json_schema")(schema_column="wanted"))
+    with pytest.raises(RewardError, match="(?s)raised ValueError: column wanted: .*not JSON Schema.*on row 1 of 3"):
+        reward(prompts=PROMPTS, completions=COMPLETIONS, wanted=["{}", '{"type": "x"}', "{}"])
+
+
 def test_guarding_twice_changes_nothing_but_the_name() -> None:
     function = guarded(as_number)
     assert guarded(function) is function

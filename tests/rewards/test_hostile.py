@@ -107,10 +107,10 @@ def test_a_text_of_a_megabyte_takes_seconds_at_most(case: str) -> None:
     """All rewards together; one that is quadratic in the text would take hours."""
     start = time.process_time()
     for name, cases in OPTIONS.items():
-        for options in cases:
-            if not options.get("raw"):
-                (found,) = rewards(name, GIANTS[case], **options)
-                assert math.isfinite(found), name
+        # Formats of tables are read by different code; other options only judge otherwise what was read.
+        for options in [one for one in cases if not one.get("raw")] if "table" in name else cases[:1]:
+            (found,) = rewards(name, GIANTS[case], **options)
+            assert math.isfinite(found), name
     assert time.process_time() - start < 30
 
 

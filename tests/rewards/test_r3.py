@@ -114,6 +114,13 @@ def test_a_batch_is_embedded_at_once_and_rows_do_not_mix(embedder: str) -> None:
     )
 
 
+def test_an_embedder_is_found_from_another_folder(
+    embedder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("r3")(embedder="mine.py:embed", relevance_top=2.0).embedder == embedder
+
+
 def test_a_negative_relevance_can_be_clamped(embedder: str) -> None:
     against = embedder.replace(":embed", ":against")
     options = own(embedder=against, relevance_top=1.0, prompt="q")

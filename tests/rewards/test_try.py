@@ -185,6 +185,7 @@ def test_pairs_and_renamed_columns_and_messages(tmp_path: Path) -> None:
     }
     found = tried(tmp_path, "--rewards", "gsm8k_answer", "--column_map", "prompt=question", rows=[pair])
     assert found["completions"] == 2 and found["rewards"]["gsm8k_answer"]["mean"] == 0.5
+    assert tried(tmp_path, "--rewards", "gsm8k_answer", "--max_rows", "1")["completions"] == 3
     with pytest.raises(DataError, match="names the column 'query', which it does not have"):
         tried(tmp_path, "--rewards", "gsm8k_answer", "--column_map", "prompt=query", rows=[pair])
 
