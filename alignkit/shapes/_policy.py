@@ -16,6 +16,7 @@ from transformers.utils import get_json_schema
 from trl import GRPOConfig
 
 from alignkit.config.reward_names import columns_of_rewards
+from alignkit.data.lengths import SAMPLED_ROWS
 from alignkit.data.prompts import prompt_ids_of, to_prompt_rows
 from alignkit.errors import ConfigError
 from alignkit.models.vocabulary import check_token_ids
@@ -130,7 +131,8 @@ def build(
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
     """
     check_prompts(args, data.train)
-    used = {"a held-out prompt": data.prompts}
+    looked_at = prompt_ids_of(data.train, tokenizer, SAMPLED_ROWS, _template(config))
+    used = {"a training prompt": looked_at, "a held-out prompt": data.prompts}
     check_token_ids(policy, tokenizer, used, name=repr(config.model))
     method, has_adapter = load_method(config.method), load_parametrization(config.parametrization).has_adapter
     needs_model = "reference" in method.needs(config.method_options) and not has_adapter

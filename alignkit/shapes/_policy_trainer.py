@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -255,7 +254,8 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
             correction=inputs.get("importance_sampling_ratio"),
             kept=self._kept_tokens(inputs, output, mask),
             gather=self._over_ranks,
-            memory=self.rollouts.memory,
+            # An evaluation leaves no trace.
+            memory=self.rollouts.memory if self.model.training else dict(self.rollouts.memory),
         )
 
     def _kept_tokens(self, inputs: Mapping[str, Any], output: PolicyOutput, mask: Tensor) -> Tensor | None:
@@ -282,7 +282,11 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
         """The values of all processes behind one another; a collective."""
         if self.accelerator.num_processes == 1:
             return values
-        return torch.cat([part.to(values.device) for part in gather_object([values.detach().cpu()])])
+        sizes = self.accelerator.gather(torch.tensor([len(values)], device=values.device))
+        padded = values.new_zeros(int(sizes.max()))
+        padded[: len(values)] = values.detach()
+        parts = self.accelerator.gather(padded).view(len(sizes), -1)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
 
     # --- counts ----------------------------------------------------------------------------------------------------
 
