@@ -33,7 +33,7 @@ class Length(Reward):
     def score(self, sample: Sample) -> float:
         """The reward of so many tokens."""
         over = len(sample.token_ids) - self.soft_limit
-        return min(1.0, max(0.0, 1 - max(0, over) / (self.hard_limit - self.soft_limit)))
+        return min(1.0, max(0.0, 1 - over / (self.hard_limit - self.soft_limit)))
 
 
 @dataclass(frozen=True, kw_only=True)

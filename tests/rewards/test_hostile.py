@@ -74,6 +74,7 @@ GIANTS = {
     "nested objects": '{"a":' * (SIZE // 5),
     "a long text": json.dumps("x" * (SIZE - 10)),
     "escaped quotes": '"' + '\\"' * (SIZE // 2),
+    "escaped quotes after brackets": "[" * 65 + '"' + '\\"' * (SIZE // 2),
     "a key many times": "{" + '"a":1,' * (SIZE // 6) + '"a":1}',
     "keys, one twice": "{" + ",".join(f'"{n}":1' for n in range(60_000)) + ',"59999":1}',
     "numbers and texts": "[" + ",".join('1,"1"' for _ in range(SIZE // 6)) + "]",
