@@ -112,8 +112,8 @@ class Method:
         paper: The publication.
         fidelity: Provenance grade: author's code, paper text, secondary source or reconstruction, and what is ours.
         program: Launch program under ``trainers/``, which also fixes the batch shape.
-        needs: What the objective needs beside the policy under these options: any of ``reference`` and
-            ``token_rewards``.
+        needs: What the objective needs beside the policy under these options: any of ``reference``,
+            ``token_rewards`` and, of an old policy, ``old_entropies``, ``old_sum_sq_probs`` and ``old_policy_kl``.
         num_candidates: Exact K the objective takes, or None for any K >= 2.
         row_family: What rows look like, where that is not what the rows of the batch shape look like.
         preparation: What the method does in a run beside its loss, as a subclass of :class:`Preparation`.

@@ -48,6 +48,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"step_axis": "length"},
     ),
     "guard of completions at level token": (GUARD | {"scale": "sqrt_length"}, {"scale": "pooled"}),
+    "guard by the old policy's whole distribution": (GUARD | {"center": "exact_kl"}, {"center": "k3"}),
     "inverse_kappa in mode gate": (GUARD | {"reweight": "inverse_kappa"}, {"mode": "full"}),
     "quantization with full fine-tuning": (FULL | {"quantization": "nf4"}, {"parametrization": "lora"}),
     "adapter with full fine-tuning": (FULL | {"adapter": "lora"}, {"adapter": None}),
