@@ -21,7 +21,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ from alignkit.gradients._weights import (
 from alignkit.losses.types import Metric
 from alignkit.parts.rule import DisplacedOptions, EditOptions, GradientRule, load_rule
 from alignkit.storage.persistent import Persistent
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class GradientRuleHook(Trainer):
     gradient_rule: ChosenRule | None = None
     persistent: list[Persistent]
 
-    _kept: dict[str, Tensor] | None = None
+    _kept: dict[str, Any] | None = None
     _start: Mapping[str, Tensor] | None = None
     _decay: DecayToStart | None = None
     _known: _Known | None = None
@@ -133,7 +135,7 @@ class GradientRuleHook(Trainer):
             loss, gradients = self._edited_gradients(batch, self.gradient_rule)
         return loss + zero_with_gradients(model, batch.inner, gradients, loss)
 
-    def once_a_batch(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    def once_a_batch(self, name: str, compute: Callable[[], Kept]) -> Kept:
         """``compute()``, only once where a rule evaluates the same micro-batch twice.
 
         Args:
@@ -144,7 +146,8 @@ class GradientRuleHook(Trainer):
             return compute()
         if name not in self._kept:
             self._kept[name] = compute()
-        return self._kept[name]
+        kept: Kept = self._kept[name]
+        return kept
 
     def _known_of(self, model: nn.Module) -> _Known:
         if self._known is None or self._known.model is not model:

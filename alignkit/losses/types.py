@@ -161,7 +161,8 @@ class PolicyBatch:
         kept: Tokens whose surrogate counts; denominators count all the same. None keeps every token.
         gather: Concatenates values over processes, of which each may hold another number. Collective: a loss calls it
             equally often in every process, whatever they hold.
-        memory: What an objective keeps from batch to batch; the trainer saves it in checkpoints.
+        memory: What an objective keeps from batch to batch; the trainer saves it in checkpoints. A tensor in it is
+            replaced, never written into: a batch that does not count leaves the old one.
     """
 
     policy_token_logps: Float[Tensor, "B T"]

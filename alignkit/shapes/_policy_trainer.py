@@ -224,6 +224,20 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
 
     # --- objective -------------------------------------------------------------------------------------------------
 
+    def batch_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | None, *, record: bool
+    ) -> Tensor:
+        """As ever; what the objective remembers counts where the batch does, and is the same however often it is run.
+
+        A gradient rule has a micro-batch evaluated twice, and an evaluation trains nothing.
+        """
+        kept = self.rollouts.memory
+        self.rollouts.memory = dict(self.once_a_batch("memory", lambda: kept))
+        loss = super().batch_loss(model, inputs, num_items_in_batch, record=record)
+        if not (record and self.model.training):
+            self.rollouts.memory = kept
+        return loss
+
     def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[PolicyOutput, LossOutput]:
         """One forward pass over prompts with their completions, and the method's terms."""
         logps, entropies, aux = self._get_per_token_logps_and_entropies(

@@ -1,7 +1,8 @@
 """Killed at a random moment and started again by the same command, a run ends with the bits of the run never killed.
 
 Method x parametrisation x gradient rule x architecture class, one kill each. A run is a forked child that takes all of
-the program's steps; ``--resume auto`` continues where a checkpoint is complete and begins anew where none is.
+the program's steps; ``--resume auto`` continues where a checkpoint is complete and begins anew where none is. Of an
+online run the completions are compared as well: it is killed while some are drawn and not used up.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ import torch
 from safetensors.torch import load_file
 
 from alignkit.config import load_config
-from alignkit.runs.run import train_preference, train_sft
+from alignkit.parts.method import load_method
+from alignkit.runs.run import train_online, train_preference, train_sft
+from alignkit.storage.durability import checkpoint_step, complete_checkpoints
+from tests.chaos import drawing
 from tests.chaos.architectures import ARCHITECTURES, MIXTURES, save_base
 from tests.programs.conftest import pairs, save_model, write_rows
 from tests.programs.launching import read_lines
@@ -51,6 +55,24 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     "adpo uniform": {**ANCHORED, "anchor": "uniform"},
 }
 """Every method, with every kind of state that it may keep; each moves within the few steps of a run."""
+DRAWN: Mapping[str, Any] = {
+    "data": "prompts.jsonl", "rewards": f"['{drawing.__file__}:{drawing.reward.__name__}']", "max_length": None,
+    "num_generations": 2, "max_completion_length": 6, "num_iterations": 2, "steps_per_generation": 3, "max_steps": 18,
+    "save_steps": 1,
+}  # fmt: skip
+"""Six prompts, three a draw, whose completions make six micro-batches: a run of a pass and a half over the prompts."""
+GUARDED = {**DRAWN, "method": "grpo_guard", "ema": 0.5, "num_steps": 2, "min_count": 1}
+TWO = {"gradient_accumulation_steps": 2, "max_steps": 14}
+FOUR = {"steps_per_generation": 4, "per_device_train_batch_size": 1, **TWO}
+ONLINE: Mapping[str, Mapping[str, Any]] = {
+    "grpo": {**DRAWN, "method": "grpo"},
+    "grpo accumulated": {**DRAWN, "method": "grpo", "loss_type": "bnpo", **FOUR},
+    "grpo against a reference": {**DRAWN, "method": "grpo", "beta": 0.1, **TWO},
+    "grpo_guard": GUARDED,
+    "grpo_guard accumulated": {**GUARDED, "mode": "full", **TWO},
+    "grpo_guard of sequences": {**GUARDED, "importance_sampling_level": "sequence", "steps_per_generation": 2},
+}
+"""Methods whose completions are drawn by the run, with what decides where in a draw a step ends."""
 RULES: Mapping[str | None, Mapping[str, Any]] = {
     None: {}, "asam": {"rho": 0.5}, "decay_to_init": {}, "glad": {}, "gnp": {}, "gsam": {}, "l2_sp": {}, "perpgrad": {},
     "random_perturbation": {}, "sagm": {}, "sam": {"every_k": 2},
@@ -67,8 +89,11 @@ without_response: {better: "w1 w2 {prompt} w3", worse: "w5 w6 {prompt} w7"}
 plain_text_ending: " "
 """
 """Prompts of token rewards in the words that these models know; others are all one word to them."""
+DRAWING = ("qwen3", "llama", "qwen3_moe", "gpt_neox")
 QUANTIZED = ("qwen3", "llama", "gemma2", "gpt_neox", "qwen3_moe", "deepseek_v3")
 SEED = 9
+CLOCK = ("runtime", "per_second", "step_time")
+"""What is in the names of logged times."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +113,10 @@ class Case:
         rule = {} if self.rule is None else {"gradient_rule": self.rule, **RULES[self.rule]}
         if (self.rule, self.parametrization) == ("glad", "full"):
             rule["rule_targets"] = "all"
-        chosen = {**OBJECTIVES[self.objective], **PARAMETRIZATIONS[self.parametrization], **rule}
-        return {**COMMON, **chosen, "model": f"models/{self.kind}"}
+        objective = {**OBJECTIVES, **ONLINE}[self.objective]
+        chosen = {**COMMON, **objective, **PARAMETRIZATIONS[self.parametrization], **rule}
+        keys = {key: value for key, value in chosen.items() if value is not None}
+        return {**keys, "model": f"models/{self.kind}"}
 
 
 def cases() -> Iterator[Case]:
@@ -110,13 +137,31 @@ def cases() -> Iterator[Case]:
         yield following("nf4", kind)
 
 
+def online_cases() -> Iterator[Case]:
+    """Every online objective in full, by adapter and on nf4, and some with rules."""
+    kinds = itertools.cycle(DRAWING)
+    for objective in ONLINE:
+        for parametrization in PARAMETRIZATIONS:
+            yield Case(objective, parametrization, None, next(kinds))
+    rules = ("sam", "decay_to_init", "glad", "random_perturbation", "sagm", "perpgrad")
+    for objective, rule in zip(ONLINE, rules, strict=True):
+        yield Case(objective, "lora", rule, next(kinds))
+
+
 SHORT = (
     Case("sft", "full", None, "qwen3_moe"),
     Case("treg", "lora", "glad", "qwen3"),
     Case("d2o refreshed", "nf4", None, "llama"),
     Case("adpo ema", "full", "sam", "gpt_oss"),
+    Case("grpo accumulated", "full", None, "qwen3"),
+    Case("grpo_guard", "lora", "sam", "qwen3"),
 )
-LONG = [case for case in dict.fromkeys(cases()) if case not in SHORT]
+LONG = {
+    "rows": [case for case in dict.fromkeys(cases()) if case not in SHORT],
+    "completions": [case for case in online_cases() if case not in SHORT],
+}
+"""What a run is trained on, and the cases of it."""
+INSIDE = "while drawn completions were not used up"
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +173,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(path / "pairs.jsonl", rows)
     write_rows(path / "answers.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
     write_rows(path / "negatives.jsonl", [{key: row[key] for key in ("prompt", "rejected")} for row in rows])
+    write_rows(path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows[:6]])
     (path / "contrast.yaml").write_text(CONTRAST)
     return path
 
@@ -148,7 +194,9 @@ def _run(settings: Mapping[str, Any], workplace: Path, log: Path) -> None:
     os.dup2(output, 2)
     os.chdir(workplace)
     torch.set_num_threads(1)
-    program, train = ("sft", train_sft) if settings["method"] == "sft" else ("preference", train_preference)
+    os.environ[drawing.FILE] = str(log.with_suffix(".drawn"))
+    program = load_method(settings["method"]).program
+    train = {"sft": train_sft, "preference": train_preference, "online": train_online}[program]
     train(load_config(program, None, [f"--{key}={value}" for key, value in settings.items()]))
     os._exit(0)
 
@@ -193,7 +241,7 @@ def result(run: Path) -> dict[str, torch.Tensor]:
 def logged(run: Path) -> list[dict[str, Any]]:
     """What was logged, without clock times."""
     lines = [line for line in read_lines(run / "metrics.jsonl") if "train_runtime" not in line]
-    return [{k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if not any(word in k for word in CLOCK)} for line in lines]
 
 
 def killed_and_whole_agree(case: Case, workplace: Path, folder: Path) -> str:
@@ -208,14 +256,24 @@ def killed_and_whole_agree(case: Case, workplace: Path, folder: Path) -> str:
     while not _killed(killed, workplace, folder / "killed.log", after=share * seconds):
         shutil.rmtree(folder / "killed")
         share /= 2
-    had = [path.name for path in sorted((folder / "killed").glob("checkpoint-*"))]
+    had = [path.name for path in sorted((folder / "killed").glob("checkpoint-*"), key=checkpoint_step)]
+    inside = f", {INSIDE}" if is_inside(folder / "killed") else ""
     finish(killed, workplace, folder / "killed.log")
     ours, theirs = result(folder / "killed"), result(folder / "whole")
     assert ours.keys() == theirs.keys()
     different = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
     assert not different, f"{case}: {len(different)} of {len(theirs)} tensors differ, such as {different[0]}"
     assert logged(folder / "killed") == logged(folder / "whole")
-    return f"{share:.0%} of the time after the first save, with {', '.join(had)}"
+    if case.objective in ONLINE:
+        assert drawing.read(folder / "killed.drawn") == drawing.read(folder / "whole.drawn")
+    return f"{share:.0%} of the time after the first save, with {', '.join(had)}{inside}"
+
+
+def is_inside(run: Path) -> bool:
+    """Whether the checkpoint that a run goes on from holds completions."""
+    complete = complete_checkpoints(run)
+    file = complete[-1] / "rollouts_0.pt" if complete else run
+    return file.is_file() and torch.load(file, weights_only=True)["buffer"] is not None
 
 
 @pytest.mark.parametrize("case", SHORT, ids=str)
@@ -225,9 +283,10 @@ def test_killed_equals_whole(case: Case, workplace: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.chaos
-def test_killed_equals_whole_of_all(workplace: Path, tmp_path: Path) -> None:
-    same, faults = 0, []
-    for number, case in enumerate(LONG):
+@pytest.mark.parametrize("what", LONG)
+def test_killed_equals_whole_of_all(what: str, workplace: Path, tmp_path: Path) -> None:
+    moments, faults = [], []
+    for number, case in enumerate(LONG[what]):
         folder = tmp_path / str(number)
         folder.mkdir()
         try:
@@ -236,9 +295,14 @@ def test_killed_equals_whole_of_all(workplace: Path, tmp_path: Path) -> None:
             faults.append(f"{case}: {fault}")
             print(f"  FAULT {case}: {str(fault)[-400:]}", flush=True)
         else:
-            same += 1
+            moments.append(moment)
             print(f"  {case}: killed at {moment}", flush=True)
             shutil.rmtree(folder)
-    print(f"kills that resumed bitwise: {same} of {len(LONG)}")
+    inside = sum(INSIDE in moment for moment in moments)
+    print(f"kills that resumed bitwise, runs on {what}: {len(moments)} of {len(LONG[what])}")
     assert not faults, "\n".join(faults)
-    assert {case.kind for case in LONG} >= set(MIXTURES) and len(LONG) >= 57
+    if what == "completions":
+        print(f"kills {INSIDE}: {inside} of {len(moments)}")
+        assert inside >= len(moments) // 2 and len(moments) >= 20
+    else:
+        assert {case.kind for case in LONG[what]} >= set(MIXTURES) and len(LONG[what]) >= 57
