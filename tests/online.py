@@ -15,6 +15,7 @@ from alignkit.shapes._policy_trainer import OnlineTrainer, UpdateSettings
 from tests.supervised import lora, model, tokenizer
 from tests.trainers import SHORT_RUN
 
+INHERITED = ("eval_dataset", "model", "train_dataset", "reward_funcs", "gradient_rule", "callbacks", "processing_class")
 UPDATE_KEYS = ("layout", "top_entropy_quantile", "off_policy_mask_threshold")
 
 
@@ -40,11 +41,7 @@ def arguments(output_dir: Path, **changes: Any) -> GRPOConfig:
 def make(output_dir: Path, peft: bool = False, **changes: Any) -> OnlineTrainer:
     """Our trainer; changes are arguments of the trainer, of TRL's config or options of the method."""
     method = load_method(changes.pop("method", "grpo"))
-    inherited = {
-        key: changes.pop(key)
-        for key in ("eval_dataset", "model", "train_dataset", "reward_funcs", "gradient_rule", "callbacks")
-        if key in changes
-    }
+    inherited = {key: changes.pop(key) for key in INHERITED if key in changes}
     update = {key: changes.pop(key) for key in UPDATE_KEYS if key in changes}
     options = {key: changes.pop(key) for key in list(changes) if key in method.options.__dataclass_fields__}
     chosen = method.options(**options)
@@ -56,7 +53,7 @@ def make(output_dir: Path, peft: bool = False, **changes: Any) -> OnlineTrainer:
         options=chosen,
         reward_funcs=inherited.pop("reward_funcs", share_of_vowels),
         train_dataset=inherited.pop("train_dataset", None) or prompt_rows(),
-        processing_class=tokenizer(),
+        processing_class=inherited.pop("processing_class", None) or tokenizer(),
         settings=UpdateSettings(**update),
         peft_config=lora() if peft else None,
         ref_model=model() if wants_model else None,

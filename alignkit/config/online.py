@@ -14,7 +14,6 @@ from alignkit.parts.options import only_with, option
 
 RewardValue = str | dict[str, Any]
 """A reward by name, ``file.py:function``, or ``{name: ..., weight: ..., option: ...}``."""
-LAYOUTS = ("padded",)
 VLLM = only_with("use_vllm", True)
 
 
@@ -259,9 +258,9 @@ class UpdateSection(Section):
 
     layout: Literal["auto", "padded", "shared_prefix"] = option(
         "padded",
-        choices=LAYOUTS,
+        choices=("auto", "padded", "shared_prefix"),
         help="padded: a row a completion, as TRL; shared_prefix: one row a prompt, computed once for its completions; "
-        "auto: what is expected to cost less.",
+        "auto: batch by batch what is expected to cost less, where the architecture allows both.",
     )
     top_entropy_quantile: float = option(
         1.0,

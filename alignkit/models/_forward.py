@@ -2,7 +2,7 @@
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - ``trl.trainer.utils.add_fused_lm_head(model, ..., outputs=...)`` and its ``fused_lm_head`` / ``shift_labels`` inputs
-- ``FusedCausalLMOutput.log_probs / entropy / is_top1 / aux_loss``
+- ``FusedCausalLMOutput.log_probs / entropy / is_top1 / log_sum_sq_probs / aux_loss``
 - 4-D attention masks and ``BlockMask`` pass through ``transformers.masking_utils`` untouched
 - transformers ``PreTrainedModel._supports_flex_attn`` and ``set_attn_implementation``
 """
@@ -48,12 +48,14 @@ class CompletionOutput:
         token_logps: Log-prob of each completion token, nats; carries the gradient.
         entropy: Entropy of the next-token distribution, nats.
         is_top1: Whether the token is the most likely one.
+        log_sum_sq_probs: Log of the sum over the vocabulary of squared probabilities, without gradient.
         aux_loss: Load-balancing loss of a mixture of experts, scalar.
     """
 
     token_logps: Tensor
     entropy: Tensor | None
     is_top1: Tensor | None
+    log_sum_sq_probs: Tensor | None
     aux_loss: Tensor | None
 
 
@@ -145,9 +147,12 @@ def support_packed_rows(base: nn.Module) -> None:
 
 
 def _without_router_logits(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook: log-probs alone need no load-balancing loss, even where the model's config asks for it."""
+    """Forward pre-hook: log-probs alone need no load-balancing loss, even where the model's config asks for it.
+
+    Nor does generation, where it could not be computed: the mask has the tokens before this one, and the logits do not.
+    """
     settings = vars(base.config.get_text_config())
-    if kwargs.get("fused_lm_head") and settings.get("output_router_logits"):
+    if (kwargs.get("fused_lm_head") or kwargs.get("use_cache")) and settings.get("output_router_logits"):
         kwargs.setdefault("output_router_logits", False)
     return args, kwargs
 
@@ -206,6 +211,7 @@ def completion_forward(
         token_logps=_by_candidate(output.log_probs, inputs),
         entropy=by_candidate(output.entropy),
         is_top1=by_candidate(output.is_top1),
+        log_sum_sq_probs=by_candidate(output.log_sum_sq_probs),
         aux_loss=output.aux_loss,
     )
 

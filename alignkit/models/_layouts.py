@@ -85,13 +85,7 @@ def choose_layout(
     if requested == "padded":
         return LayoutChoice("padded", ASKED_FOR)
     longest = max((lengths or RowLengths.of(rows)).packed, 0 if lengths is None else lengths.bound)
-    if adapter is not None and adapter.is_prompt_learning:
-        obstacle: str | None = VIRTUAL_TOKENS
-    else:
-        obstacle = shared_prefix_obstacle(model, longest=longest, aux_loss=aux_loss)
-    for name, other in (others or {}).items():
-        if obstacle is None and (found := shared_prefix_obstacle(other, longest=longest)):
-            obstacle = f"{name}: {found}"
+    obstacle = first_obstacle(model, others or {}, longest=longest, adapter=adapter, aux_loss=aux_loss)
     attention = packed_attention(base_model(model))
     if requested == "shared_prefix":
         if obstacle:
@@ -134,6 +128,33 @@ def refusal(obstacle: str) -> str:
     return f"layout: shared_prefix cannot be used: {obstacle}. Write `layout: auto` or `layout: padded`."
 
 
+def first_obstacle(
+    model: nn.Module,
+    others: Mapping[str, nn.Module],
+    *,
+    longest: int,
+    adapter: PeftConfig | None = None,
+    aux_loss: bool = False,
+) -> str | None:
+    """Why packed rows of up to ``longest`` tokens cannot be used with some model of a run, or None if they can.
+
+    Args:
+        model: The policy.
+        others: See :func:`choose_layout`.
+        longest: Of the packed rows, tokens.
+        adapter: The adapter that the policy is about to get.
+        aux_loss: Whether a load-balancing loss is trained on.
+    """
+    if adapter is not None and adapter.is_prompt_learning:
+        return VIRTUAL_TOKENS
+    if obstacle := shared_prefix_obstacle(model, longest=longest, aux_loss=aux_loss):
+        return obstacle
+    for name, other in others.items():
+        if found := shared_prefix_obstacle(other, longest=longest):
+            return f"{name}: {found}"
+    return None
+
+
 def shared_prefix_obstacle(model: nn.Module, *, longest: int, aux_loss: bool = False) -> str | None:
     """Why packed rows of up to ``longest`` tokens cannot be used with ``model``, or None if they can."""
     base = base_model(model)
@@ -148,7 +169,8 @@ def shared_prefix_obstacle(model: nn.Module, *, longest: int, aux_loss: bool = F
     kinds = set(settings.get("layer_types") or ()) - {"full_attention"}
     if kinds - {"sliding_attention"}:
         return f"{type(base).__name__} has layers that are not attention over the whole row: {sorted(kinds)}"
-    windows = {key: value for key, value in settings.items() if WINDOWS.fullmatch(key) and isinstance(value, int)}
+    # Not isinstance: `use_sliding_window: true` is no window of one token.
+    windows = {key: value for key, value in settings.items() if WINDOWS.fullmatch(key) and type(value) is int}
     if settings.get("layer_types") and not kinds:
         windows.pop("sliding_window", None)  # no layer has it
     for key, window in windows.items():

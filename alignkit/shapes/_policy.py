@@ -6,6 +6,7 @@ No upstream name is a private one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from alignkit.parametrizations._policy import load_model
 from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.rewards import file_function, load_rewards
+from alignkit.shapes._policy_forward import refuse_needs
 from alignkit.shapes._policy_trainer import METRICS, OnlineTrainer, UpdateSettings
 
 __all__ = ["METRICS"]
@@ -37,8 +39,9 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> GRPOConfig:
         common: The arguments that all trainers share.
 
     Raises:
-        ConfigError: Completions of a prompt would be torn apart.
+        ConfigError: Completions of a prompt would be torn apart, or the method needs what no run gives.
     """
+    refuse_needs(load_method(config.method).needs(config.method_options))
     check_groups(config, PartialState().num_processes)
     return GRPOConfig(**common, disable_dropout=config.disable_dropout, pad_to_multiple_of=None, log_completions=False)
 
@@ -174,15 +177,17 @@ def check_prompts(args: GRPOConfig, rows: Dataset) -> None:
 
 
 def describe(config: Any, trainer: OnlineTrainer) -> dict[str, Any]:
-    """What is drawn for a step, and whether clipping can act, said once; the reference in words."""
+    """The layout, and whether clipping can act, said once and the former recorded; the reference in words."""
     reference = "none"
     if "reference" in trainer.needs:
         reference = f"{config.model}, a second model in memory"
         if trainer.ref_model is None:
             reference = "a frozen copy of the adapter" if config.adapter else "the policy with its adapter off"
-    if trainer.args.process_index == 0 and (remark := on_policy_remark(trainer.args)):
-        print(remark)
-    return {"reference": reference}
+    if trainer.args.process_index == 0:
+        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
+        if remark := on_policy_remark(trainer.args):
+            print(remark)
+    return {"reference": reference, "batch_layout": asdict(trainer.layout)}
 
 
 def on_policy_remark(args: GRPOConfig) -> str | None:

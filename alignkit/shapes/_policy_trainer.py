@@ -1,15 +1,17 @@
 """The trainer of online runs: TRL's GRPOTrainer with the objective of a :class:`~alignkit.parts.method.Method`.
 
-Inherited from TRL: drawing completions (transformers or vLLM, tools, environments), rewards, advantages, the passes of
-the old policy and of the reference, PEFT, saving. Replaced: the objective (on a PolicyBatch), its one division by the
-counts of the step, metrics of the update, and what a checkpoint keeps (``_rollouts.py``).
+Inherited from TRL: drawing completions (transformers or vLLM, tools, environments), rewards, advantages, when the old
+policy and the reference are run, PEFT, saving. Replaced: the objective (on a PolicyBatch), its one division by the
+counts of the step, metrics of the update, forward passes (``_policy_forward.py``), and what a checkpoint keeps
+(``_rollouts.py``).
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``GRPOTrainer._prepare_inputs(generation_batch)``, ``_buffered_inputs`` and ``_step``: completions are drawn every
   ``steps_per_generation * num_iterations`` micro-batches and kept in a list of batches in between
 - trl ``GRPOTrainer._generate_and_score_completions(inputs)``, whose rows stand ``num_generations`` to a prompt over all
   processes, and the keys it returns
-- trl ``GRPOTrainer._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, ...)``
+- trl ``GRPOTrainer._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size,
+  compute_entropy, compute_aux_loss, ...)``, whose first value under the policy becomes ``old_per_token_logps``
 - trl ``GRPOTrainer._get_train_sampler(dataset)``, a ``RepeatSampler`` whose generator goes on from pass to pass
 - trl ``GRPOTrainer.beta``, whose being zero decides whether the reference is run
 - trl's adapter name ``ref`` for the frozen copy of an adapter that training continues
@@ -19,7 +21,8 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,22 +30,30 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, use_adapter
 
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.data.prompts import prompt_ids_of
-from alignkit.errors import ModelError
+from alignkit.errors import DataError, ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import POLICY_ITEM_KINDS, LossOutput, PolicyBatch
 from alignkit.models._aux_loss import checked_aux_loss
 from alignkit.models._comparison import ScoringRun, length_dependence, refuse_other_scores
-from alignkit.models._forward import compute_precision
+from alignkit.models._forward import base_model, compute_precision, use_packed_attention
+from alignkit.models._layouts import LayoutChoice, confirmed
 from alignkit.models.modes import switch_off_dropout
 from alignkit.models.precision import trained_values
 from alignkit.parts.method import Method
 from alignkit.references._reference import placed
 from alignkit.shapes._arguments import REFUSED_FOR_ONLINE, refuse_unused
 from alignkit.shapes._bridge import ObjectiveBridge
+from alignkit.shapes._policy_forward import (
+    PolicyForward,
+    PolicyOutput,
+    choose_policy_layout,
+    prepare_policy,
+    refuse_needs,
+)
 from alignkit.shapes._rollouts import Rollouts
 
 METRICS: Mapping[str, str] = {
@@ -77,15 +88,6 @@ class UpdateSettings:
     top_entropy_quantile: float = 1.0
     off_policy_mask_threshold: float | None = None
     max_prompt_length: int | None = None
-
-
-@dataclass(frozen=True)
-class PolicyOutput:
-    """What a forward pass over completions gave; of it, the bridge adds ``aux_loss`` to the loss."""
-
-    token_logps: Tensor
-    entropies: Tensor
-    aux_loss: Tensor | None
 
 
 class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
@@ -124,6 +126,7 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
         refuse_unused(args, REFUSED_FOR_ONLINE, inherited, *TRLS_OWN)
         self.method, self.method_options, self.settings = method, options, settings
         self.needs = method.needs(options)
+        refuse_needs(self.needs)
         self.prepare_bridge(gradient_rule)
         checked_aux_loss(model, args.router_aux_loss_coef)
         has_adapter = isinstance(model, PeftModel) or inherited.get("peft_config") is not None
@@ -133,21 +136,29 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
         self.beta = args.beta = float("reference" in self.needs)
+        self._prepare_models(ref_model, has_adapter)
+        self.rollouts = Rollouts(self)
+        self.persistent.append(self.rollouts)
+        self._passes: list[PolicyOutput] | None = None
+        self.lengths = self._look_at_prompts()
+        self.forward_pass = self._choose_forward_pass()
+        for run in self.policy_runs():
+            self.compare_policy(run)
+        self.compare_once_sharded()
+
+    def _prepare_models(self, ref_model: nn.Module | None, has_adapter: bool) -> None:
+        """Take the reference in, and make the policy ready for the passes of this bridge."""
+        args = self.args
         if self.beta and not has_adapter:
             if ref_model is None:
                 raise ModelError("the method compares with a reference, and there is none: pass ref_model")
             self.ref_model = placed(ref_model, self, args.temperature)
         if args.disable_dropout:
             switch_off_dropout(self.model)
-        self.rollouts = Rollouts(self)
-        self.persistent.append(self.rollouts)
-        self._passes: list[tuple[Tensor, Tensor | None]] | None = None
-        self.lengths = self._look_at_prompts()
-        for run in self.policy_runs():
-            self.compare_policy(run)
-        self.compare_once_sharded()
+        cast = args.cast_lm_head_to_fp32
+        prepare_policy(self.model, self.needs, temperature=args.temperature, cast_lm_head_to_fp32=cast)
 
-    # --- what is run is compared first -----------------------------------------------------------------------------
+    # --- what is run is compared first, and in which layout ---------------------------------------------------------
 
     def _look_at_prompts(self) -> RowLengths:
         """Lengths of the first prompts with completions as long as there can be, which stand in for real ones.
@@ -159,12 +170,13 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
         ids = prompt_ids_of(self.train_dataset, self.processing_class, SAMPLED_ROWS)
         ids = sorted(ids, key=len)
         prompts = [list(ids[0]), list(ids[-1])]
-        # Tokens of the prompt over and over: they need only be tokens that the model knows.
-        lengths = [longest, *[max(longest // 2, 1)] * (self.num_generations - 1)]
+        # Tokens of the prompt over and over: they need only be tokens that the model knows. Each completion begins
+        # elsewhere, for equal ones are scored once.
+        lengths = [longest, *[max(longest // 2, 1)] * (self._most_together() - 1)]
         rows = [
             {
                 "prompt_ids": prompt,
-                "completion_ids": [(prompt * (n // len(prompt) + 1))[:n] for n in lengths],
+                "completion_ids": [(prompt * ((n + i) // len(prompt) + 1))[i : i + n] for i, n in enumerate(lengths)],
                 "scores": [0.0] * len(lengths),
             }
             for prompt in prompts
@@ -175,9 +187,57 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
             raise ModelError(f"the policy, {problem}.")
         return found
 
+    def _most_together(self) -> int:
+        """Completions of one prompt that a pass holds at most."""
+        batches = (self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        return min(self.num_generations, max(batches))
+
+    def _choose_forward_pass(self) -> PolicyForward:
+        most, others = self._most_together(), {}
+        if self.ref_model is not None:
+            others["the reference"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+        prompt = self.settings.max_prompt_length or 0
+        choice = choose_policy_layout(
+            self.settings.layout,
+            self.model,
+            others=others,
+            longest=max(self.lengths.packed, prompt + most * self.args.max_completion_length),
+            aux_loss=self.aux_loss_enabled,
+            keeps_attention=self.args.use_transformers_continuous_batching,
+        )
+        return PolicyForward(choice, base_model(self.model).config.get_text_config(), most)
+
+    @property
+    def layout(self) -> LayoutChoice:
+        """The layout in force, and why."""
+        return self.forward_pass.layout
+
     def compare_policy(self, run: ScoringRun) -> None:
-        """Compare the policy with itself before it is trained."""
+        """Compare the policy with itself before it is trained, and all that is run in packed rows with padded ones."""
         refuse_other_scores(run, self.lengths)
+        runs = [run, *self._reference_runs(run)]
+        choice = confirmed(self.layout, runs, self.lengths)
+        self.forward_pass = replace(self.forward_pass, layout=choice)
+        if choice.layout == "shared_prefix":
+            for each in runs:
+                use_packed_attention(each.base, choice.attention)
+
+    def _reference_runs(self, policy: ScoringRun) -> list[ScoringRun]:
+        """The reference as it is run, where there is one."""
+        if not self.beta:
+            return []
+        if self.ref_model is None:
+            return [replace(policy, name="the reference", context=self._without_adapter)]
+        return [replace(policy, name="the reference", model=self.ref_model)]
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        """The reference that TRL finds in the policy: a frozen copy of its adapter, or none at all."""
+        model = self.accelerator.unwrap_model(self.model)
+        with ExitStack() as stack:
+            stack.enter_context(use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None))
+            stack.enter_context(self.accelerator.autocast())
+            yield
 
     def _policy_run(self, model: nn.Module) -> ScoringRun:
         precision = compute_precision(self.model, self.accelerator.mixed_precision)
@@ -202,25 +262,46 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
         first, count = self.accelerator.process_index * len(inputs), len(inputs)
         rows = torch.arange(first, first + count, device=output["completion_ids"].device)
         output["group_index"] = rows // generations
-        old = output.get("old_per_token_logps")
-        for logps, entropies in passes:
-            if old is not None and torch.equal(logps, old):
-                if "old_entropies" in self.needs and entropies is not None:
-                    output["old_entropies"] = entropies
+        # TRL runs the old policy before the reference, and not at all where it is the policy that is trained.
+        if "old_per_token_logps" in output:
+            output |= self._statistics(passes[0])
         return output
 
+    def _statistics(self, old: PolicyOutput) -> dict[str, Tensor]:
+        """What the method needs of the old policy beside log-probs, by the names of a PolicyBatch."""
+        found = {}
+        if "old_entropies" in self.needs and old.entropies is not None:
+            found["old_entropies"] = old.entropies.detach()
+        if "old_sum_sq_probs" in self.needs and old.log_sum_sq_probs is not None:
+            found["old_sum_sq_probs"] = old.log_sum_sq_probs.exp()
+        return found
+
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, *inputs: Any, compute_entropy: bool = False, **more: Any
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs of completion tokens; while completions are scored, what comes with them is kept as well."""
-        if self._passes is None:
-            return super()._get_per_token_logps_and_entropies(model, *inputs, compute_entropy=compute_entropy, **more)
-        wanted = compute_entropy or "old_entropies" in self.needs
-        logps, entropies, aux = super()._get_per_token_logps_and_entropies(
-            model, *inputs, compute_entropy=wanted and model is self.model, **more
-        )
-        self._passes.append((logps, entropies))
-        return logps, entropies, aux
+        if any(given is not None for given in images.values()):
+            raise DataError("prompts with images", ["online runs train on text alone. Remove the column of images"])
+        with self.accelerator.autocast():
+            output = self.forward_pass(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                router_logits=compute_aux_loss,
+            )
+        if self._passes is not None:
+            self._passes.append(output)
+        return output.token_logps, output.entropies if compute_entropy else None, output.aux_loss
 
     # --- objective -------------------------------------------------------------------------------------------------
 
@@ -240,20 +321,20 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
 
     def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[PolicyOutput, LossOutput]:
         """One forward pass over prompts with their completions, and the method's terms."""
-        logps, entropies, aux = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-            inputs["completion_ids"].shape[1],
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-        )
-        assert entropies is not None
-        output = PolicyOutput(logps, entropies, aux)
+        with self.accelerator.autocast():
+            output = self.forward_pass(
+                model,
+                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+                torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+                inputs["completion_ids"].shape[1],
+                router_logits=self.aux_loss_enabled,
+            )
         return output, self.method.objective(self._policy_batch(inputs, output), self.method_options)
 
     def _policy_batch(self, inputs: Mapping[str, Any], output: PolicyOutput) -> PolicyBatch:
-        mask = trained_tokens(inputs)
+        mask, old = trained_tokens(inputs), inputs
+        if "old_per_token_logps" not in inputs:
+            old = self._statistics(output)  # strictly on-policy: the old policy is this one
         return PolicyBatch(
             policy_token_logps=output.token_logps.masked_fill(~mask, 0.0),
             completion_mask=mask,
@@ -263,8 +344,8 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
             group_index=inputs["group_index"],
             max_completion_length=self.args.max_completion_length,
             entropies=output.entropies,
-            old_entropies=inputs.get("old_entropies"),
-            old_sum_sq_probs=inputs.get("old_sum_sq_probs"),
+            old_entropies=old.get("old_entropies"),
+            old_sum_sq_probs=old.get("old_sum_sq_probs"),
             correction=inputs.get("importance_sampling_ratio"),
             kept=self._kept_tokens(inputs, output, mask),
             gather=self._over_ranks,
