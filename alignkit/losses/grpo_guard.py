@@ -410,17 +410,16 @@ def row_weights(
         found: Statistics of the steps.
         guard: How to reweight.
     """
+    if guard.reweight == "none":
+        return torch.ones_like(own_kappa)
     kappa, offset = affine(every, all_steps, found, guard)
-    match guard.reweight:
-        case "inverse_kappa":
-            all_weights, own_weights = 1 / kappa, 1 / own_kappa
-        case "bucket_rms":
-            full = kappa * normalized_ratio(every.log_ratio, kappa, offset)
-            weight = every.log_ratio.exp() if guard.mode == "gate" else full
-            by_step = rms_weights(every.pull * weight.square(), all_steps, found.measured, guard)
-            all_weights, own_weights = by_step[all_steps], by_step[own_steps]
-        case _:
-            return torch.ones_like(own_kappa)
+    if guard.reweight == "inverse_kappa":
+        all_weights, own_weights = 1 / kappa, 1 / own_kappa
+    else:
+        full = kappa * normalized_ratio(every.log_ratio, kappa, offset)
+        weight = every.log_ratio.exp() if guard.mode == "gate" else full
+        by_step = rms_weights(every.pull * weight.square(), all_steps, found.measured, guard)
+        all_weights, own_weights = by_step[all_steps], by_step[own_steps]
     mean = mean_or_one(all_weights[found.measured[all_steps]])
     return (own_weights / mean).masked_fill(~found.measured[own_steps], 1.0)
 
