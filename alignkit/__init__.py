@@ -1,4 +1,4 @@
-"""alignkit: preference and supervised tuning of language models on Hugging Face TRL.
+"""alignkit: preference, online and supervised tuning of language models on Hugging Face TRL.
 
 The names in ``__all__`` are imported on first use, so that ``import alignkit`` costs milliseconds and no torch. Other
 modules may be imported too, but only these names are promised from one minor version to the next.

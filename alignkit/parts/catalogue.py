@@ -47,7 +47,6 @@ KINDS = (
     Kind("parametrisations", "alignkit/parametrizations", parametrization_names, load_parametrization),
     Kind("batch shapes", "alignkit/shapes", shape_names, load_shape),
     Kind("data formats", "alignkit/data/formats", format_names, load_format),
-    Kind("data formats", "alignkit/data/formats", format_names, load_format),
     Kind("rewards", "alignkit/rewards", reward_names, load_reward, in_families=True),
     Kind("evaluations", "alignkit/evals", evaluation_names, load_evaluation),
 )
