@@ -2,8 +2,8 @@
 
 Inherited from TRL: drawing completions (transformers or vLLM, tools, environments), rewards, advantages, when the old
 policy and the reference are run, PEFT, saving. Replaced: the objective (on a PolicyBatch), its one division by the
-counts of the step, metrics of the update, forward passes (``_policy_forward.py``), and what a checkpoint keeps
-(``_rollouts.py``).
+counts of the step, metrics of the update, forward passes (``_policy_forward.py``, in a layout that
+``_policy_layouts.py`` chooses), and what a checkpoint keeps (``_rollouts.py``).
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``GRPOTrainer._prepare_inputs(generation_batch)``, ``_buffered_inputs`` and ``_step``: completions are drawn every
@@ -14,15 +14,13 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
   compute_entropy, compute_aux_loss, ...)``, whose first value under the policy becomes ``old_per_token_logps``
 - trl ``GRPOTrainer._get_train_sampler(dataset)``, a ``RepeatSampler`` whose generator goes on from pass to pass
 - trl ``GRPOTrainer.beta``, whose being zero decides whether the reference is run
-- trl's adapter name ``ref`` for the frozen copy of an adapter that training continues
-- the names in ``_bridge.py``
+- the names in ``_bridge.py`` and ``_policy_layouts.py``
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,30 +28,18 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler, use_adapter
+from trl.trainer.utils import RepeatSampler
 
-from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
-from alignkit.data.prompts import prompt_ids_of
-from alignkit.errors import DataError, ModelError
+from alignkit.errors import DataError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import POLICY_ITEM_KINDS, LossOutput, PolicyBatch
 from alignkit.models._aux_loss import checked_aux_loss
-from alignkit.models._comparison import ScoringRun, length_dependence, refuse_other_scores
-from alignkit.models._forward import base_model, compute_precision, use_packed_attention
-from alignkit.models._layouts import LayoutChoice, confirmed
-from alignkit.models.modes import switch_off_dropout
 from alignkit.models.precision import trained_values
 from alignkit.parts.method import Method
-from alignkit.references._reference import placed
 from alignkit.shapes._arguments import REFUSED_FOR_ONLINE, refuse_unused
 from alignkit.shapes._bridge import ObjectiveBridge
-from alignkit.shapes._policy_forward import (
-    PolicyForward,
-    PolicyOutput,
-    choose_policy_layout,
-    prepare_policy,
-    refuse_needs,
-)
+from alignkit.shapes._policy_forward import PolicyOutput, refuse_needs
+from alignkit.shapes._policy_layouts import PolicyLayouts
 from alignkit.shapes._rollouts import Rollouts
 
 METRICS: Mapping[str, str] = {
@@ -90,7 +76,7 @@ class UpdateSettings:
     max_prompt_length: int | None = None
 
 
-class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
+class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
     """Draws completions of prompts, rewards them, and trains on them with any online method.
 
     Args:
@@ -145,103 +131,6 @@ class OnlineTrainer(ObjectiveBridge, GRPOTrainer):
         for run in self.policy_runs():
             self.compare_policy(run)
         self.compare_once_sharded()
-
-    def _prepare_models(self, ref_model: nn.Module | None, has_adapter: bool) -> None:
-        """Take the reference in, and make the policy ready for the passes of this bridge."""
-        args = self.args
-        if self.beta and not has_adapter:
-            if ref_model is None:
-                raise ModelError("the method compares with a reference, and there is none: pass ref_model")
-            self.ref_model = placed(ref_model, self, args.temperature)
-        if args.disable_dropout:
-            switch_off_dropout(self.model)
-        cast = args.cast_lm_head_to_fp32
-        prepare_policy(self.model, self.needs, temperature=args.temperature, cast_lm_head_to_fp32=cast)
-
-    # --- what is run is compared first, and in which layout ---------------------------------------------------------
-
-    def _look_at_prompts(self) -> RowLengths:
-        """Lengths of the first prompts with completions as long as there can be, which stand in for real ones.
-
-        Raises:
-            ModelError: The model's position encoding makes log-probs depend on the rows beside.
-        """
-        longest = self.args.max_completion_length
-        ids = prompt_ids_of(self.train_dataset, self.processing_class, SAMPLED_ROWS)
-        ids = sorted(ids, key=len)
-        prompts = [list(ids[0]), list(ids[-1])]
-        # Tokens of the prompt over and over: they need only be tokens that the model knows. Each completion begins
-        # elsewhere, for equal ones are scored once.
-        lengths = [longest, *[max(longest // 2, 1)] * (self._most_together() - 1)]
-        rows = [
-            {
-                "prompt_ids": prompt,
-                "completion_ids": [(prompt * ((n + i) // len(prompt) + 1))[i : i + n] for i, n in enumerate(lengths)],
-                "scores": [0.0] * len(lengths),
-            }
-            for prompt in prompts
-        ]
-        bound = None if self.settings.max_prompt_length is None else self.settings.max_prompt_length + longest
-        found = RowLengths.of(iter(rows), max_length=bound)
-        if problem := length_dependence(self.model, found, together=True):
-            raise ModelError(f"the policy, {problem}.")
-        return found
-
-    def _most_together(self) -> int:
-        """Completions of one prompt that a pass holds at most."""
-        batches = (self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        return min(self.num_generations, max(batches))
-
-    def _choose_forward_pass(self) -> PolicyForward:
-        most, others = self._most_together(), {}
-        if self.ref_model is not None:
-            others["the reference"] = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
-        prompt = self.settings.max_prompt_length or 0
-        choice = choose_policy_layout(
-            self.settings.layout,
-            self.model,
-            others=others,
-            longest=max(self.lengths.packed, prompt + most * self.args.max_completion_length),
-            aux_loss=self.aux_loss_enabled,
-            keeps_attention=self.args.use_transformers_continuous_batching,
-        )
-        return PolicyForward(choice, base_model(self.model).config.get_text_config(), most)
-
-    @property
-    def layout(self) -> LayoutChoice:
-        """The layout in force, and why."""
-        return self.forward_pass.layout
-
-    def compare_policy(self, run: ScoringRun) -> None:
-        """Compare the policy with itself before it is trained, and all that is run in packed rows with padded ones."""
-        refuse_other_scores(run, self.lengths)
-        runs = [run, *self._reference_runs(run)]
-        choice = confirmed(self.layout, runs, self.lengths)
-        self.forward_pass = replace(self.forward_pass, layout=choice)
-        if choice.layout == "shared_prefix":
-            for each in runs:
-                use_packed_attention(each.base, choice.attention)
-
-    def _reference_runs(self, policy: ScoringRun) -> list[ScoringRun]:
-        """The reference as it is run, where there is one."""
-        if not self.beta:
-            return []
-        if self.ref_model is None:
-            return [replace(policy, name="the reference", context=self._without_adapter)]
-        return [replace(policy, name="the reference", model=self.ref_model)]
-
-    @contextmanager
-    def _without_adapter(self) -> Iterator[None]:
-        """The reference that TRL finds in the policy: a frozen copy of its adapter, or none at all."""
-        model = self.accelerator.unwrap_model(self.model)
-        with ExitStack() as stack:
-            stack.enter_context(use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None))
-            stack.enter_context(self.accelerator.autocast())
-            yield
-
-    def _policy_run(self, model: nn.Module) -> ScoringRun:
-        precision = compute_precision(self.model, self.accelerator.mixed_precision)
-        return ScoringRun("the policy", model, precision, self.accelerator.autocast, self.args.temperature)
 
     # --- completions -----------------------------------------------------------------------------------------------
 
