@@ -27,7 +27,7 @@ AUTO = {
 """What ``auto`` and null stand for, by level."""
 AUTO_REWEIGHT = {"gate": "none", "full": "inverse_kappa"}
 """What ``reweight: auto`` stands for, by mode."""
-OF_TOKENS, OF_COMPLETIONS = ("position", "position_quantile", "entropy"), ("length", "sqrt_length")
+OF_TOKENS, OF_COMPLETIONS = ("position", "position_quantile", "entropy", "fisher"), ("length", "sqrt_length")
 """Choices that exist at one level alone."""
 
 
@@ -181,10 +181,10 @@ METHOD = Method(
         ),
         Conflict(
             "guard of tokens at level sequence",
-            ("step_axis", "importance_sampling_level"),
-            lambda c: c.importance_sampling_level == "sequence" and c.step_axis in OF_TOKENS,
-            "a completion has one ratio, and no position or entropy of its own",
-            "write step_axis: length",
+            ("step_axis", "scale", "importance_sampling_level"),
+            lambda c: c.importance_sampling_level == "sequence" and bool({c.step_axis, c.scale} & {*OF_TOKENS}),
+            "a completion has one ratio, and no position, entropy or certainty of its own",
+            "write step_axis: length and scale: sqrt_length, pooled, fixed or none",
         ),
         Conflict(
             "guard of completions at level token",
@@ -195,11 +195,11 @@ METHOD = Method(
         ),
         Conflict(
             "guard by the old policy's whole distribution",
-            ("scale", "center"),
-            lambda c: c.scale == "fisher" or c.center == "exact_kl",
-            "a run keeps the old policy's log-probs and entropies, not its distributions; the loss, "
-            "alignkit.losses.grpo_guard, takes them from who has them",
-            "write scale: pooled, and center: logmeanexp or k3",
+            ("center",),
+            lambda c: c.center == "exact_kl",
+            "a run keeps what the old policy gave the tokens and how certain it was, not its distributions; the loss, "
+            "alignkit.losses.grpo_guard, takes their divergence from who has it",
+            "write center: logmeanexp, or k3, which estimates the divergence",
         ),
         Conflict(
             "inverse_kappa in mode gate",

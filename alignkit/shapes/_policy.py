@@ -25,7 +25,6 @@ from alignkit.parametrizations._policy import load_model
 from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.rewards import file_function, load_rewards
-from alignkit.shapes._policy_forward import refuse_needs
 from alignkit.shapes._policy_trainer import METRICS, OnlineTrainer, UpdateSettings
 
 __all__ = ["METRICS"]
@@ -39,9 +38,8 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> GRPOConfig:
         common: The arguments that all trainers share.
 
     Raises:
-        ConfigError: Completions of a prompt would be torn apart, or the method needs what no run gives.
+        ConfigError: Completions of a prompt would be torn apart.
     """
-    refuse_needs(load_method(config.method).needs(config.method_options))
     check_groups(config, PartialState().num_processes)
     return GRPOConfig(**common, disable_dropout=config.disable_dropout, pad_to_multiple_of=None, log_completions=False)
 
