@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.supervised import lora, model, tokenizer
 from tests.trainers import SHORT_RUN
 
 INHERITED = ("eval_dataset", "model", "train_dataset", "reward_funcs", "gradient_rule", "callbacks", "processing_class")
-UPDATE_KEYS = ("layout", "top_entropy_quantile", "off_policy_mask_threshold")
+UPDATE_KEYS = tuple(field.name for field in fields(UpdateSettings))
 
 
 def share_of_vowels(completions: list[Any], **columns: Any) -> list[float]:
@@ -64,6 +65,7 @@ def make(output_dir: Path, peft: bool = False, **changes: Any) -> OnlineTrainer:
 def make_peer(output_dir: Path, peft: bool = False, **changes: Any) -> GRPOTrainer:
     """TRL's trainer, told the same in its own words."""
     changes.setdefault("loss_type", GRPOOptions().loss_type)
+    rewards = changes.pop("reward_funcs", share_of_vowels)
     start = model()
     if changes.get("beta") and not peft:
         # TRL loads its reference from where the policy came from.
@@ -72,7 +74,7 @@ def make_peer(output_dir: Path, peft: bool = False, **changes: Any) -> GRPOTrain
     return GRPOTrainer(
         start,
         args=arguments(output_dir, **changes),
-        reward_funcs=share_of_vowels,
+        reward_funcs=rewards,
         train_dataset=prompt_rows(),
         processing_class=tokenizer(),
         peft_config=lora() if peft else None,

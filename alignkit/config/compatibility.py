@@ -8,7 +8,7 @@ from typing import Any
 
 from alignkit.config.conflicts import CONFLICTS
 from alignkit.config.ignored import IGNORED
-from alignkit.config.online import EngineSection
+from alignkit.config.online import EngineSection, UpdateSection
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import show
 from alignkit.parts.method import Method, load_method, method_names
@@ -125,6 +125,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *(_refusal_of(method, conflict) for method in _METHODS for conflict in method.conflicts),
     *IGNORED,
     *_ignored_of_section(EngineSection),
+    *_ignored_of_section(UpdateSection),
     *(_ignored_by(method, ignored) for method in _METHODS for ignored in method.ignored),
     *(keys for method in _METHODS for keys in _ignored_options("method", method.name, method.options)),
     *(keys for name in rule_names() for keys in _ignored_options("gradient_rule", name, load_rule(name).options)),

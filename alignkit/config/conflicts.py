@@ -5,17 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from alignkit.config.refusals import Refusal, no_heldout_rows
+from alignkit.config.refusals import Refusal, edits_gradients, no_heldout_rows
 from alignkit.parts.parametrization import load_parametrization
-from alignkit.parts.rule import load_rule
 
 
 def _has_adapter(c: Any) -> bool:
     return load_parametrization(c.parametrization).has_adapter
-
-
-def _edits_gradients(rule: str | None) -> bool:
-    return rule is not None and load_rule(rule).edit is not None
 
 
 CONFLICTS: tuple[Refusal, ...] = (
@@ -153,14 +148,14 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "gradient rule with fp16",
         ("gradient_rule", "fp16"),
-        lambda c: _edits_gradients(c.gradient_rule) and c.fp16,
+        lambda c: edits_gradients(c.gradient_rule) and c.fp16,
         "a rule takes its gradients without the loss scaling that float16 needs",
         "Write bf16: true, or remove fp16",
     ),
     Refusal(
         "gradient rule with torch.compile",
         ("gradient_rule", "torch_compile"),
-        lambda c: _edits_gradients(c.gradient_rule) and c.torch_compile,
+        lambda c: edits_gradients(c.gradient_rule) and c.torch_compile,
         "a compiled model does not see displaced weights",
         "Remove torch_compile, or the gradient rule",
     ),

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from alignkit.config.refusals import IgnoredKeys, no_heldout_rows
+from collections.abc import Callable
+from typing import Any
+
+from alignkit.config.refusals import IgnoredKeys, edits_gradients, no_heldout_rows
+
+EVERY_ROW_COUNTS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "bnpo": (lambda c: c.loss_type == "bnpo", "loss_type", "dapo"),
+    "a divergence": (lambda c: bool(c.beta), "beta", "0"),
+    "an entropy bonus": (lambda c: c.entropy_coef != 0, "entropy_coef", "0"),
+    "tokens of large entropy": (lambda c: c.top_entropy_quantile < 1, "top_entropy_quantile", "1"),
+    "a gradient rule": (lambda c: edits_gradients(c.gradient_rule), "gradient_rule", "null"),
+}
+"""Where completions without an advantage count: when, the key that says so, and a value of it under which not."""
 
 IGNORED: tuple[IgnoredKeys, ...] = (
+    *(
+        IgnoredKeys(
+            f"skip_dead_rows with {name}",
+            ("skip_dead_rows",),
+            condition,
+            "completions without an advantage count there as well",
+            f"write {key}: {value}",
+            under=(key,),
+        )
+        for name, (condition, key, value) in EVERY_ROW_COUNTS.items()
+    ),
     IgnoredKeys(
         "cache options without a precomputed reference",
         ("reference_batch_size", "reference_cache"),

@@ -262,6 +262,17 @@ class UpdateSection(Section):
         help="padded: a row a completion, as TRL; shared_prefix: one row a prompt, computed once for its completions; "
         "auto: batch by batch what is expected to cost less, where the architecture allows both.",
     )
+    arrange_rows: bool = option(
+        True,
+        help="Lay completions out by prompt and length within an optimizer step, as far as that changes no number, and "
+        "cut every micro-batch to its longest row; false leaves them as TRL draws and pads them.",
+    )
+    skip_dead_rows: bool = option(
+        True,
+        help="Leave completions that move nothing (all of their prompt are worth the same) out of the update, where "
+        "nothing else sees them.",
+        only_with=only_with("arrange_rows", True),
+    )
     top_entropy_quantile: float = option(
         1.0,
         gt=0,

@@ -12,11 +12,17 @@ from typing import Any
 
 from alignkit.config.settings import Settings
 from alignkit.parts.options import Conflict, Ignored
+from alignkit.parts.rule import load_rule
 
 
 def no_heldout_rows(c: Any) -> bool:
     """Condition: nothing to evaluate on; needs ``eval_data`` and ``eval_fraction``."""
     return c.eval_data is None and not c.eval_fraction > 0
+
+
+def edits_gradients(rule: str | None) -> bool:
+    """Whether a gradient rule of this name edits gradients, and does not only pull at weights."""
+    return rule is not None and load_rule(rule).edit is not None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TRL = "TRL 1.16"
 LEVELS = ("token", "sequence")
+WITHIN_MICRO_BATCH = ("every_row", "whole_micro_batch")
+"""What a loss needs that has a mean or a statistic within a micro-batch: all of its rows, and no others."""
 
 METRICS: Mapping[str, str] = {
     "ratio/mean": "mean importance ratio, over tokens or, at level sequence, over completions",
@@ -48,8 +50,9 @@ class RegularizerOptions:
         return Regularizers(self.beta, self.use_bias_correction_kl, self.entropy_coef)
 
     def needs(self, *more: str) -> frozenset[str]:
-        """What a run must provide: the reference where the divergence from it counts."""
-        return frozenset([*more, *(["reference"] if self.beta else [])])
+        """What a run must provide: the reference where the divergence from it counts, and the rows that count then."""
+        of_divergence = ("reference", "every_row") if self.beta else ()
+        return frozenset([*more, *of_divergence, *(WITHIN_MICRO_BATCH if self.entropy_coef else ())])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.objectives._clipping import CLIP_METRICS, METRICS, TRL, ClipOptions, delta_is_within_clip
+from alignkit.objectives._clipping import (
+    CLIP_METRICS,
+    METRICS,
+    TRL,
+    WITHIN_MICRO_BATCH,
+    ClipOptions,
+    delta_is_within_clip,
+)
 from alignkit.parts.method import Method, Paper
 from alignkit.parts.options import Conflict, Ignored, only_with, option
 
@@ -79,7 +86,7 @@ METHOD = Method(
     ),
     fidelity="paper text and its successors', operation for operation as TRL 1.16 computes the same loss_type",
     program="online",
-    needs=lambda options: options.needs(),
+    needs=lambda options: options.needs(*(WITHIN_MICRO_BATCH if options.loss_type == "bnpo" else ())),
     num_candidates=None,
     conflicts=(
         Conflict(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignkit.objectives._clipping import CLIP_METRICS, METRICS, TRL, ClipOptions, delta_is_within_clip
+from alignkit.objectives._clipping import (
+    CLIP_METRICS,
+    METRICS,
+    TRL,
+    WITHIN_MICRO_BATCH,
+    ClipOptions,
+    delta_is_within_clip,
+)
 from alignkit.objectives.grpo import LOSS_TYPES, UNCLIPPED
 from alignkit.parts.method import Method, Paper
 from alignkit.parts.options import Conflict, Ignored, only_with, option
@@ -126,6 +133,9 @@ def needs(options: GRPOGuardOptions) -> frozenset[str]:
         "old_sum_sq_probs": options.scale == "fisher",
         "old_policy_kl": options.center == "exact_kl",
     }
+    has_statistics = options.scale != "none" or options.center != "none" or options.reweight == "bucket_rms"
+    if has_statistics or options.loss_type == "bnpo":
+        wanted |= dict.fromkeys(WITHIN_MICRO_BATCH, True)
     return options.needs(*(name for name, is_wanted in wanted.items() if is_wanted))
 
 

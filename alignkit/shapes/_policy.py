@@ -6,7 +6,7 @@ No upstream name is a private one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
@@ -145,9 +145,7 @@ def build(
         method=method,
         options=config.method_options,
         reward_funcs=[reward.function for reward in rewards],
-        settings=UpdateSettings(
-            config.layout, config.top_entropy_quantile, config.off_policy_mask_threshold, config.max_prompt_length
-        ),
+        settings=UpdateSettings(**{field.name: getattr(config, field.name) for field in fields(UpdateSettings)}),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,

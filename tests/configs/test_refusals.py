@@ -246,6 +246,24 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "sample length without samples": ({"num_samples": 0, "sample_max_new_tokens": 8}, {"num_samples": 1}),
     "Hub options without push_to_hub": ({"hub_model_id": "me/model", "hub_private": True}, {"push_to_hub": True}),
+    "skip_dead_rows without arrange_rows": (
+        ONLINE | {"arrange_rows": False, "skip_dead_rows": True},
+        {"arrange_rows": True},
+    ),
+    "skip_dead_rows with bnpo": (ONLINE | {"skip_dead_rows": True, "loss_type": "bnpo"}, {"loss_type": "dapo"}),
+    "skip_dead_rows with a divergence": (ONLINE | {"skip_dead_rows": True, "beta": 0.1}, {"beta": 0.0}),
+    "skip_dead_rows with an entropy bonus": (
+        ONLINE | {"skip_dead_rows": True, "entropy_coef": 0.1},
+        {"entropy_coef": 0.0},
+    ),
+    "skip_dead_rows with tokens of large entropy": (
+        ONLINE | {"skip_dead_rows": True, "top_entropy_quantile": 0.2},
+        {"top_entropy_quantile": 1.0},
+    ),
+    "skip_dead_rows with a gradient rule": (
+        ONLINE | {"skip_dead_rows": True, "gradient_rule": "sam"},
+        {"gradient_rule": None},
+    ),
     # --- adpo; most values are the defaults, which ask for something where they are written down ---
     "beta_reward of adpo without target: listwise_zscore or listwise_raw or kde or pairwise_soft": (
         ADPO | {"target": "plackett_luce", "beta_reward": 0.5},

@@ -41,6 +41,7 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         (GRPOTrainer._prepare_inputs, ["self", "generation_batch"]),
         (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
+        (GRPOTrainer._calculate_rewards, ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer._get_train_sampler, ["self", "dataset"]),
         (SFTTrainer._set_signature_columns_if_needed, ["self"]),
         (sft_trainer.DataCollatorForLanguageModeling.torch_call, ["self", "examples"]),
@@ -89,7 +90,9 @@ OWN_HOOKS = {
     OnlineTrainer: {
         "_get_train_sampler",
         "_generate_and_score_completions",
+        "_calculate_rewards",
         "_get_per_token_logps_and_entropies",
+        "_prepare_inputs",
     },
 }
 SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluate", "log", "create_model_card"} | {

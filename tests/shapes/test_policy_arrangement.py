@@ -1,0 +1,179 @@
+"""Completions in better places: every step is made of the same rows, and no number of it changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.shapes._arrangement import Arrangement, arranged, dead_rows, window_of
+from alignkit.shapes._policy_trainer import groups_with_spread
+from tests.online import make, make_peer, share_of_vowels
+from tests.trainers import flat_weights, logged
+
+SMALL = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+TWICE = {"num_iterations": 2}
+SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 3e-3}
+PAIRS: dict[str, dict[str, Any]] = {
+    "dapo, small": SMALL | TWICE,
+    "grpo, small": SMALL | TWICE | {"loss_type": "grpo"},
+    "dr_grpo, small": SMALL | TWICE | {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "luspo": TWICE | SEQUENCE | {"loss_type": "luspo"},
+    "cispo, small": SMALL | TWICE | {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sequence level, small": SMALL | TWICE | SEQUENCE,
+    "two steps a draw": SMALL | {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+}
+
+
+def half_without_spread(completions: list[Any], **columns: Any) -> list[float]:
+    """Every second prompt has completions that are all worth the same."""
+    return [0.5 if i // 4 % 2 else value for i, value in enumerate(share_of_vowels(completions))]
+
+
+def nothing_to_learn(completions: list[Any], **columns: Any) -> list[float]:
+    """All are worth the same, in numbers whose mean is not exact."""
+    return [0.1] * len(completions)
+
+
+def draw(steps: int, rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Micro-batches as TRL splits them; every row is marked by its number, and half of the prompts have no spread."""
+    torch.manual_seed(seed)
+    prompts, completions = torch.randint(1, 9, (steps * rows, 1)), torch.randint(1, 13, (steps * rows, 1))
+    number = torch.arange(steps * rows)
+    prompt_mask = (torch.arange(8) >= 8 - prompts).long()
+    completion_mask = (torch.arange(12) < completions).long()
+    advantages = torch.randn(steps * rows) * (number // 4 % 2)
+    whole = {
+        "prompt_ids": prompt_mask * (number[:, None] + 1),
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_mask * (number[:, None] + 1),
+        "completion_mask": completion_mask,
+        "old_per_token_logps": -torch.rand(steps * rows, 12) * completion_mask,
+        "importance_sampling_ratio": torch.rand(steps * rows, 1),
+        "advantages": advantages,
+        "group_index": number // 4,
+    }
+    mixed = torch.randperm(steps * rows)
+    total = torch.tensor(int(completion_mask.sum()))
+    split = [{key: value[mixed[i * rows : (i + 1) * rows]] for key, value in whole.items()} for i in range(steps)]
+    return [{**batch, "num_items_in_batch": total} for batch in split]
+
+
+def numbers(batch: dict[str, Any]) -> list[int]:
+    return [int(row.max()) for row in batch["completion_ids"]]
+
+
+def test_rows_stay_within_their_step_whole_and_unpadded() -> None:
+    before = draw(steps=8, rows=4)
+    after = arranged(before, Arrangement(window=4))
+    for start in (0, 4):
+        rows = [sorted(sum((numbers(batch) for batch in half[start : start + 4]), [])) for half in (before, after)]
+        assert rows[0] == rows[1]
+        tokens = [(b["prompt_mask"].sum(1) + b["completion_mask"].sum(1)).tolist() for b in after[start : start + 4]]
+        assert sum(tokens, []) == sorted(sum(tokens, []), reverse=True) and [len(row) for row in tokens] == [4] * 4
+    assert [numbers(batch) for batch in before] != [numbers(batch) for batch in after]
+    columns = {int(ids.max()): (batch, i) for batch in before for i, ids in enumerate(batch["completion_ids"])}
+    for batch in after:
+        assert batch["prompt_mask"].any(0).all() and batch["completion_mask"].any(0).all()
+        assert int(batch["num_items_in_batch"]) == int(before[0]["num_items_in_batch"])
+        for i, row in enumerate(numbers(batch)):
+            source, j = columns[row]
+            long = int(source["completion_mask"][j].sum())
+            for key in ("completion_ids", "old_per_token_logps"):
+                assert torch.equal(batch[key][i][:long], source[key][j][:long]), key
+            assert torch.equal(batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].unique(), torch.tensor([row]))
+            for key in ("advantages", "group_index", "importance_sampling_ratio"):
+                assert torch.equal(batch[key][i], source[key][j]), key
+
+
+def test_completions_of_a_prompt_stand_together() -> None:
+    after = arranged(draw(steps=4, rows=8), Arrangement(window=4, by_prompt=True))
+    assert [len(set(batch["group_index"].tolist())) for batch in after] == [2] * 4
+    longest = [int((batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).max()) for batch in after]
+    assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize(("live", "expected"), [(9, [3, 2, 2, 2]), (2, [1, 1, 1, 1]), (0, [1, 1, 1, 1])])
+def test_live_rows_are_dealt_evenly_and_no_micro_batch_is_empty(live: int, expected: list[int]) -> None:
+    before = draw(steps=4, rows=4)
+    for i, batch in enumerate(before):
+        batch["advantages"] = torch.where(torch.arange(i * 4, i * 4 + 4) < live, 1.0, 0.0)
+    after = arranged(before, Arrangement(window=4, skip_dead=True))
+    assert [len(batch["advantages"]) for batch in after] == expected
+    kept = sum(map(numbers, after), [])
+    marked = [n for batch in before for n, a in zip(numbers(batch), batch["advantages"], strict=True) if a]
+    assert set(marked) <= set(kept) and len(kept) == len(set(kept)) == max(live, 4)
+
+
+def test_what_is_dead_has_no_advantage_or_nothing_to_train_on() -> None:
+    batch = {
+        "completion_mask": torch.tensor([[1, 1], [1, 0], [0, 0], [1, 1]]),
+        "tool_mask": torch.tensor([[1, 1], [1, 1], [1, 1], [0, 0]]),
+        "advantages": torch.tensor([0.0, -0.1, 2.0, 3.0]),
+    }
+    assert dead_rows(batch).tolist() == [True, False, True, True]
+    assert dead_rows(batch | {"advantages": torch.tensor([[0.0, 0.1]] * 4)}).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "of_a_draw", "expected"), [(4, 4, 4), (2, 8, 2), (8, 4, 4), (1, 3, 1), (4, 6, 1), (3, 2, 1)]
+)
+def test_windows_are_the_micro_batches_of_one_step(accumulation: int, of_a_draw: int, expected: int) -> None:
+    assert window_of(accumulation, of_a_draw) == expected
+    # Whatever iteration it is: no window has micro-batches of two steps.
+    for first in range(0, 12 * accumulation * of_a_draw, of_a_draw):
+        for start in range(first, first + of_a_draw, expected):
+            assert start // accumulation == (start + expected - 1) // accumulation
+
+
+def test_spread_is_of_sums_or_of_parts_and_rewards_that_say_nothing_have_none() -> None:
+    nan = float("nan")
+    rewards = torch.tensor(
+        [[1.0, 0.0], [0.0, 1.0], [nan, nan], [0.7, nan], [0.1, 0.1], [0.1, 0.2], [nan, nan]] + [[nan, nan]]
+    )
+    assert groups_with_spread(rewards, 2, True).tolist() == [False, False, True, False]
+    assert groups_with_spread(rewards, 2, False).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_losses_and_gradient_norms_with_dead_rows_left_out_follow_those_of_trl(name: str, tmp_path: Path) -> None:
+    theirs = make_peer(tmp_path / "theirs", reward_funcs=half_without_spread, **PAIRS[name])
+    theirs.train()
+    ours = make(tmp_path / "ours", reward_funcs=half_without_spread, **PAIRS[name])
+    rows: list[int] = []
+    count = ours.evaluate_objective
+    ours.evaluate_objective = lambda model, inputs: (rows.append(ours.num_rows(inputs)), count(model, inputs))[1]
+    ours.train()
+    for key in ("loss", "grad_norm", "reward"):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-5, abs=1e-6), key
+    assert any(logged(ours, "grad_norm")) and set(logged(ours, "dead_rows")) == {0.5}
+    # Four steps, half of whose rows are dead; a micro-batch without any other keeps one.
+    of_a_step = ours.args.per_device_train_batch_size * ours.args.gradient_accumulation_steps
+    assert 2 * of_a_step <= sum(rows) <= (2 if of_a_step == 8 else 3) * of_a_step
+
+
+def test_a_step_without_a_signal_moves_nothing(tmp_path: Path) -> None:
+    trainer = make(tmp_path, reward_funcs=nothing_to_learn, num_generations=8, max_steps=2, **SMALL)
+    before = flat_weights(trainer.model).clone()
+    trainer.train()
+    assert logged(trainer, "loss") == logged(trainer, "grad_norm") == [0.0, 0.0]
+    assert logged(trainer, "dead_rows") == [1.0, 1.0]
+    assert torch.equal(flat_weights(trainer.model), before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss_type": "bnpo"}, {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}, {"method": "grpo_guard"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_rows_of_a_loss_with_a_mean_or_statistic_within_a_micro_batch_stay(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, **SMALL, **changes)
+    assert trainer.why_rows_stay is not None
+    assert trainer.arrangement == Arrangement(window=1)
+    diverging = make(tmp_path, beta=0.1, **SMALL)
+    assert diverging.arrangement == Arrangement(window=4, skip_dead=False)
+    assert make(tmp_path, **SMALL).arrangement == Arrangement(window=4, skip_dead=True)
