@@ -88,8 +88,9 @@ def clip_figures(batches: Sequence[PolicyBatch], clipping: Clipping) -> dict[str
     ratio, advantage, length = (torch.cat(part) for part in zip(*rows, strict=True))
     is_above, is_below = ratio > 1 + clipping.epsilon, ratio < 1 - clipping.epsilon
     is_clipped = ((is_above & (advantage > 0)) | (is_below & (advantage < 0))).double()
-    bounds = torch.quantile(length, torch.tensor([k / BINS for k in range(1, BINS)], dtype=length.dtype))
-    bins = torch.bucketize(length, bounds)
+    # By rank, so that no bin is empty where many words are as long as words can be.
+    bins = torch.empty(len(length), dtype=torch.long)
+    bins[length.argsort(stable=True)] = torch.arange(len(length)) * BINS // len(length)
     by_length = [float(is_clipped[bins == k].mean()) for k in range(BINS)]
     above = float(is_above[advantage > 0].double().mean())
     below = float(is_below[advantage < 0].double().mean())
