@@ -33,6 +33,7 @@ _PROGRAMS = {
     "sample": "sample responses of a model to every prompt, as candidate lists",
     "score": "give every completion token a reward by contrastive prompting",
     "compare": "compare two runs step by step",
+    "rollouts": "make the page of an online run's completions and their rewards",
     "rewards": "try reward functions on sample completions, or list them",
 }
 """Files of ``alignkit/programs``, which judge their words themselves, with what they do."""

@@ -144,6 +144,13 @@ CONFLICTS: tuple[Refusal, ...] = (
         "there are no held-out rows to evaluate on",
         "Write eval_data: FILE, or eval_fraction: 0.05, or eval_strategy: no",
     ),
+    Refusal(
+        "keep_best without evaluations",
+        ("keep_best", "eval_strategy"),
+        lambda c: c.keep_best and c.eval_strategy == "no",
+        "nothing is evaluated while training, so that no checkpoint is known to be the best",
+        "Write eval_strategy: steps with eval_data or eval_fraction, or keep_best: false",
+    ),
     # --- gradient rule -----------------------------------------------------------------------------------------------
     Refusal(
         "gradient rule with fp16",

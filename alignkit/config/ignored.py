@@ -69,6 +69,14 @@ IGNORED: tuple[IgnoredKeys, ...] = (
         under=("eval_data", "eval_fraction"),
     ),
     IgnoredKeys(
+        "success_threshold without held-out prompts",
+        ("success_threshold",),
+        no_heldout_rows,
+        "no prompts are held out",
+        "write eval_data: FILE or eval_fraction: 0.05",
+        under=("eval_data", "eval_fraction"),
+    ),
+    IgnoredKeys(
         "probe_steps without a probe",
         ("probe_steps",),
         lambda c: not c.probe_rows or no_heldout_rows(c),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from alignkit.config.sections import TRANSFORMERS, TRL, DataSection, DataValue, Section
-from alignkit.config.training import OptimizationSection
+from alignkit.config.training import LoggingSection, OptimizationSection
 from alignkit.parts.options import only_with, option
 
 RewardValue = str | dict[str, Any]
@@ -299,4 +299,29 @@ class OnlineOptimizationSection(OptimizationSection):
         help="Completions per device and micro-batch.",
         source=TRANSFORMERS,
         passes_to_trainer=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineLoggingSection(LoggingSection):
+    """How often the run reports, evaluates and saves, and what it keeps of its completions."""
+
+    rollout_steps: int = option(
+        50,
+        ge=0,
+        help="Steps between two files of completions with their rewards (rollouts/), beside those of the first and the "
+        "last step; 0 writes none.",
+        free_on_resume=True,
+    )
+    success_threshold: float | None = option(
+        None,
+        help="Reward, weighted and added up, from which a held-out completion counts as right in pass@k; null gives "
+        "pass@k where all rewards are 0 or 1.",
+        free_on_resume=True,
+    )
+    keep_best: bool = option(
+        False,
+        help="Save a checkpoint at every evaluation with the best eval_reward so far, and never delete that of the "
+        "best.",
+        free_on_resume=True,
     )

@@ -19,6 +19,7 @@ from alignkit.parts.rule import GradientRule, load_rule
 from alignkit.parts.shape import shapes_by_program
 from alignkit.places import is_hub_id
 from alignkit.plain_text import markdown, markdown_code
+from alignkit.reports.card_online import drawn_text
 
 _LENGTHS_SHOWN = {
     "prompt": "tokens a prompt",
@@ -148,6 +149,7 @@ def render_card(content: CardContent) -> str:
         "Loading": _loading(content),
         "Method": _method_text(content.method),
         "Gradient rule": _rule_text(content.gradient_rule),
+        "Completions and rewards": drawn_text(content.config),
         "Results": _results(content),
         "Training data": _training_data(content),
         "Options": _options(content),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from statistics import fmean, median
 from typing import Any
 
+from alignkit.reports.policy_verdicts import NO_SPREAD, is_online
 from alignkit.reports.series import MIN_POINTS, RECENT, LoggedSeries, Verdict
 
 FEW = 3
@@ -203,7 +204,7 @@ def _still_preferences(series: LoggedSeries) -> str | None:
 def _still_tokens(series: LoggedSeries) -> str | None:
     """The evidence where held-out supervised rows are as likely as before training."""
     losses = series.all("eval_loss")
-    if series.all("rewards/margins") or len(losses) < 2 or not series.is_evaluation:
+    if series.all("rewards/margins") or is_online(series) or len(losses) < 2 or not series.is_evaluation:
         return None
     if abs(losses[-1] - losses[0]) >= MOVED_LOSS:
         return None
@@ -212,7 +213,7 @@ def _still_tokens(series: LoggedSeries) -> str | None:
 
 def overfitting(series: LoggedSeries) -> Verdict | None:
     """Trained rows are told apart, or predicted, far better than held-out ones, which get worse."""
-    if not series.is_evaluation or len(series.window("loss")) < FEW:
+    if not series.is_evaluation or is_online(series) or len(series.window("loss")) < FEW:
         return None
     evidence = _rising_loss(series) or _accuracy_gap(series)
     if evidence is None:
@@ -290,7 +291,7 @@ def _fallen_chosen(series: LoggedSeries, prefix: str) -> str | None:
 
 def _risen_tokens(series: LoggedSeries) -> str | None:
     """The evidence where supervised rows are predicted worse than before training, by ``COLLAPSE`` nats a token."""
-    if series.all("rewards/margins"):
+    if series.all("rewards/margins") or is_online(series):
         return None
     for key, least in (("eval_loss", 2), ("loss", 2 * RECENT)):
         losses = series.all(key)
@@ -305,6 +306,8 @@ def no_gradient(series: LoggedSeries) -> Verdict | None:
     norms = series.window("grad_norm")[-RECENT:]
     if len(norms) < RECENT or any(norms):
         return None
+    if is_online(series) and median(series.window("frac_reward_zero_std")[-RECENT:]) >= NO_SPREAD:
+        return None  # no_spread says why
     return Verdict(
         "no_gradient",
         series.step,

@@ -89,12 +89,19 @@ class CheckpointGuard(TrainerCallback):
     Args:
         save_total_limit: Number of complete checkpoints kept, the newest; None keeps all.
         check: Called on the first rank before each save; raises where the run is no longer alone in its directory.
+        best: Metric of evaluations, the larger the better. Every evaluation that is better than all before is saved,
+            and the checkpoint of the best is kept beside the newest; None is off.
     """
 
-    def __init__(self, save_total_limit: int | None = None, check: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        save_total_limit: int | None = None,
+        check: Callable[[], None] | None = None,
+        best: str | None = None,
+    ) -> None:
         if save_total_limit is not None and save_total_limit < 1:
             raise ValueError(f"save_total_limit must be at least 1 or None, not {save_total_limit}")
-        self.save_total_limit, self.check = save_total_limit, check
+        self.save_total_limit, self.check, self.best = save_total_limit, check, best
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,11 +120,32 @@ class CheckpointGuard(TrainerCallback):
         """
         _on_main(lambda: self._announce(checkpoint))
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint of what has just proved the best."""
+        found = self.best_evaluation(state)
+        if found is not None and found["step"] == state.global_step:
+            control.should_save = True
+
+    def best_evaluation(self, state: TrainerState) -> dict[str, Any] | None:
+        """``step``, ``checkpoint`` and the metric of the best evaluation so far, of equal ones the earliest.
+
+        The one before the first step is none of them: what it found needs no checkpoint.
+        """
+        if self.best is None:
+            return None
+        found = [entry for entry in state.log_history if entry.get(self.best) is not None and entry["step"] > 0]
+        if not found:
+            return None
+        best = max(found, key=lambda entry: (entry[self.best], -entry["step"]))
+        return {"step": best["step"], "checkpoint": f"checkpoint-{best['step']}", self.best: best[self.best]}
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Finish the checkpoint of this step; if it is unusable, every rank raises :class:`CheckpointError`."""
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         PartialState().wait_for_everyone()
-        _on_main(lambda: self._finish(checkpoint, args.world_size))
+        found = self.best_evaluation(state)
+        best = None if found is None else checkpoint.with_name(found["checkpoint"])
+        _on_main(lambda: self._finish(checkpoint, args.world_size, best))
 
     def _announce(self, checkpoint: Path) -> None:
         if self.check is not None:
@@ -130,23 +158,24 @@ class CheckpointGuard(TrainerCallback):
             )
         manifest.claim_checkpoint(checkpoint)
 
-    def _finish(self, checkpoint: Path, world_size: int) -> None:
+    def _finish(self, checkpoint: Path, world_size: int, best: Path | None) -> None:
         """Verify, mark and rotate."""
         try:
             verify_checkpoint(checkpoint, world_size)
             durability.mark_complete(checkpoint)
             manifest = Manifest(checkpoint.parent)
             manifest.complete(checkpoint)
-            self._rotate(manifest)
+            self._rotate(manifest, best)
         except (OSError, StorageError) as error:
             raise CheckpointError(f"{checkpoint} could not be finished: {error}") from error
 
-    def _rotate(self, manifest: Manifest) -> None:
+    def _rotate(self, manifest: Manifest, best: Path | None) -> None:
         _delete_unfinished(manifest)
         complete = [path for path in manifest.checkpoints() if durability.is_complete(path)]
         if self.save_total_limit is not None:
             for checkpoint in complete[: -self.save_total_limit]:
-                manifest.delete_checkpoint(checkpoint)
+                if checkpoint != best:
+                    manifest.delete_checkpoint(checkpoint)
 
 
 def _on_main(action: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.errors import AlignkitError
+from alignkit.reports.policy_verdicts import POLICY_CHECKS
 from alignkit.reports.series import MIN_POINTS, LoggedSeries, Verdict
 from alignkit.reports.verdicts import CHECKS, nonfinite
 from alignkit.storage.durability import complete_checkpoints
@@ -98,7 +99,7 @@ class HealthMonitor(TrainerCallback):
 
     def _judge(self) -> list[Verdict]:
         known = {verdict.name for verdict in self.verdicts}
-        found = [verdict for check in CHECKS if (verdict := check(self._series)) is not None]
+        found = [verdict for check in (*CHECKS, *POLICY_CHECKS) if (verdict := check(self._series)) is not None]
         new = [verdict for verdict in found if verdict.name not in known]
         self.verdicts += new
         return new

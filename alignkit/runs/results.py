@@ -19,6 +19,8 @@ from alignkit.models.saved_weights import verify_weights
 from alignkit.parts.shape import shapes_by_program
 from alignkit.reports.card import content_of_run, render_card
 from alignkit.reports.plot import plot_run
+from alignkit.reports.rollouts import write_page
+from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.health import HealthMonitor
 from alignkit.runs.origin import write_origin
@@ -85,7 +87,7 @@ def _report(
 ) -> None:
     config = loaded.config
     saved = verify_weights(directory.path)
-    health = _health(trainer)
+    health, best = _health(trainer), _best(trainer)
     directory.record(
         results=results["after"],
         results_before=results["before"],
@@ -93,7 +95,9 @@ def _report(
         health=health["verdicts"],
         health_state=health["state"],
         saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
+        **({} if best is None else {"best": best}),
     )
+    page = write_page(directory.path)
     marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
     figure = {"title": f"{config.method} on {config.model}", "panels": shapes_by_program()[config.program].panels}
     directory.manifest.claim(directory.plot_path.name, directory.card_path.name)
@@ -101,7 +105,9 @@ def _report(
     location = config.hub_model_id if config.push_to_hub else str(directory.path)
     write_whole(directory.card_path, render_card(content_of_run(directory.sections(), location)))
     directory.record(status="finished")
-    print(_summary(directory, results, samples))
+    print(_summary(directory, results, samples, best))
+    if page is not None:
+        print(f"  completions with their rewards: {page.name}, all of them in rollouts/")
     if config.push_to_hub:
         url = push(plan_upload(directory.path, config.hub_model_id), private=config.hub_private)
         directory.record(hub={"url": url})
@@ -157,21 +163,50 @@ def _health(trainer: Trainer) -> dict[str, Any]:
     return monitor.summary()
 
 
-def _summary(directory: RunDirectory, results: Mapping[str, Mapping[str, float]], samples: list[dict[str, Any]]) -> str:
+def _best(trainer: Trainer) -> dict[str, Any] | None:
+    """The best evaluation, where its checkpoint is kept."""
+    (guard,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, CheckpointGuard))
+    return guard.best_evaluation(trainer.state)
+
+
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen", "logratio/rejected", "mean_token_accuracy")
+SHOWN_ONLINE = ("reward", *(f"pass@{2**power}" for power in range(17)), "completions/mean_length")
+"""What a summary says of held-out rows: of online runs, whose loss is relative to one another, no loss."""
+
+
+def held_out_line(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Metrics of held-out rows before and after training, with their intervals.
+
+    Args:
+        before: May be empty, where nothing was looked at.
+        after: Metric to value; ``<metric>_low`` and ``<metric>_high`` are its interval.
+    """
+    shown = [key for key in (SHOWN_ONLINE if "reward" in after else SHOWN) if key in after]
+    both = [key for key in shown if key in before]
+    parts = [f"{key} {f'{_value(before, key)} -> ' if key in both else ''}{_value(after, key)}" for key in shown]
+    notes = ["before -> after training"] if both else []
+    notes += ["[95 % intervals over prompts]"] if any(f"{key}_low" in after for key in shown) else []
+    return f"held-out rows: {', '.join(parts)}" + (f"  ({'; '.join(notes)})" if notes else "")
+
+
+def _value(results: Mapping[str, float], key: str) -> str:
+    ends = [results.get(f"{key}_{end}") for end in ("low", "high")]
+    interval = "" if None in ends else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
+    return f"{results[key]:.4g}{interval}"
+
+
+def _summary(
+    directory: RunDirectory,
+    results: Mapping[str, Mapping[str, float]],
+    samples: list[dict[str, Any]],
+    best: Mapping[str, Any] | None,
+) -> str:
     lines = []
-    before, after = results["before"], results["after"]
-    if after:
-        shown = (
-            "loss",
-            "rewards/accuracies",
-            "rewards/margins",
-            "logratio/chosen",
-            "logratio/rejected",
-            "mean_token_accuracy",
-        )
-        change = {key: f"{before[key]:.4g} -> {after[key]:.4g}" for key in shown if key in before and key in after}
-        changes = ", ".join(f"{key} {change.get(key, f'{after[key]:.4g}')}" for key in shown if key in after)
-        lines.append(f"held-out rows: {changes}" + ("  (before -> after training)" if change else ""))
+    if results["after"]:
+        lines.append(held_out_line(results["before"], results["after"]))
+    if best is not None:
+        (metric,) = best.keys() - {"step", "checkpoint"}
+        lines.append(f"best {metric}: {best[metric]:.4g} at step {best['step']}, kept as {best['checkpoint']}")
     for sample in samples:
         lines.append(f"sample: {sample['prompt']!r}\n     -> {sample['text']!r}{_remarks(sample)}")
     lines.append(f"run directory: {directory.path}")

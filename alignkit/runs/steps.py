@@ -121,7 +121,14 @@ def run_callbacks(config: ProgramConfig, directory: RunDirectory, data: Prepared
 
 
 def introduce(
-    config: ProgramConfig, trainer: Trainer, directory: RunDirectory, *, reference: str | None = None, **sections: Any
+    config: ProgramConfig,
+    trainer: Trainer,
+    directory: RunDirectory,
+    *,
+    reference: str | None = None,
+    drawn: str | None = None,
+    best: str | None = None,
+    **sections: Any,
 ) -> None:
     """Set up what a trainer prints and how it saves, record what it trains, and say so.
 
@@ -129,6 +136,8 @@ def introduce(
         trainer: The trainer, with all its callbacks.
         directory: Where it is recorded.
         reference: The reference in force, in words; None where there is no such thing.
+        drawn: What is drawn while training, in words; None where nothing is.
+        best: Metric of evaluations whose best checkpoint is kept; None keeps the newest alone.
         **sections: More for ``run.json``.
     """
     trainer.remove_callback(PrinterCallback)
@@ -139,11 +148,12 @@ def introduce(
     kind = config.parametrization + ("" if config.quantization == "none" else f" on {config.quantization}")
     rule = f" with {config.gradient_rule}" if config.gradient_rule else ""
     against = f"; reference: {reference}" if reference else ""
-    trainer.add_callback(StartLine(trainer, f"{config.method}{rule}, {kind}{against}"))
+    drawing = f"; {drawn}" if drawn else ""
+    trainer.add_callback(StartLine(trainer, f"{config.method}{rule}, {kind}{against}{drawing}"))
     if trainer.eval_dataset is not None:
         trainer.add_callback(EvaluationAtTheEnd())
     trainer.persistent.append(OriginRecord(directory))
-    guard = CheckpointGuard(config.save_total_limit, directory.lock.check)
+    guard = CheckpointGuard(config.save_total_limit, directory.lock.check, best)
     trainer.add_callback(guard)
     trainer.before_saving += [partial(refuse_full_disk, trainer), guard.announce]
     directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)

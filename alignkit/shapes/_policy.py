@@ -26,6 +26,7 @@ from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.rewards import file_function, load_rewards
 from alignkit.shapes._policy_trainer import METRICS, OnlineTrainer, UpdateSettings
+from alignkit.shapes._rollout_files import RolloutFiles
 
 __all__ = ["METRICS"]
 
@@ -139,7 +140,7 @@ def build(
     needs_model = "reference" in method.needs(config.method_options) and not has_adapter
     rewards = load_rewards(config.rewards)
     args.reward_weights = [reward.weight for reward in rewards]
-    return OnlineTrainer(
+    trainer = OnlineTrainer(
         policy,
         args,
         method=method,
@@ -154,6 +155,9 @@ def build(
         ref_model=load_model(config, config.model, config.model_revision) if needs_model else None,
         **inherited,
     )
+    if config.rollout_steps:
+        trainer.watch.consumers.append(RolloutFiles(trainer, config.rollout_steps))
+    return trainer
 
 
 def check_prompts(args: GRPOConfig, rows: Dataset) -> None:
@@ -183,7 +187,25 @@ def describe(config: Any, trainer: OnlineTrainer) -> dict[str, Any]:
         print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
         if remark := on_policy_remark(trainer.args):
             print(remark)
-    return {"reference": reference, "batch_layout": asdict(trainer.layout)}
+    return {
+        "reference": reference,
+        "batch_layout": asdict(trainer.layout),
+        "drawn": _drawn(trainer),
+        "best": "eval_reward" if config.keep_best else None,
+    }
+
+
+def _drawn(trainer: OnlineTrainer) -> str:
+    """What is drawn at a time and what it is worth, for the line a run starts with."""
+    args = trainer.args
+    prompts = args.generation_batch_size // args.num_generations
+    weights = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
+    worth = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights)
+    engine = f"vLLM ({args.vllm_mode})" if args.use_vllm else "transformers"
+    return (
+        f"{args.num_generations} completions of {prompts} prompts at a time by {engine}, temperature "
+        f"{args.temperature:g}, at most {args.max_completion_length} tokens; reward: {worth}"
+    )
 
 
 def on_policy_remark(args: GRPOConfig) -> str | None:

@@ -43,6 +43,8 @@ from alignkit.shapes._arrangement import Arrangement, arranged, dead_rows, windo
 from alignkit.shapes._bridge import ObjectiveBridge
 from alignkit.shapes._policy_forward import PolicyOutput, refuse_needs
 from alignkit.shapes._policy_layouts import PolicyLayouts
+from alignkit.shapes._policy_metrics import METRICS as SEEN_METRICS
+from alignkit.shapes._policy_metrics import CompletionWatch
 from alignkit.shapes._rollouts import Rollouts
 
 METRICS: Mapping[str, str] = {
@@ -60,6 +62,7 @@ METRICS: Mapping[str, str] = {
     "completions/max_terminated_length": "length of the longest of them",
     "num_tokens": "tokens of prompts and completions since the beginning",
     "step_time": "seconds a step, drawing completions included",
+    **SEEN_METRICS,
 }
 """What the bridge logs for every method, beside ``loss/<term>``, and mean and std of every reward by its name."""
 
@@ -75,6 +78,7 @@ class UpdateSettings:
         max_prompt_length: Longest prompt there can be, tokens; None goes by the rows that are looked at.
         arrange_rows: Whether completions are laid out by prompt and length; False leaves them as TRL does.
         skip_dead_rows: Whether completions that move nothing are left out of the update where nothing else sees them.
+        success_threshold: Reward from which a held-out completion is a success; None goes by rewards of 0 and 1.
     """
 
     layout: Literal["auto", "padded", "shared_prefix"] = "padded"
@@ -83,6 +87,7 @@ class UpdateSettings:
     max_prompt_length: int | None = None
     arrange_rows: bool = True
     skip_dead_rows: bool = True
+    success_threshold: float | None = None
 
 
 class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
@@ -133,6 +138,7 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
         self.hold_masters(start)
         self.beta = args.beta = float("reference" in self.needs)
         self._prepare_models(ref_model, has_adapter)
+        self.watch = CompletionWatch(self, settings.success_threshold)
         self.rollouts = Rollouts(self)
         self.persistent.append(self.rollouts)
         self._passes: list[PolicyOutput] | None = None
@@ -151,6 +157,7 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
         sums_first = self.multi_objective_aggregation == "sum_then_normalize"
         weighted = rewards * self.reward_weights.to(rewards.device)
         self._has_spread = groups_with_spread(weighted, generations, sums_first).repeat_interleave(generations)
+        self.watch.rewarded(rewards, inputs[-1])
         return rewards
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
@@ -172,6 +179,7 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
         output["group_index"] = rows // generations
         # Equal rewards less their mean are not always 0 in floating point, and TRL divides what is left by 1e-4.
         output["advantages"] = output["advantages"] * self._has_spread[first : first + count]
+        self.watch.drawn(output, generations)
         # TRL runs the old policy before the reference, and not at all where it is the policy that is trained.
         if "old_per_token_logps" in output:
             output |= self._statistics(passes[0])
@@ -373,6 +381,22 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
         """Completions of a batch."""
         return len(inputs["completion_mask"])
 
+    def counted_rows(self, rows: int) -> int:
+        """How many of the rows of all processes, which have ``rows`` each, come before those accelerate repeats.
+
+        accelerate counts a held-out prompt as one row, of which ``num_generations_eval`` completions are drawn.
+        """
+        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        if ranks == 1 or not state.end_of_dataloader:
+            return rows * ranks
+        left = len(state.active_dataloader.dataset) * self.num_generations_eval % (rows * ranks)
+        return left or rows * ranks
+
+    def _without_repeated_rows(self, inputs: Mapping[str, Any], dataset: Any = None) -> dict[str, Any]:
+        """Mask the completions of prompts that accelerate repeats in the last batch of an evaluation."""
+        rows = self.num_rows(inputs)
+        return self.keep_rows(inputs, max(self.counted_rows(rows) - self.accelerator.process_index * rows, 0))
+
     def keep_rows(self, inputs: Mapping[str, Any], kept: int) -> dict[str, Any]:
         """Mask all completions but the first ``kept``."""
         mask = inputs["completion_mask"]
@@ -382,7 +406,15 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
     # --- metrics ---------------------------------------------------------------------------------------------------
 
     def record_batch(self, inputs: Mapping[str, Any], output: PolicyOutput, result: LossOutput) -> None:
-        """TRL records what it draws, and the method what it does with it."""
+        """How the ratios of an update are spread. What is drawn is seen when it is."""
+        if self.model.training:
+            self.watch.update(inputs, output.token_logps, output.entropies, trained_tokens(inputs))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As there; of an evaluation, over its completions where TRL takes means over batches."""
+        if self.mode == "eval":
+            self._metrics["eval"].update({name: [value] for name, value in self.watch.evaluation().items()})
+        super().log(logs, start_time)
 
     def _generators(self) -> list[int]:
         """An evaluation draws completions where the model is."""

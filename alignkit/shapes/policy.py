@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from alignkit.config.base import ProgramConfig
 from alignkit.config.online import (
     EngineSection,
+    OnlineLoggingSection,
     OnlineOptimizationSection,
     PromptDataSection,
     RewardSection,
@@ -21,7 +22,6 @@ from alignkit.config.training import (
     DropoutSection,
     HardwareSection,
     HubSection,
-    LoggingSection,
     ReportSection,
     RunSection,
 )
@@ -69,7 +69,7 @@ class OnlineConfig(
     OnlineOptimizationSection,
     DropoutSection,
     HardwareSection,
-    LoggingSection,
+    OnlineLoggingSection,
     ReportSection,
     HubSection,
     ProgramConfig,

@@ -90,7 +90,8 @@ TRAITS = {
     "free_on_resume": "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
     "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
     "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
-    "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private",
+    "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private rollout_steps "
+    "success_threshold keep_best",
     "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache",
 }
 """What each trait means for a run is decided key by key, so a change shows here."""

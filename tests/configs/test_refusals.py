@@ -92,6 +92,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "streaming without max_steps": ({"streaming": True}, {"max_steps": 10}),
     "eval_fraction with eval_data": (HELD_OUT | {"eval_data": "rows.jsonl"}, {"eval_fraction": 0.0}),
     "evaluation without held-out rows": ({"eval_strategy": "epoch"}, HELD_OUT),
+    "keep_best without evaluations": (ONLINE | {"keep_best": True}, HELD_OUT | {"eval_strategy": "steps"}),
     "gradient rule with fp16": ({"gradient_rule": "glad", "fp16": True}, {"gradient_rule": "decay_to_init"}),
     "gradient rule with torch.compile": (
         {"gradient_rule": "perpgrad", "torch_compile": True},
@@ -223,6 +224,7 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"per_device_eval_batch_size": 8, "probe_rows": 32, "allow_overlap": True},
         HELD_OUT,
     ),
+    "success_threshold without held-out prompts": (ONLINE | {"success_threshold": 0.5}, HELD_OUT),
     "probe_steps without a probe": (HELD_OUT | {"probe_rows": 0, "probe_steps": 5}, {"probe_rows": 3}),
     "eval_steps without evaluation by steps": ({"eval_steps": 5}, HELD_OUT | {"eval_strategy": "steps"}),
     "save_steps without saving by steps": ({"save_steps": 5, "save_strategy": "epoch"}, {"save_strategy": "steps"}),

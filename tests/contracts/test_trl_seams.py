@@ -43,6 +43,10 @@ def parameters(function: Any) -> list[str]:
         (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
         (GRPOTrainer._calculate_rewards, ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer._get_train_sampler, ["self", "dataset"]),
+        (
+            GRPOTrainer._calculate_rewards,
+            ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+        ),
         (SFTTrainer._set_signature_columns_if_needed, ["self"]),
         (sft_trainer.DataCollatorForLanguageModeling.torch_call, ["self", "examples"]),
         (
@@ -89,8 +93,8 @@ OWN_HOOKS = {
     SupervisedTrainer: {"_set_signature_columns_if_needed"},
     OnlineTrainer: {
         "_get_train_sampler",
-        "_generate_and_score_completions",
         "_calculate_rewards",
+        "_generate_and_score_completions",
         "_get_per_token_logps_and_entropies",
         "_prepare_inputs",
     },
@@ -251,6 +255,11 @@ def test_completions_are_drawn_and_kept_as_the_online_trainer_takes_them_to_be()
     assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in prepare
     score = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert score.count("self.beta != 0.0") == 1 and "rewards.view(-1, num_generations)" in score
+    for what in ('"prompt"].extend(gather_object(prompts))', '"completion"].extend(gather_object(completions))'):
+        assert f"self._logs[{what}" in score
+    assert 'self._logs["advantages"].extend(all_process_advantages.tolist())' in score
+    assert "rewards_per_func = gather(rewards_per_func)\n" in inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert "ids[-1] not in eos_and_pad for ids in completion_ids" in inspect.getsource(GRPOTrainer._generate)
     assert "torch.randperm(self.num_samples, generator=self.generator)" in inspect.getsource(
         trainer_utils.RepeatSampler.__iter__
     )

@@ -179,6 +179,28 @@ def test_rotation_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
     assert steps(checkpoints(tmp_path)) == [20, 100]
 
 
+def test_the_checkpoint_of_the_best_evaluation_is_asked_for_and_never_rotated_away(tmp_path: Path) -> None:
+    """The start is no candidate, and of equal evaluations the earlier one is the best."""
+    args, guard = arguments(tmp_path), CheckpointGuard(save_total_limit=1, best="eval_reward")
+    rewards = {0: 0.9, 10: 0.2, 20: 0.5, 30: 0.5, 40: 0.4, 50: 0.7, 60: 0.1}
+    asked, kept, state = [], {}, TrainerState()
+    for step, reward in rewards.items():
+        state.global_step = step
+        state.log_history += [{"loss": 0.0, "step": step}, {"eval_reward": reward, "step": step}]
+        control = TrainerControl()
+        guard.on_evaluate(args, state, control)
+        asked += [step] if control.should_save else []
+        if step:
+            guard.announce(tmp_path / f"checkpoint-{step}")
+            write_checkpoint(tmp_path, step)
+            guard.on_save(args, state, TrainerControl())
+            kept[step] = steps(complete_checkpoints(tmp_path))
+    assert asked == [10, 20, 50]
+    assert kept == {10: [10], 20: [20], 30: [20, 30], 40: [20, 40], 50: [50], 60: [50, 60]}
+    assert guard.best_evaluation(state) == {"step": 50, "checkpoint": "checkpoint-50", "eval_reward": 0.7}
+    assert CheckpointGuard().best_evaluation(state) is None
+
+
 def test_no_limit_keeps_all_and_incomplete_ones_go(tmp_path: Path) -> None:
     args, guard = arguments(tmp_path), CheckpointGuard()
     save(guard, tmp_path, 10, args)
