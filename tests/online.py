@@ -16,7 +16,10 @@ from alignkit.shapes._policy_trainer import OnlineTrainer, UpdateSettings
 from tests.supervised import lora, model, tokenizer
 from tests.trainers import SHORT_RUN
 
-INHERITED = ("eval_dataset", "model", "train_dataset", "reward_funcs", "gradient_rule", "callbacks", "processing_class")
+INHERITED = ("eval_dataset", "model", "train_dataset", "reward_funcs", "gradient_rule", "callbacks", "tools") + (
+    "environment_factory",
+    "processing_class",
+)
 UPDATE_KEYS = tuple(field.name for field in fields(UpdateSettings))
 
 

@@ -5,7 +5,7 @@ No upstream name is a private one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
@@ -14,7 +14,9 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 from trl import GRPOConfig
+from trl.chat_template_utils import add_response_schema, supports_tool_calling
 
 from alignkit.config.reward_names import columns_of_rewards
 from alignkit.data.lengths import SAMPLED_ROWS
@@ -87,7 +89,12 @@ def other_models(config: Any) -> dict[str, str]:
 
 
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
-    """What checks rows of prompts."""
+    """What checks rows of prompts.
+
+    Raises:
+        ConfigError: The model cannot be given the tools.
+    """
+    check_tools(config, tokenizer)
     return partial(
         to_prompt_rows,
         tokenizer=tokenizer,
@@ -99,13 +106,36 @@ def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., 
 
 def _template(config: Any) -> dict[str, Any]:
     """Arguments that the chat template is given for every prompt."""
-    tools = [get_json_schema(tool) for tool in _functions(config.tools)]
+    tools = [get_json_schema(tool) for tool in map(file_function, config.tools)]
     return {**({"tools": tools} if tools else {}), **(config.chat_template_kwargs or {})}
 
 
-def _functions(places: Sequence[str]) -> list[Any]:
-    """What ``file.py:name`` names, each."""
-    return [file_function(place) for place in places]
+def check_tools(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tools that the model could not be told of, or whose calls could not be read.
+
+    Raises:
+        ConfigError: A function says too little of itself, or nothing in the template says what a call looks like.
+    """
+    if not config.tools and not config.environment:
+        return
+    key, problem = ("tools", None) if config.tools else ("environment", None)
+    advice = "Take a model whose template has tools, such as Qwen3, or write chat_template: FILE"
+    if not supports_tool_calling(tokenizer):
+        problem = f"the chat template of {config.model} cannot write a call of a tool and its answer. {advice}"
+    elif tokenizer.response_template is None:
+        try:
+            add_response_schema(tokenizer)
+        except ValueError:
+            problem = f"TRL does not know how calls of tools are read under this chat template. {advice}"
+    for place in config.tools:
+        try:
+            get_json_schema(file_function(place))
+        except (DocstringParsingException, TypeHintParsingException) as error:
+            problem = (
+                f"{place} cannot be described to a model: {error} Give every argument a type and a line under Args:"
+            )
+    if problem is not None:
+        raise ConfigError("tools cannot be called", [f"`{key}`: {problem}"])
 
 
 def prompts(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, converted: Any) -> list[tuple[int, ...]]:
@@ -132,7 +162,7 @@ def build(
         exchanges_rows: Never: completions are drawn by the trainer.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
     """
-    check_prompts(args, data.train)
+    check_prompts(config, args, data.train)
     looked_at = prompt_ids_of(data.train, tokenizer, SAMPLED_ROWS, _template(config))
     used = {"a training prompt": looked_at, "a held-out prompt": data.prompts}
     check_token_ids(policy, tokenizer, used, name=repr(config.model))
@@ -150,7 +180,7 @@ def build(
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        tools=_functions(config.tools) or None,
+        tools=[file_function(place) for place in config.tools] or None,
         environment_factory=file_function(config.environment) if config.environment else None,
         ref_model=load_model(config, config.model, config.model_revision) if needs_model else None,
         **inherited,
@@ -160,13 +190,18 @@ def build(
     return trainer
 
 
-def check_prompts(args: GRPOConfig, rows: Dataset) -> None:
-    """Refuse fewer prompts than are drawn at a time, of which no step would be made.
+def check_prompts(config: Any, args: GRPOConfig, rows: Dataset) -> None:
+    """Refuse fewer prompts than are drawn at a time, of which no step would be made, and plain text for tools.
 
     Raises:
         ConfigError: There are.
     """
     prompts = args.generation_batch_size // args.num_generations
+    if (config.tools or config.environment) and isinstance(rows[0]["prompt"], str):
+        problem = (
+            "calls of tools are turns of a conversation, and prompts are plain text. Write apply_chat_template: true"
+        )
+        raise ConfigError("tools cannot be called", [problem])
     if len(rows) < prompts:
         problem = (
             f"{len(rows)} training prompts are fewer than the {prompts} that one generation takes: "

@@ -300,32 +300,37 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
             entropies=output.entropies,
             old_entropies=old.get("old_entropies"),
             old_sum_sq_probs=old.get("old_sum_sq_probs"),
-            correction=inputs.get("importance_sampling_ratio"),
-            kept=self._kept_tokens(inputs, output, mask),
+            correction=self._correction(inputs, output, mask),
+            kept=self._kept_tokens(output, mask),
             gather=self._over_ranks,
             # An evaluation leaves no trace.
             memory=self.rollouts.memory if self.model.training else dict(self.rollouts.memory),
         )
 
-    def _kept_tokens(self, inputs: Mapping[str, Any], output: PolicyOutput, mask: Tensor) -> Tensor | None:
-        """The tokens whose surrogate counts; None is all."""
-        kept: list[Tensor] = []
-        if self.settings.top_entropy_quantile < 1.0:
-            share = 1.0 - self.settings.top_entropy_quantile
-            kept.append(self.get_high_entropy_mask(output.entropies.detach(), mask, share))
-        if self.settings.off_policy_mask_threshold is not None:
-            old = inputs.get("old_per_token_logps")
-            is_kept = self.get_off_policy_mask(
-                advantages=inputs["advantages"].view(len(mask), -1),
-                per_token_logps=output.token_logps,
-                sampling_per_token_logps=inputs.get(
-                    "sampling_per_token_logps", output.token_logps.detach() if old is None else old
-                ),
-                mask=mask,
-                off_policy_threshold=self.settings.off_policy_mask_threshold,
-            )
-            kept.append(is_kept.bool().expand_as(mask))
-        return torch.stack(kept).all(0) if kept else None
+    def _kept_tokens(self, output: PolicyOutput, mask: Tensor) -> Tensor | None:
+        """The tokens of the largest entropy, whose surrogate alone counts; None is all."""
+        if self.settings.top_entropy_quantile == 1.0:
+            return None
+        kept: Tensor = self.get_high_entropy_mask(
+            output.entropies.detach(), mask, 1.0 - self.settings.top_entropy_quantile
+        )
+        return kept
+
+    def _correction(self, inputs: Mapping[str, Any], output: PolicyOutput, mask: Tensor) -> Tensor | None:
+        """What the surrogate is multiplied by: the ratio to vLLM's log-probs, 0 where a completion is too far off."""
+        correction: Tensor | None = inputs.get("importance_sampling_ratio")
+        if self.settings.off_policy_mask_threshold is None:
+            return correction
+        old = inputs.get("old_per_token_logps", output.token_logps.detach())
+        kept: Tensor = self.get_off_policy_mask(
+            advantages=inputs["advantages"].view(len(mask), -1),
+            per_token_logps=output.token_logps,
+            sampling_per_token_logps=inputs.get("sampling_per_token_logps", old),
+            mask=mask,
+            off_policy_threshold=self.settings.off_policy_mask_threshold,
+        )
+        kept = kept.to(output.token_logps.dtype)
+        return kept if correction is None else correction * kept
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         """The values of all processes behind one another; a collective."""

@@ -38,6 +38,12 @@ PAIRS: dict[str, dict[str, Any]] = {
     "entropy bonus": {"entropy_coef": 0.01},
     "tokens of large entropy": {"top_entropy_quantile": 0.4},
     "off-policy mask": {"off_policy_mask_threshold": 1e-3, "num_iterations": 3, "learning_rate": 3e-3},
+    "off-policy mask and entropy bonus": {
+        "off_policy_mask_threshold": 1e-3,
+        "entropy_coef": 0.01,
+        "learning_rate": 3e-3,
+        **AGAIN,
+    },
     "cut completions masked": {"mask_truncated_completions": True, "max_completion_length": 96, "loss_type": "grpo"},
     "temperature": {"temperature": 0.7, "num_iterations": 2},
     "rewards over the batch": {"scale_rewards": "batch"},
