@@ -9,6 +9,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 COLUMNS = {
+    "reward": "reward {:.4f}",
+    "completions/mean_length": "{:.0f} tokens",
+    "frac_reward_zero_std": "no signal {:.0%}",
     "loss": "loss {:.4f}",
     "rewards/margins": "margin {:+.3f}",
     "rewards/accuracies": "accuracy {:.0%}",

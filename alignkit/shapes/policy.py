@@ -28,7 +28,24 @@ from alignkit.config.training import (
 from alignkit.data.columns import RowFamily
 from alignkit.data.prompts_schema import prompt_rows
 from alignkit.parts.shape import Shape
-from alignkit.reports.panels import BLUE, GREEN, GREY, LOSS_PANEL, ORANGE, PURPLE, RULE_PANELS, Curve, Panel
+from alignkit.reports.panels import BLUE, GREEN, GREY, LOSS_PANEL, ORANGE, PURPLE, RED, RULE_PANELS, Curve, Panel
+
+QUARTERS = (BLUE, GREEN, ORANGE, RED)
+"""Colours of the first to the last quarter of tokens."""
+
+
+def ratios_by(axis: str, title: str, names: tuple[str, str, str, str]) -> Panel:
+    """The panel of how far tokens are from ratio 1.
+
+    Args:
+        axis: ``position``, ``length`` or ``entropy``.
+        title: Of the panel.
+        names: Of the quarters.
+    """
+    curves = zip(names, QUARTERS, strict=True)
+    drawn = (Curve(f"ratio/spread/{axis}_{n}", name, colour) for n, (name, colour) in enumerate(curves, 1))
+    return Panel(title, "mean distance of the ratio from 1", tuple(drawn))
+
 
 PANELS = (
     Panel("Reward", "mean over completions", (Curve("reward", "reward", BLUE), Curve("reward_std", "spread", GREY))),
@@ -40,13 +57,49 @@ PANELS = (
             Curve("completions/max_length", "longest", GREY),
         ),
     ),
+    Panel(
+        "Held-out prompts solved in k tries",
+        "pass@k",
+        tuple(Curve(f"pass@{k}", f"k = {k}", colour) for k, colour in ((1, BLUE), (4, GREEN), (8, ORANGE))),
+        limits=(-0.03, 1.03),
+    ),
     Panel("Completions that did not stop", "fraction", (Curve("completions/clipped_ratio", "cut", ORANGE),)),
-    Panel("Prompts without a signal", "fraction", (Curve("frac_reward_zero_std", "equal rewards", ORANGE),)),
+    Panel(
+        "Does length earn the reward?",
+        "correlation within prompts",
+        (Curve("completions/length_reward_correlation", "length and reward", PURPLE),),
+        (0.0,),
+        (-1.03, 1.03),
+    ),
+    Panel(
+        "Completions without a signal",
+        "fraction",
+        (Curve("frac_reward_zero_std", "all of a prompt worth the same", ORANGE),),
+        limits=(-0.03, 1.03),
+    ),
     Panel("Entropy of the next token", "nats", (Curve("entropy", "entropy", PURPLE),)),
     Panel(
         "Clipped tokens",
         "fraction",
-        (Curve("clip_ratio/low_mean", "below", BLUE), Curve("clip_ratio/high_mean", "above", ORANGE)),
+        (
+            Curve("clip_ratio/low_mean", "below", BLUE),
+            Curve("clip_ratio/high_mean", "above", ORANGE),
+            Curve("grpo_guard/raw_clip_low", "below, without the guard", GREEN),
+            Curve("grpo_guard/raw_clip_high", "above, without the guard", RED),
+        ),
+    ),
+    ratios_by(
+        "position",
+        "Ratios by position in the completion",
+        ("first quarter", "second quarter", "third quarter", "last quarter"),
+    ),
+    ratios_by(
+        "length", "Ratios by length of the completion", ("shortest quarter", "shorter", "longer", "longest quarter")
+    ),
+    ratios_by(
+        "entropy",
+        "Ratios by entropy of the token",
+        ("most certain quarter", "more certain", "less certain", "least certain quarter"),
     ),
     Panel("Distance from the reference", "nats a token", (Curve("kl", "KL", GREEN),)),
     *RULE_PANELS,

@@ -43,10 +43,6 @@ def parameters(function: Any) -> list[str]:
         (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
         (GRPOTrainer._calculate_rewards, ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer._get_train_sampler, ["self", "dataset"]),
-        (
-            GRPOTrainer._calculate_rewards,
-            ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        ),
         (SFTTrainer._set_signature_columns_if_needed, ["self"]),
         (sft_trainer.DataCollatorForLanguageModeling.torch_call, ["self", "examples"]),
         (

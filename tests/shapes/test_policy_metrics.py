@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import correlation as pearson
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from alignkit.reports.rollouts import FOLDER, rollout_files
 from alignkit.shapes._policy_metrics import METRICS, Drawn, correlation, evaluation_metrics, quarter_of, ratio_metrics
+from alignkit.shapes._policy_trainer import METRICS as BRIDGE_METRICS
 from alignkit.shapes._policy_trainer import OnlineTrainer
 from alignkit.shapes._rollout_files import RolloutFiles, as_text
 from alignkit.storage.manifest import Manifest
@@ -235,3 +237,9 @@ def test_an_evaluation_of_a_trainer_counts_every_completion_once(tmp_path: Path)
     batches = fmean(fmean(batch.rewards.tolist()) for batch in seen)
     assert abs(found["eval_reward"] - batches) > 1e-4
     assert not trainer.watch._held_out
+
+
+def test_every_metric_is_on_the_page_about_reading_a_run(repository: Path) -> None:
+    page = (repository / "docs/howto/reading_online_runs.md").read_text()
+    families = {re.sub(r"_[2-4]$", "_1", name) for name in BRIDGE_METRICS}
+    assert not [name for name in families if f"`{name}`" not in page]
