@@ -86,6 +86,7 @@ MEASURES = {
     "without any": 3,
     "trivial": 3,
     "not trivial a completion": 2,
+    "one digit": 2,
     "final answer right": 3,
     "ended": 2,
     "tokens": 0,
@@ -123,7 +124,8 @@ has seen: one completion each at temperature 1, at most {longest_measured} token
 draws of the evaluation are not in the intervals. Claims were written down in the script before the runs.
 
 `right` is the share of all annotations; `trivial` the share of the right ones that need no arithmetic (one number
-alone, 0 or 1 among the operands, or one that stood in the completion before). `ended`: completions with a stop token.
+alone, 0 or 1 among the operands, or one that stood in the completion before), `one digit` that of the rest whose
+operands have one digit each. `ended`: completions with a stop token.
 
 {claims}
 

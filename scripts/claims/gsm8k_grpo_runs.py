@@ -178,27 +178,40 @@ def annotation_figures(texts: Sequence[str]) -> dict[str, float]:
 
     ``right`` is the share of all annotations; the reward is the mean over completions of each one's own share, 0
     without any. ``trivial`` is the share of those right that need no arithmetic: one number alone, 0 or 1 among the
-    operands, or an annotation that stood in the completion before.
+    operands, or an annotation that stood in the completion before. ``one digit`` is the share, of the right ones that
+    are not trivial, of those with operands of one digit each.
     """
     reward = GSM8KAnnotations()
     found = [ANNOTATION.findall(text) for text in texts]
     right = [[reward.score(Sample("", f"<<{a}>>", (), {})) == 1.0 for a in annotations] for annotations in found]
     correct = [
-        is_trivial(annotation, annotations[:place])
+        (annotation, is_trivial(annotation, annotations[:place]))
         for annotations, marks in zip(found, right, strict=True)
         for place, (annotation, is_right) in enumerate(zip(annotations, marks, strict=True))
         if is_right
     ]
+    sums = [annotation for annotation, needs_nothing in correct if not needs_nothing]
     every = [mark for marks in right for mark in marks]
     return {
-        "right": fmean(every) if every else 0.0,
+        "right": share(every),
         "reward": fmean(reward.score(Sample("", text, (), {})) for text in texts),
         "annotations": fmean(map(len, found)),
-        "without any": fmean(not annotations for annotations in found),
+        "without any": share([not annotations for annotations in found]),
         "right a completion": sum(every) / len(texts),
-        "trivial": fmean(correct) if correct else 0.0,
-        "not trivial a completion": correct.count(False) / len(texts),
+        "trivial": share([needs_nothing for _, needs_nothing in correct]),
+        "not trivial a completion": len(sums) / len(texts),
+        "one digit": share([all(len(number) == 1 for number in operands(annotation)) for annotation in sums]),
     }
+
+
+def share(marks: Sequence[bool]) -> float:
+    """The share of what is true; 0 of nothing."""
+    return fmean(marks) if marks else 0.0
+
+
+def operands(annotation: str) -> list[str]:
+    """The numbers before the last equals sign."""
+    return NUMBER.findall(annotation.rpartition("=")[0])
 
 
 def is_trivial(annotation: str, before: Sequence[str]) -> bool:
@@ -208,5 +221,5 @@ def is_trivial(annotation: str, before: Sequence[str]) -> bool:
         annotation: What stands between the brackets.
         before: Those before it in the same completion.
     """
-    operands = NUMBER.findall(annotation.rpartition("=")[0])
-    return len(operands) < 2 or any(float(number) in (0.0, 1.0) for number in operands) or annotation in before
+    numbers = operands(annotation)
+    return len(numbers) < 2 or any(float(number) in (0.0, 1.0) for number in numbers) or annotation in before

@@ -123,13 +123,13 @@ TEXT = """\
 {origin}
 
 A recurrent network (width 96) answers `3+4` with `{{"a":3,"op":"+","ans":7}}`, a character at a time. It starts from
-answers of which {faults} have a fault of syntax, of structure, or words around them ({taught_steps} batches of 128),
-and goes through {steps} steps of GRPO, {prompts} prompts x {group} answers each, AdamW {learning_rate:g}, with the
-rewards `json_valid`, `json_structure`, `json_format` and `json_correct` of this library at their own weights
-({weights}). The loss is `alignkit.losses.grpo` on batches built by the script; no trainer, which would cost many times
-as much. Figures are shares of 500 fresh answers that a rule is content with in full, means over {seeds} seeds with
-Student's 95 % intervals, which near 0 or 1 may reach beyond; differences are paired by seed and not corrected for their
-number. The expected directions were written down in the script before the runs.
+answers of which {faults} have a fault of syntax, of structure, or words around them
+({taught_steps} batches of 128), and goes through {steps} steps of GRPO, {prompts} prompts x {group} answers each, AdamW
+{learning_rate:g}. The rewards are `json_valid`, `json_structure`, `json_format` and `json_correct` of this library at
+their own weights: {weights}. The loss is `alignkit.losses.grpo` on batches built by the script; no trainer,
+which would cost many times as much. Figures are shares of 500 fresh answers that a rule is content with in full, means
+over {seeds} seeds with Student's 95 % intervals; differences are paired by seed and not corrected for their number. The
+expected directions were written down in the script before the runs.
 
 {claims}
 

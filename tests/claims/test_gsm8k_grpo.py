@@ -25,7 +25,7 @@ def test_trivial_annotations(annotation: str, before: list[str], trivial: bool) 
 
 def test_figures_of_completions() -> None:
     """Three completions: two right of three, one of them trivial; one repeated and right; none at all."""
-    figures = annotation_figures(["a <<2+2=4>> b <<2+2=5>> c <<7=7>>", "<<3*3=9>> then <<3*3=9>>", "no sums"])
+    figures = annotation_figures(["a <<2+2=4>> b <<2+2=5>> c <<7=7>>", "<<12*3=36>> then <<12*3=36>>", "no sums"])
     assert figures == {
         "right": pytest.approx(4 / 5),
         "reward": pytest.approx((2 / 3 + 1 + 0) / 3),
@@ -34,6 +34,7 @@ def test_figures_of_completions() -> None:
         "right a completion": pytest.approx(4 / 3),
         "trivial": pytest.approx(2 / 4),
         "not trivial a completion": pytest.approx(2 / 3),
+        "one digit": pytest.approx(1 / 2),
     }
 
 
