@@ -26,7 +26,7 @@ BASE_EPOCHS = 2
 MARK = "quickstart.json"
 """File that says that a folder is a quickstart's."""
 WRITTEN = {
-    "data": ("corpus.jsonl", "preferences_train.jsonl", "preferences_heldout.jsonl"),
+    "data": ("corpus.jsonl", "preferences_train.jsonl", "preferences_heldout.jsonl", "prompts.jsonl"),
     "base": (
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja",

@@ -22,7 +22,7 @@ from tests.configs import (
 )
 from tests.contracts import test_launch_variables
 from tests.data import test_json_rows, test_load, test_schema
-from tests.programs import test_bad_inputs, test_sft_bad_inputs
+from tests.programs import test_bad_inputs, test_online_bad_inputs, test_sft_bad_inputs
 from tests.scripts import (
     test_arguments,
     test_compare_runs,
@@ -72,6 +72,11 @@ TESTS: Mapping[str, Sequence[Test]] = {
     "a row that cannot be trained on": (test_schema.test_bad_rows_are_fatal,),
     "a whole preference run": (test_bad_inputs.test_a_bad_config, test_bad_inputs.test_a_bad_run),
     "a whole supervised run": (test_sft_bad_inputs.test_a_bad_config, test_sft_bad_inputs.test_a_bad_run),
+    "a whole online run": (
+        test_online_bad_inputs.test_a_bad_config,
+        test_online_bad_inputs.test_a_bad_run,
+        test_online_bad_inputs.test_a_bad_reward,
+    ),
     "evaluate, sample_candidates, token_rewards, compare_runs": (
         test_evaluate.test_what_cannot_be_evaluated,
         test_sample_candidates.test_what_cannot_be_sampled,

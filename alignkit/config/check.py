@@ -11,6 +11,7 @@ from alignkit.config.data_files import check_data
 from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule_keys, rules_with
 from alignkit.config.model_files import check_model_files, check_packages
 from alignkit.config.names import explain_method, explain_rule_option, explain_unknown
+from alignkit.config.reward_names import check_rewards
 from alignkit.config.settings import Entry, Origin, Settings
 from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
@@ -58,6 +59,7 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Con
     if check_files:
         check_model_files(settings)
         check_data(settings)
+        check_rewards(settings)
         check_packages(settings)
     if settings.problems:
         ordered = sorted(settings.problems, key=lambda problem: problem.origin.order)

@@ -191,7 +191,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
 
 
 def write_quickstart_data(directory: str | Path, seed: int = 0) -> dict[str, Path]:
-    """Write ``corpus.jsonl``, ``preferences_train.jsonl`` and ``preferences_heldout.jsonl``.
+    """Write ``corpus.jsonl``, ``preferences_train.jsonl``, ``preferences_heldout.jsonl`` and ``prompts.jsonl``.
 
     Args:
         directory: Created when it does not exist.
@@ -206,6 +206,7 @@ def write_quickstart_data(directory: str | Path, seed: int = 0) -> dict[str, Pat
         "corpus": [{"messages": messages} for messages in make_corpus(10000, seed)],
         "preferences_train": make_preferences(1000, seed),
         "preferences_heldout": make_preferences(200, seed, held_out=True),
+        "prompts": arithmetic_prompts(200, seed),
     }
     files = {stem: folder / f"{stem}.jsonl" for stem in contents}
     for stem, rows in contents.items():

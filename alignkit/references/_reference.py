@@ -316,4 +316,5 @@ def placed(model: nn.Module, host: Any, temperature: float = 1.0) -> nn.Module:
         model = prepare_fsdp(model, host.accelerator)
     else:
         model = host.accelerator.prepare_model(model, evaluation_mode=True)
-    return model.eval()
+    model.eval()  # DeepSpeed's engine returns nothing here
+    return model

@@ -148,7 +148,7 @@ def test_tiny_model() -> None:
 def test_quickstart_files(tmp_path: Path) -> None:
     files = write_quickstart_data(tmp_path / "data", seed=0)
     again = write_quickstart_data(tmp_path / "again", seed=0)
-    assert sorted(files) == ["corpus", "preferences_heldout", "preferences_train"]
+    assert sorted(files) == ["corpus", "preferences_heldout", "preferences_train", "prompts"]
     for stem, path in files.items():
         assert path.name == f"{stem}.jsonl"
         assert path.read_bytes() == again[stem].read_bytes()

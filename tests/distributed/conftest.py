@@ -26,13 +26,13 @@ def launch(launchers: Any, launch_environment: dict[str, str], tmp_path_factory:
     """Run a program in a layout and return the run directory.
 
     The run is forked from the processes of a launch that all runs of the layout's config share; ``direct`` launches
-    the program itself, as a user would. ``resume`` is a run directory to continue.
+    the program itself, as a user would. ``resume`` is a run directory to continue. An option that is None is left out.
     """
 
     def run(
         layout: Layout,
         options: Mapping[str, Any],
-        program: str = "preference",
+        program: str | Path = "preference",
         direct: bool = False,
         resume: Path | None = None,
     ) -> Path:
@@ -42,9 +42,10 @@ def launch(launchers: Any, launch_environment: dict[str, str], tmp_path_factory:
             "per_device_train_batch_size": layout.batch_size,
             "gradient_accumulation_steps": layout.accumulation,
         }
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        given = {key: value for key, value in options.items() if value is not None}
+        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
         words += ["--resume"] if resume else []
-        path = REPOSITORY / "trainers" / f"{program}.py"
+        path = program if isinstance(program, Path) else REPOSITORY / "trainers" / f"{program}.py"
         # Nothing cached by another run may help.
         variables = {**layout.environment, "ALIGNKIT_CACHE": str(output.parent / "cache")}
         if direct:
@@ -71,7 +72,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     fitted(tiny_model(tokenizer, 0), tokenizer, rows).save_pretrained(model)
     tokenizer.save_pretrained(model)
     paths = {"model": model}
-    for name, form in (("pairs", rows), ("lists", lists_of(rows)), ("negatives", negatives_of(rows))):
+    forms = {"pairs": rows, "lists": lists_of(rows), "negatives": negatives_of(rows)}
+    forms["prompts"] = [{"prompt": row["prompt"]} for row in rows]
+    for name, form in forms.items():
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in form))
         paths[name] = str(path)

@@ -21,6 +21,13 @@ def micro_batches(trainer: Any, count: int = 1) -> tuple[list[dict[str, Tensor]]
     return batches, counts
 
 
+def drawn(trainer: Any, batches: list[Any]) -> list[dict[str, Tensor]]:
+    """Micro-batches of prompts with completions, which the trainer from now on takes as they are."""
+    found = [trainer._prepare_inputs(batch) for batch in batches]
+    trainer._prepare_inputs = dict
+    return found
+
+
 def trainable(trainer: Any) -> list[torch.nn.Parameter]:
     return [p for p in trainer.model.parameters() if p.requires_grad]
 
@@ -56,8 +63,9 @@ def plain_evaluation(trainer: Any, batch: dict[str, Tensor], counts: Tensor, see
     loss = trainer.batch_loss(trainer.model, dict(batch), counts, record=False)
     loss.backward()
     weights = [p.detach().clone() for p in trainable(trainer)]
+    # Of an online step the number of its micro-batches alone is known before completions are drawn.
     kind = trainer.item_kinds[0]
-    share = int(trainer.item_counts(batch)[kind]) / int(counts[0])
+    share = int(trainer.item_counts(batch)[kind]) / int(counts[0]) if counts.dim() else 1 / int(counts)
     return Evaluation(weights, gradients(trainer), loss.detach(), share, start=[None] * len(weights), seed=seed)
 
 

@@ -17,6 +17,7 @@ from alignkit.config import load_config
 from alignkit.errors import ConfigError
 from alignkit.gradients._hook import chosen_rule
 from alignkit.parametrizations._policy import load_policy
+from alignkit.parts.method import load_method
 from alignkit.parts.rule import load_rule
 from alignkit.yaml_text import dump_yaml
 from tests import supervised
@@ -32,7 +33,7 @@ from tests.gradients.compositions import (
     program,
 )
 from tests.gradients.conftest import DISPLACING, EDITING, chosen
-from tests.gradients.steps import expected_gradients, micro_batches, step_gradients, trainable
+from tests.gradients.steps import drawn, expected_gradients, micro_batches, step_gradients, trainable
 from tests.gradients.test_hook import NOTHING
 from tests.models.test_quantized import wide_model
 from tests.shapes import building
@@ -51,7 +52,8 @@ Build = Callable[[Composition], tuple[Any, Any]]
 
 def load(composition: Composition, model: str, folder: Path) -> Any:
     """The composition's config, as a user would write it."""
-    values = {"model": model, "data": "rows.jsonl", "output_dir": "run", **composition.config}
+    own = building.OWN_KEYS.get(program(composition), {})
+    values = {"model": model, "data": "rows.jsonl", "output_dir": "run", **own, **composition.config}
     file = folder / "composition.yaml"
     file.write_text(dump_yaml(values))
     return load_config(program(composition), file, check_files=False).config
@@ -99,7 +101,7 @@ def build(
         changes = arguments | ({"optim": "sgd", "learning_rate": 0.5} if composition.rule == "decay_to_init" else {})
         peft = composition.parametrization != "full"
         if program(composition) not in ("preference", "sft"):
-            keys = arguments | {"use_cpu": True} | changes
+            keys = changes | {"use_cpu": True, "per_device_train_batch_size": 4}
             run = building.config_of(program(composition), config.model, tmp_path, **composition.config, **keys)
             rows_as_text = building.text_rows(run, 8)
             return building.build(run, rows_as_text, rule=rule, tokenizer=supervised.tokenizer()), seen
@@ -150,6 +152,9 @@ def check_edited_gradient(trainer: Any, seen: Any, batches: list[dict[str, Tenso
     """It is not the plain one, it is the one computed by writing weights, and with a strength of 0 the plain one."""
     assert {p.dtype for p in trainable(trainer)} == {torch.float32}, "on a 4-bit base too"
     rule = trainer.gradient_rule
+    if load_method(trainer.method.name).program == "online":
+        trainer.model.train()
+        batches = drawn(trainer, batches)
     edited = step_gradients(trainer, batches, counts)
     seed = seen.evaluations[-1][0].seed
     trainer.gradient_rule = None

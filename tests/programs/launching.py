@@ -21,6 +21,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREFERENCE = REPOSITORY / "trainers" / "preference.py"
 SFT = REPOSITORY / "trainers" / "sft.py"
+ONLINE = REPOSITORY / "trainers" / "online.py"
 TIMEOUT, RUN_TIMEOUT = 120.0, 420.0
 
 
