@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from alignkit.config.ignored import EVERY_ROW_COUNTS
 from alignkit.config.refusals import Refusal, edits_gradients, no_heldout_rows
 from alignkit.parts.parametrization import load_parametrization
 
@@ -179,6 +180,35 @@ CONFLICTS: tuple[Refusal, ...] = (
         lambda c: c.rule_targets != "all" and not _has_adapter(c),
         "there are no LoRA factors to edit the gradient of",
         "Write rule_targets: all, or parametrization: lora",
+    ),
+    # --- completions drawn while training --------------------------------------------------------------------------
+    *(
+        Refusal(
+            f"max_tokens_per_micro_batch with {name}",
+            ("max_tokens_per_micro_batch", key),
+            lambda c, condition=condition: c.max_tokens_per_micro_batch is not None and condition(c),  # type: ignore[misc]
+            "the rows of a micro-batch would decide the loss, which are dealt by their tokens then",
+            f"Remove max_tokens_per_micro_batch, or write {key}: {value}",
+        )
+        for name, (condition, key, value) in EVERY_ROW_COUNTS.items()
+        if key != "beta"
+    ),
+    Refusal(
+        "max_tokens_per_micro_batch below the longest row",
+        ("max_tokens_per_micro_batch", "max_prompt_length", "max_completion_length"),
+        lambda c: (
+            c.max_tokens_per_micro_batch is not None
+            and c.max_tokens_per_micro_batch < c.max_prompt_length + c.max_completion_length
+        ),
+        "a prompt with its completion can be longer, and is never split",
+        "Write at least their sum, or shorter ones",
+    ),
+    Refusal(
+        "dynamic_sampling with an environment",
+        ("dynamic_sampling", "environment"),
+        lambda c: c.dynamic_sampling > 0 and c.environment is not None,
+        "an environment has one state for each completion, and would have to begin again",
+        "Remove one of the two",
     ),
     # --- run -------------------------------------------------------------------------------------------------------
     Refusal(

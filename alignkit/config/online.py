@@ -273,6 +273,20 @@ class UpdateSection(Section):
         "nothing else sees them.",
         only_with=only_with("arrange_rows", True),
     )
+    max_tokens_per_micro_batch: int | None = option(
+        None,
+        ge=1,
+        help="Most tokens of a forward pass of the update, padding included: completions are dealt over the "
+        "micro-batches of a step by tokens, and a micro-batch with more is run in parts. null is no limit.",
+        only_with=only_with("arrange_rows", True),
+    )
+    dynamic_sampling: int = option(
+        0,
+        ge=0,
+        le=64,
+        help="Times that completions are drawn again for a prompt whose completions are all worth the same. DAPO takes "
+        "further prompts instead; here the prompts of a draw stay what they are, so that none is passed over.",
+    )
     top_entropy_quantile: float = option(
         1.0,
         gt=0,

@@ -212,20 +212,23 @@ def check_prompts(config: Any, args: GRPOConfig, rows: Dataset) -> None:
 
 
 def describe(config: Any, trainer: OnlineTrainer) -> dict[str, Any]:
-    """The layout, and whether clipping can act, said once and the former recorded; the reference in words."""
+    """Layout, rows and whether clipping can act, said once and the first two recorded; the reference in words."""
     reference = "none"
     if "reference" in trainer.needs:
         reference = f"{config.model}, a second model in memory"
         if trainer.ref_model is None:
             reference = "a frozen copy of the adapter" if config.adapter else "the policy with its adapter off"
+    rows = trainer.described_rows()
     if trainer.args.process_index == 0:
         print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
+        print(f"rows of an update: {rows}")
         if remark := on_policy_remark(trainer.args):
             print(remark)
     return {
         "reference": reference,
         "batch_layout": asdict(trainer.layout),
         "drawn": _drawn(trainer),
+        "update_rows": rows,
         "best": "eval_reward" if config.keep_best else None,
     }
 

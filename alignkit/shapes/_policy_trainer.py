@@ -10,13 +10,11 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
   ``steps_per_generation * num_iterations`` micro-batches and kept in a list of batches in between
 - trl ``GRPOTrainer._generate_and_score_completions(inputs)``, whose rows stand ``num_generations`` to a prompt over all
   processes, and the keys it returns
-- trl ``GRPOTrainer._calculate_rewards(inputs, prompts, completions, completion_ids_list)``, which gathers the rewards
-  of all processes, NaN where a function returned None
 - trl ``GRPOTrainer._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size,
   compute_entropy, compute_aux_loss, ...)``, whose first value under the policy becomes ``old_per_token_logps``
 - trl ``GRPOTrainer._get_train_sampler(dataset)``, a ``RepeatSampler`` whose generator goes on from pass to pass
 - trl ``GRPOTrainer.beta``, whose being zero decides whether the reference is run
-- the names in ``_bridge.py`` and ``_policy_layouts.py``
+- the names in ``_bridge.py``, ``_policy_layouts.py`` and ``_policy_rows.py``
 """
 
 from __future__ import annotations
@@ -34,17 +32,17 @@ from trl.trainer.utils import RepeatSampler
 
 from alignkit.errors import DataError
 from alignkit.gradients._hook import ChosenRule
-from alignkit.losses.types import POLICY_ITEM_KINDS, LossOutput, Metric, PolicyBatch
+from alignkit.losses.types import POLICY_ITEM_KINDS, LossOutput, PolicyBatch
 from alignkit.models._aux_loss import checked_aux_loss
 from alignkit.models.precision import trained_values
 from alignkit.parts.method import Method
 from alignkit.shapes._arguments import REFUSED_FOR_ONLINE, refuse_unused
-from alignkit.shapes._arrangement import Arrangement, arranged, dead_rows, window_of
 from alignkit.shapes._bridge import ObjectiveBridge
 from alignkit.shapes._policy_forward import PolicyOutput, refuse_needs
 from alignkit.shapes._policy_layouts import PolicyLayouts
 from alignkit.shapes._policy_metrics import METRICS as SEEN_METRICS
 from alignkit.shapes._policy_metrics import CompletionWatch
+from alignkit.shapes._policy_rows import PolicyRows
 from alignkit.shapes._rollouts import Rollouts
 
 METRICS: Mapping[str, str] = {
@@ -79,6 +77,8 @@ class UpdateSettings:
         arrange_rows: Whether completions are laid out by prompt and length; False leaves them as TRL does.
         skip_dead_rows: Whether completions that move nothing are left out of the update where nothing else sees them.
         success_threshold: Reward from which a held-out completion is a success; None goes by rewards of 0 and 1.
+        max_tokens_per_micro_batch: Most tokens of a forward pass of the update, padding included; None is no limit.
+        dynamic_sampling: Times that completions without spread are drawn again.
     """
 
     layout: Literal["auto", "padded", "shared_prefix"] = "padded"
@@ -88,9 +88,11 @@ class UpdateSettings:
     arrange_rows: bool = True
     skip_dead_rows: bool = True
     success_threshold: float | None = None
+    max_tokens_per_micro_batch: int | None = None
+    dynamic_sampling: int = 0
 
 
-class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
+class OnlineTrainer(PolicyLayouts, PolicyRows, ObjectiveBridge, GRPOTrainer):
     """Draws completions of prompts, rewards them, and trains on them with any online method.
 
     Args:
@@ -109,7 +111,6 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
 
     item_kinds = POLICY_ITEM_KINDS
     _signature_columns: list[str] | None
-    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
         self,
@@ -135,6 +136,7 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
         args.beta = float("reference" in self.needs and has_adapter)
         start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
+        self.refuse_settings(inherited.get("rollout_func"))
         self.hold_masters(start)
         self.beta = args.beta = float("reference" in self.needs)
         self._prepare_models(ref_model, has_adapter)
@@ -151,12 +153,8 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
     # --- completions -----------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, *inputs: Any) -> Tensor:
-        """The rewards of all processes, of which it is kept which completions have the same as all of their prompt."""
+        """The rewards of all processes, of which notice is taken."""
         rewards: Tensor = super()._calculate_rewards(*inputs)
-        generations = self.num_generations if self.model.training else self.num_generations_eval
-        sums_first = self.multi_objective_aggregation == "sum_then_normalize"
-        weighted = rewards * self.reward_weights.to(rewards.device)
-        self._has_spread = groups_with_spread(weighted, generations, sums_first).repeat_interleave(generations)
         self.watch.rewarded(rewards, inputs[-1])
         return rewards
 
@@ -177,8 +175,6 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
         first, count = self.accelerator.process_index * len(inputs), len(inputs)
         rows = torch.arange(first, first + count, device=output["completion_ids"].device)
         output["group_index"] = rows // generations
-        # Equal rewards less their mean are not always 0 in floating point, and TRL divides what is left by 1e-4.
-        output["advantages"] = output["advantages"] * self._has_spread[first : first + count]
         self.watch.drawn(output, generations)
         # TRL runs the old policy before the reference, and not at all where it is the policy that is trained.
         if "old_per_token_logps" in output:
@@ -193,42 +189,6 @@ class OnlineTrainer(PolicyLayouts, ObjectiveBridge, GRPOTrainer):
         if "old_sum_sq_probs" in self.needs and old.log_sum_sq_probs is not None:
             found["old_sum_sq_probs"] = old.log_sum_sq_probs.exp()
         return found
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """The next micro-batch; those of a new draw are laid out first."""
-        before = self._buffered_inputs
-        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is None or self._buffered_inputs is before:
-            return inputs
-        for batch in self._buffered_inputs:
-            self.record("dead_rows", Metric(dead_rows(batch).float()))
-        if not self.settings.arrange_rows:
-            return inputs
-        self._buffered_inputs = arranged(self._buffered_inputs, self.arrangement)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    @property
-    def arrangement(self) -> Arrangement:
-        """What may be done with the rows of a draw so that no number changes."""
-        rows_stay, every_row_counts = self.why_rows_stay is not None, "every_row" in self.needs
-        return Arrangement(
-            1 if rows_stay else window_of(self.args.gradient_accumulation_steps, self.args.steps_per_generation),
-            by_prompt=self.layout.layout == "shared_prefix",
-            skip_dead=self.settings.skip_dead_rows and not rows_stay and not every_row_counts,
-        )
-
-    @property
-    def why_rows_stay(self) -> str | None:
-        """What would change if rows changed places between the micro-batches of a step; None is nothing."""
-        if "whole_micro_batch" in self.needs:
-            return "the loss has a mean or a statistic within a micro-batch"
-        if self.settings.top_entropy_quantile < 1.0:
-            return "top_entropy_quantile is taken within a micro-batch"
-        if self.aux_loss_enabled:
-            return "the load-balancing loss is a mean within a micro-batch"
-        if self.gradient_rule is not None and self.gradient_rule.rule.edit is not None:
-            return "the gradient rule acts on one micro-batch at a time"
-        return None
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -453,22 +413,6 @@ class PassSampler(RepeatSampler):
             for _ in range(self.passes()):
                 torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
-
-
-def groups_with_spread(rewards: Tensor, generations: int, is_summed: bool) -> Tensor:
-    """Prompts [P] whose completions differ in what they are worth.
-
-    Args:
-        rewards: [P G, F], weighted; NaN where a reward says nothing.
-        generations: Completions of a prompt, G.
-        is_summed: Whether rewards are added before they are compared.
-    """
-    nothing = rewards.isnan().all(1, keepdim=True)
-    if is_summed:
-        rewards = rewards.nansum(1, keepdim=True).masked_fill(nothing, torch.nan)
-    grouped = rewards.view(-1, generations, rewards.shape[1])
-    lowest, highest = grouped.nan_to_num(torch.inf).amin(1), grouped.nan_to_num(-torch.inf).amax(1)
-    return (highest > lowest).any(1)
 
 
 def trained_tokens(inputs: Mapping[str, Any]) -> Tensor:

@@ -38,7 +38,23 @@ VLLM_KEYS: dict[str, Any] = {
     "vllm_importance_sampling_clip_min": 0.5,
 }
 VLLM = f"{', '.join(VLLM_KEYS)} without use_vllm"
+BUDGET = ONLINE | {"max_tokens_per_micro_batch": 4096}
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "max_tokens_per_micro_batch with bnpo": (BUDGET | {"loss_type": "bnpo"}, {"loss_type": "dapo"}),
+    "max_tokens_per_micro_batch with an entropy bonus": (BUDGET | {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
+    "max_tokens_per_micro_batch with tokens of large entropy": (
+        BUDGET | {"top_entropy_quantile": 0.2},
+        {"top_entropy_quantile": 1.0},
+    ),
+    "max_tokens_per_micro_batch with a gradient rule": (BUDGET | {"gradient_rule": "sam"}, {"gradient_rule": None}),
+    "max_tokens_per_micro_batch below the longest row": (
+        BUDGET | {"max_prompt_length": 4000, "max_completion_length": 97},
+        {"max_completion_length": 96},
+    ),
+    "dynamic_sampling with an environment": (
+        ONLINE | {"dynamic_sampling": 2, "environment": "room.py:Room"},
+        {"environment": None},
+    ),
     "delta within the clip": (ONLINE | {"delta": 1.1, "epsilon": 0.15, "epsilon_high": 0.2}, {"delta": 2.0}),
     "cispo without its largest weight": (ONLINE | {"loss_type": "cispo"}, {"epsilon_high": 5.0}),
     "delta within the clip of grpo_guard": (GUARD | {"delta": 1.1}, {"delta": 1.3}),
@@ -248,8 +264,8 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "sample length without samples": ({"num_samples": 0, "sample_max_new_tokens": 8}, {"num_samples": 1}),
     "Hub options without push_to_hub": ({"hub_model_id": "me/model", "hub_private": True}, {"push_to_hub": True}),
-    "skip_dead_rows without arrange_rows": (
-        ONLINE | {"arrange_rows": False, "skip_dead_rows": True},
+    "skip_dead_rows, max_tokens_per_micro_batch without arrange_rows": (
+        ONLINE | {"arrange_rows": False, "skip_dead_rows": True, "max_tokens_per_micro_batch": 4096},
         {"arrange_rows": True},
     ),
     "skip_dead_rows with bnpo": (ONLINE | {"skip_dead_rows": True, "loss_type": "bnpo"}, {"loss_type": "dapo"}),

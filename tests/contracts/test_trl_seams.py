@@ -41,6 +41,7 @@ def parameters(function: Any) -> list[str]:
         (DPOTrainer.compute_loss, ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         (GRPOTrainer._prepare_inputs, ["self", "generation_batch"]),
         (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
+        (GRPOTrainer._generate, ["self", "prompts"]),
         (GRPOTrainer._calculate_rewards, ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer._get_train_sampler, ["self", "dataset"]),
         (SFTTrainer._set_signature_columns_if_needed, ["self"]),
@@ -90,6 +91,7 @@ OWN_HOOKS = {
     OnlineTrainer: {
         "_get_train_sampler",
         "_calculate_rewards",
+        "_generate",
         "_generate_and_score_completions",
         "_get_per_token_logps_and_entropies",
         "_prepare_inputs",
@@ -140,6 +142,14 @@ def test_a_checkpoint_is_written_before_callbacks_are_told_and_loaded_once_every
     loop = inspect.getsource(Trainer._inner_training_loop)
     assert loop.index("self._prepare_for_training(") < loop.index("self.callback_handler.on_train_begin(")
     assert "resume_from_checkpoint = get_last_checkpoint(args.output_dir)" in inspect.getsource(Trainer.train)
+
+
+def test_completions_are_drawn_and_rewarded_once_a_draw() -> None:
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert source.count("self._generate(prompts)") == source.count("self._calculate_rewards(") == 1
+    assert source.index("self._generate(prompts)") < source.index("self._calculate_rewards(")
+    first = "return prompt_ids, completion_ids, tool_mask, completions, logprobs, "
+    assert first in inspect.getsource(GRPOTrainer._generate)
 
 
 def test_the_epoch_of_a_stream_is_counted_in_batches_of_the_run() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from alignkit.shapes._arrangement import Arrangement, arranged, dead_rows, window_of
-from alignkit.shapes._policy_trainer import groups_with_spread
-from tests.online import make, make_peer, share_of_vowels
+from alignkit.errors import ConfigError
+from alignkit.shapes._arrangement import Arrangement, arranged, dead_rows, passes, window_of
+from alignkit.shapes._policy_rows import groups_with_spread
+from tests.online import make, make_peer, prompt_rows, share_of_vowels
 from tests.trainers import flat_weights, logged
 
 SMALL = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
@@ -107,6 +108,45 @@ def test_live_rows_are_dealt_evenly_and_no_micro_batch_is_empty(live: int, expec
     assert set(marked) <= set(kept) and len(kept) == len(set(kept)) == max(live, 4)
 
 
+def padded(batch: dict[str, Any]) -> int:
+    return batch["prompt_ids"].numel() + batch["completion_ids"].numel()
+
+
+def test_rows_are_dealt_by_tokens_and_no_pass_has_more_than_allowed() -> None:
+    before = draw(steps=4, rows=8)
+    evenly, dealt = (arranged(before, Arrangement(window=4, max_tokens=most)) for most in (None, 60))
+    for batches in (evenly, dealt):
+        assert sorted(sum(map(numbers, batches), [])) == list(range(1, 33)) and len(batches) == 4
+    for batch in dealt:
+        parts = passes(batch, 60)
+        assert sum(map(numbers, parts), []) == numbers(batch) and max(map(padded, parts)) <= 60
+        assert 1 < len(parts) and all(padded(a) + padded(b) > 60 for a, b in zip(parts, parts[1:], strict=False))
+    assert passes(dealt[0], None) == [dealt[0]] and [len(numbers(part)) for part in passes(dealt[0], 1)] == [1] * len(
+        numbers(dealt[0])
+    )
+
+
+def test_dealing_by_tokens_is_as_even_as_any() -> None:
+    """Against every way to cut the sorted rows into as many runs."""
+    for seed in range(8):
+        before = draw(steps=3, rows=3, seed=seed)
+        (whole,) = arranged(
+            [{k: torch.cat([b[k] for b in before]) if v.ndim else v for k, v in before[0].items()}], Arrangement()
+        )
+        best = min(
+            max(padded(part) for part in (taken(whole, 0, i), taken(whole, i, j), taken(whole, j, 9)))
+            for i in range(1, 8)
+            for j in range(i + 1, 9)
+        )
+        assert max(map(padded, arranged(before, Arrangement(window=3, max_tokens=10**6)))) == best
+
+
+def taken(batch: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    """Those rows, cut to their longest by another way than the one that is tested."""
+    rows = {key: value[start:end] for key, value in batch.items() if value.ndim}
+    return {name: rows[name][:, rows[name.replace("ids", "mask")].any(0)] for name in ("prompt_ids", "completion_ids")}
+
+
 def test_what_is_dead_has_no_advantage_or_nothing_to_train_on() -> None:
     batch = {
         "completion_mask": torch.tensor([[1, 1], [1, 0], [0, 0], [1, 1]]),
@@ -137,14 +177,23 @@ def test_spread_is_of_sums_or_of_parts_and_rewards_that_say_nothing_have_none() 
     assert groups_with_spread(rewards, 2, False).tolist() == [True, False, True, False]
 
 
+BUDGET = {"max_tokens_per_micro_batch": 40}
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_losses_and_gradient_norms_with_dead_rows_left_out_follow_those_of_trl(name: str, tmp_path: Path) -> None:
     theirs = make_peer(tmp_path / "theirs", reward_funcs=half_without_spread, **PAIRS[name])
     theirs.train()
-    ours = make(tmp_path / "ours", reward_funcs=half_without_spread, **PAIRS[name])
+    ours = make(tmp_path / "ours", reward_funcs=half_without_spread, **BUDGET, **PAIRS[name])
     rows: list[int] = []
     count = ours.evaluate_objective
-    ours.evaluate_objective = lambda model, inputs: (rows.append(ours.num_rows(inputs)), count(model, inputs))[1]
+
+    def counted(model: Any, inputs: dict[str, Any]) -> Any:
+        rows.append(ours.num_rows(inputs))
+        assert padded(inputs) <= 40
+        return count(model, inputs)
+
+    ours.evaluate_objective = counted  # type: ignore[method-assign]
     ours.train()
     for key in ("loss", "grad_norm", "reward"):
         assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-5, abs=1e-6), key
@@ -177,3 +226,72 @@ def test_rows_of_a_loss_with_a_mean_or_statistic_within_a_micro_batch_stay(
     diverging = make(tmp_path, beta=0.1, **SMALL)
     assert diverging.arrangement == Arrangement(window=4, skip_dead=False)
     assert make(tmp_path, **SMALL).arrangement == Arrangement(window=4, skip_dead=True)
+
+
+def test_the_budget_and_drawing_again_are_refused_where_they_cannot_be_kept(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="statistic within a micro-batch"):
+        make(tmp_path, method="grpo_guard", **BUDGET)
+    trainer = make(tmp_path, dynamic_sampling=1)
+    with pytest.raises(ConfigError, match="Remove it, or the environment"):
+        trainer.refuse_settings(rollout_func=print)
+    trainer.args.per_device_train_batch_size = 2  # as on each of four processes
+    with pytest.raises(ConfigError, match="num_generations, now 4, that divides"):
+        trainer.refuse_settings(rollout_func=None)
+
+
+# --- drawing again ---------------------------------------------------------------------------------------------------
+
+
+class Drawn:
+    """A reward that counts its calls: prompts have spread from the call on that their number says."""
+
+    __name__ = "drawn"
+
+    def __init__(self, *needed: int) -> None:
+        self.needed, self.calls = needed, 0
+        self.order: list[str] = []
+        self.seen: list[list[str]] = []
+
+    def __call__(self, prompts: list[str], completions: list[str], log_extra: Any, **columns: Any) -> list[float]:
+        self.order = list(dict.fromkeys([*self.order, *prompts]))
+        self.calls += 1
+        self.seen.append(completions)
+        log_extra("call", [self.calls] * len(prompts))
+        return [
+            self.calls + 0.25 * (i % 4) if self.needed[self.order.index(prompt)] <= self.calls else float(self.calls)
+            for i, prompt in enumerate(prompts)
+        ]
+
+
+def test_prompts_without_spread_are_drawn_again_and_the_first_with_spread_are_kept(tmp_path: Path) -> None:
+    reward = Drawn(2, 1, 9, 3)
+    changes = {"per_device_train_batch_size": 16, "max_steps": 1, "skip_dead_rows": False}
+    trainer = make(tmp_path, reward_funcs=reward, dynamic_sampling=3, **changes)
+    trainer.train()
+    assert [len(completions) for completions in reward.seen] == [16, 12, 8, 4]
+    first, second, third, _ = reward.seen
+    # Prompt 0 has spread in the second call, where it stands first; 3 in the third, behind 2, which never has.
+    assert list(trainer._logs["completion"]) == second[:4] + first[4:12] + third[4:8]
+    assert list(trainer._logs["extra"]["call"]) == [2] * 4 + [1] * 8 + [3] * 4
+    of_prompts = [2.375, 1.375, 1.0, 3.375]
+    assert logged(trainer, "reward") == [pytest.approx(sum(of_prompts) / 4)]
+    assert logged(trainer, "frac_reward_zero_std") == [0.25] == logged(trainer, "dead_rows")
+    assert logged(trainer, "dynamic_sampling/first_reward") == [pytest.approx((3 + 1.375) / 4)]
+    assert logged(trainer, "dynamic_sampling/redrawn") == [0.75]
+    assert logged(trainer, "dynamic_sampling/still_dead") == [0.25]
+    kept = trainer._buffered_inputs[0]
+    texts = trainer.processing_class.batch_decode(
+        [ids[mask.bool()] for ids, mask in zip(kept["completion_ids"], kept["completion_mask"], strict=True)],
+        skip_special_tokens=True,
+    )
+    assert sorted(texts) == sorted(trainer._logs["completion"])
+    assert int(kept["num_items_in_batch"]) == int(kept["completion_mask"].sum())
+
+
+def test_nothing_is_drawn_again_where_all_have_spread_or_in_an_evaluation(tmp_path: Path) -> None:
+    reward = Drawn(1, 1, 9, 9, 9, 9)
+    trainer = make(tmp_path, reward_funcs=reward, dynamic_sampling=3, max_steps=1, eval_dataset=prompt_rows(2))
+    trainer.train()
+    assert [len(completions) for completions in reward.seen] == [8]
+    trainer.evaluate()
+    assert sum(map(len, reward.seen)) == 8 + 8
