@@ -84,8 +84,9 @@ format: $(VENV)/.dev  ## Rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(VENV)/.dev  ## Speed: training against trl.DPOTrainer, the token reward pass, gradient rules, the start of a run
+bench: $(VENV)/.dev  ## Speed: training against trl.DPOTrainer and trl.GRPOTrainer, the token reward pass, gradient rules, the start of a run
 	@$(PY) scripts/benchmark.py
+	@$(PY) scripts/benchmark_online.py
 	@$(PY) scripts/benchmark_token_rewards.py
 	@$(PY) scripts/benchmark_gradients.py
 	@$(PY) scripts/benchmark_startup.py

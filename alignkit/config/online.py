@@ -257,7 +257,7 @@ class UpdateSection(Section):
     title: ClassVar[str] = "Update"
 
     layout: Literal["auto", "padded", "shared_prefix"] = option(
-        "padded",
+        "auto",
         choices=("auto", "padded", "shared_prefix"),
         help="padded: a row a completion, as TRL; shared_prefix: one row a prompt, computed once for its completions; "
         "auto: batch by batch what is expected to cost less, where the architecture allows both.",

@@ -33,8 +33,6 @@ NOT_GIVEN: Mapping[str, str] = {
     )
 }
 """What a method may need and an online run does not give, with what to write instead."""
-PAYS = 1.1
-"""Expected gain in FLOPs from which ``auto`` shares prompts; below it, packing costs about what it saves."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,8 @@ class PolicyForward:
         return padded_pass(model, input_ids, attention_mask, keep, router_logits=router_logits)
 
     def _saves(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        return expected_cost(self.text_config, rows, batch_size=len(rows)).speedup >= PAYS
+        """Whether these rows are expected to cost fewer FLOPs than padded ones, for which a dense mask is taken."""
+        return expected_cost(self.text_config, rows, batch_size=len(rows)).speedup > 1.0
 
 
 def padded_pass(

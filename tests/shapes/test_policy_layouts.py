@@ -177,12 +177,14 @@ def test_a_trained_mixture_of_experts_gives_the_same_in_both_layouts(shared: Pat
 # --- where rows are shared -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "packs"), [(60, True), (1, False)], ids=["long prompts", "short prompts"])
+@pytest.mark.parametrize(
+    ("words", "length", "packs"), [(60, 8, True), (1, 96, False)], ids=["long prompts", "short prompts"]
+)
 def test_auto_shares_prompts_where_that_saves(
-    words: int, packs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: int, length: int, packs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = prompt_rows().map(lambda row: {"prompt": " so" * words + row["prompt"]})
-    sizes = {"num_generations": 2, "max_completion_length": 48, "max_steps": 1}
+    sizes = {"num_generations": 2, "max_completion_length": length, "max_steps": 1}
     trainer = make(tmp_path, layout="auto", train_dataset=rows, **sizes)
     passes = []
     packed = _policy_forward.packed_pass
