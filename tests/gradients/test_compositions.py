@@ -101,7 +101,7 @@ def build(
         changes = arguments | ({"optim": "sgd", "learning_rate": 0.5} if composition.rule == "decay_to_init" else {})
         peft = composition.parametrization != "full"
         if program(composition) not in ("preference", "sft"):
-            keys = changes | {"use_cpu": True, "per_device_train_batch_size": 4}
+            keys = changes | {"use_cpu": True, "per_device_train_batch_size": 8}
             run = building.config_of(program(composition), config.model, tmp_path, **composition.config, **keys)
             rows_as_text = building.text_rows(run, 8)
             return building.build(run, rows_as_text, rule=rule, tokenizer=supervised.tokenizer()), seen
