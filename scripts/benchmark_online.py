@@ -121,6 +121,28 @@ class Buffer:
         return [0.0 if i < alike else self.worth.random() for i in range(len(completions))]
 
 
+def training_arguments(spec: dict[str, Any]) -> dict[str, Any]:
+    """Fields of TRL's GRPOConfig, the same for both sides."""
+    case, side = spec["case"], spec["side"]
+    return {
+        "output_dir": str(Path(spec["model_dir"]) / f"out_{side['layout']}"),
+        "num_generations": GROUP,
+        "max_completion_length": case["completion"],
+        "per_device_train_batch_size": spec["batch_size"],
+        "gradient_accumulation_steps": case["micro_batches"],
+        "max_steps": spec["steps"] + WARM_UP,
+        "learning_rate": 1e-6,
+        "logging_steps": spec["steps"] + WARM_UP,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **side["arguments"],
+        **(side["options"] if side["layout"] == "trl" else {}),
+    }
+
+
 def build(spec: dict[str, Any]) -> Any:
     """trl.GRPOTrainer or ours over the same completions."""
     import torch
@@ -133,53 +155,29 @@ def build(spec: dict[str, Any]) -> Any:
     from alignkit.shapes._policy_trainer import OnlineTrainer, UpdateSettings
     from benchmark_worker import word_tokenizer
 
-    case, side = spec["case"], spec["side"]
-    is_trl, options = side["layout"] == "trl", side["options"]
+    side, lora = spec["side"], spec["parametrization"] == "lora"
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(spec["model_dir"], dtype=torch.float32)
 
-    arguments = {
-        "output_dir": str(Path(spec["model_dir"]) / f"out_{side['layout']}"),
-        "num_generations": GROUP,
-        "max_completion_length": case["completion"],
-        "per_device_train_batch_size": spec["batch_size"],
-        "gradient_accumulation_steps": case["micro_batches"],
-        "max_steps": spec["steps"] + WARM_UP,
-        "learning_rate": 1e-6,
-        "logging_steps": spec["steps"] + WARM_UP,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        **side["arguments"],
-        **(options if is_trl else {}),
-    }
-    buffer, lora = Buffer(case, side["dead"]), spec["parametrization"] == "lora"
-    # Ours looks at a prompt before it runs; the length is that of what comes.
-    prompts = [{"prompt": " ".join(["w5"] * case["prompt"])}] * 256
+    buffer = Buffer(spec["case"], side["dead"])
+    # Ours looks at a prompt before it runs; its length is that of what comes.
+    prompts = [{"prompt": " ".join(["w5"] * spec["case"]["prompt"])}] * 256
     shared = {
-        "args": GRPOConfig(**arguments),
+        "args": GRPOConfig(**training_arguments(spec), use_cpu=not torch.cuda.is_available()),
         "reward_funcs": buffer.reward,
         "rollout_func": buffer,
         "train_dataset": Dataset.from_list(prompts),
         "processing_class": word_tokenizer(),
         "peft_config": lora_config(r=16, alpha=32, dropout=0.0, target_modules="all-linear") if lora else None,
     }
-    if is_trl:
+    if side["layout"] == "trl":
         return GRPOTrainer(load(), **shared)
     method = load_method(side["method"])
-    chosen = method.options(**options)
-    return OnlineTrainer(
-        load(),
-        method=method,
-        options=chosen,
-        settings=UpdateSettings(layout=side["layout"]),
-        ref_model=load() if "reference" in method.needs(chosen) and not lora else None,
-        **shared,
-    )
+    chosen = method.options(**side["options"])
+    reference = load() if "reference" in method.needs(chosen) and not lora else None
+    layout = UpdateSettings(layout=side["layout"])
+    return OnlineTrainer(load(), method=method, options=chosen, settings=layout, ref_model=reference, **shared)
 
 
 def held_mib(name: str) -> float:

@@ -263,8 +263,7 @@ class OnlineTrainer(PolicyLayouts, PolicyRows, ObjectiveBridge, GRPOTrainer):
             correction=self._correction(inputs, output, mask),
             kept=self._kept_tokens(output, mask),
             gather=self._over_ranks,
-            # An evaluation leaves no trace.
-            memory=self.rollouts.memory if self.model.training else dict(self.rollouts.memory),
+            memory=self.rollouts.memory,
         )
 
     def _kept_tokens(self, output: PolicyOutput, mask: Tensor) -> Tensor | None:

@@ -63,6 +63,6 @@ def test_losses_and_gradient_norms_follow_those_of_trl(name: str, peft: bool, tm
     ours.train()
     assert list(ours._logs["completion"]) == list(theirs._logs["completion"])
     for key in ("loss", "grad_norm", *METRICS):
-        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-5, abs=1e-7), key
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=2e-5, abs=1e-6), key
     assert len(logged(ours, "loss")) == 4 and any(logged(ours, "grad_norm"))
     torch.testing.assert_close(flat_weights(ours.model), flat_weights(theirs.model), rtol=0, atol=5e-6)
