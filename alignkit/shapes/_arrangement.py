@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -98,17 +99,29 @@ def trimmed(batch: Batch) -> Batch:
     return cut
 
 
+def idle(batch: Batch) -> Batch:
+    """One row of which nothing is left to train on: the shortest pass there is, which other processes may wait for."""
+    row = _taken(batch, [0])
+    prompt_mask = torch.zeros_like(row["prompt_mask"])
+    prompt_mask[:, -1] = 1  # padding is on the left
+    nothing = {key: torch.zeros_like(row[key]) for key in ("completion_mask", "advantages")}
+    return trimmed({**row, "prompt_mask": prompt_mask, **nothing})
+
+
 def _arranged_window(batches: Sequence[Batch], how: Arrangement) -> list[Batch]:
     whole = _joined(batches)
     lengths = _lengths(whole)
     rows = _order(whole, lengths, how.by_prompt)
     if how.skip_dead:
-        rows = _without_dead(rows, dead_rows(whole).tolist(), len(batches))
-    if how.max_tokens is None:
-        parts = _evenly(rows, len(batches))
-    else:
+        is_dead = dead_rows(whole).tolist()
+        rows = [row for row in rows if not is_dead[row]]
+    if how.max_tokens is not None and rows:
         parts = _by_tokens(rows, lengths, len(batches))
-    return [trimmed(_taken(whole, part)) for part in parts]
+    elif how.by_prompt and len(batches) > 1:
+        parts = _whole_prompts(rows, lengths, whole["group_index"].tolist(), len(batches))
+    else:
+        parts = _evenly(rows, len(batches))
+    return [trimmed(_taken(whole, part)) if part else idle(whole) for part in parts]
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
@@ -146,11 +159,24 @@ def _order(batch: Batch, lengths: Sequence[tuple[int, int]], by_prompt: bool) ->
     return sorted(rows, key=lambda row: -sum(lengths[row]))
 
 
-def _without_dead(rows: list[int], is_dead: Sequence[bool], at_least: int) -> list[int]:
-    """The rows that move something, filled up with the last of the others where they are too few."""
-    live = [row for row in rows if not is_dead[row]]
-    dead = [row for row in rows if is_dead[row]]
-    return live + dead[len(dead) - max(at_least - len(live), 0) :]
+def _whole_prompts(
+    rows: Sequence[int], lengths: Sequence[tuple[int, int]], groups: Sequence[int], parts: int
+) -> list[Sequence[int]]:
+    """Rows dealt by prompt, the next one to where least is to be computed: a prompt that is torn is computed twice.
+
+    Where whole prompts do not fit, no part having more rows than it would have of all rows, they are dealt evenly.
+    """
+    most, dealt = len(lengths) // parts, [list[int]() for _ in range(parts)]
+    costs = [0] * parts
+    for _, run in groupby(rows, key=lambda row: groups[row]):
+        prompt = list(run)
+        free = [part for part in range(parts) if len(dealt[part]) + len(prompt) <= most]
+        if not free:
+            return _evenly(rows, parts)
+        least = min(free, key=lambda part: costs[part])
+        dealt[least] += prompt
+        costs[least] += lengths[prompt[0]][0] + sum(lengths[row][1] for row in prompt)
+    return [dealt[part] for part in sorted(range(parts), key=lambda part: -costs[part])]
 
 
 def _evenly(rows: Sequence[int], parts: int) -> list[Sequence[int]]:

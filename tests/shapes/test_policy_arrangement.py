@@ -92,8 +92,31 @@ def test_rows_stay_within_their_step_whole_and_unpadded() -> None:
 def test_completions_of_a_prompt_stand_together() -> None:
     after = arranged(draw(steps=4, rows=8), Arrangement(window=4, by_prompt=True))
     assert [len(set(batch["group_index"].tolist())) for batch in after] == [2] * 4
-    longest = [int((batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).max()) for batch in after]
-    assert longest == sorted(longest, reverse=True)
+    assert [len(batch["advantages"]) for batch in after] == [8] * 4
+
+
+def test_prompts_are_torn_by_none_of_those_left_and_what_has_none_does_next_to_nothing() -> None:
+    """Sixteen rows of four prompts over four micro-batches of eight: torn, each prompt would be computed twice."""
+    after = arranged(draw(steps=4, rows=8), Arrangement(window=4, by_prompt=True, skip_dead=True))
+    groups = [sorted(set(batch["group_index"].tolist())) for batch in after]
+    assert sorted(map(tuple, groups)) == [(1,), (3,), (5,), (7,)] and [len(b["advantages"]) for b in after] == [4] * 4
+    costs = [int(batch["prompt_mask"][0].sum() + batch["completion_mask"].sum()) for batch in after]
+    assert costs == sorted(costs, reverse=True)
+    few = draw(steps=4, rows=8)
+    for batch in few:
+        batch["advantages"] = torch.where(batch["group_index"] == 5, 1.0, 0.0)
+    only, *idle = arranged(few, Arrangement(window=4, by_prompt=True, skip_dead=True))
+    assert only["group_index"].tolist() == [5] * 4
+    for batch in idle:
+        assert batch["prompt_ids"].shape == batch["completion_ids"].shape == (1, 1)
+        assert bool(batch["prompt_mask"].all()) and batch["prompt_ids"].item() > 0
+        assert not batch["completion_mask"].any() and not batch["advantages"].any()
+
+
+def test_prompts_that_do_not_fit_whole_are_dealt_evenly() -> None:
+    batches = draw(steps=2, rows=6)  # three prompts of four completions
+    after = arranged(batches, Arrangement(window=2, by_prompt=True))
+    assert [len(batch["advantages"]) for batch in after] == [6, 6]
 
 
 @pytest.mark.parametrize(("live", "expected"), [(9, [3, 2, 2, 2]), (2, [1, 1, 1, 1]), (0, [1, 1, 1, 1])])
@@ -103,9 +126,9 @@ def test_live_rows_are_dealt_evenly_and_no_micro_batch_is_empty(live: int, expec
         batch["advantages"] = torch.where(torch.arange(i * 4, i * 4 + 4) < live, 1.0, 0.0)
     after = arranged(before, Arrangement(window=4, skip_dead=True))
     assert [len(batch["advantages"]) for batch in after] == expected
-    kept = sum(map(numbers, after), [])
+    kept = sum((numbers(batch) for batch in after if batch["completion_mask"].any()), [])
     marked = [n for batch in before for n, a in zip(numbers(batch), batch["advantages"], strict=True) if a]
-    assert set(marked) <= set(kept) and len(kept) == len(set(kept)) == max(live, 4)
+    assert sorted(marked) == sorted(kept)
 
 
 def padded(batch: dict[str, Any]) -> int:
@@ -201,6 +224,18 @@ def test_losses_and_gradient_norms_with_dead_rows_left_out_follow_those_of_trl(n
     # Four steps, half of whose rows are dead; a micro-batch without any other keeps one.
     of_a_step = ours.args.per_device_train_batch_size * ours.args.gradient_accumulation_steps
     assert 2 * of_a_step <= sum(rows) <= (2 if of_a_step == 8 else 3) * of_a_step
+
+
+def test_whole_prompts_in_packed_rows_without_the_dead_follow_those_of_trl(tmp_path: Path) -> None:
+    """Eight prompts over four micro-batches of two, half of which are left: whole ones, and idle micro-batches."""
+    how = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, **TWICE}
+    theirs = make_peer(tmp_path / "theirs", reward_funcs=half_without_spread, **how)
+    theirs.train()
+    ours = make(tmp_path / "ours", reward_funcs=half_without_spread, layout="shared_prefix", **how)
+    ours.train()
+    for key in ("loss", "grad_norm", "reward"):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-5, abs=1e-6), key
+    assert any(logged(ours, "grad_norm")) and min(logged(ours, "dead_rows")) >= 0.5
 
 
 def test_a_step_without_a_signal_moves_nothing(tmp_path: Path) -> None:
