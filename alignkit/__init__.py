@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from alignkit.parts.method import Method as Method
     from alignkit.parts.method import load_method as load_method
     from alignkit.parts.method import method_names as method_names
+    from alignkit.reports.held_out import pass_at_k as pass_at_k
     from alignkit.rewards import ChosenReward as ChosenReward
     from alignkit.rewards import load_rewards as load_rewards
     from alignkit.runs.run import train_online as train_online
@@ -112,6 +113,7 @@ _PUBLIC = {
     "alignkit.objectives.sft": ("SFTOptions",),
     "alignkit.objectives.treg": ("TREGOptions",),
     "alignkit.parts.method": ("Method", "load_method", "method_names"),
+    "alignkit.reports.held_out": ("pass_at_k",),
     "alignkit.rewards": ("ChosenReward", "load_rewards"),
     "alignkit.runs.run": ("train_online", "train_preference", "train_sft"),
 }

@@ -37,6 +37,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     own = {"method": "sft", "data": "texts.jsonl", "output_dir": "sft", "eval_data": "held_out.jsonl"}
     (folder / "sft.yaml").write_text(yaml.safe_dump({**RUN, **own}))
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in pairs(8)])
+    online = {"model": "model", "method": "grpo", "data": "prompts.jsonl", "output_dir": "online", "max_steps": 2}
+    online |= {"rewards": ["repetition"], "num_generations": 2, "max_completion_length": 4, "use_cpu": True}
+    (folder / "online.yaml").write_text(yaml.safe_dump(online))
     return folder
 
 
@@ -49,6 +53,7 @@ def programs(repository: Path) -> list[list[str]]:
         ["preference", str(trainers / "preference.py"), "--config", "run.yaml"],
         ["full", str(trainers / "preference.py"), "--config", "full.yaml"],
         ["sft", str(trainers / "sft.py"), "--config", "sft.yaml"],
+        ["online", str(trainers / "online.py"), "--config", "online.yaml"],
         ["resume", str(trainers / "preference.py"), "--config", "run.yaml", "--resume", "--max_steps", "3"],
         script("evaluate", *adapter, "--compare_base", "--max_new_tokens", "4", "--output", "eval.json", *QUICK),
         script("token_rewards", "--model", "model", "--data", "rows.csv", "--output", "r.jsonl", *QUICK),
@@ -98,6 +103,8 @@ def test_no_program_is_left_out(repository: Path) -> None:
         "benchmark_gradients": "reads nothing but a model it makes",
         "benchmark_token_rewards": "reads nothing but a model it makes",
         "benchmark_startup": "reads nothing but rows and a model it makes",
+        "benchmark_online": "reads nothing but a model it makes",
+        "benchmark_rewards": "reads nothing; it imports no library of Hugging Face's network",
     }
     there = {path.stem for folder in ("scripts", "trainers") for path in (repository / folder).glob("*.py")}
     assert there == (tried & there) | without.keys()

@@ -141,7 +141,7 @@ def test_every_program_with_an_output_is_tried(repository: Path) -> None:
     folders = (repository / "alignkit" / "programs", repository / "scripts")
     files = [path for folder in folders for path in folder.glob("*.py")]
     programs = {path.stem for path in files if any(w in path.read_text() for w in written)}
-    assert programs == {*OPTIONS, *FOLDERS}
+    assert programs == {*OPTIONS, *FOLDERS, "rewards"}  # whose report tests/rewards/test_try.py tries
 
 
 def test_a_merge_takes_no_place_that_is_taken(home: Path) -> None:

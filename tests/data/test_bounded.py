@@ -20,6 +20,7 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.models.files import read_adapter
 from alignkit.models.loading import load_adapter, load_tokenizer
 from alignkit.parametrizations._lora import check_modules, check_rank
+from alignkit.parts.shape import load_bridge, load_shape
 from alignkit.runs import arguments
 from tests.chaos.hostile import TEMPLATES
 from tests.programs.conftest import save_model
@@ -99,9 +100,9 @@ def test_a_share_that_is_no_step_is_refused(epochs: float, refused: str | None) 
     words = ["--model", "m", "--data", "d", "--method", "dpo", "--output_dir", "o"]
     config = replace(load_config("preference", None, words, check_files=False).config, num_train_epochs=epochs)
     args: Any = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=1, world_size=1)
-    rows = Dataset.from_dict({"x": list(range(10))})
+    rows, bridge = Dataset.from_dict({"x": list(range(10))}), load_bridge(load_shape("candidates"))
     if refused is None:
-        arguments.check_length(config, args, rows)
+        arguments.check_length(config, args, rows, bridge)
         return
     with pytest.raises(ConfigError, match=refused):
-        arguments.check_length(config, args, rows)
+        arguments.check_length(config, args, rows, bridge)

@@ -93,9 +93,12 @@ def test_killed_before_every_single_file_operation(tmp_path: Path) -> None:
 
 def test_killed_at_random_moments_of_long_writes(tmp_path: Path) -> None:
     numel = 1_000_000
-    start = time.perf_counter()
-    assert run_child(tmp_path / "whole", numel=numel) == (0, STEPS[-1])
-    duration = time.perf_counter() - start
+    durations = []
+    for name in ("cold", "whole"):  # what is imported for the first time takes longer than it will again
+        start = time.perf_counter()
+        assert run_child(tmp_path / name, numel=numel) == (0, STEPS[-1])
+        durations.append(time.perf_counter() - start)
+    duration = min(durations)
     check_survivor(tmp_path / "whole", STEPS[-1], numel)
     moments = random.Random(0)
     killed = 0
