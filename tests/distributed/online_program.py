@@ -29,6 +29,12 @@ def stand_ins(prompts: list[list[int]], generations: int) -> list[list[int]]:
     return found
 
 
+def half_without_spread(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A reward under which the completions of about every second prompt are all worth the same."""
+    dead = [random.Random(f"{prompt}!").random() < 0.5 for prompt in map(str, prompts)]
+    return [0.1 if is_dead else len(set(str(text))) / 8 for is_dead, text in zip(dead, completions, strict=True)]
+
+
 def main() -> None:
     """One run, and what this process has to say of it."""
     loaded = parse_program_arguments("online", sys.argv[1:])

@@ -27,16 +27,25 @@ COMMON: dict[str, Any] = {
     "max_length": None, "rewards": f"['{REWARD}']", "num_generations": 2, "num_iterations": 2, "top_k": 1,
     "max_completion_length": online_program.LONGEST, "max_steps": STEPS, "learning_rate": 1e-3,
 }  # fmt: skip
+PROMPT = 128
+"""Longest prompt of the runs whose passes are held to the tokens of one row."""
 GUARD = {"method": "grpo_guard", "num_steps": 2, "min_count": 1, "ema": 0.5, "epsilon": 0.01}
 RUNS: dict[str, dict[str, Any]] = {
     # The reference is the policy with its adapter off.
     "grpo lora": {"method": "grpo", "beta": 0.1, "parametrization": "lora"},
     "grpo full": {"method": "grpo", "beta": 0.1, "parametrization": "full", "learning_rate": 1e-4},
     "grpo_guard lora": {**GUARD, "parametrization": "lora"},
-}
+    "grpo rows": {
+        "method": "grpo", "parametrization": "full", "learning_rate": 1e-4, "dynamic_sampling": 1,
+        "max_prompt_length": PROMPT, "max_tokens_per_micro_batch": PROMPT + online_program.LONGEST,
+        "rewards": f"['{Path(online_program.__file__)}:half_without_spread']",
+    },
+}  # fmt: skip
 # The guard's statistics are those of one micro-batch over all processes.
 BASES = {"grpo lora": "1x2 accumulation 2", "grpo full": "1x2 accumulation 2", "grpo_guard lora": "1x4"}
+BASES["grpo rows"] = "1x2 accumulation 2"
 SLOW = [
+    ("grpo rows", "ddp 2x2"),
     ("grpo lora", "ddp 2x2"),
     ("grpo full", "zero2 2x2"),
     ("grpo full", "zero3 2x2"),
@@ -47,7 +56,8 @@ CASES = [
     ("grpo_guard lora", "zero2 2x2"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
 ]
-COMPARED = ("kl", "entropy", "ratio/mean", "reward", "completions/mean_length")
+COMPARED = ("kl", "entropy", "ratio/mean", "reward", "completions/mean_length", "dead_rows")
+COMPARED += ("dynamic_sampling/redrawn", "dynamic_sampling/still_dead", "dynamic_sampling/first_reward")
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +88,12 @@ def test_layouts_agree(run: Callable[[str, str], Path], what: str, name: str) ->
 
     (alone,), (first, second) = processes(theirs), processes(ours)
     # What each process draws from weights that are shared out is what one draws from its own.
-    assert sorted(first["drawn"] + second["drawn"]) == sorted(alone["drawn"]) and len(alone["drawn"]) == 8
+    if what == "grpo rows":  # where prompts are drawn again, a process draws as many as the other
+        together, each = (sorted(set(map(str, drawn))) for drawn in (first["drawn"] + second["drawn"], alone["drawn"]))
+        assert together == each and len(alone["drawn"]) > 8
+        assert len(first["drawn"]) == len(second["drawn"])
+    else:
+        assert sorted(first["drawn"] + second["drawn"]) == sorted(alone["drawn"]) and len(alone["drawn"]) == 8
     assert min(len(completion) for *_, completion in alone["drawn"]) > 1
     assert first["drawn"] != second["drawn"]
     for ours_then, theirs_then in zip(first["logged"], second["logged"], strict=True):
