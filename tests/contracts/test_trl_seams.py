@@ -7,20 +7,26 @@ anything else: what is asserted here is all that it knows of its host.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Trainer, modeling_rope_utils
+import transformers
+from peft.tuners.lora.layer import ParamWrapper
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Trainer, modeling_rope_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
+from transformers.utils.output_capturing import OutputRecorder
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.models import utils as model_utils
 from trl.trainer import sft_trainer
 from trl.trainer import utils as trainer_utils
 
-from alignkit.models import _packed_attention
+from alignkit.models import _packed_attention, _routers
 from alignkit.shapes._candidates import PreferenceTrainer
 from alignkit.shapes._policy_trainer import OnlineTrainer
 from alignkit.shapes._tokens import SupervisedTrainer
@@ -269,3 +275,38 @@ def test_completions_are_drawn_and_kept_as_the_online_trainer_takes_them_to_be()
     assert "torch.randperm(self.num_samples, generator=self.generator)" in inspect.getsource(
         trainer_utils.RepeatSampler.__iter__
     )
+
+
+def test_routers_are_recorded_as_the_bridge_to_them_reads_it() -> None:
+    fields = {field.name for field in dataclasses.fields(OutputRecorder)}
+    assert {"target_class", "index"} <= fields and PreTrainedModel._can_record_outputs is None
+    for module, router, index in (
+        ("olmoe", "OlmoeTopKRouter", 0),
+        ("llama4", "Llama4Router", 1),
+        ("dbrx", "DbrxRouter", 0),
+    ):
+        modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        (recorded,) = {
+            (cls._can_record_outputs["router_logits"].target_class, cls._can_record_outputs["router_logits"].index)
+            for cls in vars(modeling).values()
+            if inspect.isclass(cls) and (getattr(cls, "_can_record_outputs", None) or {}).get("router_logits")
+        }
+        assert recorded == (getattr(modeling, router), index)
+    assert "self.base_layer(x, *args, **kwargs)" in inspect.getsource(ParamWrapper.forward)
+
+
+def test_scores_of_routers_are_those_in_their_source() -> None:
+    """PhiMoE's is in a function beside the router, DBRX's in the block around it."""
+    sources = {}
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "OutputRecorder(" in text:
+            classes = re.findall(r"^class (\w+)\(.*?(?=^class |^@|^def |\Z)", text, flags=re.M | re.S)
+            bodies = re.findall(r"^class \w+\(.*?(?=^class |^@|^def |\Z)", text, flags=re.M | re.S)
+            sources.update(zip(classes, bodies, strict=True))
+    known = _routers.SOFTMAX_ROUTERS | _routers.SIGMOID_ROUTERS
+    assert not _routers.SOFTMAX_ROUTERS & _routers.SIGMOID_ROUTERS and not known & set(_routers.REFUSED)
+    assert known | set(_routers.REFUSED) <= set(sources)
+    for router in known - {"PhimoeTopKRouter", "DbrxRouter"}:
+        words = {word for word in ("softmax", "sigmoid") if word in sources[router].partition("def forward")[2]}
+        assert words == {"softmax" if router in _routers.SOFTMAX_ROUTERS else "sigmoid"}, router
