@@ -158,7 +158,8 @@ class RoutingBank:
     def __init__(self, directory: Path, facts: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.directory, self.facts = directory, facts
         self.routing = parts[ROUTING]["routing"]
-        self.embeddings = parts[EMBEDDINGS]["embeddings"] if EMBEDDINGS in parts else parts[ROUTING]["pooled"]
+        embeddings = parts[EMBEDDINGS]
+        self.embeddings = embeddings["pooled" if "pooled" in embeddings else "embeddings"]
         self.success = parts[SUCCESS]["success"] if SUCCESS in parts else torch.zeros(len(self.routing)).bool()
         self.found = parts[TARGETS]
 
@@ -180,7 +181,8 @@ class RoutingBank:
             raise CheckpointError(f"there is no routing bank in {directory} ({BANK_FILE} is missing).") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is not the list of a routing bank ({error!r}). {_again(file)}") from error
-        return cls(directory, facts, {kind: read_part(directory / name) for kind, name in names.items()})
+        parts = {name: read_part(directory / name) for name in set(names.values())}
+        return cls(directory, facts, {kind: parts[name] for kind, name in names.items()})
 
     def __len__(self) -> int:
         """Rows."""

@@ -36,6 +36,7 @@ def small_bank(directory: Path, n: int = 6) -> Path:
         path = identity.path(directory)
         write_part(path, tensors, identity)
         files[kind] = path.name
+    files["embeddings"] = files["routing"]
     write_facts(directory, {"files": files, "layers": ["a", "b"]})
     return directory
 
