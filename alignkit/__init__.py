@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from alignkit.losses.dpo import dpo_loss as dpo_loss
     from alignkit.losses.flex_dpo import flex_dpo_loss as flex_dpo_loss
     from alignkit.losses.grpo import grpo_loss as grpo_loss
+    from alignkit.losses.roma import roma_loss as roma_loss
     from alignkit.losses.sft import sft_loss as sft_loss
     from alignkit.losses.treg import treg_loss as treg_loss
     from alignkit.losses.types import CandidateBatch as CandidateBatch
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from alignkit.losses.types import LossTerm as LossTerm
     from alignkit.losses.types import Metric as Metric
     from alignkit.losses.types import PolicyBatch as PolicyBatch
+    from alignkit.losses.types import RoutedBatch as RoutedBatch
     from alignkit.losses.types import TokenBatch as TokenBatch
     from alignkit.objectives.adpo import ADPOOptions as ADPOOptions
     from alignkit.objectives.d2o import D2OOptions as D2OOptions
@@ -96,9 +98,18 @@ _PUBLIC = {
     "alignkit.losses.dpo": ("dpo_loss",),
     "alignkit.losses.flex_dpo": ("flex_dpo_loss",),
     "alignkit.losses.grpo": ("grpo_loss",),
+    "alignkit.losses.roma": ("roma_loss",),
     "alignkit.losses.sft": ("sft_loss",),
     "alignkit.losses.treg": ("treg_loss",),
-    "alignkit.losses.types": ("CandidateBatch", "LossOutput", "LossTerm", "Metric", "PolicyBatch", "TokenBatch"),
+    "alignkit.losses.types": (
+        "CandidateBatch",
+        "LossOutput",
+        "LossTerm",
+        "Metric",
+        "PolicyBatch",
+        "RoutedBatch",
+        "TokenBatch",
+    ),
     "alignkit.shapes.policy": ("OnlineConfig",),
     "alignkit.shapes.candidates": ("PreferenceConfig",),
     "alignkit.shapes.tokens": ("SupervisedConfig",),

@@ -1,8 +1,8 @@
 """Batch shapes and loss outputs shared by every objective.
 
 Axis letters: B groups (or rows) in the batch, K candidates of a group, T completion (or row) positions; of a
-``PolicyBatch`` B are completions. Tensors named ``*_token_logps`` are per token and 0 where masked; ``*_logps`` are
-their sums over T in float32 or wider.
+``PolicyBatch`` B are completions; of a ``RoutedBatch`` D are the experts of all layers that are looked at. Tensors
+named ``*_token_logps`` are per token and 0 where masked; ``*_logps`` are their sums over T in float32 or wider.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ ITEM_KINDS = ("group", "chosen_token", "completion_token")
 
 POLICY_ITEM_KINDS = ("completion", "completion_token", "micro_batch")
 """The same for a ``PolicyBatch``. ``micro_batch`` is for what is a mean within each: its count is their number."""
+
+ROUTED_ITEM_KINDS = ("token", "row")
+"""The same for a ``RoutedBatch``: trained tokens, and rows with at least one."""
 
 
 def sequence_logps(token_logps: Float[Tensor, "*N T"], mask: Bool[Tensor, "*N T"]) -> Float[Tensor, "*N"]:
@@ -193,6 +196,41 @@ def count_policy_items(completion_mask: Bool[Tensor, "B T"]) -> dict[str, Tensor
 
 
 @dataclass(frozen=True)
+class RoutedBatch:
+    """Supervised rows of a mixture of experts, with how the prompt of each was routed.
+
+    A routing is L blocks of E numbers behind one another, D = L * E: of each layer the shares of its experts, which sum
+    to 1. What stands in rows without a trained token, or of a target where there is none, is never read.
+
+    Attributes:
+        policy_token_logps: Log-prob of each label under the policy, with gradient, nats.
+        label_mask: True on the labels that are trained, the stop token included.
+        routing: Of the policy, with gradient.
+        target_routing: Mean routing of a row's neighbours in the reference bank.
+        target_variance: Mean squared distance of these neighbours from that mean.
+        has_target: Whether a row has neighbours.
+        base_routing: Of the same prompt under the base model.
+        num_layers: L.
+        step: Optimizer steps that are done.
+    """
+
+    policy_token_logps: Float[Tensor, "B T"]
+    label_mask: Bool[Tensor, "B T"]
+    routing: Float[Tensor, "B D"]
+    target_routing: Float[Tensor, "B D"]
+    target_variance: Float[Tensor, " B"]
+    has_target: Bool[Tensor, " B"]
+    base_routing: Float[Tensor, "B D"]
+    num_layers: int
+    step: int
+
+
+def count_routed_items(label_mask: Bool[Tensor, "B T"]) -> dict[str, Tensor]:
+    """Local number of items of every kind in ``ROUTED_ITEM_KINDS``; a row without trained tokens is none."""
+    return {"token": label_mask.sum(), "row": label_mask.any(1).sum()}
+
+
+@dataclass(frozen=True)
 class LossTerm:
     """One additive part of an objective.
 
@@ -204,7 +242,7 @@ class LossTerm:
         values: Unreduced contributions; they add up to the numerator.
         num_items: Local number of items the term is averaged over.
         item: What an item is: one of ``ITEM_KINDS`` for candidates, of ``POLICY_ITEM_KINDS`` for completions that a
-            policy wrote, ``token`` for supervised rows.
+            policy wrote, of ``ROUTED_ITEM_KINDS`` for routed rows, ``token`` for supervised rows.
         weight: Coefficient of the term in the loss.
     """
 
