@@ -177,7 +177,7 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "gradient rule on LoRA with full fine-tuning",
         ("rule_targets", "gradient_rule", "parametrization"),
-        lambda c: c.rule_targets != "all" and not _has_adapter(c),
+        lambda c: c.rule_targets != "all" and not load_parametrization(c.parametrization).has_factors,
         "there are no LoRA factors to edit the gradient of",
         "Write rule_targets: all, or parametrization: lora",
     ),

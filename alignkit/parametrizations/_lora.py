@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from accelerate import PartialState
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -56,6 +56,10 @@ def prepare(config: Any, model: PreTrainedModel) -> LoraConfig:
         use_dora=config.use_dora,
         exclude=list(left_out),
     )
+
+
+def go_on(config: Any, model: PeftModel) -> None:
+    """Nothing: a loaded adapter trains as it is."""
 
 
 def lora_config(

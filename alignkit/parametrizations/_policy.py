@@ -61,12 +61,15 @@ def load_policy(config: Any) -> PreTrainedModel | PeftModel:
         ModelError: It cannot be loaded or trained as the config says, or the adapter belongs to another base.
     """
     source = model_source(config, config.model, config.model_revision)
-    loading.quantization_of(source, in_full=not load_parametrization(config.parametrization).has_adapter)
+    parametrization = load_parametrization(config.parametrization)
+    loading.quantization_of(source, in_full=not parametrization.has_adapter)
     if config.adapter is None:
         return _load(config, source)
     adapter = read_adapter(config.adapter)
     loading.check_base(adapter, source)
-    return loading.load_adapter(_load(config, source), adapter, is_trainable=True)
+    wrapped = loading.load_adapter(_load(config, source), adapter, is_trainable=True)
+    load_half(parametrization).go_on(config, wrapped)
+    return wrapped
 
 
 def prepare(config: Any, model: PreTrainedModel | PeftModel) -> Any:

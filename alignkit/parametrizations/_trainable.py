@@ -34,7 +34,7 @@ class TrainableReport:
         text = f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %): {_listed(self.by_module)}"
         if len(self.by_block) > 1:
             text += f"\n  by kind of block: {_listed(self.by_block)}"
-        if "router" in self.by_block:
+        if "router" in self.by_block and len(self.by_block) > 1:
             text += (
                 "\n  routers, which choose the experts, are among them: to leave them as they are, list other modules"
             )

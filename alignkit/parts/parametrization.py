@@ -28,6 +28,7 @@ class Parametrization:
         goes_on: Whether the training of a saved adapter can be continued, with the options that it was made with.
         has_factors: Whether the adapter is made of pairs of low-rank factors, which a gradient rule may edit alone.
         product: What a model card calls the result, with options in braces; empty where it is a whole model.
+        serving: What a model card says of programs that would load the result as something else; empty where none would.
         conflicts: Combinations of its options, with each other or with any key of a program, that cannot work.
         ignored: Keys without effect under some values.
     """
@@ -40,6 +41,7 @@ class Parametrization:
     goes_on: bool = False
     has_factors: bool = False
     product: str = ""
+    serving: str = ""
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()
 
@@ -66,5 +68,6 @@ def load_half(record: Parametrization) -> ModuleType:
     - ``check(config)``: refuses options that can only be judged with torch at hand, before anything is loaded
     - ``prepare(config, model)``: where there is an adapter, PEFT's configuration of the one that a run starts; where
       there is none, it freezes what shall not move and returns None. Refuses what the model has no place for
+    - ``go_on(config, model)``: of one that ``goes_on``, makes a saved adapter that was put on the model ready to train
     """
     return importlib.import_module(f"alignkit.parametrizations._{record.name}")

@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignkit.errors import CheckpointError
 from alignkit.losses.types import Metric
+from alignkit.models.full_rank import settle
 from alignkit.models.metric_sums import MetricSums
 from alignkit.parts.method import AnchorSchedule
 
@@ -39,6 +40,7 @@ def add_anchor_adapter(model: PeftModel) -> None:
     if ANCHOR in model.peft_config:
         return
     model.add_adapter(ANCHOR, model.peft_config[POLICY])
+    settle(model)
     with torch.no_grad():
         for policy, anchor in _adapter_pairs(model).values():
             with _whole(anchor, policy) as may_write:

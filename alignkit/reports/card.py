@@ -200,10 +200,10 @@ def _loading(content: CardContent) -> str:
         model = f"model = AutoModelForCausalLM.from_pretrained({json.dumps(location)})"
         return _python(["from transformers import AutoModelForCausalLM, AutoTokenizer", ""], model, location)
     base = hub_id(content.base_model)
-    note = ""
+    note = f"{content.parametrization.serving}\n\n" if content.parametrization.serving else ""
     if base is None:
         base = f"path/to/{_name(content.base_model)}" if content.is_published else content.base_model
-        note = "The base model is a local one, and is needed beside the adapter.\n\n"
+        note += "The base model is a local one, and is needed beside the adapter.\n\n"
     quantization = content.config.get("quantization", {}).get("value", "none")
     if quantization != "none":
         note += f"The base was held in {quantization} while training; loaded in another precision it answers slightly "

@@ -35,6 +35,7 @@ from alignkit.models._comparison import CompareWhenTrainingBegins, ScoringRun, r
 from alignkit.models._engine import engine_difference
 from alignkit.models._forward import compute_precision
 from alignkit.models.files import ADAPTER_WEIGHTS
+from alignkit.models.full_rank import settle
 from alignkit.models.metric_sums import MetricSums
 from alignkit.models.precision import hold_in_float32
 from alignkit.models.saved_comparison import adapter_difference, load_saved_weights, model_difference
@@ -80,6 +81,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         Args:
             start: From :func:`~alignkit.models.precision.trained_values`.
         """
+        settle(self.model)
         autocast = self.accelerator.mixed_precision != "no"
         if not (self.is_deepspeed_enabled or (self.is_fsdp_enabled and autocast)):
             hold_in_float32(self.model, start, autocast=autocast)

@@ -31,15 +31,29 @@ KEYS = {"method": "dpo", "max_steps": 4, "save_strategy": "steps", "save_steps":
 NEEDED = {"peft": {"peft_type": "ia3"}}
 """What a config says besides, of a parametrisation that is many."""
 
+NEEDED_SHAPE = {"routers": {"num_experts": 4}}
+"""Of a model with a place for it, where not every model has one."""
+
 for_every_parametrization = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny model."""
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    return str(path)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folder of a tiny model for each of them."""
+    folders = {}
+    for name in NAMES:
+        shape = NEEDED_SHAPE.get(name, {})
+        path = tmp_path_factory.getbasetemp() / "-".join(["model", *shape])
+        if not path.exists():
+            save_model(path, **shape)
+        folders[name] = str(path)
+    return folders
+
+
+@pytest.fixture
+def model(name: str, models: dict[str, str]) -> str:
+    """Folder of a tiny model that the parametrisation can train."""
+    return models[name]
 
 
 def trainer_of(name: str, model: str, folder: Path) -> Any:

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.programs.launching import Launcher, program_environment
 
@@ -35,7 +41,9 @@ CONFIG: dict[str, Any] = {
 def save_model(
     path: Path, *, words: Sequence[str] = WORDS, hidden: int = 32, eos: str | None = "<eos>", **shape: int
 ) -> None:
-    """Save a tiny Qwen3, of another ``shape`` if one is given, and its word-level tokenizer."""
+    """Save a tiny Qwen3, of another ``shape`` if one is given, and its word-level tokenizer; with ``num_experts`` one
+    that is a mixture of these.
+    """
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>"} | ({"eos_token": eos} if eos else {})
@@ -55,6 +63,10 @@ def save_model(
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
+    if "num_experts" in shape:
+        mixture = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "norm_topk_prob": False}
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**usual | mixture | shape)).save_pretrained(path)
+        return
     Qwen3ForCausalLM(Qwen3Config(**usual | shape)).save_pretrained(path)
 
 

@@ -1,0 +1,35 @@
+"""Parametrisation ``routers``: of a mixture of experts, what chooses the experts trains, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alignkit.parts.options import option
+from alignkit.parts.parametrization import Parametrization
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterOptions:
+    """Options of ``routers``."""
+
+    router_layers: int | None = option(
+        5,
+        ge=1,
+        help="Routers that train: those of the last so many layers with experts, all where there are fewer; null is "
+        "all.",
+        source="RoMA (arXiv 2511.07419), table 3",
+    )
+
+
+PARAMETRIZATION = Parametrization(
+    name="routers",
+    summary="The routers of the last layers with experts train, in full; experts and all else stay as they are.",
+    label="router tuning",
+    options=RouterOptions,
+    has_adapter=True,
+    goes_on=True,
+    serving="PEFT and transformers load this adapter as it is. Engines that serve LoRA adapters are known to leave out "
+    "what they have no place for, routers among them, and then answer as the base model does, without a word: for these "
+    "make a plain model of it with `alignkit merge`.",
+    product="Routers of a mixture of experts (the last {router_layers} of them), as an adapter of full rank",
+)
