@@ -72,8 +72,9 @@ class ModelSection(Section):
 @dataclass(frozen=True, kw_only=True)
 class _ParametrizationKeys(Section):
     parametrization: str = option(
-        DEFAULT, help="Train every weight (full), low-rank adapters (lora) or other adapters (peft) on frozen weights, or "
-        "the routers of a mixture of experts alone (routers)."
+        DEFAULT,
+        help="Train every weight (full), low-rank adapters (lora) or other adapters (peft) on frozen weights, or "
+        "the routers of a mixture of experts alone (routers).",
     )
     quantization: str = option(
         "none",

@@ -13,7 +13,10 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.saved_comparison import adapter_difference, has_model, model_difference
@@ -39,6 +42,20 @@ def engine_difference(engine: Any, model: PreTrainedModel | PeftModel, folder: P
         return None
     state = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_partition_weights() else None
     return model_difference(model, folder, state) if is_first else None
+
+
+def gather_sums_as_one(model: nn.Module) -> None:
+    """Have ZeRO-3 gather a weight together with the factors that PEFT adds to it, where it adds them to a parameter.
+
+    PEFT forms the sum around the forward pass of the module that holds the weight, whose own turn would be too late.
+
+    Args:
+        model: What trains, before it is sharded.
+    """
+    if is_deepspeed_zero3_enabled() and any(isinstance(module, ParamWrapper) for module in model.modules()):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [ParamWrapper])
 
 
 def _gathered(engine: Any, model: PeftModel) -> AbstractContextManager[Any]:

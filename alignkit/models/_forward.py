@@ -16,7 +16,6 @@ from weakref import WeakSet
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from alignkit.data.prefix import CandidateCollator, Layout, branch_mask
 from alignkit.models import _packed_attention
+from alignkit.models.wrapping import base_model as base_model
 from alignkit.reports.bars import hidden_unless
 
 PADDED_INPUTS = ("input_ids", "attention_mask", "labels")
@@ -104,11 +104,6 @@ def _attention_mask(segment_ids: Tensor, implementation: str, dtype: torch.dtype
     if implementation == "eager":
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return mask
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside ``model``, without its PEFT wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
-from alignkit.models._forward import base_model
 from alignkit.models.modes import evaluating
+from alignkit.models.wrapping import base_model
 
 Score = Literal["softmax", "sigmoid"]
 ScoreKind = Literal["auto", "softmax", "sigmoid_norm", "topk"]
@@ -119,24 +119,16 @@ def find_routers(model: nn.Module) -> list[Router]:
 
 
 def last_routers(model: nn.Module, count: int | None) -> list[Router]:
-    """The routers of the last ``count`` layers that have experts; all for None.
+    """The routers of the last ``count`` layers that have experts, all where there are fewer; all for None.
 
     Args:
         model: As for :func:`find_routers`.
         count: How many layers.
 
     Raises:
-        ModelError: There are none, fewer, or what they compute is not known.
+        ModelError: There are none, or what they compute is not known.
     """
-    routers = find_routers(model)
-    if count is None:
-        return routers
-    if not 1 <= count <= len(routers):
-        raise ModelError(
-            f"the routers of the last {count} layers are asked for, and the model has {len(routers)} layers "
-            f"with experts. Write a number from 1 to {len(routers)}."
-        )
-    return routers[-count:]
+    return find_routers(model)[-(count or 0) :]
 
 
 def routing_scores(logits: Tensor, kind: ScoreKind, router: Router) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.errors import ModelError
 
@@ -97,11 +96,6 @@ def settle(model: nn.Module) -> None:
                 if name == POLICY:
                     nn.init.zeros_(wrapper.lora_A[name].weight)
                 _fix(wrapper, name)
-    if is_deepspeed_zero3_enabled():
-        from deepspeed.utils import set_z3_leaf_modules
-
-        # The sum is formed around the forward pass of the module below, which alone would be too late to gather it.
-        set_z3_leaf_modules(model, [ParamWrapper])
 
 
 def _wrappers(model: nn.Module) -> list[ParamWrapper]:

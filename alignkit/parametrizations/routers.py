@@ -29,7 +29,7 @@ PARAMETRIZATION = Parametrization(
     has_adapter=True,
     goes_on=True,
     serving="PEFT and transformers load this adapter as it is. Engines that serve LoRA adapters are known to leave out "
-    "what they have no place for, routers among them, and then answer as the base model does, without a word: for these "
-    "make a plain model of it with `alignkit merge`.",
+    "what they have no place for, routers among them, and then answer as the base model does, without a word: for "
+    "these make a plain model of it with `alignkit merge`.",
     product="Routers of a mixture of experts (the last {router_layers} of them), as an adapter of full rank",
 )

@@ -28,7 +28,8 @@ class Parametrization:
         goes_on: Whether the training of a saved adapter can be continued, with the options that it was made with.
         has_factors: Whether the adapter is made of pairs of low-rank factors, which a gradient rule may edit alone.
         product: What a model card calls the result, with options in braces; empty where it is a whole model.
-        serving: What a model card says of programs that would load the result as something else; empty where none would.
+        serving: What a model card says of programs that would load the result as something else; empty where none
+            would.
         conflicts: Combinations of its options, with each other or with any key of a program, that cannot work.
         ignored: Keys without effect under some values.
     """

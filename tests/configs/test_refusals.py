@@ -17,6 +17,7 @@ from alignkit.parts.shape import shapes_by_program
 from tests.configs.cases import ONLINE, SUPERVISED, load, load_text, problems_of
 
 FULL = {"parametrization": "full"}
+ROUTERS = {"parametrization": "routers"}
 FLASH = {"attn_implementation": "flash_attention_2"}
 HELD_OUT = {"eval_fraction": 0.5}
 STREAM = {"streaming": True, "max_steps": 10}
@@ -219,6 +220,26 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "PEFT options with LoRA": (
         {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
         {"parametrization": "peft"},
+    ),
+    "LoRA options with router tuning": (
+        ROUTERS
+        | {"lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
+        | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
+        {"parametrization": "lora", "disable_dropout": False},
+    ),
+    "PEFT options with router tuning": (
+        ROUTERS | {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
+        {"parametrization": "peft"},
+    ),
+    "router tuning options with full fine-tuning": (FULL | {"router_layers": 2}, {"parametrization": "routers"}),
+    "router tuning options with LoRA": ({"router_layers": 2}, {"parametrization": "routers"}),
+    "router tuning options with PEFT": (
+        IA3 | {"router_layers": 2},
+        {"parametrization": "routers", "peft_type": None},
+    ),
+    "router tuning options with a saved adapter": (
+        ROUTERS | {"adapter": "lora", "router_layers": 2},
+        {"adapter": None},
     ),
     "LoRA options with a saved adapter": (
         {"adapter": "lora", "lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}

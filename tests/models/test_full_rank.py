@@ -1,4 +1,4 @@
-"""An adapter of full rank is the weight itself, trained: the same gradients and steps, kept apart from where it began."""
+"""An adapter of full rank is the weight itself, trained: the same gradients and steps, kept apart from its start."""
 
 from __future__ import annotations
 
