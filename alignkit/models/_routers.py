@@ -225,13 +225,19 @@ def check_capture(model: nn.Module, routers: Sequence[Router]) -> None:
     device = next(base.parameters()).device
     ids = torch.arange(1, 17, device=device).view(2, 8) % base.config.get_text_config().vocab_size
     with evaluating(model), RouterCapture(routers) as captured:
-        own = model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits
+        own = model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits or ()
+    name = type(base).__name__
+    if len(own) < len(routers):
+        raise ModelError(
+            f"{name} puts out the logits of {len(own)} routers with output_router_logits, and {len(routers)} were "
+            f"found in it, so these may not be what chooses its experts. {INSTEAD}"
+        )
     for router, ours, theirs in zip(routers, captured.logits, own[-len(routers) :], strict=True):
         if ours.shape != (ids.numel(), router.num_experts) or not torch.equal(ours, theirs):
             raise ModelError(
-                f"the logits of {router.name} are not those that {type(base).__name__} puts out with "
-                f"output_router_logits: they have the shape {list(ours.shape)}, the model's {list(theirs.shape)}, for "
-                f"{ids.numel()} tokens and {router.num_experts} experts. {INSTEAD}"
+                f"the logits of {router.name} are not those that {name} puts out with output_router_logits: they have "
+                f"the shape {list(ours.shape)}, the model's {list(theirs.shape)}, for {ids.numel()} tokens and "
+                f"{router.num_experts} experts. {INSTEAD}"
             )
 
 

@@ -246,6 +246,14 @@ def test_a_capture_that_is_not_what_the_model_records_is_an_error() -> None:
     check_capture(model, routers[-1:])
 
 
+def test_a_model_that_records_fewer_routers_than_there_are_is_an_error() -> None:
+    model = tiny_moe("mixtral")
+    routers = find_routers(model)
+    model.register_forward_hook(lambda *args: SimpleNamespace(router_logits=args[2].router_logits[1:]))
+    with pytest.raises(ModelError, match="MixtralForCausalLM puts out the logits of 2 routers .* 3 were found in it"):
+        check_capture(model, routers)
+
+
 def test_a_weight_that_deepspeed_spreads_over_processes_has_its_shape() -> None:
     model = tiny_moe("mixtral")
     weight: Any = weight_of(find_routers(model)[0])
