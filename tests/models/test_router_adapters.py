@@ -1,8 +1,9 @@
-"""Routers that an adapter moves, in every family: standard PEFT reads it, and a merge is the same model without it."""
+"""Routers moved by their parametrisation, in every family: PEFT alone loads it, and a merge is the same model."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from alignkit.models._routers import Router, check_capture, find_routers, last_routers
+from alignkit.models._routers import check_capture, find_routers
 from alignkit.models.export import merge_adapter
 from alignkit.models.files import read_adapter
+from alignkit.models.full_rank import settle
 from alignkit.models.loading import ModelSource, load_adapter, load_model
+from alignkit.parametrizations._routers import prepare
 from tests.moe import FAMILIES, tiny_moe
 
 PROMPTS = [[5, 9, 12, 30, 7, 22], [20, 3, 41]]
@@ -25,20 +28,17 @@ def logits(model: Any) -> Tensor:
         return torch.cat([model(torch.tensor([prompt]), use_cache=False).logits[0] for prompt in PROMPTS])
 
 
-def moved_by(model: Any, routers: list[Router]) -> tuple[PeftModel, dict[str, Tensor]]:
-    """An adapter of full rank whose one matrix is the change of a router, and the changes by name of the weight."""
-    names = [f"{router.name}.{router.parameter}" for router in routers]
-    rank = routers[0].num_experts
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=names)
-    wrapped = get_peft_model(model, config).eval()
+def moved(model: Any) -> tuple[PeftModel, dict[str, Tensor]]:
+    """The parametrisation's adapter on the last two routers after some training, and their changes by name."""
+    wrapped = get_peft_model(model, prepare(SimpleNamespace(router_layers=2), model)).eval()
+    settle(wrapped)
     changes = {}
     for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            nn.init.eye_(parameter)
-        elif "lora_A" in name:
+        if parameter.requires_grad:
             torch.manual_seed(len(changes))
             nn.init.normal_(parameter, std=0.5)
-            changes[names[len(changes)]] = parameter.detach().clone()
+            place = name.removeprefix("base_model.model.").removesuffix("lora_A.default.weight")
+            changes[f"{place}weight"] = parameter.detach().clone()
     return wrapped, changes
 
 
@@ -53,12 +53,15 @@ def test_saved_reloaded_and_merged_it_is_the_model_that_was_trained(
     assert not any(report.values()), report
     before = {name: value.clone() for name, value in model.state_dict().items()}
     untouched = logits(model)
-    wrapped, changes = moved_by(model, last_routers(model, 2))
+    routers = find_routers(model)
+    wrapped, changes = moved(model)
+    assert list(changes) == [f"{router.name}.{router.parameter}" for router in routers[-2:]]
     trained = logits(wrapped)
-    assert (trained - untouched).abs().max() > 1e-2 and len(changes) == 2
+    assert (trained - untouched).abs().max() > 1e-2
     wrapped.save_pretrained(folder)
 
     reloaded = PeftModel.from_pretrained(load(base)[0], folder).eval()
+    assert type(reloaded.peft_config["default"]) is LoraConfig
     assert torch.equal(logits(reloaded), trained)
     check_capture(reloaded, find_routers(reloaded))
     files = read_adapter(folder)
