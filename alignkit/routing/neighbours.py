@@ -222,13 +222,20 @@ def _chunks(
     same = None if groups is None or query_groups is None else _Same(groups[members])
     rows = max(1, CELLS // max(1, len(members)))
     seeds = _seeds(search.seed, len(queries))
+    largest = EQUAL if search.max_similarity is None else min(search.max_similarity, EQUAL)
+    room = torch.empty(
+        min(rows, len(queries)), len(members)
+    )  # taken once: fresh pages cost more than what is put there
     for start in range(0, len(queries), rows):
         asked = F.normalize(queries[start : start + rows].float(), dim=1)
-        cosines = asked @ bank.T
-        largest = EQUAL if search.max_similarity is None else min(search.max_similarity, EQUAL)
-        cosines.masked_fill_(cosines > largest, -math.inf)
+        cosines = torch.mm(asked, bank.T, out=room[: len(asked)])
         if same is not None and query_groups is not None:
             cosines[same.cells(query_groups[start : start + rows])] = -math.inf
+        if len(members):
+            # Few rows have a double that is not in their group, and only theirs need be looked through.
+            doubled = (cosines.amax(1) > largest).nonzero().squeeze(1)
+            few = cosines[doubled]
+            cosines[doubled] = few.masked_fill(few > largest, -math.inf)
         columns = _chosen(cosines, search, seeds[start : start + rows])
         near = cosines.gather(1, columns)
         exists = near > -math.inf if search.mode != "epsilon" else near >= _smallest_cosine(search)
