@@ -54,9 +54,11 @@ def roma_loss(
     tokens, not over rows first. ``hellinger`` is ours: it weighs differences of small shares more; its distance is from
     the mean routing, not the weighted mean of distances from the neighbours, so it has no v_i.
 
-    Fidelity: paper text for ``manifold``. The code the authors released is not followed: the routing in its regulariser
-    is read from a file and has no gradient. ``l1``, ``l2`` and ``entropy`` are reconstructions: the paper compares with
-    regularisers of these names and does not say what they act on (the L1 norm of a softmax is always 1).
+    Fidelity: paper text for ``manifold``. Whether the neighbours' routings move with the model it does not say; they do
+    not here, since otherwise all rows could meet at one routing. The code the authors released is not followed: the
+    routing in its regulariser is read from a file and has no gradient. ``l1``, ``l2`` and ``entropy`` are
+    reconstructions: the paper compares with regularisers of these names and does not say what they act on (the L1 norm
+    of a softmax is always 1).
 
     Args:
         batch: Rows [B, T], nats, and their routings [B, D].
