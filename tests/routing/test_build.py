@@ -359,7 +359,6 @@ def changed(rows: Sequence[dict[str, Any]], **changes: Any) -> list[dict[str, An
         ({"bank_success": "generation"}, ROWS, "nothing says which answers are right"),
         ({"bank_success": "generation", "bank_success_reward": "gsm8k_answr"}, ROWS, "gsm8k_answer"),
         ({"bank_success": "generation", "bank_success_reward": "gsm8k_answer"}, ROWS, "reads prompt, answer"),
-        ({"bank_layers": 4}, ROWS, "the model has 3 layers"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_runs(
