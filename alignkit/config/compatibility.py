@@ -91,7 +91,7 @@ def _refusals_of_parametrization(owner: Parametrization) -> Iterator[Refusal]:
     if owner.goes_on:
         yield IgnoredKeys(
             f"{owner.label} options with a saved adapter",
-            tuple(field.name for field in fields(owner.options)),
+            tuple(field.name for field in fields(owner.options) if field.name not in owner.of_any_adapter),
             lambda c: c.adapter is not None and c.parametrization == owner.name,
             "a saved adapter keeps the rank, targets and scale it was made with",
             "remove adapter to start a new one",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignkit.errors import ModelError
-from alignkit.models._forward import base_model
 from alignkit.models._routers import Router
+from alignkit.models.wrapping import base_model
 
 _EXPERTS = {
     "DeepseekV2TopkRouter": "DeepseekV2Experts",

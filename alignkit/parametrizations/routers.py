@@ -19,6 +19,11 @@ class RouterOptions:
         "all.",
         source="RoMA (arXiv 2511.07419), table 3",
     )
+    dense_mixer: bool = option(
+        False,
+        help="Let these routers learn from every expert, not from the chosen ones alone (DenseMixer, Yao et al. 2025): "
+        "the output stays as it is, and a training step asks all experts of these layers once more.",
+    )
 
 
 PARAMETRIZATION = Parametrization(
@@ -28,6 +33,7 @@ PARAMETRIZATION = Parametrization(
     options=RouterOptions,
     has_adapter=True,
     goes_on=True,
+    of_any_adapter=("dense_mixer",),
     serving="PEFT and transformers load this adapter as it is. Engines that serve LoRA adapters are known to leave out "
     "what they have no place for, routers among them, and then answer as the base model does, without a word: for "
     "these make a plain model of it with `alignkit merge`.",

@@ -26,6 +26,7 @@ class Parametrization:
             every program, and refused under another parametrisation.
         has_adapter: Whether an adapter trains beside the model's weights, rather than these, or some of them.
         goes_on: Whether the training of a saved adapter can be continued, with the options that it was made with.
+        of_any_adapter: Options that say how it trains, not what it is, and so hold for a saved adapter too.
         has_factors: Whether the adapter is made of pairs of low-rank factors, which a gradient rule may edit alone.
         product: What a model card calls the result, with options in braces; empty where it is a whole model.
         serving: What a model card says of programs that would load the result as something else; empty where none
@@ -40,6 +41,7 @@ class Parametrization:
     options: type
     has_adapter: bool
     goes_on: bool = False
+    of_any_adapter: tuple[str, ...] = ()
     has_factors: bool = False
     product: str = ""
     serving: str = ""

@@ -231,10 +231,16 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ROUTERS | {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
         {"parametrization": "peft"},
     ),
-    "router tuning options with full fine-tuning": (FULL | {"router_layers": 2}, {"parametrization": "routers"}),
-    "router tuning options with LoRA": ({"router_layers": 2}, {"parametrization": "routers"}),
+    "router tuning options with full fine-tuning": (
+        FULL | {"router_layers": 2, "dense_mixer": True},
+        {"parametrization": "routers"},
+    ),
+    "router tuning options with LoRA": (
+        {"router_layers": 2, "dense_mixer": True},
+        {"parametrization": "routers"},
+    ),
     "router tuning options with PEFT": (
-        IA3 | {"router_layers": 2},
+        IA3 | {"router_layers": 2, "dense_mixer": True},
         {"parametrization": "routers", "peft_type": None},
     ),
     "router tuning options with a saved adapter": (
