@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from alignkit.objectives.dpo import DPOOptions as DPOOptions
     from alignkit.objectives.flex_dpo import FlexDPOOptions as FlexDPOOptions
     from alignkit.objectives.grpo import GRPOOptions as GRPOOptions
+    from alignkit.objectives.roma import RomaOptions as RomaOptions
     from alignkit.objectives.sft import SFTOptions as SFTOptions
     from alignkit.objectives.treg import TREGOptions as TREGOptions
     from alignkit.parts.method import Method as Method
@@ -61,12 +62,15 @@ if TYPE_CHECKING:
     from alignkit.rewards import load_rewards as load_rewards
     from alignkit.runs.run import train_online as train_online
     from alignkit.runs.run import train_preference as train_preference
+    from alignkit.runs.run import train_router as train_router
     from alignkit.runs.run import train_sft as train_sft
     from alignkit.shapes._candidates import PreferenceTrainer as PreferenceTrainer
     from alignkit.shapes._policy_trainer import OnlineTrainer as OnlineTrainer
+    from alignkit.shapes._routed import RoutedTrainer as RoutedTrainer
     from alignkit.shapes._tokens import SupervisedTrainer as SupervisedTrainer
     from alignkit.shapes.candidates import PreferenceConfig as PreferenceConfig
     from alignkit.shapes.policy import OnlineConfig as OnlineConfig
+    from alignkit.shapes.routed import RouterConfig as RouterConfig
     from alignkit.shapes.tokens import SupervisedConfig as SupervisedConfig
 
 __version__ = "0.1.0"
@@ -112,21 +116,24 @@ _PUBLIC = {
     ),
     "alignkit.shapes.policy": ("OnlineConfig",),
     "alignkit.shapes.candidates": ("PreferenceConfig",),
+    "alignkit.shapes.routed": ("RouterConfig",),
     "alignkit.shapes.tokens": ("SupervisedConfig",),
     "alignkit.shapes._policy_trainer": ("OnlineTrainer",),
     "alignkit.shapes._candidates": ("PreferenceTrainer",),
+    "alignkit.shapes._routed": ("RoutedTrainer",),
     "alignkit.shapes._tokens": ("SupervisedTrainer",),
     "alignkit.objectives.adpo": ("ADPOOptions",),
     "alignkit.objectives.d2o": ("D2OOptions",),
     "alignkit.objectives.dpo": ("DPOOptions",),
     "alignkit.objectives.flex_dpo": ("FlexDPOOptions",),
     "alignkit.objectives.grpo": ("GRPOOptions",),
+    "alignkit.objectives.roma": ("RomaOptions",),
     "alignkit.objectives.sft": ("SFTOptions",),
     "alignkit.objectives.treg": ("TREGOptions",),
     "alignkit.parts.method": ("Method", "load_method", "method_names"),
     "alignkit.reports.held_out": ("pass_at_k",),
     "alignkit.rewards": ("ChosenReward", "load_rewards"),
-    "alignkit.runs.run": ("train_online", "train_preference", "train_sft"),
+    "alignkit.runs.run": ("train_online", "train_preference", "train_router", "train_sft"),
 }
 _FORMER = {"SFTConfig": "SupervisedConfig"}
 """Names that were public once, and what they are called now."""

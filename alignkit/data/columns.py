@@ -35,6 +35,8 @@ LIST_FORM = Form(LIST_COLUMNS, beside=LIST_REWARD_COLUMNS)
 PREFERENCE_FORMS = (Form(PAIR_COLUMNS, optional=("prompt",), beside=PAIR_REWARD_COLUMNS), LIST_FORM)
 PROMPT_FORM = Form(("prompt",))
 NEGATIVE_FORMS = (Form(("prompt", "rejected"), beside=("chosen",)), LIST_FORM)
+ROUTED_COLUMNS = ("choices", "task", "success")
+ROUTED_FORMS = (Form(COMPLETION_COLUMNS, beside=ROUTED_COLUMNS),)
 SUPERVISED_FORMS = (Form(COMPLETION_COLUMNS), Form(("messages",)), Form(("text",)))
 
 
@@ -71,6 +73,9 @@ class RowFamily:
 
 
 _OTHER_NAMES = {
+    "choices": ("options", "endings", "candidates", "alternatives"),
+    "task": ("dataset", "subject", "category", "domain"),
+    "success": ("correct", "is_correct", "solved"),
     "prompt": ("question", "instruction", "query", "input", "context", "conversations", "conversation"),
     "chosen": ("preferred", "winner", "accepted", "response_chosen", "chosen_response", "best"),
     "rejected": ("dispreferred", "loser", "response_rejected", "rejected_response", "worst"),

@@ -10,12 +10,13 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data import conversion
-from alignkit.data.columns import SUPERVISED_FORMS, columns_of
+from alignkit.data.columns import SUPERVISED_FORMS, Form, columns_of
 from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc
@@ -66,7 +67,37 @@ def to_supervised_rows(
     Raises:
         DataError: Rows are malformed (every kind of problem, with examples), or too many or all are dropped.
     """
-    dataset = without_filled_nulls(dataset, columns_of(SUPERVISED_FORMS))
+    rows, _, report = convert_supervised(
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        trained=trained,
+        max_dropped_fraction=max_dropped_fraction,
+        num_proc=num_proc,
+        name=name,
+        stop_token_ids=stop_token_ids,
+    )
+    return rows, report
+
+
+def convert_supervised(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    trained: TrainedTokens,
+    max_dropped_fraction: float,
+    num_proc: NumProc,
+    name: str,
+    stop_token_ids: Sequence[int],
+    known: Sequence[Form] = SUPERVISED_FORMS,
+) -> tuple[Dataset | IterableDataset, np.ndarray, SupervisedReport]:
+    """The same with the numbers of the rows that are kept, of a stream those of its first rows.
+
+    Args:
+        known: Forms whose columns are not reported as ignored.
+    """
+    dataset = without_filled_nulls(dataset, columns_of(known))
     head, columns = first_rows(dataset, name)
     wanted = {"completion_only_loss": trained.completion_only, "assistant_only_loss": trained.assistant_only}
     kind = detect_supervised_kind(columns, head, name=name, **wanted)
@@ -78,11 +109,13 @@ def to_supervised_rows(
         rows, counts = conversion.convert_stream(dataset, head, columns, tokenizer, steps, name)
     else:
         rows, counts = conversion.convert_table(dataset, tokenizer, steps, num_proc, name)
-    report = _summarise(counts, settings, max_dropped_fraction, name, columns)
+    others = tuple(column for column in columns if column not in (*columns_of(known), SOURCE_COLUMN))
+    report = _summarise(counts, settings, max_dropped_fraction, name, others)
     tokens = counts["length"].clip(upper=max_length).to_numpy()
     report = replace(report, sources=source_counts(dataset, counts, tokens, counts["num_trained_kept"].to_numpy()))
     _refuse_drops(report, counts, max_dropped_fraction, trained)
-    return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
+    kept = conversion.kept_rows(counts)
+    return rows, kept, replace(report, is_sample=isinstance(dataset, IterableDataset))
 
 
 def prompts_of(
@@ -117,7 +150,7 @@ def _summarise(
     settings: Settings,
     max_dropped_fraction: float,
     name: str,
-    columns: Sequence[str],
+    ignored_columns: tuple[str, ...],
 ) -> SupervisedReport:
     kept = counts[counts["cause"] == ""]
     lengths = {"row": counts["length"].to_numpy(), "trained": counts["num_trained"].to_numpy()}
@@ -134,9 +167,7 @@ def _summarise(
         recommended_max_length=conversion.recommended_length(
             counts["length"], counts["needed_length"], max_dropped_fraction
         ),
-        ignored_columns=tuple(
-            column for column in columns if column not in (*columns_of(SUPERVISED_FORMS), SOURCE_COLUMN)
-        ),
+        ignored_columns=ignored_columns,
         num_cut_prompts=int((counts["cut_prompt_end"] != "").sum()),
         cut_prompt_end=conversion.first_text(counts["cut_prompt_end"]),
         num_whole_completions=int((~kept["is_cut"]).sum()),

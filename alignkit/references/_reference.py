@@ -111,6 +111,10 @@ class Reference:
             runs.append(ScoringRun("the helpful reference", self._negative(), own, context))
         return runs
 
+    def run(self) -> ScoringRun:
+        """The reference as it is run before training begins; under DeepSpeed a collective."""
+        return ScoringRun("the reference", self._ready(), self.precision, self._scoring)
+
     def _plain(self, model: nn.Module) -> nn.Module:
         """The model inside whatever launches, shards or compiles it."""
         plain: nn.Module = self.host.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -288,8 +292,7 @@ class Reference:
             return rows
         model = self._plain(self._in_training())
         refuse_long_sequences(rows, model, name)
-        run = ScoringRun("the reference", self._ready(), self.precision, self._scoring)
-        chosen = choose_pass_layout(layout, model, rows, run=run)
+        chosen = choose_pass_layout(layout, model, rows, run=self.run())
         rewarded, self.token_reward_reports[name] = with_token_rewards(
             rows,
             cache=self.token_reward_cache,

@@ -28,9 +28,11 @@ from alignkit.runs.rows import PreparedData, load_tokenizer, prepare_rows
 if TYPE_CHECKING:
     from alignkit.shapes._candidates import PreferenceTrainer
     from alignkit.shapes._policy_trainer import OnlineTrainer
+    from alignkit.shapes._routed import RoutedTrainer
     from alignkit.shapes._tokens import SupervisedTrainer
     from alignkit.shapes.candidates import PreferenceConfig
     from alignkit.shapes.policy import OnlineConfig
+    from alignkit.shapes.routed import RouterConfig
     from alignkit.shapes.tokens import SupervisedConfig
 
 
@@ -79,6 +81,22 @@ def train_online(config: OnlineConfig | LoadedConfig) -> OnlineTrainer:
         AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
     """
     trainer: OnlineTrainer = train(config)
+    return trainer
+
+
+def train_router(config: RouterConfig | LoadedConfig) -> RoutedTrainer:
+    """Train on completions and on the routing of their prompts, as the configuration says.
+
+    Args:
+        config: A :class:`~alignkit.shapes.routed.RouterConfig`, or a loaded one; see :func:`train`.
+
+    Returns:
+        The trainer after training.
+
+    Raises:
+        AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
+    """
+    trainer: RoutedTrainer = train(config)
     return trainer
 
 

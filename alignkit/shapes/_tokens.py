@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -85,7 +85,9 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         ModelError: The model's scores would not be its own, or ``args.packing`` and packed rows see each other.
     """
 
-    item_kinds = ("token",)
+    item_kinds: ClassVar[tuple[str, ...]] = ("token",)
+    own_inputs: ClassVar[tuple[str, ...]] = (ROW_TOKENS,)
+    """What a batch holds that is not the model's."""
     _signature_columns: list[str] | None
     data_collator: Any
 
@@ -109,10 +111,14 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
-        self.data_collator = SupervisedCollator(**vars(self.data_collator))
+        self.data_collator = self.own_collator(self.data_collator)
         for run in self.policy_runs():
             self.compare_policy(run)
         self.compare_once_sharded()
+
+    def own_collator(self, collator: DataCollatorForLanguageModeling) -> SupervisedCollator:
+        """The collator of this bridge, set as TRL has set its own."""
+        return SupervisedCollator(**vars(collator))
 
     def _look_at_rows(self, model: nn.Module, args: SFTConfig, rows: Any, held_out: Any) -> RowLengths:
         """Lengths of all rows, of which each must have log-probs of its own under the model.
@@ -162,11 +168,15 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
 
     def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, LossOutput]:
         """One forward pass through TRL's fused head, and the method's terms."""
-        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        known = {name: value for name, value in inputs.items() if name != ROW_TOKENS}
-        output = model(**known, use_cache=False, fused_lm_head=True, **extra)
+        output = self.forward_pass(model, inputs)
         batch = TokenBatch(policy_token_logps=output.log_probs, label_mask=output.label_mask)
         return output, self.method.objective(batch, self.method_options)
+
+    def forward_pass(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+        """What TRL's fused head puts out for a batch."""
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        known = {name: value for name, value in inputs.items() if name not in self.own_inputs}
+        return model(**known, use_cache=False, fused_lm_head=True, **extra)
 
     def item_counts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Local number of trained tokens; no position predicts the first token of a row."""

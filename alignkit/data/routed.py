@@ -1,0 +1,158 @@
+"""Rows of router training: prompts with their completions, and by what a sample's success is known.
+
+==================  ========================================================================================
+column              values
+==================  ========================================================================================
+``prompt``          text, or a list of ``{role, content}`` messages
+``completion``      likewise; it is trained
+``choices``         optional: texts, one of which is the completion; a success is the likeliest being that one
+``task``            optional: a name; successes and neighbours are reported by it
+``success``         optional: whether the base model solves the row, where that is known already
+==================  ========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.columns import ROUTED_COLUMNS, ROUTED_FORMS, RowFamily, missing_columns
+from alignkit.data.prefix import IGNORE_INDEX
+from alignkit.data.problems import Problem
+from alignkit.data.processes import NumProc
+from alignkit.data.readers import first_rows
+from alignkit.data.schema import describe_problems
+from alignkit.data.supervised import convert_supervised
+from alignkit.data.supervised_report import SupervisedReport
+from alignkit.data.supervised_schema import SupervisedKind, detect_supervised_kind
+from alignkit.data.supervised_tokens import TrainedTokens
+from alignkit.errors import DataError
+
+TRAINED = TrainedTokens(completion_only=True)
+
+
+def routed_rows() -> RowFamily:
+    """The rows of router training."""
+    return RowFamily(ROUTED_FORMS, "Expected prompt and completion", detect_routed_kind, lambda row: row["prompt"])
+
+
+def detect_routed_kind(columns: Sequence[str], head: Sequence[Mapping[str, Any]], *, name: str) -> SupervisedKind:
+    """Recognise the form of the rows.
+
+    Args:
+        head: The first rows.
+        name: What the rows are called in an error.
+
+    Raises:
+        DataError: Prompt and completion are not told apart.
+    """
+    if not {"prompt", "completion"} <= set(columns):
+        raise DataError(f"{name}: columns do not form rows of router training", missing_columns(columns, ROUTED_FORMS))
+    return detect_supervised_kind(columns, head, name=name)
+
+
+def to_routed_rows(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    max_dropped_fraction: float = 0.1,
+    num_proc: NumProc = "auto",
+    name: str = "train",
+    stop_token_ids: Sequence[int] = (),
+    carried: Sequence[str] = (),
+) -> tuple[Dataset, SupervisedReport]:
+    """Validate and tokenise rows, their choices with them.
+
+    Args:
+        dataset: Rows as above.
+        tokenizer: The tokenizer of the model, with its chat template when prompts are messages.
+        max_length: Limit on a row in tokens, or None; rows are cut at their end.
+        max_dropped_fraction: Highest share of rows that may be dropped.
+        num_proc: Worker processes (:mod:`alignkit.data.processes`).
+        name: What the rows are called in messages.
+        stop_token_ids: Ids at which generation stops besides the tokenizer's EOS.
+        carried: More columns that rows keep, as far as there are any.
+
+    Returns:
+        Rows of ``input_ids``, ``labels`` and, as far as there are such columns, ``choices_ids`` [choices][tokens],
+        ``task`` and ``success``; and what happened on the way.
+
+    Raises:
+        DataError: Rows are malformed, or too many or all are dropped.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise DataError(f"{name}: rows are streamed", ["every row has a place in the bank: write streaming: false"])
+    how = {"max_length": max_length, "trained": TRAINED, "num_proc": num_proc, "stop_token_ids": stop_token_ids}
+    head, columns = first_rows(dataset, name)
+    kind = detect_routed_kind(columns, head, name=name)
+    _refuse_problems(dataset, kind, name)
+    rows, kept, report = convert_supervised(
+        dataset, tokenizer, max_dropped_fraction=max_dropped_fraction, name=name, known=ROUTED_FORMS, **how
+    )
+    assert isinstance(rows, Dataset)
+    source = dataset.select(kept)
+    beside = [column for column in dict.fromkeys(("task", "success", *carried)) if column in columns]
+    parts = [rows, *(source.select_columns([column]) for column in beside)]
+    if "choices" in columns:
+        flat = Dataset.from_list([pair for row in source for pair in _with_each_choice(row, kind)])
+        tokens, _, _ = convert_supervised(flat, tokenizer, max_dropped_fraction=0.0, name=f"{name}, choices", **how)
+        parts.append(_grouped(source, tokens))
+    return concatenate_datasets(parts, axis=1), report
+
+
+def prompt_length(row: Mapping[str, Any]) -> int:
+    """Tokens of a row before the first that is trained.
+
+    Args:
+        row: With ``labels``.
+    """
+    return next(i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
+
+
+def _refuse_problems(dataset: Dataset, kind: SupervisedKind, name: str) -> None:
+    columns = [column for column in ROUTED_COLUMNS if column in dataset.column_names]
+    if not columns:
+        return
+    needed = dataset.select_columns([*columns, "completion"])
+    found = [(number, problem) for number, row in enumerate(needed) for problem in _row_problems(row, kind)]
+    if found:
+        raise DataError(f"{name}: rows cannot be used (the first row is row 0)", describe_problems(found))
+
+
+def _row_problems(row: Mapping[str, Any], kind: SupervisedKind) -> list[Problem]:
+    problems = []
+    if "task" in row and not isinstance(row["task"], str):
+        problems.append(Problem("task is no text", repr(row["task"])))
+    if "success" in row and not isinstance(row["success"], bool):
+        problems.append(Problem("success is neither true nor false", repr(row["success"])))
+    if "choices" in row:
+        choices = row["choices"]
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
+            problems.append(Problem("choices is no list of two texts or more", repr(choices)))
+        elif choices.count(_answer(row, kind)) != 1:
+            problems.append(Problem("the completion is not exactly one of the choices", repr(_answer(row, kind))))
+    return problems
+
+
+def _answer(row: Mapping[str, Any], kind: SupervisedKind) -> Any:
+    """The completion as a text, as choices are."""
+    if not kind.conversational:
+        return row["completion"]
+    return row["completion"][0]["content"] if len(row["completion"]) == 1 else row["completion"]
+
+
+def _with_each_choice(row: Mapping[str, Any], kind: SupervisedKind) -> list[dict[str, Any]]:
+    if not kind.conversational:
+        return [{"prompt": row["prompt"], "completion": choice} for choice in row["choices"]]
+    (answer,) = row["completion"]
+    return [{**row, "completion": [{**answer, "content": choice}]} for choice in row["choices"]]
+
+
+def _grouped(source: Dataset, tokens: Dataset) -> Dataset:
+    """The tokens of the choices, by row."""
+    each = iter([row["input_ids"][prompt_length(row) :] for row in tokens])
+    return Dataset.from_dict({"choices_ids": [[next(each) for _ in choices] for choices in source["choices"]]})
