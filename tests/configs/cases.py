@@ -19,6 +19,8 @@ SUPERVISED = {"method": "sft", "column_map": {"completion": "chosen"}}
 """Turns the good config into one of a supervised run."""
 ONLINE = {"method": "grpo", "rewards": ["repetition"]}
 """Turns it into one of an online run."""
+ROUTED = {"method": "roma", "column_map": {"completion": "chosen"}}
+"""Turns it into one of a run of router alignment."""
 GOOD = {"model": "base", "data": "rows.jsonl", "method": "flex_dpo", "output_dir": "runs/x"}
 
 

@@ -14,7 +14,7 @@ from alignkit.parts.method import load_method
 from alignkit.parts.options import Ignored
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
-from tests.configs.cases import ONLINE, SUPERVISED, load, load_text, problems_of
+from tests.configs.cases import ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
 
 FULL = {"parametrization": "full"}
 ROUTERS = {"parametrization": "routers"}
@@ -328,6 +328,11 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"adaptive_tau": True},
     ),
     "sft_normalization of adpo without eta": (ADPO | {"sft_normalization": "token"}, {"eta": 0.1}),
+    # --- roma ---
+    "manifold_warmup_steps, regularizer of roma without manifold_coef": (
+        ROUTED | {"manifold_coef": 0.0, "manifold_warmup_steps": 5, "regularizer": "l1"},
+        {"manifold_coef": 1.0},
+    ),
     # --- flex_dpo and treg ---
     "sft_normalization of flex_dpo without eta": (
         {"method": "flex_dpo", "sft_normalization": "sequence_sum"},
@@ -398,7 +403,7 @@ def test_refusal_reads_only_keys_that_exist(refusal: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_never_refused(method: str) -> None:
-    programs = {"sft": SUPERVISED, "online": ONLINE}
+    programs = {"sft": SUPERVISED, "online": ONLINE, "router": ROUTED}
     changes = {**programs.get(load_method(method).program, {}), "method": method}
     assert set(method_keys(method)) < set(load(changes).sources)
 
