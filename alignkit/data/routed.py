@@ -1,57 +1,27 @@
-"""Rows of router training: prompts with their completions, and by what a sample's success is known.
-
-==================  ========================================================================================
-column              values
-==================  ========================================================================================
-``prompt``          text, or a list of ``{role, content}`` messages
-``completion``      likewise; it is trained
-``choices``         optional: texts, one of which is the completion; a success is the likeliest being that one
-``task``            optional: a name; successes and neighbours are reported by it
-``success``         optional: whether the base model solves the row, where that is known already
-==================  ========================================================================================
-"""
+"""From rows of router training as loaded to ``input_ids`` and ``labels``, with the tokens of their choices."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.columns import ROUTED_COLUMNS, ROUTED_FORMS, RowFamily, missing_columns
+from alignkit.data.columns import ROUTED_COLUMNS
 from alignkit.data.prefix import IGNORE_INDEX
-from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
+from alignkit.data.routed_schema import detect_routed_kind, routed_row_problems
 from alignkit.data.schema import describe_problems
 from alignkit.data.supervised import convert_supervised
 from alignkit.data.supervised_report import SupervisedReport
-from alignkit.data.supervised_schema import SupervisedKind, detect_supervised_kind
+from alignkit.data.supervised_schema import SupervisedKind
 from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.errors import DataError
 
 TRAINED = TrainedTokens(completion_only=True)
-
-
-def routed_rows() -> RowFamily:
-    """The rows of router training."""
-    return RowFamily(ROUTED_FORMS, "Expected prompt and completion", detect_routed_kind, lambda row: row["prompt"])
-
-
-def detect_routed_kind(columns: Sequence[str], head: Sequence[Mapping[str, Any]], *, name: str) -> SupervisedKind:
-    """Recognise the form of the rows.
-
-    Args:
-        head: The first rows.
-        name: What the rows are called in an error.
-
-    Raises:
-        DataError: Prompt and completion are not told apart.
-    """
-    if not {"prompt", "completion"} <= set(columns):
-        raise DataError(f"{name}: columns do not form rows of router training", missing_columns(columns, ROUTED_FORMS))
-    return detect_supervised_kind(columns, head, name=name)
 
 
 def to_routed_rows(
@@ -68,7 +38,7 @@ def to_routed_rows(
     """Validate and tokenise rows, their choices with them.
 
     Args:
-        dataset: Rows as above.
+        dataset: Rows of :mod:`alignkit.data.routed_schema`.
         tokenizer: The tokenizer of the model, with its chat template when prompts are messages.
         max_length: Limit on a row in tokens, or None; rows are cut at their end.
         max_dropped_fraction: Highest share of rows that may be dropped.
@@ -91,8 +61,10 @@ def to_routed_rows(
     kind = detect_routed_kind(columns, head, name=name)
     _refuse_problems(dataset, kind, name)
     rows, kept, report = convert_supervised(
-        dataset, tokenizer, max_dropped_fraction=max_dropped_fraction, name=name, known=ROUTED_FORMS, **how
+        dataset, tokenizer, max_dropped_fraction=max_dropped_fraction, name=name, **how
     )
+    known = (*ROUTED_COLUMNS, *carried)
+    report = replace(report, ignored_columns=tuple(name for name in report.ignored_columns if name not in known))
     assert isinstance(rows, Dataset)
     source = dataset.select(kept)
     beside = [column for column in dict.fromkeys(("task", "success", *carried)) if column in columns]
@@ -118,31 +90,9 @@ def _refuse_problems(dataset: Dataset, kind: SupervisedKind, name: str) -> None:
     if not columns:
         return
     needed = dataset.select_columns([*columns, "completion"])
-    found = [(number, problem) for number, row in enumerate(needed) for problem in _row_problems(row, kind)]
+    found = [(number, problem) for number, row in enumerate(needed) for problem in routed_row_problems(row, kind)]
     if found:
         raise DataError(f"{name}: rows cannot be used (the first row is row 0)", describe_problems(found))
-
-
-def _row_problems(row: Mapping[str, Any], kind: SupervisedKind) -> list[Problem]:
-    problems = []
-    if "task" in row and not isinstance(row["task"], str):
-        problems.append(Problem("task is no text", repr(row["task"])))
-    if "success" in row and not isinstance(row["success"], bool):
-        problems.append(Problem("success is neither true nor false", repr(row["success"])))
-    if "choices" in row:
-        choices = row["choices"]
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
-            problems.append(Problem("choices is no list of two texts or more", repr(choices)))
-        elif choices.count(_answer(row, kind)) != 1:
-            problems.append(Problem("the completion is not exactly one of the choices", repr(_answer(row, kind))))
-    return problems
-
-
-def _answer(row: Mapping[str, Any], kind: SupervisedKind) -> Any:
-    """The completion as a text, as choices are."""
-    if not kind.conversational:
-        return row["completion"]
-    return row["completion"][0]["content"] if len(row["completion"]) == 1 else row["completion"]
 
 
 def _with_each_choice(row: Mapping[str, Any], kind: SupervisedKind) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data import conversion
-from alignkit.data.columns import SUPERVISED_FORMS, Form, columns_of
+from alignkit.data.columns import SUPERVISED_FORMS, columns_of
 from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc
@@ -90,14 +90,9 @@ def convert_supervised(
     num_proc: NumProc,
     name: str,
     stop_token_ids: Sequence[int],
-    known: Sequence[Form] = SUPERVISED_FORMS,
 ) -> tuple[Dataset | IterableDataset, np.ndarray, SupervisedReport]:
-    """The same with the numbers of the rows that are kept, of a stream those of its first rows.
-
-    Args:
-        known: Forms whose columns are not reported as ignored.
-    """
-    dataset = without_filled_nulls(dataset, columns_of(known))
+    """The same with the numbers of the rows that are kept, of a stream those of its first rows."""
+    dataset = without_filled_nulls(dataset, columns_of(SUPERVISED_FORMS))
     head, columns = first_rows(dataset, name)
     wanted = {"completion_only_loss": trained.completion_only, "assistant_only_loss": trained.assistant_only}
     kind = detect_supervised_kind(columns, head, name=name, **wanted)
@@ -109,7 +104,7 @@ def convert_supervised(
         rows, counts = conversion.convert_stream(dataset, head, columns, tokenizer, steps, name)
     else:
         rows, counts = conversion.convert_table(dataset, tokenizer, steps, num_proc, name)
-    others = tuple(column for column in columns if column not in (*columns_of(known), SOURCE_COLUMN))
+    others = tuple(column for column in columns if column not in (*columns_of(SUPERVISED_FORMS), SOURCE_COLUMN))
     report = _summarise(counts, settings, max_dropped_fraction, name, others)
     tokens = counts["length"].clip(upper=max_length).to_numpy()
     report = replace(report, sources=source_counts(dataset, counts, tokens, counts["num_trained_kept"].to_numpy()))

@@ -217,8 +217,8 @@ def _numbered(rows: Dataset) -> Dataset:
 def _refuse_reentrant(args: TrainingArguments) -> None:
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ModelError(
-            "gradient_checkpointing_kwargs={'use_reentrant': True} computes the forward pass without gradients, so that "
-            "the routing would have none. Write use_reentrant: False, which is transformers' default."
+            "gradient_checkpointing_kwargs={'use_reentrant': True} computes the forward pass without gradients, so "
+            "that the routing would have none. Write use_reentrant: False, which is transformers' default."
         )
 
 

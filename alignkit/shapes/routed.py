@@ -16,7 +16,7 @@ from alignkit.config.router import (
 from alignkit.config.sections import GradientSection, MethodSection, ModelSection
 from alignkit.config.training import HardwareSection, HubSection, LoggingSection, ReportSection, RunSection
 from alignkit.data.columns import RowFamily
-from alignkit.data.routed import routed_rows
+from alignkit.data.routed_schema import routed_rows
 from alignkit.parts.shape import Shape
 from alignkit.reports.panels import BLUE, GREEN, GREY, LOSS_PANEL, PURPLE, RULE_PANELS, Curve, Panel
 from alignkit.routing.options import BankOptions

@@ -91,8 +91,9 @@ TRAITS = {
     "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
     "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
     "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private rollout_steps "
-    "success_threshold keep_best",
-    "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache",
+    "success_threshold keep_best bank_dir bank_batch_size gradient_ratio_steps",
+    "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache "
+    "bank_dir bank_embedder",
 }
 """What each trait means for a run is decided key by key, so a change shows here."""
 
@@ -114,5 +115,5 @@ def test_programs_agree_on_the_traits_of_a_key(trait: str) -> None:
 def test_what_passes_to_the_trainer_is_an_argument_of_it(program: str) -> None:
     from trl import DPOConfig, GRPOConfig, SFTConfig
 
-    arguments = {"preference": DPOConfig, "sft": SFTConfig, "online": GRPOConfig}[program]
+    arguments = {"preference": DPOConfig, "sft": SFTConfig, "online": GRPOConfig, "router": SFTConfig}[program]
     assert keys_that("passes_to_trainer") & set(base_keys(program)) <= {field.name for field in fields(arguments)}

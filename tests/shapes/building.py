@@ -47,8 +47,11 @@ SHORT: Mapping[str, Any] = {
 REWARD = f"{Path(__file__).parents[1] / 'online.py'}:share_of_vowels"
 OWN_KEYS: Mapping[str, Mapping[str, Any]] = {
     "online": {"rewards": [REWARD], "num_generations": 4, "max_completion_length": 8},
+    "router": {"max_length": 64, "bank_success": "all", "manifold_coef": 10.0},
 }
 """Keys of one program beside those."""
+MODEL_SHAPES: Mapping[str, Mapping[str, int]] = {"routed": {"num_experts": 4}}
+"""What the tiny model of a batch shape is, where it is not the plain one."""
 ROW_KEYS: Mapping[str, Any] = {"max_length": 64}
 """Keys of the other programs."""
 

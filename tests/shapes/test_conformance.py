@@ -18,7 +18,7 @@ from alignkit.parts.method import load_method
 from alignkit.parts.shape import load_bridge, load_shape, shape_names
 from alignkit.shapes._bridge import ObjectiveBridge
 from tests.programs.conftest import save_model
-from tests.shapes.building import build, config_of, layouts, little_garbage, text_rows
+from tests.shapes.building import MODEL_SHAPES, build, config_of, layouts, little_garbage, text_rows
 from tests.trainers import flat_weights, logged
 
 __all__ = ["little_garbage"]
@@ -33,11 +33,21 @@ for_every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny model whose tokenizer knows words."""
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    return str(path)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """By shape, the folder of a tiny model whose tokenizer knows words."""
+    plain = tmp_path_factory.mktemp("model")
+    save_model(plain)
+    folders = dict.fromkeys(SHAPES, str(plain))
+    for shape, kind in MODEL_SHAPES.items():
+        folders[shape] = str(tmp_path_factory.mktemp(shape))
+        save_model(Path(folders[shape]), **kind)
+    return folders
+
+
+@pytest.fixture
+def model(shape: str, models: dict[str, str]) -> str:
+    """Folder of the tiny model of a shape."""
+    return models[shape]
 
 
 def trainer_of(shape: str, model: str, folder: Path, held_out: int = 0, **keys: Any) -> Any:
@@ -49,14 +59,16 @@ def trainer_of(shape: str, model: str, folder: Path, held_out: int = 0, **keys: 
 
 
 @pytest.fixture(scope="module")
-def finished(model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[float], ...]]:
+def finished(
+    models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[list[float], ...]]:
     """Losses, gradient norms and final weights of a run of a shape in a layout, with a size of its micro-batches."""
 
     @cache
     def run(shape: str, layout: str | None, size: int) -> Any:
         keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": ROWS_OF_A_STEP // size}
         keys |= {} if layout is None else {"layout": layout}
-        trainer = trainer_of(shape, model, tmp_path_factory.mktemp("run"), **keys)
+        trainer = trainer_of(shape, models[shape], tmp_path_factory.mktemp("run"), **keys)
         trainer.train()
         return logged(trainer, "loss"), logged(trainer, "grad_norm"), flat_weights(trainer.model)
 
