@@ -78,8 +78,7 @@ def roma_loss(
     weight = warmed_up(manifold_coef, batch.step, manifold_warmup_steps)
     values = regularizer_values(batch, rows, regularizer)
     term = LossTerm(regularizer, values, count_routed_items(batch.label_mask)["row"], item="row", weight=weight)
-    terms = (replace(ce, name="ce"), term)
-    return LossOutput(terms, routing_metrics(batch, rows, terms))
+    return LossOutput((replace(ce, name="ce"), term), routing_metrics(batch, rows, weight))
 
 
 def warmed_up(coefficient: float, step: int, warmup_steps: int) -> float:
@@ -112,19 +111,16 @@ def regularizer_values(batch: RoutedBatch, rows: Bool[Tensor, " B"], regularizer
 
 
 @torch.no_grad()
-def routing_metrics(
-    batch: RoutedBatch, rows: Bool[Tensor, " B"], terms: tuple[LossTerm, LossTerm]
-) -> dict[str, Metric]:
-    """How near the routing is to its targets, and how strongly it is drawn there.
+def routing_metrics(batch: RoutedBatch, rows: Bool[Tensor, " B"], weight: float) -> dict[str, Metric]:
+    """How near the routing is to its targets.
 
     Args:
         batch: Rows.
         rows: Which of them have a trained token.
-        terms: Cross-entropy and regulariser.
+        weight: Of the regulariser.
     """
     near = rows & batch.has_target
     distance = squared_distance(batch.routing, batch.target_routing, near)
-    ce, drawn = ((term.weight * term.values.sum() / term.num_items.clamp(min=1)).reshape(1) for term in terms)
     counted, counted_near = rows.to(distance.dtype), near.to(distance.dtype)
     return {
         "roma/distance": Metric(distance, counted_near),
@@ -132,8 +128,7 @@ def routing_metrics(
         "roma/with_target": Metric(counted_near, counted),
         "roma/drift": Metric(squared_distance(batch.routing, batch.base_routing, rows), counted),
         "roma/routing_entropy": Metric(layer_entropy(of_rows(batch.routing, rows), batch.num_layers), counted),
-        "roma/weight": Metric(torch.full_like(drawn, terms[1].weight)),
-        "roma/share": Metric(drawn, ce + drawn),
+        "roma/weight": Metric(distance.new_tensor([weight])),
     }
 
 

@@ -70,7 +70,6 @@ METHOD = Method(
         "roma/routing_entropy": "entropy of the routing of a layer, mean over layers, nats; even shares of E experts "
         "have log E, one expert has 0",
         "roma/weight": "weight of the regulariser in force, after its warm-up so far",
-        "roma/share": "share of the loss that is the weighted regulariser; near 0 it has no say",
     },
     paper=Paper(
         title="Routing Manifold Alignment Improves Generalization of Mixture-of-Experts LLMs",

@@ -35,13 +35,19 @@ from alignkit.routing.passes import routing_vectors, token_positions
 from alignkit.routing.store import RoutingBank
 from alignkit.routing.success import success_columns
 from alignkit.shapes._bridge import ratio
+from alignkit.shapes._tokens import METRICS as SUPERVISED_METRICS
 from alignkit.shapes._tokens import ROW_TOKENS, SupervisedCollator, SupervisedTrainer, batches_an_epoch
 
 __all__ = ["batches_an_epoch"]
 
 BANK_ROW, PROMPT_LENGTH = "bank_row", "prompt_length"
 """Keys of a batch that the model never sees, both [B]: the place of a row in the bank, and the tokens of its prompt."""
-GRADIENT_RATIO = "roma/gradient_ratio"
+GRADIENT_RATIO = "routing/gradient_ratio"
+METRICS: Mapping[str, str] = SUPERVISED_METRICS | {
+    GRADIENT_RATIO: "norm of the regulariser's gradient beside that of the cross-entropy, each with its weight, with "
+    "respect to the router logits of all tokens; every gradient_ratio_steps steps",
+}
+"""What the bridge logs for every method, beside ``loss/<term>``."""
 
 
 @dataclass

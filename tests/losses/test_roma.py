@@ -23,7 +23,6 @@ from tests.routing_oracles import (
     Row,
     Sample,
     ball,
-    cross_entropy,
     entropy,
     manifold,
     manifold_gradient,
@@ -89,7 +88,6 @@ def check_metrics(loss: Callable[..., LossOutput], rows: list[Row], kind: str) -
     near = [row for row in counted if row.neighbours]
     distances = [squared(row.routing, mean_routing(row.neighbours)) for row in near]
     floors = [manifold(row.routing, row.neighbours) - d for row, d in zip(near, distances, strict=True)]
-    pull = 0.375 * sum(regularizer(row, kind) for row in rows) / len(counted)
     assert found == pytest.approx(
         {
             "roma/distance": sum(distances) / len(near),
@@ -98,7 +96,6 @@ def check_metrics(loss: Callable[..., LossOutput], rows: list[Row], kind: str) -
             "roma/drift": sum(squared(row.routing, row.base) for row in counted) / len(counted),
             "roma/routing_entropy": sum(entropy(row.routing) for row in counted) / len(counted),
             "roma/weight": 0.375,
-            "roma/share": pull / (cross_entropy(rows) + pull),
         },
         rel=1e-12,
         abs=1e-12,

@@ -1,0 +1,185 @@
+"""Router training: the supervised trainer with the routing of each prompt, compared with what it lies over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig
+
+from alignkit.data.routed import to_routed_rows
+from alignkit.errors import DataError, ModelError
+from alignkit.losses.roma import roma_loss
+from alignkit.models._routers import find_routers
+from tests.programs.conftest import save_model
+from tests.shapes.building import build, config_of, little_garbage
+from tests.trainers import flat_weights, logged
+
+__all__ = ["little_garbage"]
+
+LAYERS, EXPERTS = 2, 4
+WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("mixture")
+    save_model(path, num_experts=EXPERTS, num_hidden_layers=3)
+    return str(path)
+
+
+def questions(count: int = 16) -> Dataset:
+    """Rows with choices, prompts of different lengths, in two tasks."""
+    rows = []
+    for i in range(count):
+        prompt = " ".join(WORDS[(i + j) % 37] for j in range(3 + i % 4)) + " "
+        choices = [WORDS[i % 20] + " ", WORDS[20 + i % 20] + " "]
+        rows.append({"prompt": prompt, "completion": choices[i % 2], "choices": choices, "task": "ab"[i % 2]})
+    return Dataset.from_list(rows)
+
+
+def trainer_of(model: str, folder: Path, method: str = "roma", held_out: Dataset | None = None, **keys: Any) -> Any:
+    program = "sft" if method == "sft" else "router"
+    own = (
+        {} if method == "sft" else {"bank_layers": LAYERS, "bank_success": "choices", "bank_dir": str(folder / "bank")}
+    )
+    usual = {"parametrization": "routers", "router_layers": LAYERS, "learning_rate": 1e-2}
+    given = {key: value for key, value in (usual | own | keys).items() if value is not None}
+    config = config_of(program, model, folder, method=method, **given)
+    return build(config, questions(), held_out)
+
+
+def test_without_the_regulariser_it_is_bitwise_the_supervised_trainer_over_trl(model: str, tmp_path: Path) -> None:
+    # Which itself follows TRL's SFTTrainer to the last bit (test_supervised_parity.py).
+    runs = []
+    for method, keys in (("sft", {"router_aux_loss_coef": 0.0}), ("roma", {"manifold_coef": 0.0})):
+        folder = tmp_path / method
+        folder.mkdir()
+        trainer = trainer_of(model, folder, method, **keys)
+        trainer.train()
+        runs.append((logged(trainer, "loss"), logged(trainer, "grad_norm"), flat_weights(trainer.model)))
+    assert runs[0][:2] == runs[1][:2] and len(runs[0][0]) == 3
+    assert torch.equal(runs[0][2], runs[1][2])
+
+
+test_it_follows_trl = test_without_the_regulariser_it_is_bitwise_the_supervised_trainer_over_trl
+
+
+def test_routing_is_that_of_the_prompt_alone_and_starts_at_the_banks(model: str, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    seen = batch_of_objective(trainer, batch)
+    bank = trainer.banks["train"]
+    assert seen.routing.shape == (4, LAYERS * EXPERTS) and seen.routing.requires_grad
+    torch.testing.assert_close(seen.routing, bank.routing[batch["bank_row"]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen.routing.view(4, LAYERS, EXPERTS).sum(-1), torch.ones(4, LAYERS))
+    # By hand: each prompt alone, unpadded, in the plain model, softmax of what its routers put out at its last token.
+    for row, place in enumerate(batch["bank_row"].tolist()):
+        prompt = bank_prompt(trainer, place)
+        plain = trainer.model.get_base_model()
+        logits = plain(input_ids=torch.tensor([prompt]), output_router_logits=True).router_logits
+        by_hand = torch.cat([layer[-1].softmax(-1) for layer in logits[-LAYERS:]])
+        torch.testing.assert_close(seen.routing[row], by_hand, rtol=0, atol=1e-6)
+
+
+def batch_of_objective(trainer: Any, batch: Any) -> Any:
+    seen = []
+    own = trainer._batch
+
+    def watched(*given: Any) -> Any:
+        seen.append(own(*given))
+        return seen[-1]
+
+    trainer._batch = watched
+    trainer.evaluate_objective(trainer.model, batch)
+    trainer._batch = own
+    return seen[0]
+
+
+def bank_prompt(trainer: Any, place: int) -> list[int]:
+    row = trainer.train_dataset[place]
+    return [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+
+
+def test_the_manifold_term_pulls_at_every_router_that_trains_and_falls(model: str, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path, manifold_coef=100.0, max_steps=30, gradient_ratio_steps=10)
+    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    batch = next(iter(trainer.get_train_dataloader()))
+    _, result = trainer.evaluate_objective(trainer.model, batch)
+    manifold = result.terms[1].values.sum()
+    assert manifold.requires_grad
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert len(trained) == LAYERS
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(manifold, trained, retain_graph=True))
+    trainer.train()
+    distances = logged(trainer, "roma/distance")
+    assert sum(distances[-4:]) < 0.5 * sum(distances[:4])
+    assert len(logged(trainer, "routing/gradient_ratio")) == 3 and min(logged(trainer, "routing/gradient_ratio")) > 0
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+def test_the_comparison_of_gradients_changes_nothing(model: str, tmp_path: Path) -> None:
+    ends = []
+    for every in (0, 1):
+        trainer = trainer_of(model, tmp_path, gradient_ratio_steps=every, gradient_checkpointing=True)
+        trainer.train()
+        ends.append(flat_weights(trainer.model))
+    assert torch.equal(*ends)
+
+
+def test_held_out_rows_have_neighbours_among_the_training_rows(model: str, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path, held_out=questions(5))
+    assert len(trainer.banks["eval"]) == 5
+    metrics = trainer.evaluate()
+    assert metrics["eval_roma/with_target"] == 1.0 and metrics["eval_roma/drift"] < 1e-10
+
+
+def test_a_dense_model_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    save_model(folder)
+    with pytest.raises(ModelError, match="expert"):
+        trainer_of(str(folder), tmp_path, parametrization="lora", router_layers=None)
+
+
+def test_reentrant_checkpointing_is_refused(model: str, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path)
+    args = SFTConfig(
+        output_dir=str(tmp_path / "other"),
+        use_cpu=True,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    with pytest.raises(ModelError, match="use_reentrant"):
+        type(trainer)(trainer.model, args, train_dataset=trainer.train_dataset, method=None, options=None)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"choices": ["w1 ", "w2 "], "completion": "w3 "}, "the completion is not exactly one of the choices"),
+        ({"choices": ["w3 "], "completion": "w3 "}, "no list of two texts"),
+        ({"success": "yes", "completion": "w3 "}, "neither true nor false"),
+        ({"task": None, "completion": "w3 "}, "task is no text"),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_refused(row: dict[str, Any], problem: str, model: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    rows = Dataset.from_list([{"prompt": "w1 w2 ", **row}])
+    with pytest.raises(DataError, match=problem):
+        to_routed_rows(rows, AutoTokenizer.from_pretrained(model), max_length=64)
+
+
+def test_the_loss_is_that_of_the_library(model: str, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path, manifold_coef=3.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    seen = batch_of_objective(trainer, batch)
+    expected = roma_loss(seen, manifold_coef=3.0).mean()
+    found = trainer.batch_loss(trainer.model, batch, None, record=False)
+    torch.testing.assert_close(found, expected)
+    assert len(find_routers(trainer.model)) == 3 and len(trainer.routers) == LAYERS
