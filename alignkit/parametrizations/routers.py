@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignkit.parts.options import option
+from alignkit.parts.options import Conflict, option
 from alignkit.parts.parametrization import Parametrization
 
 
@@ -38,4 +38,14 @@ PARAMETRIZATION = Parametrization(
     "what they have no place for, routers among them, and then answer as the base model does, without a word: for "
     "these make a plain model of it with `alignkit merge`.",
     product="Routers of a mixture of experts (the last {router_layers} of them), as an adapter of full rank",
+    conflicts=(
+        Conflict(
+            "dense_mixer with torch_compile",
+            ("dense_mixer", "torch_compile"),
+            lambda c: c.dense_mixer and c.torch_compile,
+            "a compiled model leaves out what dense_mixer puts between a router and its experts, so that idle experts "
+            "would go on unheard without a word",
+            "Remove torch_compile, or dense_mixer",
+        ),
+    ),
 )

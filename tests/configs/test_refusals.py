@@ -77,6 +77,10 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lora_target_modules": r".*\.(q_proj"},
         {"lora_target_modules": r".*\.(q_proj)"},
     ),
+    "dense_mixer with torch_compile": (
+        ROUTERS | {"dense_mixer": True, "torch_compile": True},
+        {"torch_compile": False},
+    ),
     "no LoRA target": ({"lora_target_modules": []}, {"lora_target_modules": "all-linear"}),
     "bf16 with fp16": ({"bf16": True, "fp16": True}, {"fp16": False}),
     "fp16 on the CPU": ({"fp16": True, "use_cpu": True}, {"fp16": False, "bf16": True}),
