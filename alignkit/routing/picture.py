@@ -93,14 +93,14 @@ def draw_routing(
 
 def _scatter(ax: Axes, points: Tensor, tasks: Tensor, names: Sequence[str]) -> None:
     counts = torch.bincount(tasks, minlength=len(names))
-    most = counts.argsort(descending=True, stable=True)[: len(COLOURS)].tolist()
+    most = sorted(counts.argsort(descending=True, stable=True)[: len(COLOURS)].tolist())
     style: dict[str, Any] = {"s": 16, "alpha": 0.65, "linewidths": 0}
-    rest = points[~torch.isin(tasks, torch.tensor(most))]
-    if len(rest):
-        ax.scatter(rest[:, 0], rest[:, 1], color=GREY, marker=".", label="other tasks", **style)
     for number, colour, marker in zip(most, COLOURS, MARKERS, strict=False):
         own = points[tasks == number]
         ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, label=names[number] or "(no task)", **style)
+    rest = points[~torch.isin(tasks, torch.tensor(most))]
+    if len(rest):
+        ax.scatter(rest[:, 0], rest[:, 1], color=GREY, marker=".", label="other tasks", zorder=0.5, **style)
     ax.grid(True, color="#E4E4E4", linewidth=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from alignkit.errors import AlignkitError, CheckpointError, DataError, ModelError
 from alignkit.models._forward import add_completion_head
 from alignkit.models._routers import last_routers
-from alignkit.routing import build, embedders, shards
+from alignkit.models.full_rank import full_rank_config, settle
+from alignkit.routing import embedders, shards
 from alignkit.routing.build import build_bank, held_out_bank, refresh
 from alignkit.routing.options import BankOptions
 from alignkit.routing.passes import RoutingPass
@@ -153,44 +155,30 @@ def test_damage_is_found_before_the_model_runs(
     assert str(path) in str(caught.value) and not passes
 
 
-def test_every_process_passes_as_often_and_their_number_changes_nothing(
-    moe: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards, "SHARD_ROWS", 5)
-    alone = build_bank(moe, tokenizer, ROWS, OPTIONS, tmp_path / "alone", batch_size=2)
-
-    class Rank:
-        def __init__(self, process_index: int) -> None:
-            self.process_index, self.num_processes, self.is_main_process = process_index, 2, process_index == 0
-
-        def wait_for_everyone(self) -> None: ...
-
-    def first(work: Any, state: Any) -> Any:
-        return work() if work.__name__ == "<lambda>" and state.num_processes else None
-
-    folder = tmp_path / "two"
-    counts = []
-    for rank in (1, 0):
-        # The processes run one after the other here: each is told what was missing when both began.
-        monkeypatch.setattr(shards, "PartialState", lambda rank=rank: Rank(rank))
-        missing = list(range(0, len(ROWS), 5))
-        monkeypatch.setattr(shards, "_missing", lambda *_, missing=missing: missing)
-        monkeypatch.setattr(shards, "on_first_process", first)
-        if rank == 1:
-            monkeypatch.setattr(shards, "_join", lambda *_: None)
-            monkeypatch.setattr(shards, "read_part", lambda *_: {"routing": alone.routing, "pooled": alone.embeddings})
-        else:
-            monkeypatch.undo()
-            monkeypatch.setattr(shards, "SHARD_ROWS", 5)
-            monkeypatch.setattr(shards, "PartialState", lambda: Rank(0))
-            monkeypatch.setattr(shards, "on_first_process", first)
-            monkeypatch.setattr(shards, "_missing", lambda *_, missing=missing: missing)
-        made = build._Build(moe, tokenizer, ROWS, OPTIONS, folder, 2, None)
-        with counted(moe) as passes:
-            routing = made._routing()
-        counts.append(len(passes))
-    assert counts[0] == counts[1]
-    assert torch.equal(routing["routing"], alone.routing) and torch.equal(routing["pooled"], alone.embeddings)
+def test_the_base_model_inside_an_adapter_has_the_same_bank(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    plain = tiny_moe()
+    add_completion_head(plain)
+    bank = build_bank(plain, tokenizer, ROWS, OPTIONS, tmp_path / "bank")
+    model = tiny_moe()
+    add_completion_head(model)
+    weights = {f"{router.name}.{router.parameter}": router.num_experts for router in last_routers(model, 2)}
+    wrapped = get_peft_model(model, full_rank_config(weights))
+    settle(wrapped)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_()
+    with counted(wrapped.get_base_model()) as passes:
+        with wrapped.disable_adapter():
+            same = build_bank(wrapped, tokenizer, ROWS, OPTIONS, tmp_path / "bank")
+        assert not passes and same.facts["files"] == bank.facts["files"]
+        moved = refresh(bank, wrapped, tokenizer, ROWS, OPTIONS, tmp_path / "later", adapter="default")
+        assert passes
+    assert moved.facts["fingerprint"] != bank.facts["fingerprint"]
+    assert not torch.allclose(moved.routing, bank.routing, atol=1e-2)
+    with wrapped.disable_adapter():
+        again = build_bank(wrapped, tokenizer, ROWS, OPTIONS, tmp_path / "other")
+    assert torch.equal(again.routing, bank.routing) and torch.equal(again.success, bank.success)
 
 
 def test_held_out_rows_have_neighbours_in_the_bank(
