@@ -215,9 +215,10 @@ def draw(runs: Runs, path: Path) -> None:
         axis.set_title(name, fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy - CE only")
-    for axis in axes[-1]:
+    above, empty = axes[:, -1]
+    above.tick_params(labelbottom=True)
+    for axis in (*axes[-1, :-1], above):
         axis.set_xlabel("lambda")
-    empty = axes.flat[-1]
     empty.axis("off")
     empty.legend(*axes.flat[0].get_legend_handles_labels(), loc="center")
     figure.savefig(path, dpi=100)
