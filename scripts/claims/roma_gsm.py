@@ -332,6 +332,7 @@ def main() -> None:
         seeds=arguments.seeds,
         **vars(budget),
     )
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     write_section(arguments.output_dir / PAGE, HEADER, "text", text)
 
 
