@@ -33,6 +33,7 @@ _PROGRAMS = {
     "sample": "sample responses of a model to every prompt, as candidate lists",
     "score": "give every completion token a reward by contrastive prompting",
     "compare": "compare two runs step by step",
+    "bank": "make the reference bank of a router training ahead of it, and draw it",
     "rollouts": "make the page of an online run's completions and their rewards",
     "rewards": "try reward functions on sample completions, or list them",
 }

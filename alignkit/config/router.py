@@ -78,6 +78,13 @@ class BankFilesSection(Section):
         is_path=True,
     )
     bank_batch_size: int = option(8, ge=1, help="Rows per device in the pass that makes the bank.", free_on_resume=True)
+    bank_refresh_steps: int = option(
+        0,
+        ge=0,
+        help="Steps between two banks, each made anew under the routers as they are then; 0 keeps the first, which is "
+        "the base model's.",
+        source="alignkit; the paper does not say, the authors' code keeps the first",
+    )
     gradient_ratio_steps: int = option(
         100,
         ge=0,

@@ -105,6 +105,7 @@ def held_out_bank(
     directory: Path | None = None,
     *,
     batch_size: int = 8,
+    adapter: str | None = None,
 ) -> RoutingBank:
     """What a bank says of other rows, such as those of an evaluation; a collective.
 
@@ -118,8 +119,9 @@ def held_out_bank(
         options: The same.
         directory: The same.
         batch_size: The same.
+        adapter: The same.
     """
-    return _Build(model, tokenizer, rows, options, directory, batch_size, None, neighbours_of=bank).bank()
+    return _Build(model, tokenizer, rows, options, directory, batch_size, adapter, neighbours_of=bank).bank()
 
 
 def refresh(

@@ -181,6 +181,20 @@ class RoutingBank:
             raise CheckpointError(f"there is no routing bank in {directory} ({BANK_FILE} is missing).") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is not the list of a routing bank ({error!r}). {_again(file)}") from error
+        return cls.of_facts(directory, {**facts, "files": names})
+
+    @classmethod
+    def of_facts(cls, directory: Path, facts: Mapping[str, Any]) -> RoutingBank:
+        """The bank that some facts tell of, among those that a folder may hold.
+
+        Args:
+            directory: Holds the files that they name.
+            facts: Of a bank.
+
+        Raises:
+            CheckpointError: One of its files is missing or damaged.
+        """
+        names: Mapping[str, str] = facts["files"]
         parts = {name: read_part(directory / name) for name in set(names.values())}
         return cls(directory, facts, {kind: parts[name] for kind, name in names.items()})
 

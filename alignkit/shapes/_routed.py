@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig
@@ -29,11 +30,13 @@ from alignkit.models._routers import RouterCapture, check_capture, last_routers
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.method import load_method
 from alignkit.references._reference import Reference
-from alignkit.routing.build import build_bank, held_out_bank
+from alignkit.routing.build import build_bank, held_out_bank, refresh
 from alignkit.routing.options import BankOptions
 from alignkit.routing.passes import routing_vectors, token_positions
+from alignkit.routing.report import bank_report, render_report
 from alignkit.routing.store import RoutingBank
 from alignkit.routing.success import success_columns
+from alignkit.shapes._bank_refresh import BankRefresh
 from alignkit.shapes._bridge import ratio
 from alignkit.shapes._tokens import METRICS as SUPERVISED_METRICS
 from alignkit.shapes._tokens import ROW_TOKENS, SupervisedCollator, SupervisedTrainer, batches_an_epoch
@@ -68,12 +71,14 @@ class RoutingSettings:
         options: What the reference bank is made of.
         directory: Where banks are kept; None is the default one.
         batch_size: Rows a forward pass of the bank's.
+        refresh_steps: Optimizer steps between two banks, each made under the routers as they are; 0 keeps the first.
         gradient_steps: Optimizer steps between two comparisons of the gradients of the terms; 0 is never.
     """
 
     options: BankOptions = BankOptions()
     directory: Path | None = None
     batch_size: int = 8
+    refresh_steps: int = 0
     gradient_steps: int = 100
 
 
@@ -111,7 +116,11 @@ class RoutedTrainer(SupervisedTrainer):
         last_routers(model, settings.options.bank_layers)  # What there is none of is told before anything is computed.
         super().__init__(model, args, train_dataset=rows["train"], eval_dataset=rows.get("eval"), **inherited)
         self.routers = last_routers(self.model, settings.options.bank_layers)
-        self.banks = self._build_banks(rows)
+        self.banks = self.first_banks = self._build_banks(rows)
+        if settings.refresh_steps:
+            renewal = BankRefresh(self, settings.refresh_steps)
+            self.add_callback(renewal)
+            self.persistent.append(renewal)
 
     def own_collator(self, collator: DataCollatorForLanguageModeling) -> SupervisedCollator:
         """One that says where rows stand in the bank."""
@@ -119,20 +128,30 @@ class RoutedTrainer(SupervisedTrainer):
 
     def _build_banks(self, rows: Mapping[str, Dataset]) -> dict[str, RoutingBank]:
         """The bank of the training rows, and what it says of held-out ones, under the model without what trains."""
-        settings, tokenizer = self.settings, self.processing_class
-        run = Reference(self, None, pad_token_id=tokenizer.pad_token_id).run()
-        given = {name: RowsOfBank(split, tokenizer) for name, split in rows.items()}
-        how: dict[str, Any] = {"batch_size": settings.batch_size}
+        run = Reference(self, None, pad_token_id=self.processing_class.pad_token_id).run()
         with run.context():
             check_capture(run.model, self.routers)
-            bank = build_bank(run.model, tokenizer, given["train"], settings.options, settings.directory, **how)
-            banks = {"train": bank}
-            if "eval" in given:
-                folder = bank.directory / "held-out"
-                banks["eval"] = held_out_bank(
-                    bank, run.model, tokenizer, given["eval"], settings.options, folder, **how
-                )
+            banks = build_banks(run.model, self.processing_class, rows, self.settings)
+        if self.is_world_process_zero():
+            print(f"reference bank in {banks['train'].directory}\n{render_report(bank_report(banks['train']))}\n")
         return banks
+
+    def refresh_banks(self) -> None:
+        """Make the banks anew under the policy as it is; a collective. The embeddings are those of the first."""
+        run, tokenizer, settings = self._policy_run(self.model_wrapped), self.processing_class, self.settings
+        first, folder = self.first_banks["train"], self.first_banks["train"].directory / "refreshed"
+        adapter = "default" if isinstance(self.model, PeftModel) else None
+        rows = {"train": self.train_dataset} | ({"eval": self.eval_dataset} if "eval" in self.banks else {})
+        given = {name: RowsOfBank(split, tokenizer) for name, split in rows.items()}
+        how: dict[str, Any] = {"batch_size": settings.batch_size, "adapter": adapter}
+        with run.scoring():
+            bank = refresh(first, run.model, tokenizer, given["train"], settings.options, folder, **how)
+            self.banks = {"train": bank}
+            if "eval" in given:
+                place = folder / "held-out"
+                self.banks["eval"] = held_out_bank(
+                    bank, run.model, tokenizer, given["eval"], settings.options, place, **how
+                )
 
     # --- objective -------------------------------------------------------------------------------------------------
 
@@ -148,7 +167,8 @@ class RoutedTrainer(SupervisedTrainer):
     def _batch(self, output: Any, logits: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> RoutedBatch:
         options, lengths = self.settings.options, inputs[PROMPT_LENGTH]
         positions = token_positions(torch.zeros_like(lengths), lengths, options.bank_token_set)
-        bank = self.banks[self.mode].targets(inputs[BANK_ROW])
+        rows = inputs[BANK_ROW]
+        bank = self.banks[self.mode].targets(rows)
         return RoutedBatch(
             policy_token_logps=output.log_probs,
             label_mask=output.label_mask,
@@ -156,7 +176,7 @@ class RoutedTrainer(SupervisedTrainer):
             target_routing=bank.target,
             target_variance=bank.variance,
             has_target=bank.has_target,
-            base_routing=bank.routing,
+            base_routing=self.first_banks[self.mode].routing[rows.cpu()].to(rows.device),
             num_layers=len(self.routers),
             step=self.state.global_step,
         )
@@ -190,6 +210,29 @@ class RoutedTrainer(SupervisedTrainer):
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns or []
         self._signature_columns = columns if BANK_ROW in columns else [*columns, BANK_ROW]
+
+
+def build_banks(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, Dataset], settings: RoutingSettings
+) -> dict[str, RoutingBank]:
+    """The bank of ``train`` rows and, where there are some, of ``eval`` rows, whose neighbours are among the others.
+
+    A collective. What is on disk already is not computed again.
+
+    Args:
+        model: As it is called, with a completion head and without what trains.
+        tokenizer: Of the model.
+        rows: Of :func:`~alignkit.data.routed.to_routed_rows`.
+        settings: What the bank is made of.
+    """
+    given = {name: RowsOfBank(split, tokenizer) for name, split in rows.items()}
+    how: dict[str, Any] = {"batch_size": settings.batch_size}
+    bank = build_bank(model, tokenizer, given["train"], settings.options, settings.directory, **how)
+    if "eval" not in given:
+        return {"train": bank}
+    folder = bank.directory / "held-out"
+    other = held_out_bank(bank, model, tokenizer, given["eval"], settings.options, folder, **how)
+    return {"train": bank, "eval": other}
 
 
 class RowsOfBank(Sequence[Mapping[str, Any]]):
@@ -241,6 +284,14 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> SFTConfig:
     return SFTConfig(**common, packing=False, max_length=None)
 
 
+def settings_of(config: Any) -> RoutingSettings:
+    """What a configuration says of the bank."""
+    directory = None if config.bank_dir is None else Path(config.bank_dir)
+    return RoutingSettings(
+        config, directory, config.bank_batch_size, config.bank_refresh_steps, config.gradient_ratio_steps
+    )
+
+
 def other_models(config: Any) -> dict[str, str]:
     """There are none beside the policy."""
     return {}
@@ -278,13 +329,12 @@ def build(
     """
     used = {"a training row": data.train, "a held-out row": data.evaluation, "a prompt": data.prompts}
     check_token_ids(policy, tokenizer, used, name=repr(config.model))
-    directory = None if config.bank_dir is None else Path(config.bank_dir)
     return RoutedTrainer(
         policy,
         args,
         method=load_method(config.method),
         options=config.method_options,
-        settings=RoutingSettings(config, directory, config.bank_batch_size, config.gradient_ratio_steps),
+        settings=settings_of(config),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
@@ -295,6 +345,5 @@ def build(
 def describe(config: Any, trainer: RoutedTrainer) -> dict[str, Any]:
     """The bank."""
     bank = trainer.banks["train"]
-    share = float(bank.found["has_target"].float().mean())
-    about = {"directory": str(bank.directory), "layers": bank.facts["layers"], "rows": len(bank)}
-    return {"bank": about | {"success_rate": float(bank.success.float().mean()), "with_target": share}}
+    about = {"directory": str(bank.directory), "layers": bank.facts["layers"]}
+    return {"bank": about | bank_report(bank)}

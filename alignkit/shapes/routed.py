@@ -25,7 +25,7 @@ PANELS = (
     Panel(
         "How far prompts are routed from their solved neighbours",
         "squared distance",
-        (Curve("roma/distance", "from their mean", BLUE), Curve("roma/variance", "they from it", GREY)),
+        (Curve("roma/distance", "from their mean", BLUE), Curve("roma/variance", "of theirs from it", GREY)),
     ),
     Panel("Trained tokens that are the likeliest", "fraction", (Curve("mean_token_accuracy", "accuracy", GREEN),)),
     Panel("Entropy of the routing", "nats a layer", (Curve("roma/routing_entropy", "entropy", PURPLE),)),

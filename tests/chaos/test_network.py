@@ -41,6 +41,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     online = {"model": "model", "method": "grpo", "data": "prompts.jsonl", "output_dir": "online", "max_steps": 2}
     online |= {"rewards": ["repetition"], "num_generations": 2, "max_completion_length": 4, "use_cpu": True}
     (folder / "online.yaml").write_text(yaml.safe_dump(online))
+    save_model(folder / "mixture", num_experts=4)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(8)]
+    write_rows(folder / "routed.jsonl", rows)
+    router = {"model": "mixture", "method": "roma", "data": "routed.jsonl", "output_dir": "router", "max_steps": 2}
+    router |= {"bank_success": "all", "bank_dir": "bank", "use_cpu": True, "num_samples": 0}
+    (folder / "router.yaml").write_text(yaml.safe_dump(router))
     return folder
 
 
@@ -54,6 +60,8 @@ def programs(repository: Path) -> list[list[str]]:
         ["full", str(trainers / "preference.py"), "--config", "full.yaml"],
         ["sft", str(trainers / "sft.py"), "--config", "sft.yaml"],
         ["online", str(trainers / "online.py"), "--config", "online.yaml"],
+        ["build_routing_bank", str(scripts / "build_routing_bank.py"), "router.yaml"],
+        ["router", str(trainers / "router.py"), "--config", "router.yaml"],
         ["resume", str(trainers / "preference.py"), "--config", "run.yaml", "--resume", "--max_steps", "3"],
         script("evaluate", *adapter, "--compare_base", "--max_new_tokens", "4", "--output", "eval.json", *QUICK),
         script("token_rewards", "--model", "model", "--data", "rows.csv", "--output", "r.jsonl", *QUICK),
@@ -104,6 +112,7 @@ def test_no_program_is_left_out(repository: Path) -> None:
         "benchmark_token_rewards": "reads nothing but a model it makes",
         "benchmark_startup": "reads nothing but rows and a model it makes",
         "benchmark_online": "reads nothing but a model it makes",
+        "benchmark_bank": "reads nothing but tensors it makes",
         "benchmark_rewards": "reads nothing; it imports no library of Hugging Face's network",
     }
     there = {path.stem for folder in ("scripts", "trainers") for path in (repository / folder).glob("*.py")}

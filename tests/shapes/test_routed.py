@@ -183,3 +183,23 @@ def test_the_loss_is_that_of_the_library(model: str, tmp_path: Path) -> None:
     found = trainer.batch_loss(trainer.model, batch, None, record=False)
     torch.testing.assert_close(found, expected)
     assert len(find_routers(trainer.model)) == 3 and len(trainer.routers) == LAYERS
+
+
+def test_a_bank_that_is_made_anew_follows_the_routers_and_is_resumed_to_the_last_bit(
+    model: str, tmp_path: Path
+) -> None:
+    keys = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "bank_refresh_steps": 2, "manifold_coef": 50.0}
+    whole = trainer_of(model, tmp_path, held_out=questions(4), **keys)
+    first = whole.first_banks["train"].routing.clone()
+    whole.train()
+    anew = whole.banks["train"]
+    assert anew is not whole.first_banks["train"] and torch.equal(whole.first_banks["train"].routing, first)
+    assert (anew.routing - first).abs().max() > 1e-3 and torch.equal(
+        anew.embeddings, whole.first_banks["train"].embeddings
+    )
+    resumed = trainer_of(model, tmp_path, held_out=questions(4), **keys)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert torch.equal(flat_weights(resumed.model), flat_weights(whole.model))
+    for name in ("train", "eval"):
+        assert torch.equal(resumed.banks[name].found["target"], whole.banks[name].found["target"])
+    assert logged(resumed, "roma/drift") == logged(whole, "roma/drift")
