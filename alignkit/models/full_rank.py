@@ -98,6 +98,16 @@ def settle(model: nn.Module) -> None:
                 _fix(wrapper, name)
 
 
+def full_rank_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of the base whose weights the adapter ``default`` trains in full; none where it does not.
+
+    Args:
+        model: What :func:`settle` has seen.
+    """
+    fixed = [wrapper for wrapper in _wrappers(model) if POLICY in wrapper.lora_B and _is_fixed(wrapper, POLICY)]
+    return [wrapper.get_base_layer() for wrapper in fixed]
+
+
 def _wrappers(model: nn.Module) -> list[ParamWrapper]:
     return [module for module in model.modules() if isinstance(module, ParamWrapper)]
 

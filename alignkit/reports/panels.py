@@ -38,3 +38,25 @@ RULE_PANELS = (
         "Loss at the displaced weights, above the loss", "loss", (Curve("gradient/sharpness_gap", "gap", BLUE),), (0.0,)
     ),
 )
+ROUTER_PANELS = (
+    Panel(
+        "How evenly routers use their experts",
+        "multiples of an equal share",
+        (
+            Curve("routing/imbalance", "the busiest expert, in equal shares", ORANGE),
+            Curve("routing/load_variation", "variation of the loads", GREY),
+        ),
+    ),
+    Panel("Entropy of the routers", "nats a token", (Curve("routing/entropy", "entropy", PURPLE),)),
+    Panel(
+        "Choices of experts",
+        "fraction",
+        (
+            Curve("routing/churn", "choices other than before training", BLUE),
+            Curve("routing/busiest_expert", "tokens that share one expert", ORANGE),
+            Curve("routing/dead_experts", "experts without a token", GREY),
+        ),
+        limits=(-0.03, 1.03),
+    ),
+)
+"""Of runs that train the routers of a mixture of experts."""

@@ -17,6 +17,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.full_rank import settle
 from alignkit.models.metric_sums import MetricSums
 from alignkit.models.precision import hold_in_float32
+from alignkit.models.router_watch import RouterWatch, watch_adapter
 from alignkit.models.saved_comparison import adapter_difference, load_saved_weights, model_difference
 from alignkit.shapes._streams import StreamResume
 from alignkit.storage.persistent import Persistent
@@ -72,6 +74,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._loss_weights: dict[str, float] = {}
         self._evaluation_prefix = "eval"
+        self.router_watch: RouterWatch | None = None
 
     def hold_masters(self, start: Mapping[str, Tensor]) -> None:
         """Hold what trains in float32, from the values it had before TRL's constructor; called right after that.
@@ -82,6 +85,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             start: From :func:`~alignkit.models.precision.trained_values`.
         """
         settle(self.model)
+        self.router_watch = watch_adapter(self.model)
         gather_sums_as_one(self.model)
         autocast = self.accelerator.mixed_precision != "no"
         if not (self.is_deepspeed_enabled or (self.is_fsdp_enabled and autocast)):
@@ -176,7 +180,8 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         """
         if num_items_in_batch is None:
             inputs = self._without_repeated_rows(inputs)
-        output, result = self.evaluate_objective(model, inputs)
+        with self._looking_at_routers(record):
+            output, result = self.evaluate_objective(model, inputs)
         counts, ranks = self.step_counts(inputs, num_items_in_batch)
         # Gradients are averaged over ranks, while the counts are already global.
         terms = [term.weight * (term.values.sum() / counts[term.item].clamp(min=1)) for term in result.terms]
@@ -353,6 +358,11 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         """Refused: it would return logits."""
         raise NotImplementedError("logits are never built; use alignkit evaluate for predictions")
 
+    def _looking_at_routers(self, record: bool) -> AbstractContextManager[None]:
+        """Where routers are watched, count the tokens of the first micro-batch of each step that is logged."""
+        due = record and self.mode == "train" and (self.state.global_step + 1) % self.state.logging_steps == 0
+        return self.router_watch.looking() if due and self.router_watch else nullcontext()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the weighted means since the last log; the evaluation loss is recomputed from its terms."""
         means = self._sums[self.mode].means(self.accelerator)
@@ -362,6 +372,8 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
                 logs[f"{prefix}_loss"] = sum(weight * means[name] for name, weight in self._loss_weights.items())
             logs.update({f"{prefix}_{name}": value for name, value in means.items()})
         else:
+            if self.router_watch:
+                means |= self.router_watch.read(self.accelerator)[0]
             self._metrics["train"].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 

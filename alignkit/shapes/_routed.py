@@ -27,6 +27,7 @@ from alignkit.data.supervised import prompts_of
 from alignkit.errors import ModelError
 from alignkit.losses.types import ROUTED_ITEM_KINDS, LossOutput, RoutedBatch, count_routed_items
 from alignkit.models._routers import RouterCapture, check_capture, last_routers
+from alignkit.models.router_watch import RouterWatch
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.method import load_method
 from alignkit.references._reference import Reference
@@ -116,6 +117,7 @@ class RoutedTrainer(SupervisedTrainer):
         last_routers(model, settings.options.bank_layers)  # What there is none of is told before anything is computed.
         super().__init__(model, args, train_dataset=rows["train"], eval_dataset=rows.get("eval"), **inherited)
         self.routers = last_routers(self.model, settings.options.bank_layers)
+        self.router_watch = self.router_watch or RouterWatch(self.model, self.routers)
         self.banks = self.first_banks = self._build_banks(rows)
         if settings.refresh_steps:
             renewal = BankRefresh(self, settings.refresh_steps)

@@ -39,6 +39,7 @@ from alignkit.reports.panels import (
     ORANGE,
     PER_TOKEN,
     PURPLE,
+    ROUTER_PANELS,
     RULE_PANELS,
     Curve,
     Panel,
@@ -91,6 +92,7 @@ PANELS = (
         lines=(0.0,),
     ),
     Panel("Distance from the anchor", "nats", (Curve(ANCHOR_DRIFT, "drift", PURPLE),)),
+    *ROUTER_PANELS,
     *RULE_PANELS,
     LOSS_PANEL,
 )

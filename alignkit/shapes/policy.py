@@ -28,7 +28,19 @@ from alignkit.config.training import (
 from alignkit.data.columns import RowFamily
 from alignkit.data.prompts_schema import prompt_rows
 from alignkit.parts.shape import Shape
-from alignkit.reports.panels import BLUE, GREEN, GREY, LOSS_PANEL, ORANGE, PURPLE, RED, RULE_PANELS, Curve, Panel
+from alignkit.reports.panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    LOSS_PANEL,
+    ORANGE,
+    PURPLE,
+    RED,
+    ROUTER_PANELS,
+    RULE_PANELS,
+    Curve,
+    Panel,
+)
 
 QUARTERS = (BLUE, GREEN, ORANGE, RED)
 """Colours of the first to the last quarter of tokens."""
@@ -102,6 +114,7 @@ PANELS = (
         ("most certain quarter", "more certain", "less certain", "least certain quarter"),
     ),
     Panel("Distance from the reference", "nats a token", (Curve("kl", "KL", GREEN),)),
+    *ROUTER_PANELS,
     *RULE_PANELS,
     LOSS_PANEL,
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from alignkit.models.router_watch import METRICS as ROUTER_METRICS
 from alignkit.objectives._pair_metrics import PAIR_METRICS
 from alignkit.objectives.adpo import METRICS as ADPO_METRICS
 from alignkit.parts.rule import TWO_GRADIENT_METRICS
@@ -71,7 +72,7 @@ def test_one_logged_point_is_visible(tmp_path: Path) -> None:
 def test_every_curve_is_of_a_metric_that_methods_return() -> None:
     keys = {curve.key for panel in PANELS for curve in panel.curves}
     beside = {"loss", "dispersion", "mean_logps/probe", "log-ratio a token/chosen", "log-ratio a token/rejected"}
-    assert keys - beside <= {*PAIR_METRICS, *ADPO_METRICS, *TWO_GRADIENT_METRICS}
+    assert keys - beside <= {*PAIR_METRICS, *ADPO_METRICS, *TWO_GRADIENT_METRICS, *ROUTER_METRICS}
 
 
 RULED = {"gradient/cosine": 0.9, "gradient/sharpness_gap": 0.02}

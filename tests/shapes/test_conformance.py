@@ -131,6 +131,7 @@ def test_rows_are_learned_and_exactly_the_documented_metrics_are_logged(shape: s
 
     _, output = trainer.evaluate_objective(trainer.model, trainer._prepare_inputs(batch))
     documented = {*load_bridge(load_shape(shape)).METRICS, *load_method(trainer.method.name).metrics}
+    documented |= set(trainer.router_watch.metrics if trainer.router_watch else ())
     terms = {f"loss/{term.name}" for term in output.terms}
     if shape == "policy":
         terms |= {f"rewards/{name}/{what}" for name in trainer.reward_func_names for what in ("mean", "std")}
