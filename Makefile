@@ -91,7 +91,8 @@ bench: $(VENV)/.dev  ## Speed: training against trl.DPOTrainer and trl.GRPOTrain
 	@$(PY) scripts/benchmark_gradients.py
 	@$(PY) scripts/benchmark_startup.py
 
-claims: $(VENV)/.run  ## Repeat the experiments of docs/results
+claims: $(VENV)/.dev  ## Repeat the experiments of docs/results
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m experiment
 	@for script in $$(grep -l __main__ scripts/claims/*.py); do $(PY) $$script; done
 
 docs: $(VENV)/.dev  ## Regenerate the tables in README.md and docs/

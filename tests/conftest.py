@@ -29,9 +29,11 @@ marked ``shared`` are skipped."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long fault injection out of whatever is asked for, unless the word is in it."""
-    if "chaos" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("chaos")]
+    """Leave long fault injection and experiments out of whatever is asked for, unless the word is in it."""
+    for word in ("chaos", "experiment"):
+        if word in config.option.markexpr:
+            continue
+        left_out = [item for item in items if item.get_closest_marker(word)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 

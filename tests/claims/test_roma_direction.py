@@ -15,7 +15,7 @@ SEEDS = (0, 1, 2)
 NOISES = (1.0, 2.0)
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_neighbours_beat_cross_entropy_alone_and_random_neighbours() -> None:
     found: dict[str, list[float]] = {CE: [], ROMA: [], RANDOM: []}
     whole = {seed: pretrain(seed, task_routing=True, until=0.6) for seed in SEEDS}
