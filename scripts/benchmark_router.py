@@ -67,16 +67,9 @@ def text_rows(options: argparse.Namespace) -> list[dict[str, str]]:
     return [{"prompt": words(options.prompt), "completion": words(options.completion)} for _ in range(count)]
 
 
-def build(side: str, folder: Path, options: argparse.Namespace) -> Any:
-    """The trainer of a run, as a run builds it."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
+def config_of(side: str, folder: Path, options: argparse.Namespace) -> Any:
+    """The configuration of a side, checked as a user's is."""
     from alignkit.config import load_config
-    from alignkit.parametrizations._policy import load_policy, prepare
-    from alignkit.parts.shape import load_bridge, shapes_by_program
-    from alignkit.runs.arguments import training_arguments
-    from alignkit.runs.rows import PreparedData
     from alignkit.yaml_text import dump_yaml
 
     method, keys = SIDES[side]
@@ -100,8 +93,21 @@ def build(side: str, folder: Path, options: argparse.Namespace) -> Any:
         **keys,
     }
     (folder / "run.yaml").write_text(dump_yaml(values))
-    config = load_config(program, folder / "run.yaml", check_files=False).config
-    bridge, tokenizer = load_bridge(shapes_by_program()[program]), AutoTokenizer.from_pretrained(config.model)
+    return load_config(program, folder / "run.yaml", check_files=False).config
+
+
+def build(side: str, folder: Path, options: argparse.Namespace) -> Any:
+    """The trainer of a run, as a run builds it."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from alignkit.parametrizations._policy import load_policy, prepare
+    from alignkit.parts.shape import load_bridge, shapes_by_program
+    from alignkit.runs.arguments import training_arguments
+    from alignkit.runs.rows import PreparedData
+
+    config = config_of(side, folder, options)
+    bridge, tokenizer = load_bridge(shapes_by_program()[config.program]), AutoTokenizer.from_pretrained(config.model)
     args = training_arguments(config, bridge)
     args.disable_tqdm, args.report_to = True, []
     source = Dataset.from_list(text_rows(options))
