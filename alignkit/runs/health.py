@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignkit.errors import AlignkitError
 from alignkit.reports.policy_verdicts import POLICY_CHECKS
+from alignkit.reports.router_verdicts import ROUTER_CHECKS
 from alignkit.reports.series import MIN_POINTS, LoggedSeries, Verdict
 from alignkit.reports.verdicts import CHECKS, nonfinite
 from alignkit.storage.durability import complete_checkpoints
@@ -99,7 +100,8 @@ class HealthMonitor(TrainerCallback):
 
     def _judge(self) -> list[Verdict]:
         known = {verdict.name for verdict in self.verdicts}
-        found = [verdict for check in (*CHECKS, *POLICY_CHECKS) if (verdict := check(self._series)) is not None]
+        checks = (*CHECKS, *POLICY_CHECKS, *ROUTER_CHECKS)
+        found = [verdict for check in checks if (verdict := check(self._series)) is not None]
         new = [verdict for verdict in found if verdict.name not in known]
         self.verdicts += new
         return new

@@ -114,7 +114,9 @@ def failures_recorded(directory: RunDirectory, *, resume: bool | str) -> Iterato
 
 def run_callbacks(config: ProgramConfig, directory: RunDirectory, data: PreparedData) -> list[TrainerCallback]:
     """The log and the health monitor."""
-    settings = asdict(config.method_options) | {"learning_rate": in_force(config)["learning_rate"]}
+    values = in_force(config)
+    advised = {key: values[key] for key in ("learning_rate", "router_layers") if key in values}
+    settings = asdict(config.method_options) | advised
     if isinstance(data.evaluation, Dataset):
         settings["eval_rows"] = len(data.evaluation)
     return [MetricsLog(directory.metrics_path), HealthMonitor(settings)]

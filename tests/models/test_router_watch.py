@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,3 +179,8 @@ def test_without_an_adapter_of_full_rank_there_is_no_churn() -> None:
     metrics = read(watch)[0]
     assert list(metrics) == watch.metrics and not any("churn" in name for name in metrics)
     assert len(metrics) == 5 + 2 * 3
+
+
+def test_every_metric_is_on_the_page_about_reading_a_run(repository: Path) -> None:
+    page = (repository / "docs/howto/reading_router_runs.md").read_text()
+    assert not [name for name in METRICS if f"| `{name}` |" not in page]
