@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from alignkit.errors import ModelError
+from alignkit.models.adapter_config import LEFT_OUT_BY_ENGINES
 from alignkit.models.card_file import read_card
 from alignkit.models.files import ADAPTER_CONFIG, read_json
 from alignkit.models.fingerprints import BaseFingerprint, base_fingerprint, read_origin
@@ -64,6 +65,8 @@ def prepare_card(root: Path, kind: Kind, base_model: str | None) -> CardCopy:
         _compare_base(root, base, config.get("revision"), copy)
     if base is not None:
         _name_base(card, base, trained_on, copy)
+    if config.get("target_parameters"):
+        _say_what_engines_leave_out(card, copy)
     if kind == "adapter" and base is not None and trained_on != base:
         copy.replacements[ADAPTER_CONFIG] = json.dumps({**config, "base_model_name_or_path": base}, indent=2).encode()
         copy.notes.append(f"{ADAPTER_CONFIG}: the copy sent names the base {base} instead of {trained_on!r}")
@@ -123,6 +126,15 @@ def _name_base(card: ModelCard, base: str, trained_on: str | None, copy: CardCop
     if str(card) != before:
         copy.replacements[CARD] = str(card).encode()
         copy.notes.append(f"{CARD}: the copy sent names the base {base}")
+
+
+def _say_what_engines_leave_out(card: ModelCard, copy: CardCopy) -> None:
+    """Let the card, and whoever publishes it, know that engines may serve the adapter as the base."""
+    copy.notes.append(LEFT_OUT_BY_ENGINES)
+    if LEFT_OUT_BY_ENGINES not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n## Serving\n\n{LEFT_OUT_BY_ENGINES}\n"
+        copy.replacements[CARD] = str(card).encode()
+        copy.notes.append(f"{CARD}: the copy sent says so")
 
 
 def _metadata_problems(metadata: dict[str, Any], kind: Kind) -> Iterator[str]:

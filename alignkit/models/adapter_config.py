@@ -9,6 +9,12 @@ from typing import Any
 MOST_RANK = 65_536
 MOST_LAYERS = 10_000
 """Ours: fifty times what the deepest models have, and built in seconds."""
+LEFT_OUT_BY_ENGINES = (
+    "PEFT and transformers load this adapter as it is. Engines that serve LoRA adapters are known to leave out what "
+    "they have no place for, routers and experts of a mixture among it, and then answer as the base model does, "
+    "without a word: for these make a plain model of it with `alignkit merge`."
+)
+"""What is said of an adapter on single parameters (``target_parameters``), which are such routers and experts."""
 _PATTERN_KEYS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 """Keys whose texts PEFT takes for regular expressions."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alignkit.models.adapter_config import LEFT_OUT_BY_ENGINES
 from alignkit.parts.options import Conflict, option
 from alignkit.parts.parametrization import Parametrization
 
@@ -34,9 +35,7 @@ PARAMETRIZATION = Parametrization(
     has_adapter=True,
     goes_on=True,
     of_any_adapter=("dense_mixer",),
-    serving="PEFT and transformers load this adapter as it is. Engines that serve LoRA adapters are known to leave out "
-    "what they have no place for, routers among them, and then answer as the base model does, without a word: for "
-    "these make a plain model of it with `alignkit merge`.",
+    serving=LEFT_OUT_BY_ENGINES,
     product="Routers of a mixture of experts (the last {router_layers} of them), as an adapter of full rank",
     conflicts=(
         Conflict(

@@ -125,6 +125,22 @@ def test_a_given_base_takes_the_place_of_the_local_one(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_an_adapter_that_engines_leave_out_is_published_with_that_said(published_base: Path) -> None:
+    file = published_base / "adapter_config.json"
+    plain = plan_upload(published_base, REPO)
+    assert not any("leave out" in note for note in plain.notes)
+    config = json.loads(file.read_text()) | {"target_parameters": ["model.layers.0.mlp.gate.weight"]}
+    file.write_text(json.dumps(config))
+    upload = plan_upload(published_base, REPO)
+    assert any("leave out" in note and "alignkit merge" in note for note in upload.notes)
+    (card,) = [file for file in upload.files if file.path == "README.md"]
+    assert b"## Serving" in card.read() and b"alignkit merge" in card.read()
+    # A card that says so already, as a run writes it, is sent as it is.
+    (published_base / "README.md").write_bytes(card.read())
+    (again,) = [file for file in plan_upload(published_base, REPO).files if file.path == "README.md"]
+    assert again.read().count(b"Engines that serve LoRA adapters") == 1
+
+
 def test_dry_run_lists_everything_and_sends_nothing(
     hub: Hub,
     published_base: Path,
