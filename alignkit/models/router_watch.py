@@ -85,21 +85,22 @@ class RouterWatch:
             self._is_token = None
             self._moved.clear()
 
-    def read(self, accelerator: Accelerator) -> tuple[dict[str, float], list[list[float]]]:
-        """The metrics of what was counted over all processes, and of each router the share of tokens an expert gets.
+    def read(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """The metrics over all processes, and by number of the layer the share of the tokens that each expert got.
 
         Both are empty where nothing was counted since the last call. A collective where something was looked at.
         """
         if self._sums is None:
-            return {}, []
+            return {}, {}
         sizes = [router.num_experts + 3 for router in self.routers]
         total = accelerator.reduce(self._sums, reduction="sum").cpu()
         self._sums = None
-        return self._measures(torch.split(total, sizes)) if total[-1] else ({}, [])
+        return self._measures(torch.split(total, sizes)) if total[-1] else ({}, {})
 
-    def _measures(self, layers: Sequence[Tensor]) -> tuple[dict[str, float], list[list[float]]]:
+    def _measures(self, layers: Sequence[Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
         found: dict[str, list[float]] = {name: [] for name in METRICS}
-        loads, dead, experts = [], 0, 0
+        loads: dict[str, list[float]] = {}
+        dead = experts = 0
         for router, sums in zip(self.routers, layers, strict=True):
             counts, (entropy, changed, tokens) = sums[:-3], sums[-3:].tolist()
             found[IMBALANCE].append(float(counts.max() / counts.mean()))
@@ -108,7 +109,7 @@ class RouterWatch:
             found[ENTROPY].append(entropy / tokens)
             found[CHURN].append(changed / (tokens * router.top_k))
             dead, experts = dead + int((counts == 0).sum()), experts + len(counts)
-            loads.append((counts / tokens).tolist())
+            loads[_number(router)] = (counts / tokens).tolist()
         metrics = {name: sum(values) / len(layers) for name, values in found.items() if values}
         metrics |= {BUSIEST: max(found[BUSIEST]), DEAD: dead / experts}
         for name in OF_EACH_LAYER:

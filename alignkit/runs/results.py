@@ -20,6 +20,7 @@ from alignkit.parts.shape import shapes_by_program
 from alignkit.reports.card import content_of_run, render_card
 from alignkit.reports.plot import plot_run
 from alignkit.reports.rollouts import write_page
+from alignkit.reports.router_loads import draw_loads
 from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.health import HealthMonitor
@@ -102,10 +103,13 @@ def _report(
     figure = {"title": f"{config.method} on {config.model}", "panels": shapes_by_program()[config.program].panels}
     directory.manifest.claim(directory.plot_path.name, directory.card_path.name)
     plot_run(directory.metrics_path, directory.plot_path, marks=marks, **figure)
+    loads = draw_loads(directory.path)
     location = config.hub_model_id if config.push_to_hub else str(directory.path)
     write_whole(directory.card_path, render_card(content_of_run(directory.sections(), location)))
     directory.record(status="finished")
     print(_summary(directory, results, samples, best))
+    if loads is not None:
+        print(f"  tokens by layer and expert: {loads.name}")
     if page is not None:
         print(f"  completions with their rewards: {page.name}, all of them in rollouts/")
     if config.push_to_hub:

@@ -41,6 +41,7 @@ from alignkit.models.metric_sums import MetricSums
 from alignkit.models.precision import hold_in_float32
 from alignkit.models.router_watch import RouterWatch, watch_adapter
 from alignkit.models.saved_comparison import adapter_difference, load_saved_weights, model_difference
+from alignkit.reports.router_loads import keep_loads
 from alignkit.shapes._streams import StreamResume
 from alignkit.storage.persistent import Persistent
 
@@ -373,7 +374,10 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             logs.update({f"{prefix}_{name}": value for name, value in means.items()})
         else:
             if self.router_watch:
-                means |= self.router_watch.read(self.accelerator)[0]
+                found, loads = self.router_watch.read(self.accelerator)
+                means |= found
+                if loads and self.is_world_process_zero():
+                    keep_loads(Path(self.args.output_dir), self.state.global_step, loads)
             self._metrics["train"].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 

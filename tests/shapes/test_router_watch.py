@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def test_every_program_logs_what_its_routers_do(shape: str, layout: str | None, 
     assert first["routing/churn"] == 0, "the first step is taken from the routers as they were"
     if shape != "policy" or first["reward_std"] > 0:
         assert last["routing/churn"] > 0
+    kept = json.loads((tmp_path / "run" / "router_loads.json").read_text())
+    assert (kept["first"]["step"], kept["last"]["step"]) == (1, 3)
+    for when, log in (("first", first), ("last", last)):
+        shares = list(kept[when]["loads"].values())
+        assert max(map(max, shares)) == pytest.approx(log["routing/busiest_expert"])
+        assert list(map(len, shares)) == [4, 4] and list(map(sum, shares)) == pytest.approx([2, 2])
     assert 0 < first["routing/entropy"] < torch.tensor(4.0).log() and 1 <= first["routing/imbalance"] <= 2
 
 
