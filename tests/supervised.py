@@ -81,7 +81,7 @@ def token_rows(rows: list[dict[str, Any]], max_length: int | None = None, **trai
 
 def make(output_dir: Path, rows: Dataset, peft: bool = False, **changes: Any) -> SupervisedTrainer:
     """Our trainer."""
-    inherited = {key: changes.pop(key) for key in ("eval_dataset", "model") if key in changes}
+    inherited = {key: changes.pop(key) for key in ("eval_dataset", "model", "peft_config") if key in changes}
     method = load_method("sft")
     return SupervisedTrainer(
         inherited.pop("model", None) or model(),
@@ -90,8 +90,7 @@ def make(output_dir: Path, rows: Dataset, peft: bool = False, **changes: Any) ->
         options=method.options(),
         train_dataset=rows,
         processing_class=tokenizer(),
-        peft_config=lora() if peft else None,
-        **inherited,
+        **{"peft_config": lora() if peft else None} | inherited,
     )
 
 

@@ -89,6 +89,6 @@ class BankFilesSection(Section):
         100,
         ge=0,
         help="Steps between two comparisons of the gradients of regulariser and cross-entropy, each a second backward "
-        "pass; 0 is off.",
+        "pass; 0 is off, as it always is under DeepSpeed.",
         free_on_resume=True,
     )

@@ -49,7 +49,7 @@ BANK_ROW, PROMPT_LENGTH = "bank_row", "prompt_length"
 GRADIENT_RATIO = "routing/gradient_ratio"
 METRICS: Mapping[str, str] = SUPERVISED_METRICS | {
     GRADIENT_RATIO: "norm of the regulariser's gradient beside that of the cross-entropy, each with its weight, with "
-    "respect to the router logits of all tokens; every gradient_ratio_steps steps",
+    "respect to the router logits of all tokens; every gradient_ratio_steps steps, and never under DeepSpeed",
 }
 """What the bridge logs for every method, beside ``loss/<term>``."""
 
@@ -190,13 +190,14 @@ class RoutedTrainer(SupervisedTrainer):
     # --- how strongly the terms pull -------------------------------------------------------------------------------
 
     def _compares_gradients(self) -> bool:
-        every = self.settings.gradient_steps
+        every = 0 if self.is_deepspeed_enabled else self.settings.gradient_steps
         return bool(every and torch.is_grad_enabled() and self.mode == "train" and self.state.global_step % every == 0)
 
     def _compare_gradients(self, result: LossOutput, logits: Sequence[Tensor]) -> None:
         """Record how strongly the regulariser pulls at the routers, beside the cross-entropy.
 
-        By the gradients with respect to the router logits of all tokens, which every layout of processes has at hand.
+        By the gradients with respect to the router logits of all tokens, which need not be gathered from any process.
+        DeepSpeed takes every gradient that passes the model's output for that of a step, and so allows no comparison.
         """
         norms = []
         for term in result.terms:

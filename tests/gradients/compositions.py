@@ -22,10 +22,12 @@ PARAMETRIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "full": {"parametrization": "full"},
     "LoRA": {},
     "QLoRA": {"quantization": "nf4"},
+    "routers": {"parametrization": "routers"},
 }
-"""What a config says for each; LoRA is the default."""
+"""What a config says for each; LoRA is the default but for router training."""
 IN_FULL = ("flex_dpo", "sft")
 ON_QLORA = ("glad", "perpgrad")
+OF_ROUTERS = ("dpo", "flex_dpo", "grpo", "roma", "sft")
 WITHOUT_FACTORS = "gradient rule on LoRA with full fine-tuning"
 """Title of the row of docs/concepts/compatibility.md that refuses a rule of LoRA factors where there are none."""
 
@@ -52,6 +54,8 @@ class Composition:
     def config(self) -> dict[str, Any]:
         """The keys that make it this composition."""
         parametrization = PARAMETRIZATIONS[self.parametrization]
+        if "parametrization" not in parametrization and program(self) == "router":
+            parametrization = {"parametrization": "lora", **parametrization}
         return {"method": self.method, "gradient_rule": self.rule, **parametrization, **self.keys}
 
     @property
@@ -65,19 +69,20 @@ class Composition:
         return "-".join([self.method, self.rule, self.parametrization, *map(str, self.keys.values())])
 
 
-def _in_full(method: str, rule: str) -> list[Composition]:
-    """Full fine-tuning; a rule that by default edits LoRA factors alone is refused there until told otherwise."""
+def _without_factors(method: str, rule: str, parametrization: str) -> list[Composition]:
+    """A rule that by default edits LoRA factors alone is refused where there are none, until told otherwise."""
     options = load_rule(rule).options()
     if not isinstance(options, EditOptions) or options.rule_targets == "all":
-        return [Composition(method, rule, "full")]
-    every_tensor = Composition(method, rule, "full", {"rule_targets": "all"})
-    return [every_tensor, Composition(method, rule, "full", refused=WITHOUT_FACTORS)]
+        return [Composition(method, rule, parametrization)]
+    every_tensor = Composition(method, rule, parametrization, {"rule_targets": "all"})
+    return [every_tensor, Composition(method, rule, parametrization, refused=WITHOUT_FACTORS)]
 
 
 ALL: tuple[Composition, ...] = (
-    *(composition for pair in product(IN_FULL, RULES) for composition in _in_full(*pair)),
+    *(composition for pair in product(IN_FULL, RULES) for composition in _without_factors(*pair, "full")),
     *(Composition(method, rule, "LoRA") for method, rule in product(METHODS, RULES)),
     *(Composition(method, rule, "QLoRA") for method, rule in product(METHODS, ON_QLORA)),
+    *(composition for pair in product(OF_ROUTERS, ON_QLORA) for composition in _without_factors(*pair, "routers")),
 )
 TRAINED = [composition for composition in ALL if composition.refused is None]
 REFUSED = [composition for composition in ALL if composition.refused is not None]

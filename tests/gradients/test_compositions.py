@@ -16,7 +16,7 @@ from torch import Tensor
 from alignkit.config import load_config
 from alignkit.errors import ConfigError
 from alignkit.gradients._hook import chosen_rule
-from alignkit.parametrizations._policy import load_policy
+from alignkit.parametrizations._policy import load_policy, prepare
 from alignkit.parts.method import load_method
 from alignkit.parts.rule import load_rule
 from alignkit.yaml_text import dump_yaml
@@ -25,6 +25,7 @@ from tests.gradients.compositions import (
     ALL,
     IN_FULL,
     METHODS,
+    OF_ROUTERS,
     REFUSED,
     RULES,
     TRAINED,
@@ -36,6 +37,7 @@ from tests.gradients.conftest import DISPLACING, EDITING, chosen
 from tests.gradients.steps import drawn, expected_gradients, micro_batches, step_gradients, trainable
 from tests.gradients.test_hook import NOTHING
 from tests.models.test_quantized import wide_model
+from tests.programs.conftest import save_model
 from tests.shapes import building
 from tests.shapes.building import little_garbage
 from tests.shapes.test_preference_trainer import rows_for
@@ -65,7 +67,13 @@ def supervised_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     narrow, wide = (str(tmp_path_factory.mktemp(name)) for name in ("narrow", "wide_supervised"))
     supervised.model().save_pretrained(narrow)
     supervised.model(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(wide)
-    return {"full": narrow, "LoRA": narrow, "QLoRA": wide}
+    # Of few experts none is idle, and of mixing weights that are not made to sum to 1 every router has a gradient.
+    mixture = str(tmp_path_factory.mktemp("mixture"))
+    words = map(str, range(len(supervised.tokenizer())))
+    save_model(
+        Path(mixture), words=("<pad>", "<eos>", "<unk>", *words), hidden=64, num_experts=4, tie_word_embeddings=False
+    )
+    return {"full": narrow, "LoRA": narrow, "QLoRA": wide, "mixture": mixture}
 
 
 @pytest.fixture(scope="session")
@@ -92,21 +100,24 @@ def build(
     def make(composition: Composition) -> tuple[Any, Any]:
         is_supervised = program(composition) == "sft"
         models = pairs if program(composition) == "preference" else supervised_models
-        config = load(composition, models[composition.parametrization], tmp_path)
+        chooses = composition.parametrization == "routers" or program(composition) == "router"
+        model = supervised_models["mixture"] if chooses else models[composition.parametrization]
+        config = load(composition, model, tmp_path)
         options = {**asdict(config.gradient_options), **STRONG.get(composition.rule, {})}
         rule, seen = chosen_rule(composition.rule, load_rule(composition.rule).options(**options)), None
         if composition.rule in EDITING:
             rule, seen = watched(composition.rule, **options)
         # Without Adam's memory of earlier gradients a step with none shows the pull alone.
         changes = arguments | ({"optim": "sgd", "learning_rate": 0.5} if composition.rule == "decay_to_init" else {})
-        peft = composition.parametrization != "full"
         if program(composition) not in ("preference", "sft"):
             keys = changes | {"use_cpu": True, "per_device_train_batch_size": 8}
             run = building.config_of(program(composition), config.model, tmp_path, **composition.config, **keys)
             rows_as_text = building.text_rows(run, 8)
             return building.build(run, rows_as_text, rule=rule, tokenizer=supervised.tokenizer()), seen
+        policy = load_policy(config)
+        adapter = {"full": None, "routers": prepare(config, policy)}.get(composition.parametrization, supervised.lora())
         if is_supervised:
-            trainer = supervised.make(tmp_path / "run", supervised_rows, peft, model=load_policy(config), **changes)
+            trainer = supervised.make(tmp_path / "run", supervised_rows, model=policy, peft_config=adapter, **changes)
             trainer.gradient_rule = rule
             return trainer, seen
         trainer = make_trainer(
@@ -114,9 +125,9 @@ def build(
             config.method_options,
             gradient_rule=rule,
             arguments=changes,
-            model=load_policy(config),
+            model=policy,
             train_dataset=rows_for(composition.method, rows.select(range(8))),
-            peft_config=supervised.lora() if peft else None,
+            peft_config=adapter,
         )
         return trainer, seen
 
@@ -207,7 +218,9 @@ def test_what_the_matrix_must_hold() -> None:
     assert {(m, r, "LoRA") for m, r in product(METHODS, RULES)} <= tried
     assert {(m, r, "QLoRA") for m, r in product(METHODS, ["glad", "perpgrad"])} <= tried
     assert {(m, r, "full") for m, r in product(IN_FULL, RULES)} <= tried
-    assert [str(c) for c in REFUSED] == ["flex_dpo-glad-full", "sft-glad-full"]
+    refused = [f"{method}-glad-routers" for method in OF_ROUTERS]
+    assert [str(c) for c in REFUSED] == ["flex_dpo-glad-full", "sft-glad-full", *refused]
+    assert {(m, r, "routers") for m, r in product(OF_ROUTERS, ["glad", "perpgrad"])} <= tried
 
 
 def test_glad_on_a_qlora_model_is_three_lines() -> None:
