@@ -74,7 +74,8 @@ class RouterWatch:
         self._sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         handles = [self._backbone.register_forward_pre_hook(self._see_tokens, with_kwargs=True, prepend=True)]
         for name, (layer, parameter) in self._trained.items():
-            handles.append(layer.register_forward_hook(self._see_change(name, parameter)))
+            # First of all: after a layer, ZeRO-3 takes its weights away again.
+            handles.append(layer.register_forward_hook(self._see_change(name, parameter), prepend=True))
         for router, sums in zip(self.routers, torch.split(self._sums, sizes), strict=True):
             handles.append(router.module.register_forward_hook(self._see_logits(router, sums)))
         try:
