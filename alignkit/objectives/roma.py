@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alignkit.parts.method import Method, Paper, always
-from alignkit.parts.options import only_with, option
+from alignkit.parts.options import Conflict, only_with, option
 
 if TYPE_CHECKING:
     from alignkit.losses.types import LossOutput, RoutedBatch
@@ -92,4 +92,28 @@ METHOD = Method(
     program="router",
     needs=always(),
     num_candidates=None,
+    conflicts=(
+        Conflict(
+            "reference bank of streamed rows",
+            ("method", "streaming"),
+            lambda c: c.streaming,
+            "every row has a place in the reference bank, which is made of all rows before training",
+            "Remove streaming",
+        ),
+        Conflict(
+            "routing of a compiled model",
+            ("method", "torch_compile"),
+            lambda c: c.torch_compile,
+            "a compiled model leaves out what listens to its routers, so that there would be no routing to align",
+            "Remove torch_compile",
+        ),
+        Conflict(
+            "success by generation without a reward",
+            ("bank_success", "bank_success_reward"),
+            lambda c: c.bank_success == "generation" and c.bank_success_reward is None,
+            "nothing would say which of the generated answers are right",
+            "Name a reward that judges them (alignkit rewards list shows those there are), or write "
+            "bank_success: choices, column or all",
+        ),
+    ),
 )

@@ -184,6 +184,13 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "treg", "form": "simpo", "reference": "precomputed"},
         {"form": "dpo"},
     ),
+    # --- roma ---
+    "reference bank of streamed rows": (ROUTED | STREAM, {"streaming": False}),
+    "routing of a compiled model": (ROUTED | {"torch_compile": True}, {"torch_compile": False}),
+    "success by generation without a reward": (
+        ROUTED | {"bank_success": "generation"},
+        {"bank_success_reward": "gsm8k_answer"},
+    ),
 }
 IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip of a loss type without one": (
