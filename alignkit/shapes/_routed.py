@@ -36,7 +36,7 @@ from alignkit.routing.options import BankOptions
 from alignkit.routing.passes import routing_vectors, token_positions
 from alignkit.routing.report import bank_report, render_report
 from alignkit.routing.store import RoutingBank
-from alignkit.routing.success import success_columns
+from alignkit.routing.success import check_success, success_columns
 from alignkit.shapes._bank_refresh import BankRefresh
 from alignkit.shapes._bridge import ratio
 from alignkit.shapes._tokens import METRICS as SUPERVISED_METRICS
@@ -301,9 +301,17 @@ def other_models(config: Any) -> dict[str, str]:
 
 
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
-    """What makes rows of tokens of rows of text."""
+    """What makes rows of tokens of rows of text, and refuses training rows whose success could not be told."""
     carried = success_columns(config) if config.bank_success == "generation" else ()
-    return partial(to_routed_rows, tokenizer=tokenizer, max_length=config.max_length, carried=carried)
+    tokenise = partial(to_routed_rows, tokenizer=tokenizer, max_length=config.max_length, carried=carried)
+
+    def convert(rows: Any, *, name: str, **how: Any) -> Any:
+        converted, report = tokenise(rows, name=name, **how)
+        if name == "train":  # Whether held-out rows are solved is not asked.
+            check_success(RowsOfBank(converted, tokenizer), config)
+        return converted, report
+
+    return convert
 
 
 def prompts(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, converted: Any) -> list[Any]:

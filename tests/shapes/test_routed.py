@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 from trl import SFTConfig
 
 from alignkit.data.routed import to_routed_rows
 from alignkit.errors import DataError, ModelError
 from alignkit.losses.roma import roma_loss
 from alignkit.models._routers import find_routers
+from alignkit.shapes._routed import converter
 from tests.programs.conftest import save_model
 from tests.shapes.building import build, config_of, little_garbage
 from tests.trainers import flat_weights, logged
@@ -168,11 +170,29 @@ def test_reentrant_checkpointing_is_refused(model: str, tmp_path: Path) -> None:
     ],
 )
 def test_rows_that_cannot_be_judged_are_refused(row: dict[str, Any], problem: str, model: str, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     rows = Dataset.from_list([{"prompt": "w1 w2 ", **row}])
     with pytest.raises(DataError, match=problem):
         to_routed_rows(rows, AutoTokenizer.from_pretrained(model), max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("success", "left_out", "problem"),
+    [
+        ("choices", "choices", "bank_success: choices reads choices_ids; give each row its choices"),
+        ("column", "success", "bank_success: column reads success; add it"),
+    ],
+)
+def test_training_rows_whose_success_cannot_be_told_are_refused_before_a_model_is_there(
+    success: str, left_out: str, problem: str, model: str, tmp_path: Path
+) -> None:
+    rows = questions().add_column("success", [True, False] * 8)
+    config = config_of("router", model, tmp_path, method="roma", bank_success=success)
+    convert = converter(config, AutoTokenizer.from_pretrained(model))
+    whole, _ = convert(rows, name="train")
+    assert len(whole) == 16
+    with pytest.raises(DataError, match=problem):
+        convert(rows.remove_columns(left_out), name="train")
+    assert len(convert(rows.remove_columns(left_out), name="held-out")[0]) == 16
 
 
 def test_the_loss_is_that_of_the_library(model: str, tmp_path: Path) -> None:
