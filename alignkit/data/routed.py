@@ -52,7 +52,7 @@ def to_routed_rows(
         ``task`` and ``success``; and what happened on the way.
 
     Raises:
-        DataError: Rows are malformed, or too many or all are dropped.
+        DataError: Rows are malformed, too many or all are dropped, or a choice is cut.
     """
     if isinstance(dataset, IterableDataset):
         raise DataError(f"{name}: rows are streamed", ["every row has a place in the bank: write streaming: false"])
@@ -71,7 +71,10 @@ def to_routed_rows(
     parts = [rows, *(source.select_columns([column]) for column in beside)]
     if "choices" in columns:
         flat = Dataset.from_list([pair for row in source for pair in _with_each_choice(row, kind)])
-        tokens, _, _ = convert_supervised(flat, tokenizer, max_dropped_fraction=0.0, name=f"{name}, choices", **how)
+        tokens, _, of_choices = convert_supervised(
+            flat, tokenizer, max_dropped_fraction=0.0, name=f"{name}, choices", **how
+        )
+        _refuse_cut_choices(of_choices, name)
         parts.append(_grouped(source, tokens))
     return concatenate_datasets(parts, axis=1), report
 
@@ -93,6 +96,16 @@ def _refuse_problems(dataset: Dataset, kind: SupervisedKind, name: str) -> None:
     found = [(number, problem) for number, row in enumerate(needed) for problem in routed_row_problems(row, kind)]
     if found:
         raise DataError(f"{name}: rows cannot be used (the first row is row 0)", describe_problems(found))
+
+
+def _refuse_cut_choices(report: SupervisedReport, name: str) -> None:
+    """A choice that is cut would be compared by its beginning, with fewer tokens than it has."""
+    if report.num_truncated_rows:
+        problem = (
+            f"max_length: {report.max_length} cuts {report.num_truncated_rows} of {report.num_rows} choices, which "
+            f"could not be compared: write max_length: {report.lengths['row']['max']}, or leave out the longest rows"
+        )
+        raise DataError(f"{name}: choices do not fit", [problem])
 
 
 def _with_each_choice(row: Mapping[str, Any], kind: SupervisedKind) -> list[dict[str, Any]]:

@@ -47,6 +47,13 @@ __all__ = ["batches_an_epoch"]
 BANK_ROW, PROMPT_LENGTH = "bank_row", "prompt_length"
 """Keys of a batch that the model never sees, both [B]: the place of a row in the bank, and the tokens of its prompt."""
 GRADIENT_RATIO = "routing/gradient_ratio"
+NO_NEIGHBOURS = (
+    "warning: no row has neighbours among the {candidates} that may be some, so no routing is drawn towards any: with "
+    "regularizer: manifold or hellinger, {method} is cross-entropy alone. Where the model solves no row, give it "
+    "easier ones, or write another bank_success, or bank_success_filter: false; where it solves some, let more be "
+    "neighbours (bank_neighbours: knn, a smaller bank_epsilon, a larger bank_max_similarity)."
+)
+"""Printed before a run that would align nothing."""
 METRICS: Mapping[str, str] = SUPERVISED_METRICS | {
     GRADIENT_RATIO: "norm of the regulariser's gradient beside that of the cross-entropy, each with its weight, with "
     "respect to the router logits of all tokens; every gradient_ratio_steps steps, and never under DeepSpeed",
@@ -135,7 +142,10 @@ class RoutedTrainer(SupervisedTrainer):
             check_capture(run.model, self.routers)
             banks = build_banks(run.model, self.processing_class, rows, self.settings)
         if self.is_world_process_zero():
-            print(f"reference bank in {banks['train'].directory}\n{render_report(bank_report(banks['train']))}\n")
+            report = bank_report(banks["train"])
+            print(f"reference bank in {banks['train'].directory}\n{render_report(report)}\n")
+            if not banks["train"].found["has_target"].any():
+                print(NO_NEIGHBOURS.format(candidates=report["candidates"], method=self.method.name))
         return banks
 
     def refresh_banks(self) -> None:

@@ -43,7 +43,14 @@ def questions(count: int = 16) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def trainer_of(model: str, folder: Path, method: str = "roma", held_out: Dataset | None = None, **keys: Any) -> Any:
+def trainer_of(
+    model: str,
+    folder: Path,
+    method: str = "roma",
+    held_out: Dataset | None = None,
+    rows: Dataset | None = None,
+    **keys: Any,
+) -> Any:
     program = "sft" if method == "sft" else "router"
     own = (
         {} if method == "sft" else {"bank_layers": LAYERS, "bank_success": "choices", "bank_dir": str(folder / "bank")}
@@ -51,7 +58,7 @@ def trainer_of(model: str, folder: Path, method: str = "roma", held_out: Dataset
     usual = {"parametrization": "routers", "router_layers": LAYERS, "learning_rate": 1e-2}
     given = {key: value for key, value in (usual | own | keys).items() if value is not None}
     config = config_of(program, model, folder, method=method, **given)
-    return build(config, questions(), held_out)
+    return build(config, rows or questions(), held_out)
 
 
 def test_without_the_regulariser_it_is_bitwise_the_supervised_trainer_over_trl(model: str, tmp_path: Path) -> None:
@@ -140,6 +147,20 @@ def test_held_out_rows_have_neighbours_among_the_training_rows(model: str, tmp_p
     assert metrics["eval_roma/with_target"] == 1.0 and metrics["eval_roma/drift"] < 1e-10
 
 
+@pytest.mark.parametrize("solved", [0, 2])
+def test_a_run_without_any_neighbour_is_told_that_it_aligns_nothing(
+    solved: int, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = questions().add_column("success", [True] * solved + [False] * (16 - solved))
+    trainer = trainer_of(model, tmp_path, rows=rows, bank_success="column")
+    told = capsys.readouterr().out
+    warned = "no row has neighbours among the 0 that may be some" in told
+    assert warned == (solved == 0) and ("roma is cross-entropy alone" in told) == warned
+    trainer.train()
+    shares, losses = logged(trainer, "roma/with_target"), logged(trainer, "loss/manifold")
+    assert (max(shares) == 0) == warned and (max(losses) == 0) == warned
+
+
 def test_a_dense_model_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     folder = tmp_path / "dense"
     folder.mkdir()
@@ -193,6 +214,21 @@ def test_training_rows_whose_success_cannot_be_told_are_refused_before_a_model_i
     with pytest.raises(DataError, match=problem):
         convert(rows.remove_columns(left_out), name="train")
     assert len(convert(rows.remove_columns(left_out), name="held-out")[0]) == 16
+
+
+def test_choices_that_are_cut_are_refused_with_the_length_that_holds_them(model: str) -> None:
+    rows = Dataset.from_list(
+        [
+            {"prompt": "w1 w2 ", "completion": "w3 ", "choices": ["w3 ", "w4 w5 w6 "]},
+            {"prompt": "w1 ", "completion": "w3 w4 ", "choices": ["w3 w4 ", "w5 "]},
+        ]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    longest = 2 + 3 + 1  # words of the prompt and of the longest choice, a token each, and the end of the completion
+    with pytest.raises(DataError, match=rf"cuts 1 of 4 choices.*write max_length: {longest},"):
+        to_routed_rows(rows, tokenizer, max_length=longest - 1)
+    whole, _ = to_routed_rows(rows, tokenizer, max_length=longest)
+    assert [len(choice) for choice in whole[0]["choices_ids"]] == [2, 4]
 
 
 def test_the_loss_is_that_of_the_library(model: str, tmp_path: Path) -> None:
