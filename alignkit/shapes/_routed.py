@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from alignkit.data.prefix import IGNORE_INDEX
 from alignkit.data.routed import prompt_length, to_routed_rows
 from alignkit.data.supervised import prompts_of
-from alignkit.errors import ModelError
+from alignkit.errors import DataError, ModelError
 from alignkit.losses.types import ROUTED_ITEM_KINDS, LossOutput, RoutedBatch, count_routed_items
 from alignkit.models._routers import RouterCapture, check_capture, last_routers
 from alignkit.models.router_watch import RouterWatch
@@ -164,6 +164,20 @@ class RoutedTrainer(SupervisedTrainer):
                 self.banks["eval"] = held_out_bank(
                     bank, run.model, tokenizer, given["eval"], settings.options, place, **how
                 )
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate on the held-out rows.
+
+        Raises:
+            DataError: Other rows are given: their numbers would be looked up in a bank they are not in.
+        """
+        given = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+        if any(rows is not None and rows is not self.eval_dataset for rows in given):
+            told = "rows other than eval_dataset have no place in the bank: give them to the trainer as eval_dataset"
+            raise DataError("evaluate", [told])
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # --- objective -------------------------------------------------------------------------------------------------
 

@@ -145,6 +145,11 @@ def test_held_out_rows_have_neighbours_among_the_training_rows(model: str, tmp_p
     assert len(trainer.banks["eval"]) == 5
     metrics = trainer.evaluate()
     assert metrics["eval_roma/with_target"] == 1.0 and metrics["eval_roma/drift"] < 1e-10
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == metrics["eval_loss"]
+    # Rows of the training, numbered likewise, would be held against what the bank says of the held-out ones.
+    for others in (trainer.train_dataset.select(range(5)), {"more": trainer.train_dataset.select(range(5))}):
+        with pytest.raises(DataError, match="no place in the bank: give them to the trainer as eval_dataset"):
+            trainer.evaluate(others)
 
 
 @pytest.mark.parametrize("solved", [0, 2])
@@ -159,6 +164,23 @@ def test_a_run_without_any_neighbour_is_told_that_it_aligns_nothing(
     trainer.train()
     shares, losses = logged(trainer, "roma/with_target"), logged(trainer, "loss/manifold")
     assert (max(shares) == 0) == warned and (max(losses) == 0) == warned
+
+
+@pytest.mark.parametrize(
+    ("keys", "looked_at"),
+    [
+        ({"parametrization": "lora", "router_layers": None}, LAYERS),
+        ({"parametrization": "full", "router_layers": None}, LAYERS),
+        ({"router_layers": 99, "bank_layers": 99}, 3),
+    ],
+)
+def test_other_weights_may_train_and_more_layers_than_there_are_is_all(
+    keys: dict[str, Any], looked_at: int, model: str, tmp_path: Path
+) -> None:
+    trainer = trainer_of(model, tmp_path, **keys)
+    assert len(trainer.routers) == looked_at
+    trainer.train()
+    assert logged(trainer, "roma/drift")[0] < 1e-10 < logged(trainer, "roma/drift")[-1]
 
 
 def test_a_dense_model_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
