@@ -21,6 +21,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.saved_comparison import adapter_difference, has_model, model_difference
 
+PERSISTENCE, DEEPSPEED_PERSISTENCE = "stage3_param_persistence_threshold", 100_000
+"""DeepSpeed's key for the largest parameter that stays whole, and its default."""
+
 
 def engine_difference(engine: Any, model: PreTrainedModel | PeftModel, folder: Path) -> str | None:
     """What differs between a model in an engine and the files of a checkpoint; None on all but the first process.
@@ -44,18 +47,29 @@ def engine_difference(engine: Any, model: PreTrainedModel | PeftModel, folder: P
     return model_difference(model, folder, state) if is_first else None
 
 
-def gather_sums_as_one(model: nn.Module) -> None:
-    """Have ZeRO-3 gather a weight together with the factors that PEFT adds to it, where it adds them to a parameter.
+def keep_sums_whole(model: nn.Module, config: dict[str, Any]) -> None:
+    """Have ZeRO-3 leave whole the weights that PEFT adds factors to as parameters, and these factors.
 
-    PEFT forms the sum around the forward pass of the module that holds the weight, whose own turn would be too late.
+    PEFT forms the sum before the module that holds the weight is called, whose turn would be too late to gather it.
+    These weights are small, as are all that stay whole with them.
+
+    Nor are blocks with experts gathered as one, which DeepSpeed does by itself: it reduces the gradients inside such a
+    block when that of the block's input has arrived, and the input of the first that trains has none, so that those of
+    its router would be reduced before they are there.
 
     Args:
         model: What trains, before it is sharded.
+        config: DeepSpeed's; changed.
     """
-    if is_deepspeed_zero3_enabled() and any(isinstance(module, ParamWrapper) for module in model.modules()):
-        from deepspeed.utils import set_z3_leaf_modules
-
-        set_z3_leaf_modules(model, [ParamWrapper])
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    if not (is_deepspeed_zero3_enabled() and wrappers):
+        return
+    sizes = [int(vars(p).get("ds_numel", p.numel())) for wrapper in wrappers for p in wrapper.parameters()]
+    zero, hidden = config["zero_optimization"], model.config.get_text_config().hidden_size
+    given = zero.get(PERSISTENCE, DEEPSPEED_PERSISTENCE)
+    # What "auto" would become, in transformers and accelerate.
+    zero[PERSISTENCE] = max(*sizes, 10 * hidden if given == "auto" else int(given))
+    zero["leaf_module"] = {"classes": [], "names": [], "name_suffixes": []}
 
 
 def _gathered(engine: Any, model: PeftModel) -> AbstractContextManager[Any]:

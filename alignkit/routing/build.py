@@ -19,7 +19,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from alignkit import __version__
-from alignkit.errors import DataError
+from alignkit.errors import DataError, ModelError
 from alignkit.models._forward import base_model, compute_precision
 from alignkit.models._routers import last_routers
 from alignkit.references._cache import model_fingerprint
@@ -72,6 +72,7 @@ def build_bank(
     *,
     batch_size: int = 8,
     adapter: str | None = None,
+    only_read: bool = False,
 ) -> RoutingBank:
     """The bank of some rows under a model; a collective.
 
@@ -87,13 +88,14 @@ def build_bank(
         directory: Where it is kept; None is a folder of its own in the cache.
         batch_size: Rows a forward pass.
         adapter: Name of the adapter that is in force; None for none.
+        only_read: Whether what takes a pass of the model must be there already.
 
     Raises:
         DataError: Rows lack what the options need.
         ModelError: The model has no routers that are known, or the embedder is not there.
         CheckpointError: A file of the bank is damaged.
     """
-    return _Build(model, tokenizer, rows, options, directory, batch_size, adapter).bank()
+    return _Build(model, tokenizer, rows, options, directory, batch_size, adapter, only_read=only_read).bank()
 
 
 def held_out_bank(
@@ -104,8 +106,8 @@ def held_out_bank(
     options: BankOptions,
     directory: Path | None = None,
     *,
-    batch_size: int = 8,
-    adapter: str | None = None,
+    only_read: bool = False,
+    **how: Any,
 ) -> RoutingBank:
     """What a bank says of other rows, such as those of an evaluation; a collective.
 
@@ -118,10 +120,13 @@ def held_out_bank(
         rows: The same.
         options: The same.
         directory: The same.
-        batch_size: The same.
-        adapter: The same.
+        only_read: The same.
+        **how: ``batch_size`` and ``adapter``, the same.
     """
-    return _Build(model, tokenizer, rows, options, directory, batch_size, adapter, neighbours_of=bank).bank()
+    settings = {"batch_size": 8, "adapter": None, **how}
+    return _Build(
+        model, tokenizer, rows, options, directory, only_read=only_read, neighbours_of=bank, **settings
+    ).bank()
 
 
 def refresh(
@@ -163,6 +168,7 @@ class _Build:
     directory: Path | None
     batch_size: int
     adapter: str | None
+    only_read: bool = False
     neighbours_of: RoutingBank | None = None
     embeddings_of: RoutingBank | None = None
     files: dict[str, str] = field(default_factory=dict)
@@ -260,7 +266,14 @@ class _Build:
     def _sharded(
         self, identity: Identity, compute: Compute, title: str, *, together: bool = False
     ) -> dict[str, Tensor]:
-        self.files[identity.kind] = identity.path(self._folder).name
+        path = identity.path(self._folder)
+        self.files[identity.kind] = path.name
+        if self.only_read and identity.kind in (ROUTING, SUCCESS) and not path.exists():
+            raise ModelError(
+                f"the reference bank is not in {self._folder} ({path.name} is missing), and weights that are spread "
+                "over processes cannot be run before training. Make it ahead, on one process or with DDP: alignkit "
+                "bank, with the words of this training."
+            )
         return sharded(identity, self._folder, len(self.rows), compute, title=title, together=together)
 
     def _routing(self) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from alignkit.gradients._hook import ChosenRule, GradientRuleHook
 from alignkit.losses.types import LossOutput, Metric
 from alignkit.models._aux_loss import check_aux_loss
 from alignkit.models._comparison import CompareWhenTrainingBegins, ScoringRun, runs_only_in_training
-from alignkit.models._engine import engine_difference, gather_sums_as_one
+from alignkit.models._engine import engine_difference, keep_sums_whole
 from alignkit.models._forward import compute_precision
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.full_rank import settle
@@ -87,7 +87,8 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         """
         settle(self.model)
         self.router_watch = watch_adapter(self.model)
-        gather_sums_as_one(self.model)
+        if self.is_deepspeed_enabled:
+            keep_sums_whole(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
         autocast = self.accelerator.mixed_precision != "no"
         if not (self.is_deepspeed_enabled or (self.is_fsdp_enabled and autocast)):
             hold_in_float32(self.model, start, autocast=autocast)

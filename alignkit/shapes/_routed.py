@@ -8,7 +8,7 @@ is routed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from alignkit.data.routed import prompt_length, to_routed_rows
 from alignkit.data.supervised import prompts_of
 from alignkit.errors import DataError, ModelError
 from alignkit.losses.types import ROUTED_ITEM_KINDS, LossOutput, RoutedBatch, count_routed_items
+from alignkit.models._comparison import runs_only_in_training
 from alignkit.models._routers import RouterCapture, check_capture, last_routers
 from alignkit.models.router_watch import RouterWatch
 from alignkit.models.vocabulary import check_token_ids
@@ -80,6 +81,7 @@ class RoutingSettings:
         directory: Where banks are kept; None is the default one.
         batch_size: Rows a forward pass of the bank's.
         refresh_steps: Optimizer steps between two banks, each made under the routers as they are; 0 keeps the first.
+        only_read: Whether what takes a pass of the model must be on disk already.
         gradient_steps: Optimizer steps between two comparisons of the gradients of the terms; 0 is never.
     """
 
@@ -88,6 +90,7 @@ class RoutingSettings:
     batch_size: int = 8
     refresh_steps: int = 0
     gradient_steps: int = 100
+    only_read: bool = False
 
 
 class RoutedTrainer(SupervisedTrainer):
@@ -123,6 +126,11 @@ class RoutedTrainer(SupervisedTrainer):
         rows = {"train": _numbered(train_dataset)} | ({"eval": _numbered(eval_dataset)} if eval_dataset else {})
         last_routers(model, settings.options.bank_layers)  # What there is none of is told before anything is computed.
         super().__init__(model, args, train_dataset=rows["train"], eval_dataset=rows.get("eval"), **inherited)
+        if settings.refresh_steps and runs_only_in_training(self):
+            raise ModelError(
+                f"bank_refresh_steps: {settings.refresh_steps} cannot be used with ZeRO-3 or FSDP, where the bank is "
+                "made ahead. Write bank_refresh_steps: 0, or use DDP or ZeRO-2."
+            )
         self.routers = last_routers(self.model, settings.options.bank_layers)
         self.router_watch = self.router_watch or RouterWatch(self.model, self.routers)
         self.banks = self.first_banks = self._build_banks(rows)
@@ -137,10 +145,14 @@ class RoutedTrainer(SupervisedTrainer):
 
     def _build_banks(self, rows: Mapping[str, Dataset]) -> dict[str, RoutingBank]:
         """The bank of the training rows, and what it says of held-out ones, under the model without what trains."""
-        run = Reference(self, None, pad_token_id=self.processing_class.pad_token_id).run()
-        with run.context():
-            check_capture(run.model, self.routers)
-            banks = build_banks(run.model, self.processing_class, rows, self.settings)
+        if runs_only_in_training(self):
+            # A second engine on the same modules would confuse the one that trains; what is on disk needs none.
+            banks = build_banks(self.model, self.processing_class, rows, replace(self.settings, only_read=True))
+        else:
+            run = Reference(self, None, pad_token_id=self.processing_class.pad_token_id).run()
+            with run.context():
+                check_capture(run.model, self.routers)
+                banks = build_banks(run.model, self.processing_class, rows, self.settings)
         if self.is_world_process_zero():
             report = bank_report(banks["train"])
             print(f"reference bank in {banks['train'].directory}\n{render_report(report)}\n")
@@ -253,7 +265,7 @@ def build_banks(
         settings: What the bank is made of.
     """
     given = {name: RowsOfBank(split, tokenizer) for name, split in rows.items()}
-    how: dict[str, Any] = {"batch_size": settings.batch_size}
+    how: dict[str, Any] = {"batch_size": settings.batch_size, "only_read": settings.only_read}
     bank = build_bank(model, tokenizer, given["train"], settings.options, settings.directory, **how)
     if "eval" not in given:
         return {"train": bank}

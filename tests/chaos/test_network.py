@@ -113,6 +113,7 @@ def test_no_program_is_left_out(repository: Path) -> None:
         "benchmark_startup": "reads nothing but rows and a model it makes",
         "benchmark_online": "reads nothing but a model it makes",
         "benchmark_bank": "reads nothing but tensors it makes",
+        "benchmark_router": "reads nothing but a model it makes",
         "benchmark_rewards": "reads nothing; it imports no library of Hugging Face's network",
     }
     there = {path.stem for folder in ("scripts", "trainers") for path in (repository / folder).glob("*.py")}

@@ -59,7 +59,7 @@ def trained(model: Any) -> tuple[PeftModel, list[float]]:
 
     Every row is drawn to where another one is routed under the base model.
     """
-    wrapped = get_peft_model(model, prepare(SimpleNamespace(router_layers=2), model)).eval()
+    wrapped = get_peft_model(model, prepare(SimpleNamespace(router_layers=2, dense_mixer=False), model)).eval()
     settle(wrapped)
     routers = last_routers(wrapped, 2)
     with torch.no_grad(), wrapped.disable_adapter():
