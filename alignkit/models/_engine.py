@@ -13,12 +13,12 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.models.files import ADAPTER_WEIGHTS
+from alignkit.models.full_rank import full_rank_layers
 from alignkit.models.saved_comparison import adapter_difference, has_model, model_difference
 
 PERSISTENCE, DEEPSPEED_PERSISTENCE = "stage3_param_persistence_threshold", 100_000
@@ -48,10 +48,10 @@ def engine_difference(engine: Any, model: PreTrainedModel | PeftModel, folder: P
 
 
 def keep_sums_whole(model: nn.Module, config: dict[str, Any]) -> None:
-    """Have ZeRO-3 leave whole the weights that PEFT adds factors to as parameters, and these factors.
+    """Have ZeRO-3 leave whole the weights that an adapter of full rank trains; of other adapters nothing is changed.
 
     PEFT forms the sum before the module that holds the weight is called, whose turn would be too late to gather it.
-    These weights are small, as are all that stay whole with them.
+    Routers are small, as is all that stays whole with them; experts, which LoRA may adapt, are not.
 
     Nor are blocks with experts gathered as one, which DeepSpeed does by itself: it reduces the gradients inside such a
     block when that of the block's input has arrived, and the input of the first that trains has none, so that those of
@@ -61,10 +61,10 @@ def keep_sums_whole(model: nn.Module, config: dict[str, Any]) -> None:
         model: What trains, before it is sharded.
         config: DeepSpeed's; changed.
     """
-    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
-    if not (is_deepspeed_zero3_enabled() and wrappers):
+    layers = full_rank_layers(model)
+    if not (is_deepspeed_zero3_enabled() and layers):
         return
-    sizes = [int(vars(p).get("ds_numel", p.numel())) for wrapper in wrappers for p in wrapper.parameters()]
+    sizes = [int(vars(p).get("ds_numel", p.numel())) for layer in layers for p in layer.parameters()]
     zero, hidden = config["zero_optimization"], model.config.get_text_config().hidden_size
     given = zero.get(PERSISTENCE, DEEPSPEED_PERSISTENCE)
     # What "auto" would become, in transformers and accelerate.

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from alignkit.errors import ModelError
+from alignkit.models._engine import keep_sums_whole
 from alignkit.models.full_rank import continue_full_rank, full_rank_config, settle
 from alignkit.references._anchor import add_anchor_adapter
 
@@ -133,3 +134,17 @@ def test_an_adapter_of_lower_rank_is_not_continued(tmp_path: Path) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[], target_parameters=sorted(WEIGHTS))
     with pytest.raises(ModelError, match="not made by training routers.*parametrization: lora"):
         continue_full_rank(get_peft_model(mixture(), config))
+
+
+def test_zero3_leaves_routers_whole_and_never_the_experts_of_a_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.models._engine.is_deepspeed_zero3_enabled", lambda: True)
+    router_size = EXPERTS * 32
+    for given, expected in (({}, 100_000), ({"stage3_param_persistence_threshold": 0}, router_size)):
+        config = {"zero_optimization": dict(given)}
+        keep_sums_whole(with_adapter(mixture()), config)
+        assert config["zero_optimization"]["stage3_param_persistence_threshold"] == expected
+        assert config["zero_optimization"]["leaf_module"]["classes"] == []
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    config = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    keep_sums_whole(get_peft_model(mixture(), lora), config)
+    assert config == {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

@@ -74,9 +74,6 @@ def test_without_the_regulariser_it_is_bitwise_the_supervised_trainer_over_trl(m
     assert torch.equal(runs[0][2], runs[1][2])
 
 
-test_it_follows_trl = test_without_the_regulariser_it_is_bitwise_the_supervised_trainer_over_trl
-
-
 def test_routing_is_that_of_the_prompt_alone_and_starts_at_the_banks(model: str, tmp_path: Path) -> None:
     trainer = trainer_of(model, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
