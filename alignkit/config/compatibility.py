@@ -113,6 +113,8 @@ def _options_under_another(owner: Parametrization, other: Parametrization) -> Ig
 
 def _own_keys(owner: Parametrization, other: Parametrization) -> tuple[str, ...]:
     """Options of one that the other does not have."""
+    if owner.name in other.takes:
+        return ()
     shared = {field.name for field in fields(other.options)}
     return tuple(field.name for field in fields(owner.options) if field.name not in shared)
 

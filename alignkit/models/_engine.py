@@ -3,6 +3,7 @@
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - deepspeed ``DeepSpeedEngine._zero3_consolidated_16bit_state_dict()``: the whole model on the first process, as saving
   gathers it
+- deepspeed ``_hp_mapping`` of a parameter under ZeRO-1 and ZeRO-2, ``ds_id`` under ZeRO-3
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -70,6 +72,46 @@ def keep_sums_whole(model: nn.Module, config: dict[str, Any]) -> None:
     # What "auto" would become, in transformers and accelerate.
     zero[PERSISTENCE] = max(*sizes, 10 * hidden if given == "auto" else int(given))
     zero["leaf_module"] = {"classes": [], "names": [], "name_suffixes": []}
+
+
+@torch.no_grad()
+def trained_value(parameter: nn.Parameter) -> Tensor:
+    """The value of a trained parameter, whole and in the precision it is stepped in; a collective under DeepSpeed.
+
+    Args:
+        parameter: Of a model that trains, wrapped or not.
+    """
+    if not _is_stepped_elsewhere(parameter):
+        return parameter.detach().clone()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    value: Tensor = safe_get_full_fp32_param(parameter)
+    return value.to(parameter.device)
+
+
+@torch.no_grad()
+def set_trained_value(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a trained parameter another value, in the optimizer's copy of it too; a collective under DeepSpeed.
+
+    Args:
+        parameter: Of a model that trains, wrapped or not.
+        value: Whole, the same on every process.
+    """
+    if _is_stepped_elsewhere(parameter):
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value)
+        if "ds_id" in vars(parameter):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+            return
+    parameter.data.copy_(value)
+
+
+def _is_stepped_elsewhere(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed steps a copy of a parameter, of which this is the rounded or gathered image."""
+    return "_hp_mapping" in vars(parameter) or "ds_id" in vars(parameter)
 
 
 def _gathered(engine: Any, model: PeftModel) -> AbstractContextManager[Any]:

@@ -13,3 +13,7 @@ def check(config: Any) -> None:
 
 def prepare(config: Any, model: PreTrainedModel) -> None:
     """Nothing: all weights move when a model is loaded."""
+
+
+def attach(config: Any, trainer: Any) -> None:
+    """Nothing: it trains as the trainer does."""

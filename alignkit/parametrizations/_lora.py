@@ -62,6 +62,10 @@ def go_on(config: Any, model: PeftModel) -> None:
     """Nothing: a loaded adapter trains as it is."""
 
 
+def attach(config: Any, trainer: Any) -> None:
+    """Nothing: it trains as the trainer does."""
+
+
 def lora_config(
     *,
     r: int,

@@ -48,6 +48,10 @@ def prepare(config: Any, model: PreTrainedModel) -> PeftConfig:
     return adapter_config(config)
 
 
+def attach(config: Any, trainer: Any) -> None:
+    """Nothing: it trains as the trainer does."""
+
+
 def adapter_config(config: Any) -> PeftConfig:
     """The same, whatever the model."""
     kind = config.peft_type

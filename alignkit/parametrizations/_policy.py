@@ -81,3 +81,10 @@ def prepare(config: Any, model: PreTrainedModel | PeftModel) -> Any:
     if config.adapter is not None:  # It is on the model already, and trains.
         return None
     return load_half(load_parametrization(config.parametrization)).prepare(config, model)
+
+
+def attach(config: Any, trainer: Any) -> None:
+    """Give the trainer what the parametrisation does while training."""
+    attachment = load_half(load_parametrization(config.parametrization)).attach(config, trainer)
+    if attachment is not None:
+        trainer.attach(attachment)

@@ -44,3 +44,7 @@ def go_on(config: Any, model: PeftModel) -> None:
     if config.dense_mixer:
         trained = model.peft_config[POLICY].target_parameters
         DenseMixer(model, [r for r in find_routers(model) if f"{r.name}.{r.parameter}" in trained])
+
+
+def attach(config: Any, trainer: Any) -> None:
+    """Nothing: it trains as the trainer does."""

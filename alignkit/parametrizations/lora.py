@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from alignkit.parts.options import Conflict, Ignored, option
-from alignkit.parts.parametrization import Parametrization
+from alignkit.parts.parametrization import Parametrization, load_parametrization
 
 _OUTPUT_HEAD = "lm_head"
 
@@ -16,6 +17,12 @@ def names_output_head(modules: str | list[str]) -> bool:
     if isinstance(modules, list):
         return any(name.split(".")[-1] == _OUTPUT_HEAD for name in modules)
     return not _bad_pattern(modules) and re.fullmatch(modules, _OUTPUT_HEAD) is not None
+
+
+def _has_lora(config: Any) -> bool:
+    """Whether low-rank adapters train, alone or below what another parametrisation puts on them."""
+    record = load_parametrization(config.parametrization)
+    return "lora" in (record.name, *record.takes)
 
 
 def _bad_pattern(modules: str | list[str]) -> bool:
@@ -77,7 +84,7 @@ PARAMETRIZATION = Parametrization(
         Conflict(
             "no LoRA target",
             ("lora_target_modules", "parametrization"),
-            lambda c: c.lora_target_modules == [] and c.parametrization == "lora",
+            lambda c: c.lora_target_modules == [] and _has_lora(c),
             "nothing would be trained",
             "Write lora_target_modules: all-linear, or name at least one module",
         ),
@@ -86,7 +93,7 @@ PARAMETRIZATION = Parametrization(
         Ignored(
             "LoRA dropout with dropout off",
             ("lora_dropout",),
-            lambda c: c.disable_dropout and c.parametrization == "lora" and c.adapter is None,
+            lambda c: c.disable_dropout and _has_lora(c) and c.adapter is None,
             "it switches off the adapters' dropout too",
             "write disable_dropout: false",
             under=("disable_dropout", "parametrization", "adapter"),

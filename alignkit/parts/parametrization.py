@@ -25,6 +25,7 @@ class Parametrization:
         options: Dataclass of its own options, declared with :func:`alignkit.parts.options.option`. They are keys of
             every program, and refused under another parametrisation.
         has_adapter: Whether an adapter trains beside the model's weights, rather than these, or some of them.
+        takes: Other parametrisations whose options it has too, such as those of the adapter below it.
         goes_on: Whether the training of a saved adapter can be continued, with the options that it was made with.
         of_any_adapter: Options that say how it trains, not what it is, and so hold for a saved adapter too.
         has_factors: Whether the adapter is made of pairs of low-rank factors, which a gradient rule may edit alone.
@@ -40,6 +41,7 @@ class Parametrization:
     label: str
     options: type
     has_adapter: bool
+    takes: tuple[str, ...] = ()
     goes_on: bool = False
     of_any_adapter: tuple[str, ...] = ()
     has_factors: bool = False
@@ -72,5 +74,7 @@ def load_half(record: Parametrization) -> ModuleType:
     - ``prepare(config, model)``: where there is an adapter, PEFT's configuration of the one that a run starts; where
       there is none, it freezes what shall not move and returns None. Refuses what the model has no place for
     - ``go_on(config, model)``: of one that ``goes_on``, makes a saved adapter that was put on the model ready to train
+    - ``attach(config, trainer)``: what it does while training, an :class:`~alignkit.models.attachment.Attachment`, or
+      None; called once the trainer is built, before anything trains
     """
     return importlib.import_module(f"alignkit.parametrizations._{record.name}")

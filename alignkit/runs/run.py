@@ -13,7 +13,7 @@ from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
 from alignkit.errors import Stopped
 from alignkit.gradients._hook import chosen_rule
-from alignkit.parametrizations._policy import load_policy, prepare
+from alignkit.parametrizations._policy import attach, load_policy, prepare
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, shapes_by_program
 from alignkit.references.models import check_other
@@ -171,6 +171,7 @@ def _trainer(
         peft_config=prepare(config, policy),
         callbacks=steps.run_callbacks(config, directory, data),
     )
+    attach(config, trainer)
     preparation.attach(trainer, tokenizer, data.source, directory)
     steps.introduce(config, trainer, directory, **bridge.describe(config, trainer))
     return trainer

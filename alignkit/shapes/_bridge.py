@@ -26,6 +26,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from alignkit.data.filling import FilledStream
 from alignkit.errors import CheckpointError
@@ -35,6 +36,7 @@ from alignkit.models._aux_loss import check_aux_loss
 from alignkit.models._comparison import CompareWhenTrainingBegins, ScoringRun, runs_only_in_training
 from alignkit.models._engine import engine_difference, keep_sums_whole
 from alignkit.models._forward import compute_precision
+from alignkit.models.attachment import Attachment
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.full_rank import settle
 from alignkit.models.metric_sums import MetricSums
@@ -76,6 +78,13 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         self._loss_weights: dict[str, float] = {}
         self._evaluation_prefix = "eval"
         self.router_watch: RouterWatch | None = None
+        self.attachment = Attachment()
+
+    def attach(self, attachment: Attachment) -> None:
+        """Take what the parametrisation does while training; called once the trainer is built."""
+        self.attachment = attachment
+        self.persistent.extend(attachment.persistent)
+        self.add_callback(_AfterStep(attachment))
 
     def hold_masters(self, start: Mapping[str, Tensor]) -> None:
         """Hold what trains in float32, from the values it had before TRL's constructor; called right after that.
@@ -193,7 +202,17 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
         if record:
             self._record(inputs, output, result)
+        if num_items_in_batch is not None:
+            loss = loss + self._attached_terms(record=record)
         return loss
+
+    def _attached_terms(self, *, record: bool) -> Tensor | float:
+        """This micro-batch's share of what the parametrisation adds to the loss of a step."""
+        terms = self.attachment.terms()
+        if record:
+            for name, value in terms.items():
+                self.record(f"loss/{name}", Metric(value.detach().reshape(1)))
+        return sum(terms.values()) / self.current_gradient_accumulation_steps
 
     def step_counts(
         self, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None
@@ -227,6 +246,8 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             # Resumed after its last step. transformers would take one more before it looks.
             self.control.should_training_stop = True
             num_batches = 0
+        if num_batches:
+            self.attachment.before_step(self.state.global_step, self.state.max_steps)
         taken: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
         return taken
 
@@ -267,6 +288,15 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         if left <= 0:
             return dict(inputs)
         return self.keep_rows(inputs, max(left - self.accelerator.process_index * rows, 0))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer, in which parameters with a learning rate of their own have groups of their own."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        for own in self.attachment.parameter_groups(self.state.max_steps):
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if not any(p is q for q in own.parameters)]
+            optimizer.add_param_group({"params": list(own.parameters), "lr": own.learning_rate, "weight_decay": 0.0})
+        return optimizer
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -374,6 +404,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
                 logs[f"{prefix}_loss"] = sum(weight * means[name] for name, weight in self._loss_weights.items())
             logs.update({f"{prefix}_{name}": value for name, value in means.items()})
         else:
+            means |= self.attachment.metrics()
             if self.router_watch:
                 found, loads = self.router_watch.read(self.accelerator)
                 means |= found
@@ -384,6 +415,17 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
 
     def create_model_card(self, *unused: Any, **also_unused: Any) -> None:
         """Leave TRL's card out: the run writes one that names the method it really used."""
+
+
+class _AfterStep(TrainerCallback):
+    """Tells an attachment of every step that the optimizer has made."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Called by transformers, before it counts the step."""
+        self.attachment.after_step(state.global_step)
 
 
 def _refuse(folder: Path, problem: str | None) -> None:

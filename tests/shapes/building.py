@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from alignkit.config import load_config
 from alignkit.config.keys import base_keys, program_methods
 from alignkit.gradients._hook import ChosenRule
-from alignkit.parametrizations._policy import load_policy, prepare
+from alignkit.parametrizations._policy import attach, load_policy, prepare
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, load_shape, shapes_by_program
 from alignkit.runs.arguments import training_arguments
@@ -122,7 +122,7 @@ def build(
         for name, split in (("train", rows), ("held-out", evaluation))
     ]
     policy = load_policy(config)
-    return bridge.build(
+    trainer = bridge.build(
         config,
         args,
         policy,
@@ -133,6 +133,8 @@ def build(
         peft_config=prepare(config, policy),
         callbacks=[],
     )
+    attach(config, trainer)
+    return trainer
 
 
 def layouts(shape: str) -> tuple[str | None, ...]:
