@@ -45,6 +45,7 @@ from alignkit.models.files import (
 from alignkit.models.fingerprints import ORIGIN_FILE, QUANTIZATION, BaseFingerprint, base_fingerprint, read_origin
 from alignkit.models.quantization import keep_trainable_on_cpu, quantization_config
 from alignkit.models.saved_comparison import adapter_difference, model_difference
+from alignkit.models.sparse_adapter import is_sparse_kind, load_sparse_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -351,13 +352,16 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, is_trainable:
     if slow := slow_pattern(module_patterns(adapter), [name for name, _ in model.named_modules()]):
         pattern = f"its {ADAPTER_CONFIG} has a pattern, {slow}"
         raise ModelError(f"the adapter {str(adapter.directory)!r} cannot be used: {pattern}. Write the names instead.")
-    if adapter.kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if not is_sparse_kind(adapter.kind) and adapter.kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         kinds = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
         raise ModelError(f"the adapter {str(adapter.directory)!r} is of kind {adapter.kind!r}; PEFT knows {kinds}")
     _resize_embeddings(model, adapter)
     belongs = f"It was trained on {adapter.base!r}; is that the model given?"
     try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter.directory), is_trainable=is_trainable)
+        if is_sparse_kind(adapter.kind):
+            wrapped = load_sparse_adapter(model, adapter)
+        else:
+            wrapped = PeftModel.from_pretrained(model, str(adapter.directory), is_trainable=is_trainable)
     except FROM_CONTENT as error:
         detail = next((line for line in str(error).splitlines() if "size mismatch" in line), _first_line(error))
         raise ModelError(f"{misfit} {detail.strip().rstrip('.')}. {belongs}") from error

@@ -43,6 +43,7 @@ from alignkit.models.metric_sums import MetricSums
 from alignkit.models.precision import hold_in_float32
 from alignkit.models.router_watch import RouterWatch, watch_adapter
 from alignkit.models.saved_comparison import adapter_difference, load_saved_weights, model_difference
+from alignkit.models.sparse_adapter import equip
 from alignkit.reports.router_loads import keep_loads
 from alignkit.shapes._streams import StreamResume
 from alignkit.storage.persistent import Persistent
@@ -95,6 +96,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             start: From :func:`~alignkit.models.precision.trained_values`.
         """
         settle(self.model)
+        equip(self.model)
         self.router_watch = watch_adapter(self.model)
         if self.is_deepspeed_enabled:
             keep_sums_whole(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
