@@ -180,3 +180,30 @@ def treg(
         gradient_w=[-beta_w * (fading + alpha * weight * r + alpha * slope * regularizer) for r in rewards[0]],
         gradient_l=[beta_l * (fading - alpha * weight * r + alpha * slope * regularizer) for r in rewards[1]],
     )
+
+
+def head_logits(
+    hidden: list[float], weight: list[list[float]], bias: list[float] | None, scale: float, softcap: float | None
+) -> list[float]:
+    """A head on one hidden state: product and bias, then the factor, then the bound, as models compute them."""
+    found = []
+    for v, row in enumerate(weight):
+        z = math.fsum(w * h for w, h in zip(row, hidden, strict=True)) + (bias[v] if bias else 0.0)
+        z *= scale
+        found.append(z if softcap is None else softcap * math.tanh(z / softcap))
+    return found
+
+
+def forward_kl(teacher: list[float], student: list[float], temperature: float) -> float:
+    """sum_v p_v log(p_v / q_v) with the probabilities themselves, p and q proportional to exp(logit / T)."""
+    p, q = ([math.exp(z / temperature) for z in logits] for logits in (teacher, student))
+    p, q = ([x / math.fsum(each) for x in each] for each in (p, q))
+    return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def distill(rows: list[list[tuple[float, float]]], kd_alpha: float, kd_temperature: float) -> float:
+    """(1 - a) CE + a T^2 KD over (log-prob of the label, KL) of the trained tokens of some rows (arXiv 1503.02531)."""
+    tokens = [token for row in rows for token in row]
+    cross_entropy = -math.fsum(logp for logp, _ in tokens) / len(tokens)
+    divergence = math.fsum(kl for _, kl in tokens) / len(tokens)
+    return (1 - kd_alpha) * cross_entropy + kd_alpha * kd_temperature * kd_temperature * divergence

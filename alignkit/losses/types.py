@@ -131,10 +131,14 @@ class TokenBatch:
     Attributes:
         policy_token_logps: Log-prob of each label under the policy, 0 where masked, nats.
         label_mask: True on the labels that are trained, the stop token included.
+        teacher_kl: KL(teacher || policy) of the next-token distributions over the vocabulary, with gradient, nats.
+        teacher_agrees: Whether teacher and policy find the same token the likeliest.
     """
 
     policy_token_logps: Float[Tensor, "B T"]
     label_mask: Bool[Tensor, "B T"]
+    teacher_kl: Float[Tensor, "B T"] | None = None
+    teacher_agrees: Bool[Tensor, "B T"] | None = None
 
 
 def alone(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
