@@ -102,7 +102,7 @@ def flatten(config: Configuration) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in base_keys(config.program)}
     chosen = next((record for record in parametrizations() if record.name == values.get("parametrization")), None)
     for record in parametrizations():
-        if chosen is None or record.name not in (chosen.name, *chosen.takes):
+        if chosen is None or record.name not in chosen.also:
             unused = {f.name for f in fields(record.options)}
             values = {name: value for name, value in values.items() if name not in unused or value is not None}
     for options in (config.method_options, config.gradient_options):

@@ -14,6 +14,10 @@ def _has_adapter(c: Any) -> bool:
     return load_parametrization(c.parametrization).has_adapter
 
 
+def _has_factors(c: Any) -> bool:
+    return any(load_parametrization(name).has_factors for name in load_parametrization(c.parametrization).also)
+
+
 CONFLICTS: tuple[Refusal, ...] = (
     # --- parametrization -------------------------------------------------------------------------------------------
     Refusal(
@@ -177,7 +181,7 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "gradient rule on LoRA with full fine-tuning",
         ("rule_targets", "gradient_rule", "parametrization"),
-        lambda c: c.rule_targets != "all" and not load_parametrization(c.parametrization).has_factors,
+        lambda c: c.rule_targets != "all" and not _has_factors(c),
         "there are no LoRA factors to edit the gradient of",
         "Write rule_targets: all, or parametrization: lora",
     ),

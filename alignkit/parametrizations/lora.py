@@ -21,8 +21,7 @@ def names_output_head(modules: str | list[str]) -> bool:
 
 def _has_lora(config: Any) -> bool:
     """Whether low-rank adapters train, alone or below what another parametrisation puts on them."""
-    record = load_parametrization(config.parametrization)
-    return "lora" in (record.name, *record.takes)
+    return "lora" in load_parametrization(config.parametrization).also
 
 
 def _bad_pattern(modules: str | list[str]) -> bool:

@@ -50,6 +50,11 @@ class Parametrization:
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Its own name and those of the parametrisations whose options it has too."""
+        return self.name, *self.takes
+
 
 def parametrization_names() -> list[str]:
     """Names of all parametrisations, from the files in ``alignkit/parametrizations`` (helpers left out)."""

@@ -1,0 +1,138 @@
+"""Parametrisation ``pat``: LoRA, and modules that narrow the residual stream while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alignkit.parts.options import Conflict, option, only_with
+from alignkit.parts.parametrization import Parametrization
+
+PAPER, CODE = "PAT (arXiv 2408.14721)", "PAT's released code"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatOptions:
+    """Options of ``pat``, beside those of LoRA."""
+
+    pat_hidden: float = option(
+        0.25,
+        gt=0,
+        lt=1,
+        help="Share of the hidden channels that is removed; the width that is left is rounded to one that the "
+        "architecture can have.",
+        source=f"{PAPER}, 25 % of Llama-2-7B",
+    )
+    pat_rank: int | None = option(
+        None,
+        ge=1,
+        le=2**16,
+        help="Rank of the sparsification modules; null is 5 % of the hidden size.",
+        source=f"{PAPER}: 200 of 4096, 300 of 3072 (Gemma)",
+    )
+    pat_form: str = option(
+        "paper",
+        choices=("paper", "released"),
+        help="Equations of the text, or what the released code computes where that differs: the place of v, which "
+        "factors are kept orthonormal, and how the number of open channels is weighted.",
+        source=PAPER,
+    )
+    pat_mask: str = option(
+        "zero",
+        choices=("zero", "importance", "frozen"),
+        help="Where the mask of the channels comes from: learnt from equal channels (zero), learnt with a small start "
+        "by importance (importance), or chosen by importance and put on gradually without being learnt (frozen, which "
+        "did best in a small trial).",
+        source=PAPER,
+    )
+    pat_criterion: str = option(
+        "activation",
+        choices=("activation", "magnitude"),
+        help="What importance is: mean size of a channel's activations on training rows, or size of the weights.",
+        only_with=only_with("pat_mask", "importance", "frozen"),
+    )
+    pat_milestone_steps: int | None = option(
+        None,
+        ge=2,
+        help="Steps until the mask is hard and exactly the wanted channels are left; null is a third of the run.",
+        source=f"{PAPER}: 10,000, a third of its runs",
+    )
+    pat_freeze_fraction: float = option(
+        0.8,
+        gt=0,
+        le=1,
+        help="Share of these steps after which the task moves the mask no longer.",
+        source=CODE,
+    )
+    pat_mask_learning_rate: float | None = option(
+        None,
+        gt=0,
+        help="Peak learning rate of the mask's logits; null is 0.5 / pat_milestone_steps.",
+        source=f"alignkit, which is the 5e-5 of {PAPER} at 10,000 steps",
+    )
+    pat_active_coef: float = option(1.0, ge=0, help="Weight of the loss on the number of open channels.", source=PAPER)
+    pat_identity_coef: float = option(
+        1.0, ge=0, help="Weight of the loss that keeps the factors of all modules orthonormal.", source=PAPER
+    )
+    pat_bimodality_coef: float | None = option(
+        None,
+        ge=0,
+        help="Weight of the loss that drives mask logits to -0.5 and 0.5; null is 0 under pat_form: paper, which has "
+        "none, and 1 under released.",
+        source=CODE,
+    )
+    pat_keep_tied: bool = option(
+        False,
+        help="Leave embedding and output head one weight where they are: the embedding then has the mask alone. "
+        "Otherwise they part, and the model keeps a second matrix of vocabulary times width.",
+    )
+
+
+PARAMETRIZATION = Parametrization(
+    name="pat",
+    summary="LoRA trains together with modules that narrow the residual stream; the result is exported as a plain, "
+    "smaller model.",
+    label="pruning-aware tuning",
+    options=PatOptions,
+    has_adapter=True,
+    takes=("lora",),
+    product="A PAT adapter ({pat_hidden} of the hidden channels removed), to be exported with `alignkit prune`",
+    serving="No engine loads this adapter, and PEFT refuses it: it is the state of a training from which "
+    "`alignkit prune --adapter` makes a plain, smaller model.",
+    conflicts=(
+        Conflict(
+            "PAT that goes on from an adapter",
+            ("adapter", "parametrization"),
+            lambda c: c.adapter is not None and c.parametrization == "pat",
+            "its mask is formed over the steps of one run",
+            "Write resume to go on with an interrupted run; or export the result (alignkit prune) and train that",
+        ),
+        Conflict(
+            "PAT with a moving anchor",
+            ("anchor", "parametrization"),
+            lambda c: c.anchor in ("ema", "kl_triggered", "periodic") and c.parametrization == "pat",
+            "the anchor would be a second adapter with a mask of its own",
+            "Write anchor: fixed, which is the unpruned model",
+        ),
+        Conflict(
+            "PAT with torch_compile",
+            ("parametrization", "torch_compile"),
+            lambda c: c.parametrization == "pat" and c.torch_compile,
+            "the mask changes with every step, and the model would be compiled anew for each",
+            "Remove torch_compile",
+        ),
+        Conflict(
+            "PAT with DoRA",
+            ("use_dora", "parametrization"),
+            lambda c: c.use_dora and c.parametrization == "pat",
+            "both replace what a LoRA layer computes",
+            "Remove use_dora",
+        ),
+        Conflict(
+            "PAT with modules that train in full",
+            ("lora_modules_to_save", "parametrization"),
+            lambda c: bool(c.lora_modules_to_save) and c.parametrization == "pat",
+            "modules trained beside the adapter are not exported",
+            "Remove lora_modules_to_save",
+        ),
+    ),
+)
