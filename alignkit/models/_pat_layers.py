@@ -78,6 +78,19 @@ class PatConfig(SparseConfig):
         """Keep the channels that training settled on; before that, those it would settle on now."""
         mask_of(model, adapter).harden()
 
+    def kept(self, model: PeftModel, adapter: str) -> dict[str, Any]:
+        """The channels that are left."""
+        return {"hidden": tuple(mask_of(model, adapter).kept.nonzero().flatten().tolist())}
+
+    def folds(self, model: PeftModel, adapter: str) -> Mapping[str, tuple[Tensor, Tensor, Tensor]]:
+        """Of every module."""
+        return {name: module.folded() for name, module in sparsification_modules(model, adapter)}
+
+    @property
+    def keeps_tied(self) -> bool:
+        """As it was trained."""
+        return self.hsm_keep_tied
+
 
 CONFIG = PatConfig
 
@@ -285,8 +298,3 @@ def sparsification_modules(model: nn.Module, adapter: str = POLICY) -> Iterator[
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and adapter in getattr(layer, "lora_hsm", {}):
             yield name.removeprefix("base_model.model."), layer.lora_hsm[adapter]
-
-
-def folds_of(model: PeftModel, adapter: str = POLICY) -> Mapping[str, tuple[Tensor, Tensor, Tensor]]:
-    """By name of the layer, what has to be multiplied into its weights: diag(v) (I + l1 l0)."""
-    return {name: module.folded() for name, module in sparsification_modules(model, adapter)}

@@ -11,6 +11,7 @@ load the factors, pass over the rest with a warning, and answer as a model that 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.models.files import ADAPTER_CONFIG, AdapterFiles, read_json
@@ -48,6 +49,19 @@ class SparseConfig(LoraConfig):  # type: ignore[misc]  # PEFT is untyped
     def finish(self, model: PeftModel, adapter: str) -> None:
         """Have a loaded adapter compute as what it will be exported as."""
         raise NotImplementedError
+
+    def kept(self, model: PeftModel, adapter: str) -> dict[str, Any]:
+        """What a loaded adapter keeps, by axis of a pruning plan: ascending indices in the dense model."""
+        raise NotImplementedError
+
+    def folds(self, model: PeftModel, adapter: str) -> Mapping[str, tuple[Tensor, Tensor, Tensor]]:
+        """(l0 [r, D], l1 [D, r], v [D]) of the map diag(v) (I + l1 l0) behind a writer, by its name; or nothing."""
+        return {}
+
+    @property
+    def keeps_tied(self) -> bool:
+        """Whether embedding and head of the exported model stay one matrix, where hidden channels go."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """As it is saved."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from itertools import islice
 from typing import Any
@@ -19,16 +20,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
 from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.errors import ModelError
 from alignkit.models._pat_layers import MASK_UNIT, PatConfig, mask_of, sparsification_modules
+from alignkit.models.loading import is_quantized
 from alignkit.models.attachment import Attachment, ParameterGroup
 from alignkit.models.mask_gate import Gate, active_loss, bimodality_loss, identity_loss, largest
 from alignkit.parametrizations import _lora
 from alignkit.pruning.families import writers
-from alignkit.pruning.importance import hidden_scores
+from alignkit.pruning.importance import importance
 from alignkit.pruning.plan import PruningPlan
 from alignkit.pruning.validate import next_width, target_config
 
@@ -57,7 +59,7 @@ def prepare(config: Any, model: PreTrainedModel) -> PatConfig:
             f"pat_hidden: {config.pat_hidden:g} would remove nothing: the next width that {type(model).__name__} of "
             f"{channels} hidden channels can have is {width}. Write a larger share, up to what `alignkit prune` lists."
         )
-    target_config(PruningPlan(hidden=tuple(range(width))), model.config, keep_tied=config.pat_keep_tied)
+    target_config(PruningPlan(hidden=tuple(range(width))), _unquantized(model), keep_tied=config.pat_keep_tied)
     inputs = model.get_input_embeddings()
     layers = [name for name in writers(model) if model.get_submodule(name) is not inputs]
     _refuse_without_factors(lora, layers)
@@ -73,6 +75,14 @@ def prepare(config: Any, model: PreTrainedModel) -> PatConfig:
         hsm_keep_tied=config.pat_keep_tied,
         mask_trained=config.pat_mask != "frozen",
     )
+
+
+def _unquantized(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of what is exported of it: of a base quantised for training, the weights that it stands for."""
+    config: PreTrainedConfig = deepcopy(model.config)
+    if is_quantized(model):
+        del config.quantization_config
+    return config
 
 
 def _refuse_without_factors(lora: LoraConfig, layers: Sequence[str]) -> None:
@@ -182,16 +192,22 @@ class PatTraining(Attachment):
 
 def _importance(config: Any, trainer: Any) -> Tensor:
     """[D] scores of the hidden channels of the model before training, those of the first process."""
-    model = trainer.model.get_base_model()
     if is_deepspeed_zero3_enabled():
         raise ModelError(
             "pat_mask: importance and frozen look at the whole model before training, of which ZeRO-3 leaves each "
             "process a part. Write pat_mask: zero, or launch with ZeRO-2."
         )
-    rows = _token_rows(trainer.train_dataset) if config.pat_criterion == "activation" else []
+    device = trainer.accelerator.device
+    batches = (
+        {
+            "input_ids": torch.tensor([ids], device=device),
+            "attention_mask": torch.ones(1, len(ids), device=device).long(),
+        }
+        for ids in _token_rows(trainer.train_dataset)
+    )
     with trainer.model.disable_adapter():
-        scores = hidden_scores(model, rows, criterion=config.pat_criterion)
-    found: Tensor = broadcast(scores.float().to(trainer.accelerator.device))
+        scores = importance(trainer.model.get_base_model(), batches, "activation").hidden
+    found: Tensor = broadcast(scores.float().to(device))
     return found
 
 

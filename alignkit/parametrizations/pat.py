@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignkit.parts.options import Conflict, option, only_with
+from alignkit.parts.options import Conflict, option
 from alignkit.parts.parametrization import Parametrization
 
 PAPER, CODE = "PAT (arXiv 2408.14721)", "PAT's released code"
@@ -40,15 +40,9 @@ class PatOptions:
         "zero",
         choices=("zero", "importance", "frozen"),
         help="Where the mask of the channels comes from: learnt from equal channels (zero), learnt with a small start "
-        "by importance (importance), or chosen by importance and put on gradually without being learnt (frozen, which "
-        "did best in a small trial).",
+        "by importance (importance), or chosen by importance and put on gradually without being learnt (frozen). "
+        "Importance is the mean size of a channel's activations on the first training rows.",
         source=PAPER,
-    )
-    pat_criterion: str = option(
-        "activation",
-        choices=("activation", "magnitude"),
-        help="What importance is: mean size of a channel's activations on training rows, or size of the weights.",
-        only_with=only_with("pat_mask", "importance", "frozen"),
     )
     pat_milestone_steps: int | None = option(
         None,
