@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from itertools import islice
@@ -25,8 +25,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.errors import ModelError
 from alignkit.models._pat_layers import MASK_UNIT, PatConfig, mask_of, sparsification_modules
-from alignkit.models.loading import is_quantized
 from alignkit.models.attachment import Attachment, ParameterGroup
+from alignkit.models.loading import is_quantized
 from alignkit.models.mask_gate import Gate, active_loss, bimodality_loss, identity_loss, largest
 from alignkit.parametrizations import _lora
 from alignkit.pruning.families import writers
