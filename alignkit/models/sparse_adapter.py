@@ -58,6 +58,10 @@ class SparseConfig(LoraConfig):  # type: ignore[misc]  # PEFT is untyped
         """(l0 [r, D], l1 [D, r], v [D]) of the map diag(v) (I + l1 l0) behind a writer, by its name; or nothing."""
         return {}
 
+    def cut(self, model: PeftModel, adapter: str) -> float:
+        """Length of the adapter's weights that an export cuts off although training had not driven them to zero."""
+        return 0.0
+
     @property
     def keeps_tied(self) -> bool:
         """Whether embedding and head of the exported model stay one matrix, where hidden channels go."""

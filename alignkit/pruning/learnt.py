@@ -25,12 +25,14 @@ class Learnt:
         plan: What is kept; of an adapter that removes nothing, everything.
         folds: By name of a writer of the residual stream, the map behind it.
         keep_tied: Whether embedding and head stay one matrix where hidden channels go.
+        cut: Length of the adapter's weights that are cut off although training had not driven them to zero.
     """
 
     model: PreTrainedModel
     plan: PruningPlan
     folds: Mapping[str, Fold]
     keep_tied: bool
+    cut: float = 0.0
 
 
 @torch.no_grad()
@@ -47,6 +49,7 @@ def learnt(wrapped: PeftModel) -> Learnt:
     if not isinstance(config, SparseConfig):
         return Learnt(wrapped.merge_and_unload(safe_merge=True), PruningPlan(), {}, keep_tied=False)
     kept, folds = config.kept(wrapped, POLICY), config.folds(wrapped, POLICY)
+    cut = config.cut(wrapped, POLICY)
     for layer in [module for module in wrapped.modules() if isinstance(module, LoraLayer)]:
         if POLICY in layer.lora_A:
             weight = layer.get_base_layer().weight
@@ -54,4 +57,5 @@ def learnt(wrapped: PeftModel) -> Learnt:
                 raise ModelError("the base is quantised. Load it dequantised: its codes have no place for an update.")
             weight.add_(layer.get_delta_weight(POLICY).to(weight.dtype))
     plan = PruningPlan(**kept)
-    return Learnt(wrapped.unload(), plan, {name: Fold(*of) for name, of in folds.items()}, config.keeps_tied)
+    named = {name: Fold(*of) for name, of in folds.items()}
+    return Learnt(wrapped.unload(), plan, named, config.keeps_tied, cut)
