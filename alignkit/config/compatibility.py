@@ -105,7 +105,9 @@ def _options_under_another(owner: Parametrization, other: Parametrization) -> Ig
         f"{owner.label} options with {other.label}",
         _own_keys(owner, other),
         lambda c: c.parametrization == other.name,
-        f"it belongs to {owner.label}" if other.has_adapter else f"{other.label} has no adapters",
+        f"{other.label} has no adapters"
+        if owner.has_adapter and not other.has_adapter
+        else f"it belongs to {owner.label}",
         f"write parametrization: {owner.name}",
         under=("parametrization",),
     )

@@ -63,51 +63,17 @@ def polarisation(scales: Tensor, t: float) -> Tensor:
     (``-2 <= t <= 2``): with the part ``rho`` at ``a`` the sum is ``n a (t rho - 2 rho (1 - rho))``. Without the upper
     end ``a`` there is no least value.
 
+    Where it does not lead: of scales that lie around one value, about half above their mean, those below are pulled
+    down only if ``t > -1``, that is where less than three quarters are to stay, and how many stay is settled by the
+    mean. So it is for gates that may choose their number, and no regulariser of weights whose number is given.
+
     Fidelity: faithful to the code for scale factors in ``[0, a]``.
 
     Args:
         scales: Scales that share a mean, along the last dimension; >= 0 where the statement above shall hold.
-        t: Weight of the first term; :func:`polarising_weight` gives the one that keeps a wanted part.
+        t: Weight of the first term.
 
     Returns:
         The sum over all dimensions, in the unit of ``scales``.
     """
     return t * scales.abs().sum() - (scales - scales.mean(-1, keepdim=True)).abs().sum()
-
-
-def polarising_weight(kept: float) -> float:
-    """The ``t`` at which the part ``kept`` of all scales stands at the upper end, at the least value: 2 - 4 ``kept``.
-
-    Args:
-        kept: From 0 to 1.
-    """
-    return 2 - 4 * kept
-
-
-def polarising_step(norms: Tensor, t: float, step: float, ceiling: Tensor) -> Tensor:
-    r"""Factors of one projected gradient step of :func:`polarisation` on the norms of groups.
-
-    Equation, with ``s_j = sign(n_j - mean(n))``::
-
-        n_j  <-  min(ceiling, max(0, n_j - step * (t - s_j + mean(s))))
-
-    A group of norm n has a gradient of length one along itself, so that the step changes its norm by just that. The
-    lower end makes weak groups exactly zero; the upper end is what the regulariser needs to have a least value. A group
-    that is zero has no direction, and stays.
-
-    Fidelity: ours; the regulariser was made for scale factors, which training can bring back from zero.
-
-    Args:
-        norms: Norms of the groups that share a mean, along the last dimension.
-        t: As in :func:`polarisation`.
-        step: Step size times coefficient, in the unit of the norms.
-        ceiling: The largest norm that the step may lead to, of a shape that goes with ``norms``. A norm above it is
-            left where it is, unless the step makes it smaller.
-
-    Returns:
-        One factor >= 0 for each norm.
-    """
-    sides = (norms - norms.mean(-1, keepdim=True)).sign()
-    moved = norms - step * (t - sides + sides.mean(-1, keepdim=True))
-    moved = moved.clamp(min=0).minimum(torch.maximum(norms, ceiling))
-    return torch.where(norms > 0, moved / torch.where(norms > 0, norms, 1), 1)

@@ -10,8 +10,6 @@ from alignkit.pruning.penalties import (
     mask_sparsity,
     mask_sparsity_gradient,
     polarisation,
-    polarising_step,
-    polarising_weight,
 )
 
 PRUNED = torch.tensor([True, False, True, False, True])
@@ -82,28 +80,14 @@ def test_the_polarised_state_with_the_wanted_part_is_the_least(t: float) -> None
 
     costs = [float(polarisation(state(high), t)) for high in range(n + 1)]
     least = min(range(n + 1), key=costs.__getitem__)
-    assert polarising_weight(least / n) == pytest.approx(t, abs=4 * 0.5 / n + 1e-12), "to the nearest group"
+    assert 2 - 4 * least / n == pytest.approx(t, abs=4 * 0.5 / n + 1e-12), "to the nearest group"
     random = torch.rand(300, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * ceiling
     assert all(float(polarisation(row, t)) >= costs[least] - 1e-12 for row in random)
 
 
-def test_a_polarising_step_follows_the_gradient_between_the_ends() -> None:
-    norms = torch.tensor([[0.2, 0.9, 2.0, 1.1, 0.4], [3.0, 1.0, 2.0, 0.1, 0.3]], dtype=torch.float64)
-    leaf = norms.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(polarisation(leaf, 0.8), leaf)
-    factors = polarising_step(norms, 0.8, 0.01, torch.tensor([[9.0], [9.0]]).double())
-    torch.testing.assert_close(norms * factors, norms - 0.01 * gradient)
-
-
-def test_a_polarising_step_stays_between_zero_and_the_ceiling() -> None:
-    norms, ceiling = torch.tensor([0.0, 0.01, 1.0, 1.99, 2.6]), torch.tensor([2.0])
-    moved = norms * polarising_step(norms, 0.0, 0.5, ceiling)
-    assert moved[0] == moved[1] == 0, "what is zero stays, what would pass zero stops there"
-    assert moved[3] == 2.0 and moved[4] == 2.6, "above the ceiling nothing grows"
-    generator = torch.Generator().manual_seed(1)
-    norms = torch.rand(40, generator=generator).double()
-    top = norms.max()
-    for _ in range(800):
-        norms = norms * polarising_step(norms, 0.4, 0.002, top)
-    torch.testing.assert_close(norms[norms > 0], top.expand((norms > 0).sum()), rtol=1e-12, atol=0)
-    assert 0 < (norms > 0).sum() < 40, "without a task the two ends are all that is left"
+def test_scales_below_the_mean_are_pulled_down_only_where_less_than_three_quarters_stay() -> None:
+    for t, pulled in ((-0.9, True), (-1.1, False)):
+        scales = torch.linspace(0.9, 1.1, 20, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(polarisation(scales, t), scales)
+        assert bool((gradient[:10] > 0).all()) == pulled == bool((gradient[:10] > 0).any())
+        assert (gradient[10:] < 0).all()
