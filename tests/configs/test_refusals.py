@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from alignkit.config.compatibility import _ignored_by
 from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
 from alignkit.parts.method import load_method
 from alignkit.parts.options import Ignored
+from alignkit.parts.parametrization import parametrizations
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
 from tests.configs.cases import ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
@@ -24,6 +26,45 @@ STREAM = {"streaming": True, "max_steps": 10}
 ADPO = {"method": "adpo"}
 GUARD = ONLINE | {"method": "grpo_guard"}
 IA3 = {"parametrization": "peft", "peft_type": "ia3"}
+SPARSE = {"parametrization": "sparse"}
+
+LORA: dict[str, Any] = {
+    "lora_r": 16,
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "lora_target_modules": ["q_proj"],
+    "lora_modules_to_save": ["embed_tokens"],
+    "use_rslora": True,
+    "use_dora": True,
+}
+OF_PARAMETRIZATIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": LORA,
+    "pat": {
+        "pat_hidden": 0.3,
+        "pat_rank": 8,
+        "pat_form": "released",
+        "pat_mask": "importance",
+        "pat_milestone_steps": 5,
+        "pat_freeze_fraction": 0.5,
+        "pat_mask_learning_rate": 0.1,
+        "pat_active_coef": 2.0,
+        "pat_identity_coef": 2.0,
+        "pat_bimodality_coef": 2.0,
+        "pat_keep_tied": True,
+    },
+    "peft": {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
+    "routers": {"router_layers": 2, "dense_mixer": True},
+    "sparse": {
+        "sparse_regulariser": "wgsef",
+        "sparse_coef": 2.0,
+        "sparse_ffn": 0.5,
+        "sparse_kv_groups": 0.5,
+        "sparse_until": 0.5,
+        "sparse_anneal_fraction": 0.2,
+    },
+}
+"""Every option of every parametrisation, with a value that is not its default."""
 
 # title: (what is refused, what is changed to mend it)
 VLLM_KEYS: dict[str, Any] = {
@@ -191,6 +232,16 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ROUTED | {"bank_success": "generation"},
         {"bank_success_reward": "gsm8k_answer"},
     ),
+    # --- sparse ---
+    "sparse with nothing to remove": (SPARSE | {"sparse_ffn": 0.0}, {"sparse_kv_groups": 0.5}),
+    "sparse with a count that comes down too late": (
+        SPARSE | {"sparse_regulariser": "wgsef", "sparse_anneal_fraction": 0.8},
+        {"sparse_until": 0.9},
+    ),
+    "sparse with keep_best": (
+        ONLINE | SPARSE | HELD_OUT | {"eval_strategy": "steps", "keep_best": True},
+        {"keep_best": False},
+    ),
 }
 IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip of a loss type without one": (
@@ -212,56 +263,14 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loss_type": "sapo"},
     ),
     VLLM: (ONLINE | VLLM_KEYS, {"use_vllm": True}),
-    "LoRA options with full fine-tuning": (
-        FULL
-        | {"lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
-        | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
-        {"parametrization": "lora", "disable_dropout": False},
-    ),
-    "LoRA options with PEFT": (
-        IA3
-        | {"lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
-        | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
-        {"parametrization": "lora", "peft_type": None, "disable_dropout": False},
-    ),
-    "PEFT options with full fine-tuning": (
-        FULL | {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
-        {"parametrization": "peft"},
-    ),
-    "PEFT options with LoRA": (
-        {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
-        {"parametrization": "peft"},
-    ),
-    "LoRA options with router tuning": (
-        ROUTERS
-        | {"lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
-        | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
-        {"parametrization": "lora", "disable_dropout": False},
-    ),
-    "PEFT options with router tuning": (
-        ROUTERS | {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
-        {"parametrization": "peft"},
-    ),
-    "router tuning options with full fine-tuning": (
-        FULL | {"router_layers": 2, "dense_mixer": True},
-        {"parametrization": "routers"},
-    ),
-    "router tuning options with LoRA": (
-        {"router_layers": 2, "dense_mixer": True},
-        {"parametrization": "routers"},
-    ),
-    "router tuning options with PEFT": (
-        IA3 | {"router_layers": 2, "dense_mixer": True},
-        {"parametrization": "routers", "peft_type": None},
-    ),
     "router tuning options with a saved adapter": (
         ROUTERS | {"adapter": "lora", "router_layers": 2},
         {"adapter": None},
     ),
-    "LoRA options with a saved adapter": (
-        {"adapter": "lora", "lora_r": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"]}
-        | {"lora_modules_to_save": ["embed_tokens"], "use_rslora": True, "use_dora": True},
-        {"adapter": None, "disable_dropout": False},
+    "LoRA options with a saved adapter": ({"adapter": "lora"} | LORA, {"adapter": None, "disable_dropout": False}),
+    "sparse_anneal_fraction without wgsef": (
+        SPARSE | {"sparse_anneal_fraction": 0.2},
+        {"sparse_regulariser": "wgsef"},
     ),
     "LoRA dropout with dropout off": ({"lora_dropout": 0.1}, {"disable_dropout": False}),
     "cache options without a precomputed reference": (
@@ -357,6 +366,22 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static_weight of treg without alpha": ({"method": "treg", "alpha": 0.0, "static_weight": True}, {"alpha": 0.25}),
 }
 METHODS = [method for program in shapes_by_program() for method in program_methods(program)]
+
+
+def _options_under_another(owner: str, other: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of one parametrisation under another one, which turns into the first."""
+    chosen = {} if other == "lora" else IA3 if other == "peft" else {"parametrization": other}
+    mended = {"parametrization": owner} | dict.fromkeys(chosen.keys() - {"parametrization"})
+    if owner == "lora":
+        mended["disable_dropout"] = False
+    return chosen | OF_PARAMETRIZATIONS[owner], mended
+
+
+IGNORED |= {
+    f"{owner.label} options with {other.label}": _options_under_another(owner.name, other.name)
+    for owner, other in permutations(parametrizations(), 2)
+    if OF_PARAMETRIZATIONS[owner.name] and owner.name not in other.takes
+}
 BY_TITLE = {refusal.title: refusal for refusal in REFUSALS}
 
 
