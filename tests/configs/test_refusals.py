@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import permutations
 from typing import Any
 
 import pytest
@@ -13,10 +12,10 @@ from alignkit.config.compatibility import _ignored_by
 from alignkit.config.keys import base_keys, method_keys, program_methods, rule_keys
 from alignkit.parts.method import load_method
 from alignkit.parts.options import Ignored
-from alignkit.parts.parametrization import parametrizations
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
 from tests.configs.cases import ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
+from tests.configs.other_parametrizations import LORA, under_another
 
 FULL = {"parametrization": "full"}
 ROUTERS = {"parametrization": "routers"}
@@ -27,44 +26,6 @@ ADPO = {"method": "adpo"}
 GUARD = ONLINE | {"method": "grpo_guard"}
 IA3 = {"parametrization": "peft", "peft_type": "ia3"}
 SPARSE = {"parametrization": "sparse"}
-
-LORA: dict[str, Any] = {
-    "lora_r": 16,
-    "lora_alpha": 8,
-    "lora_dropout": 0.1,
-    "lora_target_modules": ["q_proj"],
-    "lora_modules_to_save": ["embed_tokens"],
-    "use_rslora": True,
-    "use_dora": True,
-}
-OF_PARAMETRIZATIONS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": LORA,
-    "pat": {
-        "pat_hidden": 0.3,
-        "pat_rank": 8,
-        "pat_form": "released",
-        "pat_mask": "importance",
-        "pat_milestone_steps": 5,
-        "pat_freeze_fraction": 0.5,
-        "pat_mask_learning_rate": 0.1,
-        "pat_active_coef": 2.0,
-        "pat_identity_coef": 2.0,
-        "pat_bimodality_coef": 2.0,
-        "pat_keep_tied": True,
-    },
-    "peft": {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
-    "routers": {"router_layers": 2, "dense_mixer": True},
-    "sparse": {
-        "sparse_regulariser": "wgsef",
-        "sparse_coef": 2.0,
-        "sparse_ffn": 0.5,
-        "sparse_kv_groups": 0.5,
-        "sparse_until": 0.5,
-        "sparse_anneal_fraction": 0.2,
-    },
-}
-"""Every option of every parametrisation, with a value that is not its default."""
 
 # title: (what is refused, what is changed to mend it)
 VLLM_KEYS: dict[str, Any] = {
@@ -366,22 +327,7 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static_weight of treg without alpha": ({"method": "treg", "alpha": 0.0, "static_weight": True}, {"alpha": 0.25}),
 }
 METHODS = [method for program in shapes_by_program() for method in program_methods(program)]
-
-
-def _options_under_another(owner: str, other: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of one parametrisation under another one, which turns into the first."""
-    chosen = {} if other == "lora" else IA3 if other == "peft" else {"parametrization": other}
-    mended = {"parametrization": owner} | dict.fromkeys(chosen.keys() - {"parametrization"})
-    if owner == "lora":
-        mended["disable_dropout"] = False
-    return chosen | OF_PARAMETRIZATIONS[owner], mended
-
-
-IGNORED |= {
-    f"{owner.label} options with {other.label}": _options_under_another(owner.name, other.name)
-    for owner, other in permutations(parametrizations(), 2)
-    if OF_PARAMETRIZATIONS[owner.name] and owner.name not in other.takes
-}
+IGNORED |= under_another()
 BY_TITLE = {refusal.title: refusal for refusal in REFUSALS}
 
 

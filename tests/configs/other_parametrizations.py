@@ -1,0 +1,65 @@
+"""Examples of options that belong to another parametrisation than the one chosen, for every pair of these."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+from alignkit.parts.parametrization import parametrizations
+
+OF_PEFT = {"parametrization": "peft", "peft_type": "ia3"}
+LORA: dict[str, Any] = {
+    "lora_r": 16,
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "lora_target_modules": ["q_proj"],
+    "lora_modules_to_save": ["embed_tokens"],
+    "use_rslora": True,
+    "use_dora": True,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": LORA,
+    "pat": {
+        "pat_hidden": 0.3,
+        "pat_rank": 8,
+        "pat_form": "released",
+        "pat_mask": "importance",
+        "pat_milestone_steps": 5,
+        "pat_freeze_fraction": 0.5,
+        "pat_mask_learning_rate": 0.1,
+        "pat_active_coef": 2.0,
+        "pat_identity_coef": 2.0,
+        "pat_bimodality_coef": 2.0,
+        "pat_keep_tied": True,
+    },
+    "peft": {"peft_type": "ia3", "peft_options": {"target_modules": ["q_proj"]}},
+    "routers": {"router_layers": 2, "dense_mixer": True},
+    "sparse": {
+        "sparse_regulariser": "wgsef",
+        "sparse_coef": 2.0,
+        "sparse_ffn": 0.5,
+        "sparse_kv_groups": 0.5,
+        "sparse_until": 0.5,
+        "sparse_anneal_fraction": 0.2,
+    },
+}
+"""Every option of every parametrisation, with a value that is not its default."""
+
+
+def under_another() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """By the title of the refusal: what is refused, and what is changed to mend it."""
+    return {
+        f"{owner.label} options with {other.label}": _case(owner.name, other.name)
+        for owner, other in permutations(parametrizations(), 2)
+        if OPTIONS[owner.name] and owner.name not in other.takes
+    }
+
+
+def _case(owner: str, other: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of one parametrisation under another one, which turns into the first."""
+    chosen = {} if other == "lora" else OF_PEFT if other == "peft" else {"parametrization": other}
+    mended = {"parametrization": owner} | dict.fromkeys(chosen.keys() - {"parametrization"})
+    if owner == "lora":
+        mended["disable_dropout"] = False
+    return chosen | OPTIONS[owner], mended
