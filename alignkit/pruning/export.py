@@ -1,162 +1,157 @@
-"""A pruned model as a plain one: maps merged, slices taken, and nothing given its name that computes otherwise."""
+"""A pruned model as a plain one: maps merged, slices taken, and nothing given its name that computes otherwise.
+
+Weights are computed in float64 and rounded once to float32; there the model must say what the masked one says. Then
+they are rounded to the type asked for, written, and loaded back by a process that knows stock transformers alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
-from alignkit.pruning.families import (
-    ATTENTION_OUT,
-    DOWN,
-    EMBEDDING,
-    FINAL_NORM,
-    GATE,
-    HEAD,
-    KEY,
-    LAYERS,
-    QUERY,
-    UP,
-    VALUE,
-    Family,
-    Sizes,
-    find_family,
-    sizes_of,
-)
-from alignkit.pruning.fold import Fold, index_of, norm_weight
+from alignkit.models.export import TOLERANCES, LogitsDifference, check_output, logits_difference, logits_of
+from alignkit.models.loading import DTYPES
+from alignkit.models.modes import evaluating
+from alignkit.models.saved_comparison import model_difference
+from alignkit.models.vocabulary import check_token_ids
+from alignkit.pruning.families import Sizes, sizes_of
+from alignkit.pruning.fold import Fold
+from alignkit.pruning.masks import masked
 from alignkit.pruning.plan import PruningPlan
-from alignkit.pruning.validate import check_folds, target_config
+from alignkit.pruning.slicing import pruned_model as pruned_model
+from alignkit.pruning.verify import Verification, verify
 
 
-@torch.no_grad()
-def pruned_model(
+@dataclass(frozen=True)
+class Size:
+    """What a model takes.
+
+    Attributes:
+        axes: Sizes by axis.
+        parameters: Numbers in it, a matrix that is embedding and head once.
+        bytes: Of its weights in the type of the export.
+    """
+
+    axes: Sizes
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and how it was checked.
+
+    Attributes:
+        dense: The model before.
+        pruned: The model after.
+        model_type: What it is written as.
+        dtype: Type of its weights.
+        is_tied: Whether embedding and head are one matrix.
+        plan: Digest of the plan.
+        exact: Masked model against the pruned one in float32, before rounding to ``dtype``.
+        verification: Masked model against the files, as stock transformers loads them.
+        notes: What other programs than transformers must know.
+    """
+
+    dense: Size
+    pruned: Size
+    model_type: str
+    dtype: str
+    is_tied: bool
+    plan: str
+    exact: LogitsDifference
+    verification: Verification
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as values of JSON."""
+        return asdict(self)
+
+
+def export(
     model: PreTrainedModel,
     plan: PruningPlan,
+    directory: Path,
     *,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Sequence[int]],
     folds: Mapping[str, Fold] | None = None,
     keep_tied: bool = False,
-) -> PreTrainedModel:
-    """A new stock model that computes what :func:`~alignkit.pruning.masks.masked` does.
+    dtype: str = "float32",
+) -> ExportReport:
+    """Write a pruned model that stock transformers loads; nothing is written when it is not the masked one.
 
     Args:
-        model: A plain dense model, adapters merged; it stays as it is.
-        plan: What is kept, the same number in every layer.
-        folds: Map behind a writer of the residual stream, by its full name; others have none.
-        keep_tied: Keep one matrix as embedding and head; the final norm makes up for its size.
-
-    Returns:
-        The model in evaluation mode on the device of ``model``; float64 if that is, float32 otherwise.
+        model: A plain dense model in float32, adapters merged; it stays as it is.
+        plan: What is kept; it is written beside the weights.
+        directory: Folder to make; it may exist only when empty.
+        tokenizer: Saved with the model.
+        texts: Token ids of the texts on which the models are compared.
+        folds: As for :func:`pruned_model`.
+        keep_tied: As for :func:`pruned_model`.
+        dtype: Type of the written weights: float32, bfloat16 or float16.
 
     Raises:
-        ModelError: No stock class loads it, or a fold does not fit.
+        ModelError: The folder is not free, no stock class loads the model, or it differs from the masked one.
     """
-    config = target_config(plan, model.config, keep_tied=keep_tied)
-    check_folds(folds or {}, model.config)
-    folds = {name: fold for name, fold in (folds or {}).items() if not fold.is_identity}
-    _check_ties(model)
-    if EMBEDDING in folds and config.tie_word_embeddings:
-        if keep_tied:
-            raise ModelError(
-                "keep_tied needs an embedding whose fold is the identity: the head would be changed with it. Leave "
-                f"keep_tied out, or train without a map behind {EMBEDDING}"
-            )
-        config.tie_word_embeddings = False
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    pruned = AutoModelForCausalLM.from_config(config, dtype=dtype).to(model.device)
-    slices = _Slices(model, plan, folds, is_tied=config.tie_word_embeddings)
-    unfilled = dict(pruned.named_parameters())
-    for name, value in slices.of_model():
-        # A tied head is named once, and a llama made of a qwen2 has a bias more, which is zero from the start.
-        if name in unfilled:
-            unfilled.pop(name).copy_(value)
-    for name in [name for name in unfilled if name.endswith(f"{ATTENTION_OUT}.bias")]:
-        unfilled.pop(name).zero_()
-    if unfilled:
-        raise ModelError(f"weights of the pruned model have no source in the dense one, such as {min(unfilled)}")
-    pruned.generation_config = deepcopy(model.generation_config)
-    return pruned.eval()
-
-
-def _check_ties(model: PreTrainedModel) -> None:
-    head, embedding = model.get_submodule(HEAD).weight, model.get_submodule(EMBEDDING).weight
-    if model.config.tie_word_embeddings and head is not embedding and not torch.equal(head, embedding):
+    check_output(directory)
+    if model.dtype not in (torch.float32, torch.float64):
         raise ModelError(
-            "the config says that embedding and head are one matrix, but they differ. Set tie_word_embeddings to false "
-            "in the config of the model"
+            f"the model to prune has weights in {model.dtype}: load it in float32, it is rounded once only"
         )
+    check_token_ids(model, tokenizer, {"a compared text": texts}, name="the model", pads=False)
+    pruned = pruned_model(model, plan, folds=folds, keep_tied=keep_tied)
+    with evaluating(model), masked(model, plan, folds=folds):
+        reference = logits_of(model, texts, model.device)
+    exact = logits_difference(reference, logits_of(pruned, texts, pruned.device))
+    if not exact.max_abs <= TOLERANCES["float32"]:
+        raise ModelError(
+            f"the pruned model differs from the masked one by up to {exact.max_abs:.3g} in a logit before any rounding "
+            f"(tolerance {TOLERANCES['float32']:g}), and nothing was written"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
+        draft = Path(folder) / directory.name
+        pruned.to(DTYPES[dtype]).save_pretrained(draft)
+        if difference := model_difference(pruned, draft):
+            raise ModelError(f"the export is refused and nothing was written, as saving lost weights: {difference}")
+        verification = verify(draft, texts, reference, TOLERANCES[dtype])
+        tokenizer.save_pretrained(draft)
+        plan.save(draft)
+        if directory.exists():
+            directory.rmdir()
+        draft.rename(directory)
+    return ExportReport(
+        dense=_size(model, dtype),
+        pruned=replace(_size(pruned, dtype), bytes=verification.bytes),
+        model_type=pruned.config.model_type,
+        dtype=dtype,
+        is_tied=pruned.config.tie_word_embeddings,
+        plan=plan.digest(),
+        exact=exact,
+        verification=verification,
+        notes=tuple(_notes(model.config, pruned.config)),
+    )
 
 
-@dataclass
-class _Slices:
-    """The weights of the pruned model, one at a time; names are those of the pruned model."""
+def _size(model: PreTrainedModel, dtype: str) -> Size:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Size(sizes_of(model.config), count, count * DTYPES[dtype].itemsize)
 
-    model: PreTrainedModel
-    plan: PruningPlan
-    folds: Mapping[str, Fold]
-    is_tied: bool
 
-    def __post_init__(self) -> None:
-        self.family: Family = find_family(self.model.config)
-        self.sizes: Sizes = sizes_of(self.model.config)
-        self.stream = index_of(self.plan.hidden, self.sizes.hidden, self.model.device)
-        self.shrink = (len(self.stream) / self.sizes.hidden) ** 0.5
-
-    def of_model(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight."""
-        # Scaled by the root of the hidden size, embeddings come out c times as large by themselves.
-        scaled = self.family.scales_embedding
-        embedding = self._written(EMBEDDING, self._weight(EMBEDDING).T, 1.0 if scaled else self.shrink).T
-        yield f"{EMBEDDING}.weight", embedding
-        yield f"{HEAD}.weight", self._weight(HEAD)[:, self.stream]
-        # One matrix for both holds the c of the embedding, so the final norm takes it out for the head too.
-        shrink = self.shrink**2 if self.is_tied and not scaled else self.shrink
-        yield f"{FINAL_NORM}.weight", self._norm(self._weight(FINAL_NORM), shrink)
-        for number, layer in enumerate(self.plan.kept_layers(self.sizes.layers)):
-            for name, value in self._of_layer(layer):
-                yield f"{LAYERS}.{number}.{name}", value
-
-    def _of_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        inner = index_of(None if self.plan.ffn is None else self.plan.ffn[layer], self.sizes.ffn, self.model.device)
-        groups = None if self.plan.kv_groups is None else self.plan.kv_groups[layer]
-        heads = index_of(groups, self.sizes.kv_groups, self.model.device)
-        keys, queries = self._channels(heads, 1), self._channels(heads, self.sizes.queries)
-        rows = {QUERY: queries, KEY: keys, VALUE: keys, GATE: inner, UP: inner}
-        columns = {ATTENTION_OUT: queries, DOWN: inner}
-        for name, value in self.model.get_submodule(f"{LAYERS}.{layer}").named_parameters():
-            module, _, kind = name.rpartition(".")
-            if module in rows:
-                value = value[rows[module]]
-                yield name, value[:, self.stream] if kind == "weight" else value
-            elif module in columns:
-                value = value[:, columns[module]] if kind == "weight" else value
-                yield name, self._written(f"{LAYERS}.{layer}.{module}", value, self.shrink)
-            elif module in self.family.norms:
-                yield name, self._norm(value, self.shrink)
-            elif module in self.family.post_norms:
-                yield name, value[self.stream]  # What it reads and what it writes are both c times as large.
-            else:
-                yield name, value  # Norms of queries and keys, as wide as a head.
-
-    def _weight(self, module: str) -> Tensor:
-        weight: Tensor = self.model.get_submodule(module).weight
-        return weight
-
-    def _written(self, writer: str, value: Tensor, shrink: float) -> Tensor:
-        """c (R W)[K, :] of a weight [D, inputs], or c (R b)[K] of a bias."""
-        value = value.double()
-        if fold := self.folds.get(writer):
-            value = fold.apply(value.T).T if value.ndim > 1 else fold.apply(value)
-        return value[self.stream] * shrink
-
-    def _norm(self, weight: Tensor, shrink: float) -> Tensor:
-        return norm_weight(weight[self.stream].double(), shrink, adds_one=self.family.adds_one)
-
-    def _channels(self, heads: Tensor, each: int) -> Tensor:
-        """Channels of the heads of groups that have ``each``."""
-        width = each * self.sizes.head_dim
-        return (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
+def _notes(dense: PreTrainedConfig, pruned: PreTrainedConfig) -> Iterator[str]:
+    if pruned.model_type != dense.model_type:
+        yield f"written as a {pruned.model_type}, which computes the same and loads everywhere at these sizes"
+    layer_types = pruned.to_dict().get("layer_types") or []
+    if "sliding_attention" in layer_types and pruned.num_hidden_layers < dense.num_hidden_layers:
+        yield (
+            "which layers have a sliding window is listed in the config (layer_types); a program that assumes a fixed "
+            "pattern for this family, as llama.cpp does, computes something else"
+        )

@@ -174,7 +174,7 @@ def _uneven(plan: PruningPlan, dense: Sizes) -> Iterator[str]:
             yield (
                 f"{axis} keeps {min(counts)} in one layer and {max(counts)} in another, but a stock config has one "
                 f"{field} for all layers. Keep the same number in each, such as {round(sum(counts) / len(counts))}, or "
-                "fill the smaller ones up with zeros (alignkit.pruning.export.zero_pad), which saves nothing in them"
+                "fill the smaller ones up with zeros (alignkit.pruning.slicing.zero_pad), which saves nothing in them"
             )
 
 
@@ -235,7 +235,7 @@ def _fields_by_layer(plan: PruningPlan, dense: Sizes, values: Mapping[str, Any])
     layers, fields = plan.kept_layers(dense.layers), {}
     if values.get("layer_types") is not None:
         fields["layer_types"] = [values["layer_types"][layer] for layer in layers]
-    if values.get("max_window_layers") is not None:
+    if plan.layers is not None and values.get("max_window_layers") is not None:
         fields["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in layers)
     return fields
 
