@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
@@ -108,26 +110,14 @@ def export(
         )
     check_token_ids(model, tokenizer, {"a compared text": texts}, name="the model", pads=False)
     pruned = pruned_model(model, plan, folds=folds, keep_tied=keep_tied)
-    with evaluating(model), masked(model, plan, folds=folds):
-        reference = logits_of(model, texts, model.device)
-    exact = logits_difference(reference, logits_of(pruned, texts, pruned.device))
-    if not exact.max_abs <= TOLERANCES["float32"]:
-        raise ModelError(
-            f"the pruned model differs from the masked one by up to {exact.max_abs:.3g} in a logit before any rounding "
-            f"(tolerance {TOLERANCES['float32']:g}), and nothing was written"
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
-        draft = Path(folder) / directory.name
+    reference, exact = _compared(model, pruned, plan, folds, texts)
+    with _draft(directory) as draft:
         pruned.to(DTYPES[dtype]).save_pretrained(draft)
         if difference := model_difference(pruned, draft):
             raise ModelError(f"the export is refused and nothing was written, as saving lost weights: {difference}")
         verification = verify(draft, texts, reference, TOLERANCES[dtype])
         tokenizer.save_pretrained(draft)
         plan.save(draft)
-        if directory.exists():
-            directory.rmdir()
-        draft.rename(directory)
     return ExportReport(
         dense=_size(model, dtype),
         pruned=replace(_size(pruned, dtype), bytes=verification.bytes),
@@ -139,6 +129,37 @@ def export(
         verification=verification,
         notes=tuple(_notes(model.config, pruned.config)),
     )
+
+
+def _compared(
+    model: PreTrainedModel,
+    pruned: PreTrainedModel,
+    plan: PruningPlan,
+    folds: Mapping[str, Fold] | None,
+    texts: Sequence[Sequence[int]],
+) -> tuple[list[Tensor], LogitsDifference]:
+    """Logits of the masked model, and how far the pruned one is from them before any rounding."""
+    with evaluating(model), masked(model, plan, folds=folds):
+        reference = logits_of(model, texts, model.device)
+    exact = logits_difference(reference, logits_of(pruned, texts, pruned.device))
+    if not exact.max_abs <= TOLERANCES["float32"]:
+        raise ModelError(
+            f"the pruned model differs from the masked one by up to {exact.max_abs:.3g} in a logit before any rounding "
+            f"(tolerance {TOLERANCES['float32']:g}), and nothing was written"
+        )
+    return reference, exact
+
+
+@contextmanager
+def _draft(directory: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``directory`` unless something is raised, and is gone otherwise."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
+        draft = Path(folder) / directory.name
+        yield draft
+        if directory.exists():
+            directory.rmdir()
+        draft.rename(directory)
 
 
 def _size(model: PreTrainedModel, dtype: str) -> Size:

@@ -222,8 +222,8 @@ def _no_multiple(target: str, pruned: Sizes, dense: Sizes) -> str:
     below = pruned.hidden // pruned.heads * pruned.heads
     widths = [width for width in (below, below + pruned.heads) if 0 < width <= dense.hidden]
     groups = [count for count in range(1, dense.kv_groups + 1) if pruned.hidden % (count * dense.queries) == 0]
-    ways = [f"a hidden width of {' or '.join(map(str, widths))}"] if widths else []
-    ways += [f"{' or '.join(map(str, groups[-3:]))} kv_groups"] if groups else []
+    ways = [f"{' or '.join(map(str, widths))} hidden channels"] if widths else []
+    ways += [f"{' or '.join(map(str, groups[-3:]))} of kv_groups"] if groups else []
     return (
         f"a {target} must have a hidden size that is a multiple of its attention heads, and {pruned.hidden} is none of "
         f"{pruned.heads}. Keep {', or '.join(ways)}"
@@ -235,7 +235,7 @@ def _fields_by_layer(plan: PruningPlan, dense: Sizes, values: Mapping[str, Any])
     layers, fields = plan.kept_layers(dense.layers), {}
     if values.get("layer_types") is not None:
         fields["layer_types"] = [values["layer_types"][layer] for layer in layers]
-    if plan.layers is not None and values.get("max_window_layers") is not None:
+    if len(layers) < dense.layers and values.get("max_window_layers") is not None:
         fields["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in layers)
     return fields
 
