@@ -96,6 +96,19 @@ def chunked_kl(
     return kl, agrees
 
 
+def head_logits(hidden: Float[Tensor, "N H"], head: Head) -> Float[Tensor, "N V"]:
+    """The logits of a few tokens, made as :func:`chunked_kl` makes them; the head lies whole.
+
+    Args:
+        hidden: Last hidden states.
+        head: Of the same model.
+    """
+    dtype, wide = _product_type(hidden), _wide(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        product = _product(_operand(hidden, dtype, wide), _operand(head.weight, dtype, wide).t(), wide)
+        return _shaped(product, head.bias, head.form)
+
+
 @dataclass(frozen=True)
 class _How:
     student: HeadForm
@@ -115,7 +128,7 @@ class _ChunkedKL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.how = how
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.dtype = _product_type(hidden)
         kl = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
         agrees = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         with torch.autocast(device, enabled=False), how.gathered(*_weights(tensors)):
@@ -182,6 +195,11 @@ def _shaped(logits: Tensor, bias: Tensor | None, form: HeadForm) -> Tensor:
     if form.scale != 1:
         logits *= form.scale
     return logits if form.softcap is None else torch.tanh(logits / form.softcap) * form.softcap
+
+
+def _product_type(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

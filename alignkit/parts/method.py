@@ -61,6 +61,23 @@ class AnchorSchedule:
     drift_metric: str = ""
 
 
+STARTING_MODEL = "base"
+"""Name of the teacher that is the model before it was pruned, or before it was tuned."""
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    """Whose next-token distributions an objective is given the divergence from.
+
+    Attributes:
+        model: A folder, a Hub id or ``STARTING_MODEL``.
+        temperature: What the logits of teacher and policy are divided by.
+    """
+
+    model: str
+    temperature: float = 1.0
+
+
 class Preparation:
     """What a method does in a run beside its loss; this one does nothing.
 
@@ -120,6 +137,7 @@ class Method:
         row_family: What rows look like, where that is not what the rows of the batch shape look like.
         preparation: What the method does in a run beside its loss, as a subclass of :class:`Preparation`.
         negative_reference: Name of the option with the model that scores the last candidate of a row, if any does.
+        teacher: Whose distributions the policy's are compared with under these options, or None; of supervised rows.
         anchor: How the reference moves under these options, or None for one that is frozen.
         conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
         ignored: Keys without effect under this method and some values, which a user who sets them is told.
@@ -138,6 +156,7 @@ class Method:
     row_family: Callable[[], RowFamily] | None = None
     preparation: Callable[[Any], Preparation] = Preparation
     negative_reference: str | None = None
+    teacher: Callable[[Any], TeacherChoice | None] = lambda options: None
     anchor: Callable[[Any], AnchorSchedule | None] = lambda options: None
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()

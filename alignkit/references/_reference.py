@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -42,6 +42,8 @@ from alignkit.references._anchor import ANCHOR, MovingAnchor, add_anchor_adapter
 from alignkit.references._token_rewards import choose_pass_layout, refuse_long_sequences, with_token_rewards
 from alignkit.references._token_rewards import default_cache_dir as token_reward_cache_dir
 from alignkit.references.token_reward_report import TokenRewardReport, token_reward_report
+
+Result = TypeVar("Result")
 
 
 class Reference:
@@ -200,13 +202,22 @@ class Reference:
         return compute_precision(self.host.model, self.host.accelerator.mixed_precision)
 
     @torch.no_grad()
+    def seen_by(self, forward: Callable[[nn.Module], Result]) -> Result:
+        """What a pass gives under the reference, as it is run while training.
+
+        Args:
+            forward: The pass, of the model it is given.
+        """
+        with self._in_force():
+            return forward(self._in_training())
+
+    @torch.no_grad()
     def token_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token log-probs of a collated batch, [B, K, T] of candidate rows.
 
         With a reference of its own for the negative, the last candidate of each row is scored by that one.
         """
-        with self._in_force():
-            logps = self.forward(self._in_training(), inputs)
+        logps = self.seen_by(lambda model: self.forward(model, inputs))
         if self.negative is None:
             return logps
         last = inputs["candidate_mask"].sum(-1, keepdim=True) - 1

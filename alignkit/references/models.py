@@ -23,7 +23,7 @@ def load_reference(config: Any) -> PreTrainedModel | None:
         ModelError: It cannot be loaded.
     """
     if "reference_model" in (others := other_models(config)):
-        return _load_other(config, "reference_model", others["reference_model"])
+        return load_other(config, "reference_model", others["reference_model"])
     has_adapter = load_parametrization(config.parametrization).has_adapter
     wants_copy = config.reference == "copy" or (config.reference == "auto" and not has_adapter)
     if not wants_copy or "reference" not in load_method(config.method).needs(config.method_options):
@@ -40,7 +40,7 @@ def load_negative_reference(config: Any) -> PreTrainedModel | None:
     key = load_method(config.method).negative_reference
     if key is None or key not in (others := other_models(config)):
         return None
-    return _load_other(config, key, others[key])
+    return load_other(config, key, others[key])
 
 
 def other_models(config: Any) -> dict[str, str]:
@@ -52,7 +52,7 @@ def other_models(config: Any) -> dict[str, str]:
     return {key: path for key, path in models.items() if path is not None}
 
 
-def _load_other(config: Any, key: str, path: str) -> PreTrainedModel:
+def load_other(config: Any, key: str, path: str) -> PreTrainedModel:
     """Load a model other than the policy; its errors name the config key."""
     with _naming(key, path):
         return load_model(config, path)
@@ -67,8 +67,8 @@ def check_other(config: Any, tokenizer: PreTrainedTokenizerBase, key: str, path:
     different = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
     if different:
         raise ModelError(
-            f"the reference model {path!r} has other token ids than {config.model!r}: {len(different)} tokens differ, "
-            f"such as {different[0]!r}. Write a {key} with the same tokenizer, or remove it to take the starting model."
+            f"`{key}: {path}` has other token ids than {config.model!r}: {len(different)} tokens differ, such as "
+            f"{different[0]!r}. Write a {key} with the same tokenizer, or remove it to take the starting model."
         )
 
 

@@ -150,8 +150,9 @@ def introduce(
     kind = config.parametrization + ("" if config.quantization == "none" else f" on {config.quantization}")
     rule = f" with {config.gradient_rule}" if config.gradient_rule else ""
     against = f"; reference: {reference}" if reference else ""
+    taught = f"; teacher: {sections['teacher']}" if "teacher" in sections else ""
     drawing = f"; {drawn}" if drawn else ""
-    trainer.add_callback(StartLine(trainer, f"{config.method}{rule}, {kind}{against}{drawing}"))
+    trainer.add_callback(StartLine(trainer, f"{config.method}{rule}, {kind}{against}{taught}{drawing}"))
     if trainer.eval_dataset is not None:
         trainer.add_callback(EvaluationAtTheEnd())
     trainer.persistent.append(OriginRecord(directory))

@@ -50,10 +50,13 @@ from alignkit.models._comparison import (
     length_dependence,
     refuse_other_scores,
 )
+from alignkit.models._distillation import head_difference
 from alignkit.models._forward import LOGP_TOLERANCE
 from alignkit.models.precision import trained_values
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.method import Method, load_method
+from alignkit.references._teacher import Teacher
+from alignkit.references.teachers import load_teacher, teacher_models
 from alignkit.shapes._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
 from alignkit.shapes._bridge import ObjectiveBridge, ratio
 
@@ -78,6 +81,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         method: The method whose objective is minimised.
         options: Instance of ``method.options``.
         train_dataset: Tokenised rows.
+        teacher: The model the method compares the policy with, where it is not the policy with its adapter off.
         gradient_rule: What is done to the gradient before the optimizer sees it; None is nothing.
         **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``callbacks``, ``optimizers`` as in TRL.
 
@@ -99,6 +103,7 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         method: Method,
         options: Any,
         train_dataset: Dataset | IterableDataset,
+        teacher: nn.Module | None = None,
         gradient_rule: ChosenRule | None = None,
         **inherited: Any,
     ) -> None:
@@ -107,12 +112,15 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         self.prepare_bridge(gradient_rule)
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
         checked_aux_loss(model, args.router_aux_loss_coef)
-        self.lengths = self._look_at_rows(model, args, train_dataset, inherited.get("eval_dataset"))
+        models = {"the policy": model} | ({} if teacher is None else {"the teacher": teacher})
+        self.lengths = self._look_at_rows(models, args, train_dataset, inherited.get("eval_dataset"))
         start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
         self.data_collator = self.own_collator(self.data_collator)
-        for run in self.policy_runs():
+        choice = method.teacher(options)
+        self.teacher = None if choice is None else Teacher(self, teacher, choice.temperature)
+        for run in self.policy_runs() + ([] if self.teacher is None else self.teacher.runs()):
             self.compare_policy(run)
         self.compare_once_sharded()
 
@@ -120,8 +128,8 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         """The collator of this bridge, set as TRL has set its own."""
         return SupervisedCollator(**vars(collator))
 
-    def _look_at_rows(self, model: nn.Module, args: SFTConfig, rows: Any, held_out: Any) -> RowLengths:
-        """Lengths of all rows, of which each must have log-probs of its own under the model.
+    def _look_at_rows(self, models: Mapping[str, nn.Module], args: SFTConfig, rows: Any, held_out: Any) -> RowLengths:
+        """Lengths of all rows, of which each must have log-probs of its own under the models.
 
         Raises:
             ModelError: The position encoding makes them depend on the rows beside.
@@ -130,17 +138,22 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         sets = [rows, *(each for each in evaluation if each is not None)]
         lengths = RowLengths.of(*sets, max_length=args.max_length)
         together = args.packing or max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1
-        if problem := length_dependence(model, lengths, together=together):
-            raise ModelError(f"the policy, {problem}.")
+        for name, model in models.items():
+            if problem := length_dependence(model, lengths, together=together):
+                raise ModelError(f"{name}, {problem}.")
         return lengths
 
     def compare_policy(self, run: ScoringRun) -> None:
-        """Compare the model's scores with its own logits, and rows packed together with the same rows apart.
+        """Compare a model's scores with its own logits, and rows packed together with the same rows apart.
+
+        The policy's, and those of its teacher.
 
         Raises:
             ModelError: They differ.
         """
         refuse_other_scores(run, self.lengths)
+        if self.teacher is not None:
+            self._compare_head(run)
         implementation = run.base.config.get_text_config()._attn_implementation
         # Flash attention takes row boundaries as such.
         if not self.padding_free or "flash" in implementation:
@@ -156,6 +169,16 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
                 f"Write {other}packing: false."
             )
 
+    def _compare_head(self, run: ScoringRun) -> None:
+        difference = head_difference(run, self.lengths.longest_row)
+        tolerance = LOGP_TOLERANCE[run.precision]
+        found = f"differ by {difference:.2g} nats a token from its own (tolerance {tolerance})"
+        if problem := agreed(None if difference <= tolerance else found):
+            raise ModelError(
+                f"{run.label}: the log-probs that its distance from a teacher is made of {problem}: its head does more "
+                "than its config says. Take a model of another architecture, or a method without a teacher (sft)."
+            )
+
     def _packed_together(self) -> list[list[int]] | None:
         """Rows that stand behind one another in one of the first packed rows; None where each stands alone."""
         for row in islice(self.train_dataset, SAMPLED_ROWS):
@@ -168,15 +191,25 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
 
     def evaluate_objective(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, LossOutput]:
         """One forward pass through TRL's fused head, and the method's terms."""
-        output = self.forward_pass(model, inputs)
-        batch = TokenBatch(policy_token_logps=output.log_probs, label_mask=output.label_mask)
+        if self.teacher is None:
+            output, distances = self.forward_pass(model, inputs), {}
+        else:
+            output = self.forward_pass(model, inputs, teacher=self.teacher.states(self._known_to_models(inputs)))
+            distances = {"teacher_kl": output.teacher_kl, "teacher_agrees": output.teacher_agrees}
+        batch = TokenBatch(policy_token_logps=output.log_probs, label_mask=output.label_mask, **distances)
         return output, self.method.objective(batch, self.method_options)
 
-    def forward_pass(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-        """What TRL's fused head puts out for a batch."""
+    def forward_pass(self, model: nn.Module, inputs: Mapping[str, Tensor], **more: Any) -> Any:
+        """What TRL's fused head puts out for a batch.
+
+        Args:
+            **more: Inputs beside those of the batch.
+        """
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        known = {name: value for name, value in inputs.items() if name not in self.own_inputs}
-        return model(**known, use_cache=False, fused_lm_head=True, **extra)
+        return model(**self._known_to_models(inputs), use_cache=False, fused_lm_head=True, **extra, **more)
+
+    def _known_to_models(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in inputs.items() if name not in self.own_inputs}
 
     def item_counts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Local number of trained tokens; no position predicts the first token of a row."""
@@ -314,8 +347,8 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> SFTConfig:
 
 
 def other_models(config: Any) -> dict[str, str]:
-    """There are none beside the policy."""
-    return {}
+    """The teacher, where the method has one that is a model of its own."""
+    return teacher_models(config)
 
 
 def batches_an_epoch(args: SFTConfig, num_rows: int) -> int:
@@ -361,6 +394,8 @@ def build(
     """
     used = {"a training row": data.train, "a held-out row": data.evaluation, "a prompt": data.prompts}
     check_token_ids(policy, tokenizer, used, name=repr(config.model))
+    if (teacher := load_teacher(config)) is not None:
+        check_token_ids(teacher, tokenizer, used, name=repr(teacher.name_or_path))
     return SupervisedTrainer(
         policy,
         args,
@@ -369,10 +404,14 @@ def build(
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
+        teacher=teacher,
         **inherited,
     )
 
 
 def describe(config: Any, trainer: SupervisedTrainer) -> dict[str, Any]:
-    """Nothing that is not recorded of every run."""
-    return {}
+    """The teacher, in words."""
+    if trainer.teacher is None:
+        return {}
+    own = teacher_models(config).get("teacher")
+    return {"teacher": "the policy with its adapter off" if own is None else f"{own}, a second model in memory"}

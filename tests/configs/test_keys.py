@@ -93,7 +93,7 @@ TRAITS = {
     "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private rollout_steps "
     "success_threshold keep_best bank_dir bank_batch_size gradient_ratio_steps",
     "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache "
-    "bank_dir bank_embedder",
+    "bank_dir bank_embedder teacher",
 }
 """What each trait means for a run is decided key by key, so a change shows here."""
 

@@ -66,6 +66,7 @@ def parameters(function: Any) -> list[str]:
         ),
         (trainer_utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
         (trainer_utils.use_adapter, ["model", "adapter_name"]),
+        (trainer_utils.maybe_gather_lm_head_ctx, ["params"]),
         (model_utils.prepare_deepspeed, ["model", "accelerator"]),
         (model_utils.prepare_fsdp, ["model", "accelerator"]),
         (model_utils.disable_gradient_checkpointing, ["model", "gradient_checkpointing_kwargs"]),
