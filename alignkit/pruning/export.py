@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.export import TOLERANCES, LogitsDifference, check_output, logits_difference, logits_of
@@ -115,8 +115,9 @@ def export(
         pruned.to(DTYPES[dtype]).save_pretrained(draft)
         if difference := model_difference(pruned, draft):
             raise ModelError(f"the export is refused and nothing was written, as saving lost weights: {difference}")
-        verification = verify(draft, texts, reference, TOLERANCES[dtype])
         tokenizer.save_pretrained(draft)
+        _refuse_other_tokens(tokenizer, draft, texts)
+        verification = verify(draft, texts, reference, TOLERANCES[dtype])
         plan.save(draft)
     return ExportReport(
         dense=_size(model, dtype),
@@ -160,6 +161,17 @@ def _draft(directory: Path) -> Iterator[Path]:
         if directory.exists():
             directory.rmdir()
         draft.rename(directory)
+
+
+def _refuse_other_tokens(tokenizer: PreTrainedTokenizerBase, draft: Path, texts: Sequence[Sequence[int]]) -> None:
+    """Raise ModelError where the saved tokenizer is loaded as another one, as its class may follow the model type."""
+    loaded = AutoTokenizer.from_pretrained(draft)
+    for text in tokenizer.batch_decode(texts):
+        if loaded(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise ModelError(
+                f"the tokenizer, loaded beside the pruned model, cuts {text[:60]!r} otherwise than before, and nothing "
+                "was written. Prune ffn or layers alone, which never change the type of a model"
+            )
 
 
 def _size(model: PreTrainedModel, dtype: str) -> Size:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from alignkit.errors import ModelError
 from alignkit.pruning.families import (
@@ -67,7 +68,9 @@ def pruned_model(
             )
         config.tie_word_embeddings = False
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    pruned = AutoModelForCausalLM.from_config(config, dtype=dtype).to(model.device)
+    with no_init_weights():  # Random numbers for every weight would take minutes, and each is filled below.
+        pruned = AutoModelForCausalLM.from_config(config, dtype=dtype).to(model.device)
+    pruned.tie_weights()
     slices = _Slices(model, plan, folds, is_tied=config.tie_word_embeddings)
     unfilled = dict(pruned.named_parameters())
     for name, value in slices.of_model():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import alignkit.pruning.export as module
@@ -34,10 +34,20 @@ from tests.pruning.tiny_families import (
 TEXTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7]]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(kind: type = PreTrainedTokenizerFast, shift: int = 0) -> Any:
     """One token a word, as many as the models have."""
-    words = Tokenizer(models.WordLevel({str(word): word for word in range(WORDS)}, unk_token="0"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="1")
+    words = {str(word): (word + shift) % WORDS for word in range(WORDS)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return kind(tokenizer_object=backend, unk_token="0", eos_token="1")
+
+
+class SavedAsAnother(PreTrainedTokenizerFast):
+    """What comes back from disk has the same words under other numbers."""
+
+    def save_pretrained(self, folder: Any, **options: Any) -> Any:
+        """Write the other one."""
+        return tokenizer(shift=1).save_pretrained(folder, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,7 +77,7 @@ def test_an_export_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
     assert dense.training
     assert [path.name for path in output.parent.iterdir()] == ["small"]
     assert PruningPlan.load(output) == ALL
-    assert AutoTokenizer.from_pretrained(output)("3 4", add_special_tokens=False)["input_ids"]
+    assert AutoTokenizer.from_pretrained(output)("3 4")["input_ids"] == [3, 4]
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     assert (loaded.dtype, loaded.generation_config.temperature) == (torch.bfloat16, 0.3)
     assert (report.model_type, report.is_tied, report.plan) == ("llama", False, ALL.digest())
@@ -114,6 +124,12 @@ def test_nothing_is_left_of_an_export_that_is_refused(tmp_path: Path, monkeypatc
     )
     with pytest.raises(ModelError, match=r"differs from the masked one by up to .* before any rounding"):
         export(dense, AXES["hidden"], output, **options)
+    monkeypatch.undo()
+    with pytest.raises(
+        ModelError, match="the tokenizer, loaded beside the pruned model, cuts '1 2 3 4 5 6 7' otherwise"
+    ):
+        export(dense, ALL, output, **options | {"tokenizer": tokenizer(SavedAsAnother)})
+    assert [path.name for path in tmp_path.rglob("*")] == ["small"]
     (output / PLAN_FILE).write_text("{}")
     with pytest.raises(ModelError, match="is not empty"):
         export(dense, ALL, output, **options)
