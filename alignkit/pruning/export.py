@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.export import TOLERANCES, LogitsDifference, check_output, logits_difference, logits_of
@@ -128,7 +128,7 @@ def export(
         plan=plan.digest(),
         exact=exact,
         verification=verification,
-        notes=tuple(_notes(model.config, pruned.config)),
+        notes=tuple(_notes(model, pruned)),
     )
 
 
@@ -179,7 +179,14 @@ def _size(model: PreTrainedModel, dtype: str) -> Size:
     return Size(sizes_of(model.config), count, count * DTYPES[dtype].itemsize)
 
 
-def _notes(dense: PreTrainedConfig, pruned: PreTrainedConfig) -> Iterator[str]:
+def _notes(before: PreTrainedModel, after: PreTrainedModel) -> Iterator[str]:
+    dense, pruned = before.config, after.config
+    if dense.tie_word_embeddings and not pruned.tie_word_embeddings:
+        extra = pruned.vocab_size * pruned.hidden_size
+        yield (
+            f"embedding and head are two matrices now, {extra:,} numbers more; keep_tied keeps one, unless a map "
+            "behind the embedding was trained"
+        )
     if pruned.model_type != dense.model_type:
         yield f"written as a {pruned.model_type}, which computes the same and loads everywhere at these sizes"
     layer_types = pruned.to_dict().get("layer_types") or []

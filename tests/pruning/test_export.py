@@ -87,7 +87,8 @@ def test_an_export_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
     assert report.pruned.bytes == (output / "model.safetensors").stat().st_size
     assert report.dense.bytes == 2 * sum(p.numel() for p in dense.parameters())
     assert report.exact.max_abs < 1e-4 < report.verification.max_error < TOLERANCES["bfloat16"]
-    assert "written as a llama" in report.notes[0]
+    assert f"two matrices now, {WORDS * 24:,} numbers more" in report.notes[0]
+    assert "written as a llama" in report.notes[1]
     assert json.loads(json.dumps(report.to_json()))["verification"]["parameters"] == report.pruned.parameters
 
 
