@@ -189,6 +189,8 @@ def _notes(before: PreTrainedModel, after: PreTrainedModel) -> Iterator[str]:
         )
     if pruned.model_type != dense.model_type:
         yield f"written as a {pruned.model_type}, which computes the same and loads everywhere at these sizes"
+    if pruned.model_type in ("gemma", "gemma2") and not pruned.tie_word_embeddings:
+        yield f"llama.cpp takes the embedding of a {pruned.model_type} as its head too, so it computes something else"
     layer_types = pruned.to_dict().get("layer_types") or []
     if "sliding_attention" in layer_types and pruned.num_hidden_layers < dense.num_hidden_layers:
         yield (

@@ -27,12 +27,13 @@ def target_config(plan: PruningPlan, config: PreTrainedConfig, *, keep_tied: boo
 
     A llama whose hidden width is no multiple of its heads becomes a mistral without a sliding window, which computes
     the same and has no such rule. A qwen2 whose heads no longer fill the hidden width becomes a llama with biases, as
-    vLLM and llama.cpp ignore a qwen2's width of a head.
+    vLLM and llama.cpp ignore a qwen2's width of a head. Embedding and head of a gemma stay one matrix, which costs
+    nothing: it scales embeddings by the root of the hidden size, so the matrix itself is only cut.
 
     Args:
         plan: What is kept.
         config: Of the dense model; stays as it is.
-        keep_tied: Keep one matrix as embedding and head although hidden channels go.
+        keep_tied: Keep one matrix as embedding and head although hidden channels go, whatever the family.
 
     Raises:
         ModelError: No stock class loads it; lists everything that is wrong.
@@ -42,6 +43,7 @@ def target_config(plan: PruningPlan, config: PreTrainedConfig, *, keep_tied: boo
     pruned = pruned_sizes(plan, config)
     target, misfit = _target_type(family, pruned, plan, config)
     _refuse(plan, [*_uneven(plan, dense), *misfit, *_problems_of_ties(config, keep_tied)])
+    stays_tied = pruned.hidden == dense.hidden or family.scales_embedding
     values = config.to_dict()
     for key in ("architectures", "model_type", "transformers_version", "sliding_window_pattern"):
         values.pop(key, None)
@@ -52,7 +54,7 @@ def target_config(plan: PruningPlan, config: PreTrainedConfig, *, keep_tied: boo
         "num_key_value_heads": pruned.kv_groups,
         "num_hidden_layers": pruned.layers,
         "head_dim": pruned.head_dim,
-        "tie_word_embeddings": config.tie_word_embeddings and (keep_tied or pruned.hidden == dense.hidden),
+        "tie_word_embeddings": config.tie_word_embeddings and (keep_tied or stays_tied),
     }
     values |= _fields_by_layer(plan, dense, values)
     if target != family.model_type:

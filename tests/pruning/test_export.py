@@ -92,12 +92,14 @@ def test_an_export_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_json()))["verification"]["parameters"] == report.pruned.parameters
 
 
-def test_where_windows_lie_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that assumes a pattern gets another model when layers are gone."""
+def test_what_other_programs_get_wrong_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that assumes a pattern of windows when layers are gone, or one matrix where there are two."""
     monkeypatch.setattr(module, "verify", lambda draft, *_: _Verified(bytes=1))
     options: dict[str, Any] = {"tokenizer": tokenizer(), "texts": TEXTS}
-    assert export(model("gemma2"), AXES["ffn"], tmp_path / "whole", **options).notes == ()
-    assert "layer_types" in export(model("gemma2"), AXES["layers"], tmp_path / "shorter", **options).notes[0]
+    tied = model("gemma2", tie_word_embeddings=True)
+    assert export(tied, AXES["hidden"], tmp_path / "narrower", **options).notes == ()
+    assert "layer_types" in export(tied, AXES["layers"], tmp_path / "shorter", **options).notes[0]
+    assert "as its head too" in export(model("gemma2"), AXES["ffn"], tmp_path / "untied", **options).notes[0]
 
 
 class _Verified:

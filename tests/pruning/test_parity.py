@@ -51,7 +51,8 @@ def test_the_pruned_model_is_the_masked_one(case: str, tied: bool) -> None:
             expected, found = masked_logits(dense, plan, maps), logits(pruned)
         assert difference(found, expected) <= EXACT, plan
         assert difference(expected, whole) > 0.1, plan
-        assert pruned.config.tie_word_embeddings == (tied and plan.hidden is None and not maps)
+        one_will_do = plan.hidden is None or case.startswith("gemma")
+        assert pruned.config.tie_word_embeddings == (tied and one_will_do and not maps)
 
 
 @pytest.mark.parametrize("case", CASES)

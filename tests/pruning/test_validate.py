@@ -143,12 +143,14 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
 
 
 def test_ties() -> None:
-    """Hidden channels part embedding and head unless asked to keep them; nothing else does."""
+    """Hidden channels part embedding and head unless asked to keep them, or scaled by width; nothing else does."""
     tied = config("llama", tie_word_embeddings=True)
     assert not target_config(AXES["hidden"], tied).tie_word_embeddings
     assert target_config(AXES["hidden"], tied, keep_tied=True).tie_word_embeddings
     for axis in ("ffn", "kv_groups", "layers"):
         assert target_config(AXES[axis], tied).tie_word_embeddings
+    assert target_config(AXES["hidden"], config("gemma", tie_word_embeddings=True)).tie_word_embeddings
+    assert not target_config(AXES["hidden"], config("gemma")).tie_word_embeddings
     with pytest.raises(ModelError, match="two matrices already: leave out keep_tied"):
         target_config(AXES["hidden"], config("llama"), keep_tied=True)
 
