@@ -3,7 +3,8 @@
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - deepspeed ``DeepSpeedEngine._zero3_consolidated_16bit_state_dict()``: the whole model on the first process, as saving
   gathers it
-- deepspeed ``_hp_mapping`` of a parameter under ZeRO-1 and ZeRO-2, ``ds_id`` under ZeRO-3
+- deepspeed ``_hp_mapping`` of a parameter under ZeRO-1 and ZeRO-2, ``ds_id`` under ZeRO-3, and with an engine
+  ``_z3_optimizer``
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ def trained_value(parameter: nn.Parameter) -> Tensor:
     """
     if not _is_stepped_elsewhere(parameter):
         return parameter.detach().clone()
+    if "ds_id" in vars(parameter) and "_z3_optimizer" not in vars(parameter):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):  # Sharded as it was loaded: no engine steps it yet.
+            return parameter.detach().clone()
     from deepspeed.utils import safe_get_full_fp32_param
 
     value: Tensor = safe_get_full_fp32_param(parameter)
