@@ -18,6 +18,17 @@ LORA: dict[str, Any] = {
     "use_dora": True,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
+    "atp": {
+        "atp_ffn": 0.25,
+        "atp_kv_groups": 0.25,
+        "atp_control_fraction": 0.5,
+        "atp_generator_lr": 0.01,
+        "atp_ratio_weight": 2.0,
+        "atp_temperature": 0.2,
+        "atp_keep_bias": 2.0,
+        "atp_penalty": "group_lasso",
+        "atp_penalty_strength": 0.5,
+    },
     "full": {},
     "lora": LORA,
     "pat": {

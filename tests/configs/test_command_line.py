@@ -76,7 +76,7 @@ def test_help_describes_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     own += [name for rule in rule_names() for name in rule_keys(rule)]
     assert sorted(described) == sorted(["config", "print_config", "help", *base_keys("preference"), *own])
     assert "\n  --beta_neg  a number, >= 0\n" in printed
-    assert "(default under lora 1e-05 (10 times full" in " ".join(printed.split())
+    assert " under lora 1e-05 (10 times full" in " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 120
 
 

@@ -26,6 +26,7 @@ ADPO = {"method": "adpo"}
 GUARD = ONLINE | {"method": "grpo_guard"}
 IA3 = {"parametrization": "peft", "peft_type": "ia3"}
 SPARSE = {"parametrization": "sparse"}
+ATP = {"parametrization": "atp"}
 
 # title: (what is refused, what is changed to mend it)
 VLLM_KEYS: dict[str, Any] = {
@@ -192,6 +193,18 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "success by generation without a reward": (
         ROUTED | {"bank_success": "generation"},
         {"bank_success_reward": "gsm8k_answer"},
+    ),
+    # --- atp ---
+    "ATP that removes nothing": (ATP | {"atp_ffn": 0.0, "atp_kv_groups": 0.0}, {"atp_ffn": 0.25}),
+    "ATP with fp16": (ATP | {"fp16": True}, {"fp16": False}),
+    "ATP with drawn answers": (ATP | ONLINE, {"parametrization": "lora"}),
+    "ATP that goes on from an adapter": (ATP | {"adapter": "lora"}, {"adapter": None}),
+    "ATP with a moving anchor": (ATP | ADPO | {"anchor": "ema"}, {"anchor": "fixed"}),
+    "ATP with torch_compile": (ATP | {"torch_compile": True}, {"torch_compile": False}),
+    "ATP with DoRA": (ATP | {"use_dora": True}, {"use_dora": False}),
+    "ATP with modules that train in full": (
+        ATP | {"lora_modules_to_save": ["lm_head"]},
+        {"lora_modules_to_save": []},
     ),
     # --- sparse ---
     "sparse with nothing to remove": (SPARSE | {"sparse_ffn": 0.0}, {"sparse_kv_groups": 0.5}),

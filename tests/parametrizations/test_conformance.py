@@ -31,7 +31,7 @@ KEYS = {"method": "dpo", "max_steps": 4, "save_strategy": "steps", "save_steps":
 NEEDED = {"peft": {"peft_type": "ia3"}}
 """What a config says besides, of a parametrisation that is many."""
 
-NEEDED_SHAPE = {"routers": {"num_experts": 4}}
+NEEDED_SHAPE = {"atp": {"num_attention_heads": 4, "num_key_value_heads": 2}, "routers": {"num_experts": 4}}
 """Of a model with a place for it, where not every model has one."""
 
 WHOLE = ("full", "sparse")
