@@ -97,14 +97,16 @@ def validate_config(config: Configuration) -> None:
 def flatten(config: Configuration) -> dict[str, Any]:
     """All values by key, the options of method and gradient rule beside the others, in the order of the sections.
 
-    Options of a parametrisation that is not in force are there where they have a value.
+    Options of a parametrisation that is not in force are there where they are not the default.
     """
-    values = {name: getattr(config, name) for name in base_keys(config.program)}
-    chosen = next((record for record in parametrizations() if record.name == values.get("parametrization")), None)
-    for record in parametrizations():
-        if chosen is None or record.name not in chosen.also:
-            unused = {f.name for f in fields(record.options)}
-            values = {name: value for name, value in values.items() if name not in unused or value is not None}
+    keys = base_keys(config.program)
+    values = {name: getattr(config, name) for name in keys}
+    records = parametrizations()
+    chosen = [record for record in records if record.name == values.get("parametrization")]
+    own = {name for record in chosen for name in record.also}
+    unused = {f.name for record in records if record.name not in own for f in fields(record.options)}
+    unused -= {f.name for record in records if record.name in own for f in fields(record.options)}
+    values = {name: value for name, value in values.items() if name not in unused or value != keys[name].default}
     for options in (config.method_options, config.gradient_options):
         if is_dataclass(options):
             values |= {f.name: getattr(options, f.name) for f in fields(options)}

@@ -13,6 +13,7 @@ those weights. Both sides run in float32 except the quantised reference, whose k
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from alignkit.models.loading import (
     quantization_of,
 )
 from alignkit.models.saved_comparison import model_difference
+from alignkit.models.sparse_adapter import is_sparse_kind
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.parametrization import parametrization_names
 from alignkit.places import is_local
@@ -129,6 +131,11 @@ def merge_adapter(
             merged, or the models differ.
     """
     check_output(output)
+    if is_sparse_kind(adapter.kind):
+        raise ModelError(
+            f"the adapter {str(adapter.directory)!r} removes structures of its base: a merge has no place for that. "
+            f"Write alignkit prune --adapter {shlex.quote(str(adapter.directory))}, which exports the smaller model."
+        )
     check_base(adapter, source)
     if (adapter.directory / "README.md").is_file():
         read_card(adapter.directory / "README.md")  # Before hours of merging: the merged model inherits from it.

@@ -15,6 +15,7 @@ from alignkit.config.keys import base_keys, method_keys
 from alignkit.errors import ConfigError
 from alignkit.objectives.dpo import DPOOptions
 from alignkit.objectives.flex_dpo import FlexDPOOptions
+from alignkit.parts.parametrization import parametrizations
 from alignkit.runs.arguments import common_arguments
 from alignkit.shapes.candidates import PreferenceConfig
 from tests.configs.cases import GOOD, SUPERVISED, load, load_text
@@ -52,8 +53,9 @@ def test_every_value_has_its_source() -> None:
     assert loaded.sources["learning_rate"] == "c.yaml:8"
     assert loaded.sources["seed"] == loaded.sources["beta_neg"] == "command line"
     assert loaded.sources["beta_pos"] == loaded.sources["bf16"] == "default"
-    of_other_parametrisations = {"peft_type", "peft_options"}  # Not said of a run that they do not concern.
-    assert set(loaded.sources) == {*base_keys("preference"), *method_keys("flex_dpo")} - of_other_parametrisations
+    # Of other parametrisations nothing is said that the config does not say.
+    others = {f.name for record in parametrizations() if record.name != "lora" for f in fields(record.options)}
+    assert set(loaded.sources) == {*base_keys("preference"), *method_keys("flex_dpo")} - others
     assert loaded.config.method_options.beta_neg == 0.04
 
 
@@ -126,7 +128,8 @@ def test_null_on_the_command_line_takes_back_what_the_file_says() -> None:
     text = GOOD_TEXT + "lora_r: 4\nnum_train_epochs: 3\nmax_rows: 5\n"
     overrides = ["--lora_r", "null", "--parametrization", "full", "--num_train_epochs=null", "--max_steps", "5"]
     loaded = load_text(text, [*overrides, "--max_rows", "null"])
-    assert (loaded.config.lora_r, loaded.sources["lora_r"]) == (16, "default")
+    assert loaded.config.lora_r == 16
+    assert "lora_r" not in loaded.sources  # not said of a run without adapters
     assert (loaded.config.max_rows, loaded.sources["max_rows"]) == (None, "default")
     assert loaded.config.max_steps == 5
 

@@ -19,6 +19,7 @@ from tests.configs.other_parametrizations import LORA, under_another
 
 FULL = {"parametrization": "full"}
 ROUTERS = {"parametrization": "routers"}
+PAT = {"parametrization": "pat"}
 FLASH = {"attn_implementation": "flash_attention_2"}
 HELD_OUT = {"eval_fraction": 0.5}
 STREAM = {"streaming": True, "max_steps": 10}
@@ -149,6 +150,15 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "PEFT kinds that go on from an adapter": (IA3 | {"adapter": "lora"}, {"adapter": None}),
     "PEFT kinds under a gradient rule": (IA3 | {"gradient_rule": "sam"}, {"gradient_rule": None}),
     "PEFT kinds with a moving anchor": (IA3 | ADPO | {"anchor": "ema"}, {"anchor": "fixed"}),
+    # --- pat ---
+    "PAT that goes on from an adapter": (PAT | {"adapter": "lora"}, {"adapter": None}),
+    "PAT with a moving anchor": (PAT | ADPO | {"anchor": "ema"}, {"anchor": "fixed"}),
+    "PAT with torch_compile": (PAT | {"torch_compile": True}, {"torch_compile": False}),
+    "PAT with DoRA": (PAT | {"use_dora": True}, {"use_dora": False}),
+    "PAT with modules that train in full": (
+        PAT | {"lora_modules_to_save": ["lm_head"]},
+        {"lora_modules_to_save": []},
+    ),
     # --- adpo ---
     "tau with beta": (ADPO | {"tau": 0.8, "beta": 0.1}, {"tau": None}),
     "empty range of the temperature": (ADPO | {"adaptive_tau": True, "tau_min": 6.0}, {"tau_max": 7.0}),

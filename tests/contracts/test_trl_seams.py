@@ -109,6 +109,7 @@ SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluat
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_save_checkpoint",
+    "create_optimizer",
     "predict",
 }
 

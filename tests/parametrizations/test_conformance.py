@@ -11,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignkit.errors import ModelError
 from alignkit.losses.types import CandidateBatch, LossOutput
 from alignkit.models.export import merge_adapter
 from alignkit.models.files import read_adapter
-from alignkit.models.loading import ModelSource
+from alignkit.models.loading import ModelSource, load_adapter, load_model
+from alignkit.models.sparse_adapter import is_sparse_kind
 from alignkit.parts.parametrization import load_parametrization, parametrization_names
+from alignkit.pruning.export import pruned_model
+from alignkit.pruning.learnt import learnt
 from tests.programs.conftest import save_model
 from tests.shapes.building import build, config_of, little_garbage, text_rows
 from tests.trainers import logged
@@ -112,6 +117,18 @@ def test_it_trains_what_it_says_against_the_start_and_resumes_to_the_last_bit(
         assert torch.equal(value, after[key]), key
 
 
+def merged(adapter: Path, model: str, output: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    merge_adapter(read_adapter(str(adapter)), ModelSource(model), output, tokenizer=tokenizer, prompts=PROMPTS)
+    return output
+
+
+def exported(adapter: Path, model: str, output: Path) -> Path:
+    found = learnt(load_adapter(load_model(ModelSource(model)), read_adapter(str(adapter))))
+    pruned_model(found.model, found.plan, folds=found.folds, keep_tied=found.keep_tied).save_pretrained(output)
+    return output
+
+
 @for_every_parametrization
 def test_what_is_saved_is_the_model_that_was_trained(name: str, model: str, tmp_path: Path) -> None:
     trainer = trainer_of(name, model, tmp_path)
@@ -120,12 +137,12 @@ def test_what_is_saved_is_the_model_that_was_trained(name: str, model: str, tmp_
     trained = [trainer.model(torch.tensor([prompt])).logits.detach() for prompt in PROMPTS]
     trainer.save_model(str(tmp_path / "saved"))
     whole = tmp_path / "saved"
-    if load_parametrization(name).has_adapter:
-        whole = tmp_path / "merged"
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        merge_adapter(
-            read_adapter(str(tmp_path / "saved")), ModelSource(model), whole, tokenizer=tokenizer, prompts=PROMPTS
-        )
+    if isinstance(trainer.model, PeftModel) and is_sparse_kind(read_adapter(tmp_path / "saved").kind):
+        with pytest.raises(ModelError, match="alignkit prune"):
+            merged(tmp_path / "saved", model, tmp_path / "merged")
+        whole = exported(tmp_path / "saved", model, tmp_path / "exported")
+    elif load_parametrization(name).has_adapter:
+        whole = merged(tmp_path / "saved", model, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
     untouched = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for prompt, expected in zip(PROMPTS, trained, strict=True):

@@ -15,3 +15,7 @@ def prepare(config: Any, model: PreTrainedModel) -> None:
     """Freeze what is no normalisation layer."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "norm" in name
+
+
+def attach(config: Any, trainer: Any) -> None:
+    """Nothing: it trains as the trainer does."""

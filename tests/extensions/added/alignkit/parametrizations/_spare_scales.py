@@ -15,3 +15,7 @@ def check(config: Any) -> None:
 def prepare(config: Any, model: PreTrainedModel) -> IA3Config:
     """PEFT's configuration of the adapter the run starts."""
     return IA3Config(task_type="CAUSAL_LM", target_modules=config.spare_modules, feedforward_modules=[])
+
+
+def attach(config: Any, trainer: Any) -> None:
+    """Nothing: it trains as the trainer does."""
