@@ -131,11 +131,7 @@ def merge_adapter(
             merged, or the models differ.
     """
     check_output(output)
-    if is_sparse_kind(adapter.kind):
-        raise ModelError(
-            f"the adapter {str(adapter.directory)!r} removes structures of its base: a merge has no place for that. "
-            f"Write alignkit prune --adapter {shlex.quote(str(adapter.directory))}, which exports the smaller model."
-        )
+    _refuse_sparse(adapter)
     check_base(adapter, source)
     if (adapter.directory / "README.md").is_file():
         read_card(adapter.directory / "README.md")  # Before hours of merging: the merged model inherits from it.
@@ -162,6 +158,14 @@ def merge_adapter(
             output.rmdir()
         draft.rename(output)
     return report
+
+
+def _refuse_sparse(adapter: AdapterFiles) -> None:
+    if is_sparse_kind(adapter.kind):
+        raise ModelError(
+            f"the adapter {str(adapter.directory)!r} removes structures of its base: a merge has no place for that. "
+            f"Write alignkit prune --adapter {shlex.quote(str(adapter.directory))}, which exports the smaller model."
+        )
 
 
 def _save_compared(model: PreTrainedModel, folder: Path) -> None:
