@@ -35,9 +35,9 @@ class DistillOptions:
     teacher: str = option(
         STARTING_MODEL,
         only_with=only_with("kd_alpha", example=0.5),
-        help="Folder or Hub id of the teacher, of the same vocabulary; base is the unpruned model: the one that the "
-        "pruning_report.json of the model names, else the model with its adapter switched off, which takes no more "
-        "memory.",
+        help="Folder or Hub id of the teacher, of the same vocabulary; base is the unpruned model: the one on the Hub "
+        "that the pruning_report.json of the model names, else the model with its adapter switched off, which takes no "
+        "more memory.",
         is_path=True,
     )
 

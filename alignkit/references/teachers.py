@@ -10,13 +10,12 @@ from transformers.utils import cached_file
 
 from alignkit.errors import ModelError
 from alignkit.json_text import parse_json
-from alignkit.models.files import model_problem
 from alignkit.parts.method import STARTING_MODEL, load_method
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.references.models import load_other
 
 PRUNING_REPORT = "pruning_report.json"
-"""What ``alignkit prune`` leaves beside a pruned model; its ``model`` is the folder or Hub id of the unpruned one."""
+"""What ``alignkit prune`` leaves beside a pruned model; of the unpruned one it has the Hub id, or the folder's name."""
 
 
 def teacher_models(config: Any) -> dict[str, str]:
@@ -56,21 +55,31 @@ def _starting_model(config: Any) -> str | None:
 
 
 def _unpruned(model: str, revision: str | None) -> str | None:
-    """The model that the pruning report of ``model`` names; None where there is no report."""
+    """The model on the Hub that the pruning report of ``model`` names; None where there is no report.
+
+    Raises:
+        ModelError: The report cannot be read, or what it names cannot be found by that.
+    """
     where = {"revision": revision} if revision else {}
     try:
-        file = Path(
-            cached_file(str(Path(model).expanduser()) if Path(model).exists() else model, PRUNING_REPORT, **where)
-        )
+        file = Path(cached_file(model, PRUNING_REPORT, **where))
     except OSError:
-        return None  # Neither a folder nor a repository on the Hub with such a file.
+        return None  # Neither a folder nor a repository of the Hub that has such a file.
     try:
-        report = parse_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} cannot be read ({error}). Write teacher: the unpruned model") from error
-    named = report.get("model") if isinstance(report, dict) else None
-    if not isinstance(named, str):
-        raise ModelError(f"{file} names no model that was pruned. Write teacher: the unpruned model")
-    if problem := model_problem(named):
-        raise ModelError(f"teacher: base is {named!r}, says {file}, but {problem}. Write teacher: where it is now")
-    return named
+        made_of = parse_json(file.read_text(encoding="utf-8"))["made_of"]
+        name, of_revision = str(made_of["model"]), made_of["revision"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"teacher: base: {file} cannot be read as a pruning report ({error!r}). Write teacher: the unpruned model"
+        ) from error
+    if "/" not in name:
+        raise ModelError(
+            f"teacher: base is the model that {model!r} was pruned from, a folder called {name!r} ({file} tells no "
+            f"more, so that it can be published). Write teacher: the path of {name}"
+        )
+    if of_revision is not None:
+        raise ModelError(
+            f"teacher: base is {name} at revision {of_revision}, says {file}, and a teacher is loaded at the newest "
+            f"one. Download it (hf download {name} --revision {of_revision} --local-dir DIR) and write teacher: DIR"
+        )
+    return name

@@ -71,7 +71,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tokenizer = train_tokenizer([row["prompt"] + row["chosen"] + row["rejected"] for row in rows], vocab_size=2048)
     fitted(tiny_model(tokenizer, 0), tokenizer, rows).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    paths = {"model": model}
+    paths = {"model": model, "teacher": str(folder / "teacher")}
+    tiny_model(tokenizer, 1).save_pretrained(paths["teacher"])
+    tokenizer.save_pretrained(paths["teacher"])
     forms = {"pairs": rows, "lists": lists_of(rows), "negatives": negatives_of(rows)}
     forms["prompts"] = [{"prompt": row["prompt"]} for row in rows]
     for name, form in forms.items():

@@ -36,6 +36,7 @@ class Run:
     parametrization: str
     term: str = "loss/preference"
     program: str = "preference"
+    has_teacher: bool = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -57,6 +58,17 @@ RUNS = {
     "treg lora": Run({"method": "treg"}, "pairs", "lora", "loss/token_regularizer"),
     "d2o lora": Run({"method": "d2o"}, "negatives", "lora"),
     "sft lora": Run({"method": "sft", "column_map": "{completion: chosen}"}, "pairs", "lora", "loss/nll", "sft"),
+    # A second model beside the policy, whose own head is whole in no process under ZeRO-3 either.
+    "distill full": Run(
+        {"method": "distill", "column_map": "{completion: chosen}"}, "pairs", "full", "loss/kl", "sft", has_teacher=True
+    ),
+    "distill lora": Run(
+        {"method": "distill", "column_map": "{completion: chosen}", "learning_rate": 1e-2},
+        "pairs",
+        "lora",
+        "loss/kl",
+        "sft",
+    ),
     "sft full": Run({"method": "sft", "column_map": "{completion: chosen}"}, "pairs", "full", "loss/nll", "sft"),
 }
 CASES = [
@@ -68,6 +80,11 @@ CASES = [
     ("d2o lora", "zero2 2x2"),
     ("sft lora", "ddp 2x2"),
     ("sft full", "zero2 2x2"),
+    ("distill full", "zero3 2x2"),
+    *(
+        pytest.param(what, name, marks=pytest.mark.slow)
+        for what, name in (("distill full", "ddp 2x2"), ("distill full", "zero2 2x2"), ("distill lora", "zero3 2x2"))
+    ),
 ]
 
 
@@ -81,10 +98,10 @@ def run(launch: Launch, inputs: dict[str, str]) -> Callable[[str, str], Path]:
         options = {
             "model": inputs["model"],
             "data": inputs[what.rows],
+            "learning_rate": 1e-4,
             **what.options,
             "parametrization": what.parametrization,
             "max_steps": STEPS,
-            "learning_rate": 1e-4,
             # Seven rows in batches of two: the ranks' last batches are filled up with repeated rows, which must not
             # count.
             "eval_data": inputs[what.rows],
@@ -92,6 +109,7 @@ def run(launch: Launch, inputs: dict[str, str]) -> Callable[[str, str], Path]:
             "allow_overlap": True,
             "per_device_eval_batch_size": 2,
             **({"probe_steps": 0} if what.program == "preference" else {}),
+            **({"teacher": inputs["teacher"]} if what.has_teacher else {}),
         }
         direct = name == DIRECT and LAYOUTS[layout].config is not None
         return launch(LAYOUTS[layout], options, what.program, direct)
