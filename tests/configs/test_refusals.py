@@ -342,6 +342,10 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "flex_dpo", "sft_normalization": "sequence_sum"},
         {"eta": 0.1},
     ),
+    "kd_temperature, teacher of distill without kd_alpha": (
+        SUPERVISED | {"method": "distill", "kd_alpha": 0.0, "kd_temperature": 2.0, "teacher": "org/large"},
+        {"kd_alpha": 0.5},
+    ),
     "gamma of treg without form: simpo": ({"method": "treg", "gamma": 0.5}, {"form": "simpo"}),
     "detach_weight of treg without static_weight: false": (
         {"method": "treg", "static_weight": True, "detach_weight": True},

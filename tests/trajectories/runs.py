@@ -43,6 +43,7 @@ OBJECTIVES: dict[str, Mapping[str, Any]] = {
     "adpo_kl_triggered": {**ADPO, "anchor": "kl_triggered", "anchor_threshold": 1.0e-4, "anchor_window": 2},
     "d2o": D2O,
     "sft": {"method": "sft", "data": "completions.jsonl"},
+    "distill": {"method": "distill", "data": "completions.jsonl", "teacher": "wide"},
     "sft_packed": {"method": "sft", "data": "texts.jsonl", "packing": True},
 }
 NAMED = {options["method"] for options in OBJECTIVES.values()}
