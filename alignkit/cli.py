@@ -1,4 +1,4 @@
-"""The command ``alignkit``: train, evaluate, merge, publish, and see what there is and what would be used.
+"""The command ``alignkit``: train, evaluate, merge, prune, publish, and see what there is and what would be used.
 
 Everything but the standard library is imported by the subcommand that needs it, so that ``--help`` answers at once.
 """
@@ -24,11 +24,13 @@ examples:
   alignkit config run.yaml --beta_neg 0.05
   alignkit evaluate --adapter runs/first --data heldout.jsonl --compare_base
   alignkit merge --adapter runs/first --output runs/first-merged
+  alignkit prune --model Qwen/Qwen3-0.6B --output pruned --ffn 0.25 --criterion activation --data rows.jsonl
   accelerate launch --config_file zero2.yaml -m alignkit train run.yaml
 """
 _PROGRAMS = {
     "evaluate": "evaluate a model or an adapter on held-out preference rows",
     "merge": "merge an adapter into its base model",
+    "prune": "make a model smaller so that stock code loads it, from a plan, a criterion or an adapter",
     "push": "publish an adapter or a model with its card on the Hugging Face Hub",
     "sample": "sample responses of a model to every prompt, as candidate lists",
     "score": "give every completion token a reward by contrastive prompting",

@@ -38,8 +38,11 @@ TOKENIZER = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 """The tokenizer, and the processor of a model that takes more than text."""
-CARD_AND_EVIDENCE = (CARD, "plot.png", ORIGIN_FILE, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
-"""The card, the plot it shows, what the weights were made of, and the terms they come under."""
+CARD_AND_EVIDENCE = (
+    CARD, "plot.png", ORIGIN_FILE, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
+    "pruning_plan.json", "pruning_report.json", "pruning.png",
+)  # fmt: skip
+"""The card, the plots it shows, what was pruned, what the weights were made of, and the terms they come under."""
 RECORDS = (
     "run.json", "manifest.json", "metrics.jsonl", "eval.json", "evaluation.json", "all_results.json",
     "eval_results.json", "train_results.json", CARD_OF_THE_ADAPTER, "runs/*/events.out.tfevents.*",

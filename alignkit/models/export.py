@@ -254,21 +254,21 @@ def _merged(adapter: AdapterFiles, source: ModelSource, device: torch.device | s
     # dequantises them wrongly.
     base = load_model(source, device)
     if is_quantized(base):
-        base = _dequantized(base)
-    is_tied = _is_tied(base)
+        base = dequantized(base)
+    was_tied = is_tied(base)
     wrapped = load_adapter(base, adapter)
-    if is_tied:
-        _part_head(base)
+    if was_tied:
+        part_head(base)
     try:
         merged = wrapped.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter {str(adapter.directory)!r} cannot be merged: {error}") from error
-    if is_tied:
-        _tie_if_equal(merged)
+    if was_tied:
+        tie_if_equal(merged)
     return merged
 
 
-def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """A plain float32 model with the values that quantised weights stand for."""
     dense = model.dequantize(dtype=torch.float32)
     # Into a new model: one read from a quantised checkpoint would be saved in the form of that checkpoint.
@@ -278,20 +278,20 @@ def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
     return plain.to(dense.device).eval()
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
     """Whether the input embedding and the output head are one weight."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _part_head(model: PreTrainedModel) -> None:
+def part_head(model: PreTrainedModel) -> None:
     """Give the head weights of its own; a merge writes into the embedding's, and would change a tied head as well."""
     for module in model.get_output_embeddings().modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
 
 
-def _tie_if_equal(model: PreTrainedModel) -> None:
+def tie_if_equal(model: PreTrainedModel) -> None:
     """Make one weight of embedding and head where they are equal; otherwise say in the config that they are two."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     are_equal = torch.equal(embedding.weight, head.weight)
@@ -301,8 +301,12 @@ def _tie_if_equal(model: PreTrainedModel) -> None:
         config.tie_word_embeddings = are_equal
 
 
-def _method_tags(tags: Sequence[str]) -> list[str]:
-    """Tags of an adapter's card that are true of the merged model too."""
+def method_tags(tags: Sequence[str]) -> list[str]:
+    """Tags of an adapter's card that are true of the merged model too.
+
+    Args:
+        tags: Those of the adapter.
+    """
     return [
         tag
         for tag in tags
@@ -318,7 +322,7 @@ def _write_card(directory: Path, adapter: AdapterFiles, source: ModelSource, rep
         base_model=None if is_local(source.model) else source.model,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["alignkit", *_method_tags(inherited.get("tags") or [])],
+        tags=["alignkit", *method_tags(inherited.get("tags") or [])],
         **{key: inherited[key] for key in ("license", "language", "datasets") if key in inherited},
     )
     error, effect = report.error, report.effect

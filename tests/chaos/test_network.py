@@ -69,6 +69,9 @@ def programs(repository: Path) -> list[list[str]]:
             "sample_candidates", *adapter, "--max_new_tokens", "4", "--output", "s.jsonl", "--num_samples", "2", *QUICK
         ),
         script("merge_adapter", "--adapter", "run", "--output", "merged"),
+        script(
+            "export_pruned", "--model", "model", "--drop_layers", "1", "--criterion", "magnitude", "--output", "less"
+        ),
         script("compare_runs", "run", "run"),
         script("push_to_hub", "--directory", "full", "--repo_id", "me/it", "--dry_run"),
         *([f"alignkit_{name}", "alignkit", name] for name in ("methods", "recipes", "env")),

@@ -17,7 +17,7 @@ from scripts import quickstart
 
 OPTIONS = {"evaluate": ("output",), "score": ("output", "heatmap"), "sample": ("output",)}
 """Options of every program that name a file to write."""
-FOLDERS = {"merge", "quickstart"}
+FOLDERS = {"merge", "prune", "quickstart"}
 """Programs whose output is a folder."""
 ROW = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
 
@@ -144,7 +144,10 @@ def test_every_program_with_an_output_is_tried(repository: Path) -> None:
     assert programs == {*OPTIONS, *FOLDERS, "rewards"}  # whose report tests/rewards/test_try.py tries
 
 
-def test_a_merge_takes_no_place_that_is_taken(home: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "more"), [("merge", {}), ("prune", {"--drop_layers": "1", "--criterion": "magnitude"})]
+)
+def test_no_place_that_is_taken_is_taken(program: str, more: dict[str, str], home: Path) -> None:
     (home / "soft").symlink_to(home / "empty")
     (home / "listed").mkdir()
     for folder in ("listed", "adapter"):
@@ -153,14 +156,14 @@ def test_a_merge_takes_no_place_that_is_taken(home: Path) -> None:
         "rows": "is not empty", "pairs.jsonl": "is a file", "soft": "is a link", "adapter": "is an input",
         "model": "is an input", "listed": "--overwrite", "pairs.jsonl/x": "would lie in pairs.jsonl",
     }  # fmt: skip
-    before, options = snapshot(home), {"--model": None, "--data": None, "--adapter": "adapter"}
+    before, options = snapshot(home), {"--model": None, "--data": None, "--adapter": "adapter", **more}
     for flags in ((), ("--overwrite",)):
         for name, reason in places.items():
-            said = refusal("merge", "output", name, options, *flags)
+            said = refusal(program, "output", name, options, *flags)
             assert (reason in said) if (name, flags) != ("listed", ("--overwrite",)) else not said, (name, said)
     (home / "empty").mkdir()
-    assert "is a link" in refusal("merge", "output", "soft", options)
-    assert not refusal("merge", "output", "empty", options)
+    assert "is a link" in refusal(program, "output", "soft", options)
+    assert not refusal(program, "output", "empty", options)
     assert snapshot(home) == before
 
 

@@ -223,13 +223,13 @@ def test_a_gradient_rule_edits_the_gradient_of_what_trains(base: str, tmp_path: 
 
 
 def test_a_quantised_base_trains_and_is_exported_from_the_weights_it_stands_for(base: str, tmp_path: Path) -> None:
-    from alignkit.models.export import _dequantized
+    from alignkit.models.export import dequantized
 
     trainer = trainer_of("sft", base, tmp_path, quantization="nf4", max_steps=4)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     masked = logits(trainer.model)
-    plain = _dequantized(load_model(ModelSource(model=base, quantization="nf4")))
+    plain = dequantized(load_model(ModelSource(model=base, quantization="nf4")))
     loaded = load_adapter(plain, read_adapter(tmp_path / "adapter"))
     # The kernels of a quantised base round what they are given.
     assert torch.allclose(logits(loaded), masked, atol=0.05)
@@ -239,9 +239,9 @@ def test_a_quantised_base_trains_and_is_exported_from_the_weights_it_stands_for(
 
 
 def loaded_again(base: str, adapter: Path) -> Any:
-    from alignkit.models.export import _dequantized
+    from alignkit.models.export import dequantized
 
-    plain = _dequantized(load_model(ModelSource(model=base, quantization="nf4")))
+    plain = dequantized(load_model(ModelSource(model=base, quantization="nf4")))
     return load_adapter(plain, read_adapter(adapter))
 
 

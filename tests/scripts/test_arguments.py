@@ -15,6 +15,7 @@ from alignkit.programs.arguments import StrictParser, non_negative_float, non_ne
 COMMAND_OF = {
     "evaluate": "evaluate",
     "merge_adapter": "merge",
+    "export_pruned": "prune",
     "push_to_hub": "push",
     "compare_runs": "compare",
     "sample_candidates": "sample",
