@@ -90,6 +90,12 @@ def command_line(prog: str | None = None) -> StrictParser:
         choices=("none", "nf4", "int8"),
         help="how training saw the base; by default what alignkit.json or run.json beside the adapter says, else none",
     )
+    _add_evaluation(parser)
+    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
+    return parser
+
+
+def _add_evaluation(parser: StrictParser) -> None:
     parser.add_argument(
         "--evaluate", nargs="+", metavar="ROWS", help="rows to measure the likelihood on, before and after"
     )
@@ -100,8 +106,6 @@ def command_line(prog: str | None = None) -> StrictParser:
         help="of --evaluate: answer its prompts too, and count the final numbers that are those of this column (GSM8K)",
     )
     parser.add_argument("--max_new_tokens", type=positive_int, default=256, help="longest answer, tokens")
-    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
-    return parser
 
 
 def amount(text: str) -> Amount:

@@ -190,20 +190,17 @@ def prune(
     if measure.wanted:
         del found
         measure("pruned", load_model(ModelSource(str(folder)), state.device))
-    card = next(iter(_cards(task.source, task.adapter)), None)
-    adapter = task.adapter
-    origin = Origin(
-        task.source.model,
-        task.source.revision,
-        None if adapter is None else adapter.directory,
-        None if adapter is None else adapter.kind,
-        choice,
-        card,
-    )
+    origin = _origin(task, choice)
     record = write_report(folder, report, origin, measure.record())
     draw_plan(folder / PICTURE, plan, dense, title=origin.model_name)
     write_card(folder, record, origin)
     return describe(report, record)
+
+
+def _origin(task: Task, choice: Mapping[str, Any]) -> Origin:
+    adapter, card = task.adapter, next(iter(_cards(task.source, task.adapter)), None)
+    merged = (None, None) if adapter is None else (adapter.directory, adapter.kind)
+    return Origin(task.source.model, task.source.revision, *merged, choice, card)
 
 
 class _Measured:
