@@ -7,7 +7,7 @@ anything else: what is asserted here is all that it knows of its host.
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora import bnb as lora_bnb
+from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Trainer, modeling_rope_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -312,3 +315,18 @@ def test_scores_of_routers_are_those_in_their_source() -> None:
     for router in known - {"PhimoeTopKRouter", "DbrxRouter"}:
         words = {word for word in ("softmax", "sigmoid") if word in sources[router].partition("def forward")[2]}
         assert words == {"softmax" if router in _routers.SOFTMAX_ROUTERS else "sigmoid"}, router
+
+
+def test_lora_layers_leave_forward_and_merging_to_their_variant() -> None:
+    layers = [lora_layer.Linear]
+    if importlib.util.find_spec("bitsandbytes"):
+        layers += [lora_bnb.Linear4bit, lora_bnb.Linear8bitLt]
+    for layer in layers:
+        merging, back = inspect.getsource(layer.merge), inspect.getsource(layer.unmerge)
+        assert "self.lora_variant[active_adapter].forward(" in inspect.getsource(layer.forward)
+        assert "self.lora_variant[active_adapter].merge_safe(self, active_adapter, " in merging
+        assert "self.lora_variant[active_adapter].unmerge(self, active_adapter, " in back
+    assert "merge_unsafe(self, active_adapter, base_layer.weight)" in inspect.getsource(lora_layer.Linear.merge)
+    assert parameters(lora_layer.LoraVariant.merge_safe) == ["module", "active_adapter", "orig_weight"]
+    assert "self._caches: dict[str, Any] = {}" in inspect.getsource(lora_layer.LoraLayer.__init__)
+    assert parameters(BufferDict.__init__) == ["self", "buffers", "persistent"]

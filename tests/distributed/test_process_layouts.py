@@ -41,6 +41,8 @@ class Run:
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is compared beside the loss."""
+        if self.parametrization == "atp":
+            return (self.term, "atp/ffn_kept", "atp/ffn_kept_least", "atp/ffn_kept_most", "atp/pruned_norms")
         if self.program == "sft":
             return (self.term, "entropy", "mean_token_accuracy", "num_tokens")
         return (self.term, "rewards/margins", "mean_logps/chosen", "entropy")
@@ -69,6 +71,20 @@ RUNS = {
         "loss/kl",
         "sft",
     ),
+    # Without a bias to keep, decisions cut from the first step on; they are settled before the last.
+    "sft atp": Run(
+        {
+            "method": "sft",
+            "column_map": "{completion: chosen}",
+            "atp_kv_groups": 0.0,
+            "atp_keep_bias": 0.0,
+            "atp_control_fraction": 0.5,
+        },
+        "pairs",
+        "atp",
+        "loss/nll",
+        "sft",
+    ),
     "sft full": Run({"method": "sft", "column_map": "{completion: chosen}"}, "pairs", "full", "loss/nll", "sft"),
 }
 CASES = [
@@ -80,6 +96,7 @@ CASES = [
     ("d2o lora", "zero2 2x2"),
     ("sft lora", "ddp 2x2"),
     ("sft full", "zero2 2x2"),
+    ("sft atp", "zero2 2x2"),
     ("distill full", "zero3 2x2"),
     *(
         pytest.param(what, name, marks=pytest.mark.slow)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignkit.errors import CheckpointError, ConfigError, ModelError
+from alignkit.gradients._hook import chosen_rule
 from alignkit.models._atp_layers import left_in_pruned, masks_of, set_masks
 from alignkit.models.files import read_adapter
 from alignkit.models.loading import ModelSource, load_adapter, load_model
 from alignkit.parametrizations import _atp
+from alignkit.parts.rule import load_rule
 from alignkit.pruning import decisions
 from alignkit.pruning.export import pruned_model
 from alignkit.pruning.learnt import learnt
@@ -287,6 +289,22 @@ def test_gradient_checkpointing_changes_nothing(base: str, tmp_path: Path) -> No
         trainer.train()
         found.append([(e["loss"], e["grad_norm"], e["atp/calibration_loss"]) for e in logged(trainer)[:2]])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("rule", ["glad", "sam"])
+def test_a_gradient_rule_and_a_shared_prefix_go_with_it(base: str, tmp_path: Path, rule: str) -> None:
+    chosen = chosen_rule(rule, load_rule(rule).options())
+    found = {}
+    for layout in ("padded", "shared_prefix"):
+        folder = tmp_path / layout
+        folder.mkdir()
+        keys = {**KEYS, "method": "flex_dpo", "gradient_rule": rule, "layout": layout, "max_steps": 4}
+        config = config_of("preference", base, folder, **keys)
+        trainer = build(config, text_rows(config, 16), rule=chosen)
+        trainer.train()
+        assert masks_of(trainer.model)["ffn"].sum(-1).tolist() == [CHANNELS / 2] * LAYERS
+        found[layout] = [(e["loss"], e["grad_norm"], e["atp/calibration_loss"]) for e in logged(trainer)[:2]]
+    assert found["padded"] == [pytest.approx(each, rel=1e-3) for each in found["shared_prefix"]]
 
 
 def test_a_quantised_base_is_pruned_as_it_trains(base: str, tmp_path: Path) -> None:
