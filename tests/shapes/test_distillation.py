@@ -271,6 +271,36 @@ def test_a_run_is_taught_by_the_model_it_names(dense: Path, pruned: Path, tmp_pa
     )
 
 
+@pytest.mark.parametrize(
+    ("parametrization", "shape"),
+    [
+        ("pat", {"hidden": 128, "num_key_value_heads": 2}),
+        ("atp", {"hidden": 64, "num_key_value_heads": 2}),
+        ("routers", {"num_experts": 4}),
+    ],
+)
+def test_an_adapter_is_taught_by_the_model_under_it(
+    parametrization: str, shape: dict[str, int], tmp_path: Path
+) -> None:
+    """Also where it prunes while it tunes: the teacher stays the whole model, and what trains is not disturbed."""
+    save_model(tmp_path, **({"num_attention_heads": 4} | shape))
+    chosen = config(tmp_path, tmp_path, parametrization, max_steps=6, learning_rate=1e-2)
+    trainer = build(chosen, text_rows(chosen, 16))
+    trainer.train()
+    assert logged(trainer, "loss/kl")[-1] > max(logged(trainer, "loss/kl")[0], 1e-4), "the policy moved away from it"
+    batch, trained = next(iter(trainer.get_train_dataloader())), trained_names(trainer.model)
+    found = trainer.teacher.states({key: batch[key] for key in ("input_ids", "attention_mask", "labels")})
+    assert trained_names(trainer.model) == trained != []
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = plain.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, :-1]
+    torch.testing.assert_close(found.hidden, hidden[batch["labels"][:, 1:] != -100], rtol=1e-5, atol=1e-5)
+
+
+def trained_names(of: Any) -> list[str]:
+    return [name for name, parameter in of.named_parameters() if parameter.requires_grad]
+
+
 def test_base_is_refused_where_there_is_none(dense: Path, pruned: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=rf"full: the weights of '{dense}' train.*Write teacher: .*or train an adapter"
