@@ -102,7 +102,12 @@ def attach(config: Any, trainer: Any) -> Decisions:
     Raises:
         ConfigError: There are no rows that can be drawn for calibration.
     """
-    return Decisions(config, trainer)
+    found = Decisions(config, trainer)
+    if trainer.accelerator.is_main_process:
+        print(
+            f"atp: every layer keeps {_in_words(found.structures)}; decisions are learnt on {_rows_in_words(trainer)}"
+        )
+    return found
 
 
 def structures_of(model: PeftModel) -> list[Structure]:
@@ -314,6 +319,18 @@ class Decisions(Attachment):
         self.settled = state["settled"]
         if self.settled is not None and self.settled != decisions.digest(self._masks()):
             raise CheckpointError(f"{file} is damaged: its masks are not those that were settled")
+
+
+def _in_words(structures: Sequence[Structure]) -> str:
+    names = {"ffn": "feed-forward channels", "kv_groups": "KV groups"}
+    return " and ".join(f"{s.kept} of {s.size} {names[s.name]}" for s in structures)
+
+
+def _rows_in_words(trainer: Any) -> str:
+    rows = _calibration_rows(trainer)
+    if rows is trainer.train_dataset:
+        return f"the {len(rows)} rows that are trained on"
+    return f"{len(rows)} held-out rows, so what is measured on these flatters them"
 
 
 def _dense(model: PreTrainedModel) -> PreTrainedConfig:

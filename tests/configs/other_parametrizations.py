@@ -63,7 +63,7 @@ def under_another() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     return {
         f"{owner.label} options with {other.label}": _case(owner.name, other.name)
         for owner, other in permutations(parametrizations(), 2)
-        if OPTIONS[owner.name] and owner.name not in other.takes
+        if OPTIONS.get(owner.name) and owner.name not in other.takes
     }
 
 
