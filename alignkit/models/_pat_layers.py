@@ -51,7 +51,7 @@ class PatConfig(SparseConfig):
 
     kind: ClassVar[str] = "ALIGNKIT_PAT"
     hsm_rank: int = field(default=8, metadata={"help": "Rank of the sparsification modules."})
-    hsm_form: str = field(default="paper", metadata={"help": "Their form: paper or released."})
+    hsm_form: str = field(default="released", metadata={"help": "Their form: paper or released."})
     hsm_writers: list[str] = field(default_factory=list, metadata={"help": "Layers that write the residual stream."})
     hsm_width: int = field(default=0, metadata={"help": "Hidden channels that are left."})
     hsm_keep_tied: bool = field(default=False, metadata={"help": "Whether the embedding has a mask only."})

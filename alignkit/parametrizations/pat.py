@@ -30,11 +30,12 @@ class PatOptions:
         source=f"{PAPER}: 200 of 4096, 300 of 3072 (Gemma)",
     )
     pat_form: str = option(
-        "paper",
-        choices=("paper", "released"),
-        help="Equations of the text, or what the released code computes where that differs: the place of v, which "
-        "factors are kept orthonormal, and how the number of open channels is weighted.",
-        source=PAPER,
+        "released",
+        choices=("released", "paper"),
+        help="What the released code computes, from which the paper's figures come, or the equations of the text where "
+        "these differ: the place of v, which factors are kept orthonormal, and how the number of open channels is "
+        "weighted. The text's terms are so steep that they outweigh the task in the norm that is clipped.",
+        source=CODE,
     )
     pat_mask: str = option(
         "zero",

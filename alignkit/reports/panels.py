@@ -60,3 +60,52 @@ ROUTER_PANELS = (
     ),
 )
 """Of runs that train the routers of a mixture of experts."""
+
+PRUNING_PANELS = (
+    Panel(
+        "How settled it is what is removed",
+        "fraction",
+        (
+            Curve("pat/soft_distance", "distance of the mask to a hard one", PURPLE),
+            Curve("pat/mask_churn", "channels that changed sides", ORANGE),
+            Curve("atp/churn", "decisions that changed", ORANGE),
+            Curve("sparse/ffn_zero", "feed-forward groups at zero", BLUE),
+            Curve("sparse/kv_groups_zero", "KV groups at zero", GREEN),
+        ),
+        limits=(-0.03, 1.03),
+    ),
+    Panel(
+        "Channels kept",
+        "channels",
+        (
+            Curve("pat/open_channels", "hidden", BLUE),
+            Curve("atp/ffn_kept", "feed-forward, mean over layers", BLUE),
+            Curve("atp/ffn_kept_least", "least of a layer", GREY),
+            Curve("atp/ffn_kept_most", "most of a layer", GREY),
+        ),
+    ),
+    Panel("KV groups kept", "groups", (Curve("atp/kv_groups_kept", "mean over layers", BLUE),)),
+    Panel(
+        "Terms that form the mask",
+        "loss",
+        (
+            Curve("loss/active", "number of open channels", BLUE),
+            Curve("loss/bimodality", "two-sidedness", ORANGE),
+            Curve("loss/identity", "orthonormal factors", GREY),
+            Curve("atp/ratio_loss", "share removed", BLUE),
+            Curve("atp/calibration_loss", "loss on calibration rows", ORANGE),
+        ),
+    ),
+    Panel(
+        "Norms of groups",
+        "parts of the start",
+        (
+            Curve("sparse/ffn_kept_norm", "feed-forward, kept", BLUE),
+            Curve("sparse/ffn_other_norm", "feed-forward, to go", GREY),
+            Curve("sparse/kv_groups_kept_norm", "KV groups, kept", GREEN),
+            Curve("sparse/kv_groups_other_norm", "KV groups, to go", ORANGE),
+        ),
+    ),
+)
+PARAMETRIZATION_PANELS = (*ROUTER_PANELS, *PRUNING_PANELS)
+"""What parametrisations log, of any batch shape."""

@@ -18,7 +18,17 @@ from alignkit.config.training import HardwareSection, HubSection, LoggingSection
 from alignkit.data.columns import RowFamily
 from alignkit.data.routed_schema import routed_rows
 from alignkit.parts.shape import Shape
-from alignkit.reports.panels import BLUE, GREEN, GREY, LOSS_PANEL, PURPLE, ROUTER_PANELS, RULE_PANELS, Curve, Panel
+from alignkit.reports.panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    LOSS_PANEL,
+    PARAMETRIZATION_PANELS,
+    PURPLE,
+    RULE_PANELS,
+    Curve,
+    Panel,
+)
 from alignkit.routing.options import BankOptions
 
 PANELS = (
@@ -29,7 +39,7 @@ PANELS = (
     ),
     Panel("Trained tokens that are the likeliest", "fraction", (Curve("mean_token_accuracy", "accuracy", GREEN),)),
     Panel("Entropy of the routing", "nats a layer", (Curve("roma/routing_entropy", "entropy", PURPLE),)),
-    *ROUTER_PANELS,
+    *PARAMETRIZATION_PANELS,
     *RULE_PANELS,
     LOSS_PANEL,
 )

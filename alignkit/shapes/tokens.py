@@ -25,12 +25,12 @@ from alignkit.config.training import (
 from alignkit.data.columns import RowFamily
 from alignkit.data.supervised_schema import supervised_rows
 from alignkit.parts.shape import Shape
-from alignkit.reports.panels import BLUE, LOSS_PANEL, PURPLE, ROUTER_PANELS, RULE_PANELS, Curve, Panel
+from alignkit.reports.panels import BLUE, LOSS_PANEL, PARAMETRIZATION_PANELS, PURPLE, RULE_PANELS, Curve, Panel
 
 PANELS = (
     Panel("Trained tokens that are the likeliest", "fraction", (Curve("mean_token_accuracy", "accuracy", BLUE),)),
     Panel("Entropy of the next token", "nats", (Curve("entropy", "entropy", PURPLE),)),
-    *ROUTER_PANELS,
+    *PARAMETRIZATION_PANELS,
     *RULE_PANELS,
     LOSS_PANEL,
 )

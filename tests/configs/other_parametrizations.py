@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pat": {
         "pat_hidden": 0.3,
         "pat_rank": 8,
-        "pat_form": "released",
+        "pat_form": "paper",
         "pat_mask": "importance",
         "pat_milestone_steps": 5,
         "pat_freeze_fraction": 0.5,
