@@ -92,6 +92,13 @@ def parametrizations_table() -> str:
     return table(["parametrization", "what trains", "its keys"], rows)
 
 
+def parametrization_metrics() -> str:
+    """What parametrisations log beside what every run does."""
+    records = map(load_parametrization, parametrization_names())
+    rows = [[f"`{record.name}`", f"`{key}`", what] for record in records for key, what in record.metrics.items()]
+    return table(["parametrization", "logged", "what it is"], rows)
+
+
 def peft_kinds() -> str:
     """The kinds of PEFT's adapters: those that work, and why others do not."""
     taken = [[f"`{kind}`", "no" if kind in UNMERGEABLE else "yes"] for kind in PEFT_KINDS]
@@ -295,6 +302,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "own-keys": own_keys,
     "parts": parts,
     "parametrizations": parametrizations_table,
+    "parametrization_metrics": parametrization_metrics,
     "peft-kinds": peft_kinds,
     "probe-metrics": probe_metrics,
     "recipes": recipes,

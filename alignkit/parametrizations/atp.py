@@ -75,6 +75,18 @@ PARAMETRIZATION = Parametrization(
     has_adapter=True,
     product="A LoRA adapter that removes feed-forward channels and KV groups of its base (ATP)",
     serving="Other programs than alignkit refuse this adapter; `alignkit prune` makes of it a smaller model for them.",
+    metrics={
+        "loss/atp_group_lasso": "norms of the adapter's weights that belong to what is pruned, as a term of the loss",
+        "atp/calibration_loss": "loss of a calibration batch under soft masks",
+        "atp/ratio_loss": "how far the share that is removed is from the wanted one",
+        "atp/churn": "share of the decisions that changed in the last step",
+        "atp/pruned_norms": "norms of the adapter's weights that belong to what is pruned",
+        **{
+            f"atp/{axis}_kept{which}": f"{what} kept in a layer, {of}"
+            for axis, what in (("ffn", "feed-forward channels"), ("kv_groups", "KV groups"))
+            for which, of in (("", "mean over the layers"), ("_least", "the least"), ("_most", "the most"))
+        },
+    },
     conflicts=(
         Conflict(
             "ATP that removes nothing",

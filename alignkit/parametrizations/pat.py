@@ -93,6 +93,14 @@ PARAMETRIZATION = Parametrization(
     product="A PAT adapter ({pat_hidden} of the hidden channels removed), to be exported with `alignkit prune`",
     serving="No engine loads this adapter, and PEFT refuses it: it is the state of a training from which "
     "`alignkit prune --adapter` makes a plain, smaller model.",
+    metrics={
+        "loss/identity": "how far the factors of all modules are from orthonormal",
+        "loss/active": "how far the number of open channels is from the wanted one; 0 from the milestone on",
+        "loss/bimodality": "how far mask logits are from -0.5 and 0.5; 0 from the milestone on",
+        "pat/open_channels": "hidden channels whose logits are positive; from the milestone on, those that are left",
+        "pat/soft_distance": "mean distance of the mask to the hard one that it would be now",
+        "pat/mask_churn": "share of the channels that would be kept now and would not at the last line, or otherwise",
+    },
     conflicts=(
         Conflict(
             "PAT that goes on from an adapter",

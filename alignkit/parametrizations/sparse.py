@@ -49,6 +49,15 @@ PARAMETRIZATION = Parametrization(
     label="group-sparse tuning",
     options=SparseOptions,
     has_adapter=False,
+    metrics={
+        f"sparse/{axis}_{key}": f"{groups}: {what}"
+        for axis, groups in (("ffn", "feed-forward groups"), ("kv_groups", "KV groups"))
+        for key, what in (
+            ("zero", "share that is zero"),
+            ("kept_norm", "sum of the norms of those that stay, in parts of that at the start"),
+            ("other_norm", "the same of those that shall go"),
+        )
+    },
     conflicts=(
         Conflict(
             "sparse with nothing to remove",

@@ -7,7 +7,8 @@ that needs it is the file ``_<name>.py`` beside the record.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 
 from alignkit.parts.discovery import load_part, names_in
@@ -32,6 +33,7 @@ class Parametrization:
         product: What a model card calls the result, with options in braces; empty where it is a whole model.
         serving: What a model card says of programs that would load the result as something else; empty where none
             would.
+        metrics: What it logs beside what every run does, by key: all that is ever logged, and what each is.
         conflicts: Combinations of its options, with each other or with any key of a program, that cannot work.
         ignored: Keys without effect under some values.
     """
@@ -47,6 +49,7 @@ class Parametrization:
     has_factors: bool = False
     product: str = ""
     serving: str = ""
+    metrics: Mapping[str, str] = field(default_factory=dict)
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()
 

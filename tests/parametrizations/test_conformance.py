@@ -22,6 +22,7 @@ from alignkit.models.files import read_adapter
 from alignkit.models.loading import ModelSource, load_adapter, load_model
 from alignkit.models.sparse_adapter import is_sparse_kind
 from alignkit.parts.parametrization import load_parametrization, parametrization_names
+from alignkit.parts.shape import load_bridge, load_shape
 from alignkit.pruning.export import pruned_model
 from alignkit.pruning.learnt import learnt
 from tests.programs.conftest import save_model
@@ -149,3 +150,15 @@ def test_what_is_saved_is_the_model_that_was_trained(name: str, model: str, tmp_
         tokens = torch.tensor([prompt])
         torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-5, atol=1e-5)
         assert (untouched(tokens).logits - expected).abs().max() > 1e-3
+
+
+@for_every_parametrization
+def test_what_it_logs_is_what_its_record_says(name: str, model: str, tmp_path: Path) -> None:
+    trainer = trainer_of(name, model, tmp_path)
+    trainer.train()
+    found = {key for entry in trainer.state.log_history for key in entry}
+    of_any = set(load_bridge(load_shape("candidates")).METRICS)
+    own = {key for key in found if key.partition("/")[0] in ("loss", name)} - of_any - {"loss", "loss/preference"}
+    told = load_parametrization(name).metrics
+    assert own <= set(told)
+    assert bool(own) == bool(told)
