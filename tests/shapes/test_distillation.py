@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from alignkit.errors import ModelError
 from alignkit.models import _distillation
 from alignkit.parts.method import load_method
+from alignkit.pruning import report
 from alignkit.references._teacher import Teacher
 from alignkit.references.models import check_other
 from alignkit.references.teachers import PRUNING_REPORT, load_teacher, teacher_models
@@ -230,8 +230,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_report(folder: Path, model_name: str, revision: str | None = None) -> None:
-    """What ``alignkit prune`` says of the model it was given."""
-    (folder / PRUNING_REPORT).write_text(json.dumps({"made_of": {"model": model_name, "revision": revision}}))
+    """What ``alignkit prune`` says of the model it was given, written by itself."""
+    size = SimpleNamespace(axes=SimpleNamespace(layers=2, kv_groups=1, head_dim=16))
+    told = {key: {} for key in ("dense", "pruned", "model_type", "dtype", "is_tied", "exact", "verification", "notes")}
+    export: Any = SimpleNamespace(dense=size, pruned=size, dtype="float32", plan="", to_json=lambda: told)
+    origin = report.Origin(model_name, revision, adapter=None, adapter_kind=None, choice={}, card=None)
+    report.write_report(folder, export, origin, None)
 
 
 @pytest.fixture
@@ -306,7 +310,7 @@ def test_base_is_refused_where_there_is_none(dense: Path, pruned: Path, tmp_path
         ModelError, match=rf"full: the weights of '{dense}' train.*Write teacher: .*or train an adapter"
     ):
         teacher_models(config(tmp_path, dense))
-    write_report(pruned, "gsm-tiny")
+    write_report(pruned, str(dense.parent / "gsm-tiny"))
     with pytest.raises(ModelError, match="a folder called 'gsm-tiny'.*Write teacher: the path of gsm-tiny"):
         teacher_models(config(tmp_path, pruned))
     write_report(pruned, "org/dense", "v2")
