@@ -46,6 +46,7 @@ class PatConfig(SparseConfig):
         hsm_writers: Full names of the linear layers that write the residual stream; all have LoRA factors too.
         hsm_width: Channels that are left, d.
         hsm_keep_tied: Whether the embedding has a mask only, so that a tied head can stay tied.
+        whole_updates: Whether every number of the adapted layers moves, not factors of a low rank.
         mask_trained: Whether the mask is learnt; otherwise it is chosen before training and put on gradually.
     """
 
@@ -55,6 +56,7 @@ class PatConfig(SparseConfig):
     hsm_writers: list[str] = field(default_factory=list, metadata={"help": "Layers that write the residual stream."})
     hsm_width: int = field(default=0, metadata={"help": "Hidden channels that are left."})
     hsm_keep_tied: bool = field(default=False, metadata={"help": "Whether the embedding has a mask only."})
+    whole_updates: bool = field(default=False, metadata={"help": "Whether updates are whole matrices, not factors."})
     mask_trained: bool = field(default=True, metadata={"help": "Whether the mask is learnt."})
 
     def equip(self, model: PeftModel, adapter: str) -> None:
@@ -67,6 +69,10 @@ class PatConfig(SparseConfig):
         channels = base.config.get_text_config().hidden_size
         mask = Mask(embedding, adapter, self.hsm_width, is_trained=self.mask_trained)
         embedding.put_mask(adapter, channels, mask)
+        if self.whole_updates:
+            for layer in [module for module in base.modules() if isinstance(module, LoraLayer)]:
+                if adapter in layer.lora_A:
+                    _replace_factors(layer, adapter)
         for layer in [None if self.hsm_keep_tied else embedding, *map(base.get_submodule, self.hsm_writers)]:
             if layer is not None:
                 module = SparsificationModule(channels, self.hsm_rank, self.hsm_form)
@@ -137,6 +143,24 @@ class SparsificationModule(nn.Module):
         if self.is_released:
             return l0, l1, v
         return l0, l1 * v, torch.ones_like(l0[0])
+
+
+class _NoFactor(nn.Module):
+    """What stands in the place of a factor where updates are whole: PEFT looks at its weight, and it adds nothing."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", torch.zeros_like(like.weight), persistent=False)
+
+
+def _replace_factors(layer: LoraLayer, adapter: str) -> None:
+    """Give a layer an update as large as its weight, from zero, in the place of its factors."""
+    update = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    nn.init.zeros_(update.weight)
+    put_module(layer, "lora_update", adapter, update)
+    layer.lora_A[adapter], layer.lora_B[adapter] = _NoFactor(layer.lora_A[adapter]), _NoFactor(layer.lora_B[adapter])
+    layer.lora_variant[adapter] = WholeUpdate()
 
 
 class Mask:
@@ -249,6 +273,29 @@ class SparseEmbedding(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT is un
         return result
 
 
+class WholeUpdate(SparseVariant, LoraVariant):  # type: ignore[misc]  # PEFT is untyped
+    """A layer whose every weight moves."""
+
+    def supports_lora_conversion(self) -> bool:
+        """No."""
+        return False
+
+    def forward(  # type: ignore[override]  # as below
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **unused: Any
+    ) -> Tensor:
+        """[.., D] of a layer's output ``result``, whose input was ``x``."""
+        return result + _update(module, active_adapter, x)
+
+
+def _update(layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:
+    """What an adapter adds to the output of a layer, without mask and map."""
+    if adapter in getattr(layer, "lora_update", {}):
+        added: Tensor = layer.lora_update[adapter](x)
+        return added
+    factors: Tensor = layer.lora_B[adapter](layer.lora_A[adapter](layer.lora_dropout[adapter](x)))
+    return factors * layer.scaling[adapter]
+
+
 class PatVariant(SparseVariant, LoraVariant):  # type: ignore[misc]  # PEFT is untyped
     """LoRA with a sparsification module behind the sum of layer and factors.
 
@@ -267,10 +314,7 @@ class PatVariant(SparseVariant, LoraVariant):  # type: ignore[misc]  # PEFT is u
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **unused: Any
     ) -> Tensor:
         """[.., D] of a writer's output ``result`` [.., D], whose input was ``x``."""
-        factors = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
-        out: Tensor = module.lora_hsm[active_adapter](
-            result + factors * module.scaling[active_adapter], self.mask.value()
-        )
+        out: Tensor = module.lora_hsm[active_adapter](result + _update(module, active_adapter, x), self.mask.value())
         return out
 
     def merge_safe(self, *unused: Any) -> Tensor:  # type: ignore[override]

@@ -66,6 +66,8 @@ def prepare(config: Any, model: PreTrainedModel) -> PatConfig:
     if PartialState().is_main_process:
         print(f"pat: {channels} hidden channels become {width}")
     settings = {f.name: getattr(lora, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
+    if config.pat_weights == "full":
+        settings |= {"r": 1, "lora_dropout": 0.0}
     return PatConfig(
         **settings,
         hsm_rank=config.pat_rank or math.ceil(0.05 * channels),
@@ -73,6 +75,7 @@ def prepare(config: Any, model: PreTrainedModel) -> PatConfig:
         hsm_writers=layers,
         hsm_width=width,
         hsm_keep_tied=config.pat_keep_tied,
+        whole_updates=config.pat_weights == "full",
         mask_trained=config.pat_mask != "frozen",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignkit.parts.options import Conflict, option
+from alignkit.parts.options import Conflict, Ignored, option
 from alignkit.parts.parametrization import Parametrization
 
 PAPER, CODE = "PAT (arXiv 2408.14721)", "PAT's released code"
@@ -21,6 +21,13 @@ class PatOptions:
         help="Share of the hidden channels that is removed; the width that is left is rounded to one that the "
         "architecture can have.",
         source=f"{PAPER}, 25 % of Llama-2-7B",
+    )
+    pat_weights: str = option(
+        "lora",
+        choices=("lora", "full"),
+        help="Whether linear layers get low-rank updates, or move in full; the output head, embeddings and norms stay. "
+        "Full updates lie in float32 beside the weights, which may be quantised, and want a smaller learning_rate.",
+        source=PAPER,
     )
     pat_rank: int | None = option(
         None,
@@ -136,6 +143,16 @@ PARAMETRIZATION = Parametrization(
             lambda c: bool(c.lora_modules_to_save) and c.parametrization == "pat",
             "modules trained beside the adapter are not exported",
             "Remove lora_modules_to_save",
+        ),
+    ),
+    ignored=(
+        Ignored(
+            "factors of PAT where weights move in full",
+            ("lora_r", "lora_alpha", "lora_dropout", "use_rslora"),
+            lambda c: c.parametrization == "pat" and c.pat_weights == "full",
+            "there are no low-rank factors",
+            "write pat_weights: lora",
+            under=("pat_weights", "parametrization"),
         ),
     ),
 )

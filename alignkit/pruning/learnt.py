@@ -21,7 +21,7 @@ class Learnt:
     """What is exported.
 
     Attributes:
-        model: The base with the low-rank updates in its weights, and nothing else.
+        model: The base with the updates in its weights, and nothing else.
         plan: What is kept; of an adapter that removes nothing, everything.
         folds: By name of a writer of the residual stream, the map behind it.
         keep_tied: Whether embedding and head stay one matrix where hidden channels go.
@@ -55,7 +55,9 @@ def learnt(wrapped: PeftModel) -> Learnt:
             weight = layer.get_base_layer().weight
             if not weight.is_floating_point():
                 raise ModelError("the base is quantised. Load it dequantised: its codes have no place for an update.")
-            weight.add_(layer.get_delta_weight(POLICY).to(weight.dtype))
+            whole = getattr(layer, "lora_update", {})
+            update = whole[POLICY].weight if POLICY in whole else layer.get_delta_weight(POLICY)
+            weight.add_(update.to(weight.dtype))
     plan = PruningPlan(**kept)
     named = {name: Fold(*of) for name, of in folds.items()}
     return Learnt(wrapped.unload(), plan, named, config.keeps_tied, cut)

@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": LORA,
     "pat": {
         "pat_hidden": 0.3,
+        "pat_weights": "full",
         "pat_rank": 8,
         "pat_form": "paper",
         "pat_mask": "importance",

@@ -256,6 +256,12 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         SPARSE | {"sparse_anneal_fraction": 0.2},
         {"sparse_regulariser": "wgsef"},
     ),
+    "factors of PAT where weights move in full": (
+        PAT
+        | {"pat_weights": "full", "disable_dropout": False}
+        | {"lora_r": 4, "lora_alpha": 4, "lora_dropout": 0.1, "use_rslora": True},
+        {"pat_weights": "lora"},
+    ),
     "LoRA dropout with dropout off": ({"lora_dropout": 0.1}, {"disable_dropout": False}),
     "cache options without a precomputed reference": (
         {"reference_batch_size": 4, "reference_cache": "cache"},

@@ -270,3 +270,29 @@ def test_the_terms_are_logged_and_the_mask_is_seen(base: str, tmp_path: Path) ->
     assert [e["pat/soft_distance"] for e in entries[3:]] == [0.0] * 3
     assert [e["pat/mask_churn"] for e in entries[4:]] == [0.0] * 2
     assert [e["pat/open_channels"] for e in entries[3:]] == [24.0] * 3
+
+
+def test_weights_that_move_in_full_have_the_gradient_of_the_weights_and_are_exported(base: str, tmp_path: Path) -> None:
+    trainer = trainer_of("sft", base, tmp_path, pat_weights="full", pat_identity_coef=0.0, pat_active_coef=0.0)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    row = torch.tensor([trainer.train_dataset[0]["input_ids"]])
+    for model in (trainer.model, plain):
+        model(row, labels=row).loss.backward()
+    updates = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_update.default.weight"): parameter
+        for name, parameter in trainer.model.named_parameters()
+        if "lora_update" in name
+    }
+    assert len(updates) == 2 * 7
+    for name, update in updates.items():
+        assert torch.allclose(update.grad, plain.get_submodule(name).weight.grad, atol=1e-6), name
+    assert not any("lora_A" in name or "lora_B" in name for name, p in trainer.model.named_parameters())
+    trainer.model.zero_grad()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = load_adapter(load_model(ModelSource(model=base)), read_adapter(tmp_path / "adapter"))
+    masked = logits(trainer.model)
+    assert torch.equal(logits(loaded), masked)
+    found = learnt(loaded)
+    exported = pruned_model(found.model, found.plan, folds=found.folds)
+    assert torch.allclose(logits(exported), masked, atol=1e-4)
