@@ -311,9 +311,8 @@ class Decisions(Attachment):
         file = directory / STATE
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: this checkpoint was written by another parametrisation than atp")
-        device = self.trainer.accelerator.device
-        state = torch.load(file, map_location=device, weights_only=True)
-        self.generator.to(device).load_state_dict(state["generator"])
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        self.generator.to(self.trainer.accelerator.device).load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         set_masks(self.trainer.model, state["masks"])
         self.settled = state["settled"]

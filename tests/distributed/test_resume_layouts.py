@@ -70,3 +70,33 @@ def test_a_resumed_anchor_goes_on(
     before, after, policy = anchor(whole, 2), anchor(whole, 3), saved_weights(whole / "checkpoint-2")
     assert sum(not torch.equal(before[key], after[key]) for key in after) > 0.9 * len(after)
     assert not any(torch.equal(before[key], policy[key.replace(".default", "")]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["ddp 2x2", "zero2 2x2"])
+def test_resumed_decisions_go_on(name: str, launch: Launch, inputs: dict[str, str], tmp_path: Path) -> None:
+    """Of atp, from a checkpoint of the control phase and from one after it."""
+    options = {
+        "method": "sft",
+        "column_map": "{completion: chosen}",
+        "model": inputs["model"],
+        "data": inputs["pairs"],
+        "parametrization": "atp",
+        "atp_kv_groups": 0.0,
+        "atp_keep_bias": 0.0,
+        "atp_control_fraction": 0.5,
+        "max_steps": 4,
+        "save_steps": 1,
+        "learning_rate": 1e-3,
+    }
+    whole = launch(LAYOUTS[name], options, "sft")
+    for at in (1, 3):
+        run = Path(shutil.copytree(whole, tmp_path / str(at) / "out"))
+        for step in range(at + 1, 5):
+            shutil.rmtree(run / f"checkpoint-{step}")
+        next(run.glob("*model.safetensors")).unlink()
+        launch(LAYOUTS[name], options, "sft", resume=run)
+        assert record_of(run)["sessions"][-1]["resumed_from"] == f"checkpoint-{at}"
+        assert same(saved_weights(run), saved_weights(whole))
+        assert what_was_logged(run) == what_was_logged(whole)
+    kept = [step["atp/ffn_kept"] for step in logged_steps(whole)]
+    assert kept[0] != kept[1] and kept[2] == kept[3] == 128
