@@ -211,6 +211,8 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
     def _attached_terms(self, *, record: bool) -> Tensor | float:
         """This micro-batch's share of what the parametrisation adds to the loss of a step."""
         terms = self.attachment.terms()
+        if not terms:
+            return 0.0
         if record:
             for name, value in terms.items():
                 self.record(f"loss/{name}", Metric(value.detach().reshape(1)))
