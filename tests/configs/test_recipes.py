@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,67 @@ def test_the_control_of_the_few_shot_recipe_is_one_word_away() -> None:
     words = next(line for line in header.splitlines() if "control" in line).partition(": ")[2].split()
     control = load_config("sft", "sft/lora_glad", words, check_files=False).config
     assert (control.gradient_rule, control.gradient_options.rho) == ("random_perturbation", GLADOptions().rho)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a dense decoder, from its published config; its parameters are counted here by hand."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    tied: bool = False
+    head_norms: bool = False
+
+    def linear_maps(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of q, k, v, o, gate, up and down."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = [(self.hidden, query), (self.hidden, key), (self.hidden, key), (query, self.hidden)]
+        return [*attention, (self.hidden, self.ffn), (self.hidden, self.ffn), (self.ffn, self.hidden)]
+
+    def parameters(self) -> int:
+        layer = sum(a * b for a, b in self.linear_maps()) + 2 * self.hidden + self.head_norms * 2 * self.head_dim
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.layers * layer + self.hidden
+
+    def lora(self, rank: int) -> int:
+        return self.layers * sum(rank * (a + b) for a, b in self.linear_maps())
+
+    def pat(self, rank: int, *, with_embedding: bool = True) -> int:
+        """Modules of 2 D r + D behind the embedding, each attention and each MLP, and D logits of the mask."""
+        modules = 2 * self.layers + with_embedding
+        return modules * (2 * self.hidden * rank + self.hidden) + self.hidden
+
+
+LLAMA_1B = Architecture(128_256, 2048, 16, 32, 8, 64, 8192, tied=True)
+LLAMA_8B = Architecture(128_256, 4096, 32, 32, 8, 128, 14_336)
+MISTRAL_7B = Architecture(32_768, 4096, 32, 32, 8, 128, 14_336)
+QWEN3_8B = Architecture(151_936, 4096, 36, 32, 8, 128, 12_288, head_norms=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dense", "pruned", "trained"),
+    [
+        (
+            "pat_llama32_1b",
+            LLAMA_1B,
+            [replace(LLAMA_1B, hidden=1536), replace(LLAMA_1B, hidden=1536, tied=False)],
+            [LLAMA_1B.pat(103, with_embedding=False), LLAMA_1B.lora(20)],
+        ),
+        ("pat_qwen3_8b", QWEN3_8B, [replace(QWEN3_8B, hidden=3072)], [QWEN3_8B.pat(200), QWEN3_8B.lora(20)]),
+        ("pat_mistral_7b", MISTRAL_7B, [replace(MISTRAL_7B, hidden=3072)], [MISTRAL_7B.pat(200), MISTRAL_7B.lora(20)]),
+        ("atp_llama", LLAMA_8B, [replace(LLAMA_8B, ffn=8192, heads=24, kv_heads=6)], [LLAMA_8B.lora(32)]),
+    ],
+)
+def test_recipes_that_prune_say_the_sizes_before_and_after(
+    recipe: str, dense: Architecture, pruned: list[Architecture], trained: list[int]
+) -> None:
+    header = recipe_path(f"sft/{recipe}").read_text().partition("model:")[0]
+    said = [int(word.replace(",", "")) for word in re.findall(r"\d+(?:,\d{3}){2,}", header)]
+    assert said == [dense.parameters(), *(each.parameters() for each in pruned), *trained]
 
 
 def keys_of(value: Any) -> set[str]:
