@@ -283,7 +283,9 @@ def _plan(
     """The plan, and how it came about."""
     if task.kept is None:
         plan = found.plan if task.plan is None else found.plan.merged_with(task.plan)
-        return plan, {"by": "plan" if task.adapter is None or task.adapter.kind not in LEARNT else "adapter"}
+        if task.adapter is None or task.adapter.kind not in LEARNT:
+            return plan, {"by": "plan"}
+        return plan, {"by": "adapter", "length_cut_off": found.cut}
     scored = rows.scored
     batches = () if scored is None else batches_of(scored, arguments.batch_size)
     plan = plan_by_importance(found.model, batches, criterion=arguments.criterion, **vars(task.kept))
@@ -316,6 +318,7 @@ def describe(report: ExportReport, record: Mapping[str, Any]) -> str:
         f"loads it whole, and on {checked.positions} tokens no logit is further than {checked.max_error:.2g} from the "
         f"masked model's (tolerance {checked.tolerance:g}): ok",
         *(f"note: {note}" for note in report.notes),
+        *_cut_off(record["plan"].get("length_cut_off", 0.0)),
     ]
     if (evaluation := record["evaluation"]) is not None:
         names = list(next(iter(evaluation["figures"].values())))
@@ -325,3 +328,12 @@ def describe(report: ExportReport, record: Mapping[str, Any]) -> str:
         ]
         lines += ["", render_table(["", *names], cells)]
     return "\n".join(lines)
+
+
+def _cut_off(length: float) -> list[str]:
+    if not length:
+        return []
+    return [
+        f"note: weights of the adapter of length {length:.3g} belonged to what was removed and are cut off: training "
+        "had not driven them to zero, so the model that trained was not quite this one"
+    ]

@@ -218,7 +218,7 @@ def _figure(value: Mapping[str, Any]) -> str:
 
 def _loading(name: str, record: Mapping[str, Any]) -> str:
     notes = "".join(f"\n- {markdown(note)}" for note in record["notes"])
-    other = f"\n\nFor programs other than transformers:\n{notes}" if notes else ""
+    other = f"\n\nWhat to know:\n{notes}" if notes else ""
     return f"""## How to load it
 
 ```python

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from alignkit.errors import ModelError
 from alignkit.hub.upload import plan_upload
+from alignkit.models._atp_layers import AtpConfig
 from alignkit.models._pat_layers import PatConfig
 from alignkit.models.sparse_adapter import equip
 from alignkit.programs import pruning_steps
@@ -162,6 +163,34 @@ def test_what_pat_learnt_is_exported(
     assert torch.allclose(logits(exported), logits(wrapped), atol=1e-4)
     assert json.loads((tmp_path / "out" / "pruning_report.json").read_text())["plan"]["by"] == "adapter"
     assert "by the adapter, while it was trained" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_atp_decided_is_exported(
+    assets: Path, tmp_path: Path, run_script: Script, in_this_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(assets / "base")
+    config = AtpConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", base_model_name_or_path=str(assets / "base"),
+        atp_layers=2, atp_sizes={"ffn": 64, "kv_groups": 2}, atp_kept={"ffn": 40, "kv_groups": 1},
+    )  # fmt: skip
+    wrapped = get_peft_model(model, config)
+    equip(wrapped)
+    randomize(wrapped, 0.05, 1)
+    groups, channels = ((1,), (0,)), PLAN.ffn or ()
+    for index in range(2):
+        layer = wrapped.get_submodule(f"base_model.model.model.layers.{index}")
+        for names, kept in (("q_proj k_proj v_proj", groups[index]), ("gate_proj up_proj", channels[index])):
+            for name in names.split():
+                mask = (layer.self_attn if "q_proj" in names else layer.mlp).get_submodule(name).lora_kept["default"]
+                mask.zero_()[list(kept)] = 1
+    wrapped.save_pretrained(tmp_path / "atp")
+    assert run_script("export_pruned", "--adapter", tmp_path / "atp", "--output", tmp_path / "out") == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert PruningPlan.load(tmp_path / "out") == PruningPlan(ffn=channels, kv_groups=groups)
+    assert exported.config.num_key_value_heads == 1 and exported.config.intermediate_size == 40
+    assert torch.allclose(logits(exported), logits(wrapped), atol=1e-4)
+    cut = json.loads((tmp_path / "out" / "pruning_report.json").read_text())["plan"]["length_cut_off"]
+    assert cut > 0 and f"weights of the adapter of length {cut:.3g}" in capsys.readouterr().out
 
 
 NO_CRITERION = "--criterion: write by which score the lowest go"
