@@ -281,9 +281,9 @@ class Decisions(Attachment):
     @torch.no_grad()
     def _pruned_norms(self) -> float:
         """Sum of the joint norms of all pruned groups of LoRA weights."""
-        total = 0.0
+        total, masks = 0.0, self._masks()
         for kind, layers in factors_of(self.trainer.model).items():
-            for factors, mask in zip(layers, self._masks()[kind], strict=True):
+            for factors, mask in zip(layers, masks[kind], strict=True):
                 norms = _joint_norms(factors, [trained_value(factor.weight) for factor in factors])
                 total += float((norms * (1 - mask)).sum())
         return total

@@ -74,10 +74,11 @@ class DecisionGenerator(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         """Logits [layers, structures in a layer] by kind of structure."""
         hidden = self.norm(self.encoder(self.inputs[None]))[0]
-        return {
-            name: torch.stack([head(row) for head, row in zip(heads, hidden, strict=True)])
-            for name, heads in self.heads.items()
-        }
+        logits = {}
+        for name, heads in self.heads.items():
+            assert isinstance(heads, nn.ModuleList)
+            logits[name] = torch.stack([head(row) for head, row in zip(heads, hidden, strict=True)])
+        return logits
 
 
 def gumbel_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -131,7 +132,7 @@ def hard_masks(soft: Tensor) -> Tensor:
     Args:
         soft: From :func:`soft_masks`.
     """
-    hard: Tensor = _Threshold.apply(soft)
+    hard: Tensor = _Threshold.apply(soft)  # type: ignore[no-untyped-call]
     return hard
 
 
