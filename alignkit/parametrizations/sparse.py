@@ -24,7 +24,7 @@ class SparseOptions:
         1.0,
         ge=0,
         help="How far it pulls until sparse_until, the task aside: 1 takes from the norm of a group what those of its "
-        "layer have on average when training begins.",
+        "layer have on average when training begins. Of a trained model, group_lasso and wgsef leave little at 1.",
     )
     sparse_ffn: float = option(0.25, ge=0, lt=1, help="Part of the feed-forward channels of every layer that shall go.")
     sparse_kv_groups: float = option(

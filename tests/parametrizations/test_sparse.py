@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from alignkit.errors import CheckpointError, ConfigError, ModelError
+from alignkit.gradients._hook import chosen_rule
 from alignkit.parametrizations._sparse import check, prepare
 from alignkit.parametrizations.sparse import REGULARISERS
 from alignkit.pruning.export import pruned_model
@@ -57,7 +58,8 @@ def trained(
     """A trainer after its run, and its weights before and after every step."""
     folder.mkdir(exist_ok=True)
     config = config_of(program, model, folder, **keys)
-    trainer = build(config, text_rows(config, 16))
+    rule = chosen_rule(config.gradient_rule, config.gradient_options)
+    trainer = build(config, text_rows(config, 16), rule=rule)
     snapshots = Snapshots(trainer.model)
     trainer.add_callback(snapshots)
     trainer.train()
@@ -184,6 +186,17 @@ def test_a_run_resumed_before_or_after_the_choice_is_the_one_that_never_stopped(
             assert logged(resumed, name) == logged(trainer, name)
         assert (tmp_path / "run" / "checkpoint-4" / PLAN_FILE).read_text() == plan
         assert (tmp_path / "run" / PLAN_FILE).read_text() == plan
+
+
+@pytest.mark.parametrize("rule", ["sam", "glad", "decay_to_init"])
+def test_a_gradient_rule_brings_nothing_back(rule: str, model: str, tmp_path: Path) -> None:
+    """One that evaluates other weights than the model's, one that edits gradients, one that pulls to the start."""
+    keys = {"gradient_rule": rule} | ({"rule_targets": "all"} if rule == "glad" else {})
+    _, weights = trained(model, tmp_path, KEYS | keys)
+    plan = PruningPlan.load(tmp_path / "run")
+    for axis in KEPT:
+        for now in (weights[3], weights[4]):
+            assert [tuple(row.nonzero().flatten().tolist()) for row in norms(now, axis)] == list(getattr(plan, axis))
 
 
 def test_a_checkpoint_of_another_parametrisation_is_not_gone_on_from(model: str, tmp_path: Path) -> None:
