@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from transformers import PreTrainedConfig
@@ -90,11 +90,10 @@ def kept_sizes(config: PreTrainedConfig, amounts: Mapping[str, Amount], drop_lay
                 f"{axis}: {float(amount):.4g} of {size:,} {_NAMES[axis]} would leave {float(asked):,.6g}; "
                 f"{sizes[axis]:,} are kept ({1 - sizes[axis] / size:.1%} go), the next size that is good to have"
             )
-    unchanged = {axis: None for axis, size in sizes.items() if size == getattr(dense, axis)}
-    if len(unchanged) == len(sizes) and not drop_layers:
+    smaller = {axis: size for axis, size in sizes.items() if size < getattr(dense, axis)}
+    if not smaller and not drop_layers:
         raise ModelError("; ".join(["nothing would be pruned. Ask for more to be removed", *lines]))
-    kept = Kept(sizes.get("hidden"), sizes.get("ffn"), sizes.get("kv_groups"), drop_layers)
-    return replace(kept, **unchanged), lines
+    return Kept(smaller.get("hidden"), smaller.get("ffn"), smaller.get("kv_groups"), drop_layers), lines
 
 
 def _refuse(amounts: Mapping[str, Amount], drop_layers: int, dense: Mapping[str, int]) -> None:

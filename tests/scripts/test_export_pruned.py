@@ -18,6 +18,8 @@ from alignkit.errors import ModelError
 from alignkit.hub.upload import plan_upload
 from alignkit.models._atp_layers import AtpConfig
 from alignkit.models._pat_layers import PatConfig
+from alignkit.models.export import dequantized
+from alignkit.models.loading import ModelSource, load_model
 from alignkit.models.sparse_adapter import equip
 from alignkit.programs import pruning_steps
 from alignkit.programs.prune import command_line
@@ -27,7 +29,7 @@ from alignkit.pruning.fresh_process import look
 from alignkit.pruning.masks import masked
 from alignkit.pruning.plan import PruningPlan
 from tests.scripts.conftest import Script
-from tests.scripts.tiny import byte_tokenizer, randomize, save_model, tiny_model, write_rows
+from tests.scripts.tiny import byte_tokenizer, randomize, save_adapter, save_model, tiny_model, write_rows
 
 PLAN = PruningPlan(hidden=tuple(range(24)), ffn=(tuple(range(40)), tuple(range(24, 64))))
 TEXT = [[5, 60, 70, 80, 90, 33]]
@@ -131,6 +133,25 @@ def test_a_lora_adapter_is_merged_and_pruned_by_a_plan(
     assert list(report["evaluation"]["figures"]) == ["base", "tuned", "pruned"]
     assert report["made_of"] == {"model": "base", "revision": None, "adapter": "adapter", "adapter_kind": "LORA"}
     assert report["plan"]["by"] == "plan"
+
+
+def test_a_lora_adapter_is_merged_into_the_weights_that_training_saw(
+    assets: Path, tmp_path: Path, run_script: Script, in_this_process: None
+) -> None:
+    """Trained on a quantised base, by its run.json: the exported weights are those of the dequantised one."""
+    pytest.importorskip("bitsandbytes")
+    adapter = save_adapter(assets / "wide", tmp_path / "adapter")
+    config = {"quantization": {"value": "nf4", "source": "command line"}}
+    (adapter / "run.json").write_text(json.dumps({"alignkit_run": 1, "config": config}))
+    PruningPlan(layers=(1,)).save(tmp_path)
+    words = ("--adapter", adapter, "--plan", tmp_path, "--output", tmp_path / "out")
+    assert run_script("export_pruned", *words) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "quantization_config" not in exported.config.to_dict()
+    plain = dequantized(load_model(ModelSource(str(assets / "wide"), quantization="nf4"), "cpu"))
+    merged = PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
+    stored, kept = exported.state_dict(), "mlp.up_proj.weight"
+    torch.testing.assert_close(stored[f"model.layers.0.{kept}"], merged[f"model.layers.1.{kept}"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("keep_tied", [False, True])
