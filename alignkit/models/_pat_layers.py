@@ -10,6 +10,9 @@ mask serves all, so that the same channels are zero in the whole stream. With L0
 At the start a module changes nothing: L1 is zero in the released form, v in the paper's. L0 starts with orthonormal
 rows, and L1 in the paper's form with orthonormal columns (ours: neither text says how).
 
+What trains is read by calling the module that has it, also for the terms that are added to the loss: a call is what
+ZeRO-3 gathers a sharded weight for, and gathers it again for the backward pass.
+
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - peft ``LoraVariant``, and that the layers of LoRA, plain and of bitsandbytes, ask ``lora_variant[adapter].forward``
 """
@@ -28,7 +31,8 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from alignkit.errors import ModelError
-from alignkit.models.mask_gate import Gate, fading_mask, largest, soft_mask
+from alignkit.models._engine import trained_value
+from alignkit.models.mask_gate import Gate, fading_mask, identity_loss, largest, soft_mask
 from alignkit.models.sparse_adapter import POLICY, SparseConfig, SparseVariant, put_module
 
 MASK_UNIT = 2.0**-8
@@ -122,13 +126,15 @@ class SparsificationModule(nn.Module):
             nn.init.orthogonal_(self.l1)
             self.v = nn.Parameter(torch.zeros(rank))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Map and mask.
+    def forward(self, x: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """Map and mask [.., D]; without an input, how far the factors are from orthonormal (a scalar).
 
         Args:
             x: [.., D].
             mask: [D]; None is all ones.
         """
+        if x is None:
+            return identity_loss(self.l0.float(), self.l1.float(), released=self.is_released)
         x = x.to(self.l0.dtype)
         inner = nn.functional.linear(x, self.l0)
         if self.is_released:
@@ -185,10 +191,19 @@ class Mask:
         self.is_hard = False
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """What is trained of a mask that is learnt."""
+        weight: nn.Parameter = self.layer.lora_mask[self.adapter].weight
+        return weight
+
     def logits(self) -> Tensor:
-        """[D], with gradient; of a mask that is learnt."""
-        scaled: Tensor = self.layer.lora_mask[self.adapter].weight * MASK_UNIT
-        return scaled
+        """[D], with gradient."""
+        logits: Tensor = self.layer.lora_mask[self.adapter]()
+        return logits
+
+    def stepped_logits(self) -> Tensor:
+        """[D], without gradient, between two steps, in the precision they are stepped in; a collective."""
+        return trained_value(self.parameter) * MASK_UNIT
 
     @property
     def kept(self) -> Tensor:
@@ -199,16 +214,27 @@ class Mask:
     def harden(self) -> None:
         """Have the mask hard; a learnt one keeps the channels of the largest logits, the first of equal ones."""
         if not self.kept.any():
-            self.kept.copy_(largest(self.logits.detach(), self.width))
+            self.kept.copy_(largest(self.stepped_logits(), self.width))
         self.is_hard = True
 
     def value(self) -> Tensor | None:
-        """[D] as it multiplies the channels now; None for ones."""
+        """[D] as it multiplies the channels now, with gradient; None for ones."""
+        logits = self.logits() if self.is_trained and self.gate is not None else None
+        value = self.at(logits)
+        # DistributedDataParallel finds out from the forward pass what has a gradient: this has one always, if of zero.
+        return value if value is None or logits is None else value + 0 * logits
+
+    def at(self, logits: Tensor | None) -> Tensor | None:
+        """[D] as it would multiply the channels now; None for ones.
+
+        Args:
+            logits: [D]; None of a mask that is not learnt.
+        """
         if self.is_hard:
             return self.kept.float()
         if self.gate is None:
             return None
-        return soft_mask(self.logits, self.gate) if self.is_trained else fading_mask(self.kept, self.gate)
+        return fading_mask(self.kept, self.gate) if logits is None else soft_mask(logits, self.gate)
 
 
 class _Logits(nn.Module):
@@ -217,6 +243,10 @@ class _Logits(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels))
+
+    def forward(self) -> Tensor:
+        """The logits [D]: in float32, in which a sum over all channels can be counted."""
+        return self.weight.float() * MASK_UNIT
 
 
 class SparseEmbedding(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT is untyped

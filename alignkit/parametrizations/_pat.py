@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from alignkit.errors import ModelError
+from alignkit.environment import launched_with_fsdp
+from alignkit.errors import ConfigError, ModelError
 from alignkit.models._pat_layers import MASK_UNIT, PatConfig, mask_of, sparsification_modules
 from alignkit.models.attachment import Attachment, ParameterGroup
 from alignkit.models.loading import is_quantized
-from alignkit.models.mask_gate import Gate, active_loss, bimodality_loss, identity_loss, largest
+from alignkit.models.mask_gate import Gate, active_loss, bimodality_loss, largest
 from alignkit.parametrizations import _lora
 from alignkit.pruning.families import writers
 from alignkit.pruning.importance import importance
@@ -41,7 +42,17 @@ MASK_START = 0.1
 
 
 def check(config: Any) -> None:
-    """Nothing: all its options are declared, and so checked before."""
+    """Refuse a launch that shards what the terms of the loss read.
+
+    Raises:
+        ConfigError: It is one of FSDP.
+    """
+    if launched_with_fsdp():
+        why = (
+            "`parametrization: pat` under FSDP: the terms that form its mask are taken outside the forward pass, in "
+            "which alone FSDP gathers weights. Launch with DDP or a DeepSpeed ZeRO stage instead"
+        )
+        raise ConfigError("pat cannot be used in this launch", [why])
 
 
 def prepare(config: Any, model: PreTrainedModel) -> PatConfig:
@@ -123,7 +134,7 @@ class PatTraining(Attachment):
         self.is_released = config.pat_form == "released"
         given = config.pat_bimodality_coef
         self.bimodality_coef = float(self.is_released) if given is None else given
-        self._looked_at = self._would_keep()
+        self._looked_at: Tensor | None = None
 
     def start_from(self, scores: Tensor) -> None:
         """Let the mask begin with the most important channels: slightly open, or chosen for good.
@@ -135,10 +146,9 @@ class PatTraining(Attachment):
         with torch.no_grad():
             if self.mask.is_trained:
                 start = torch.where(chosen, MASK_START, -MASK_START) / MASK_UNIT
-                self.mask.layer.lora_mask[self.mask.adapter].weight.copy_(start)
+                self.mask.parameter.copy_(start)
             else:
                 self.mask.kept.copy_(chosen)
-        self._looked_at = self._would_keep()
 
     def milestone(self, total: int) -> int:
         """Step from which the mask is hard."""
@@ -151,16 +161,17 @@ class PatTraining(Attachment):
         if step >= milestone and not self.mask.is_hard:
             self.mask.harden()
             _compare_over_ranks(self.mask.kept)
+        if self._looked_at is None:
+            self._looked_at = self._would_keep()
 
     def terms(self) -> Mapping[str, Tensor]:
         """Identity over all modules; number and two-sidedness of the mask's logits until it is hard."""
-        modules = [module for _, module in sparsification_modules(self.model)]
-        identity = sum(identity_loss(each.l0, each.l1, released=self.is_released) for each in modules)
+        identity = sum(module(None) for _, module in sparsification_modules(self.model))
         terms = {"identity": self.config.pat_identity_coef * identity}
         if self.mask.is_trained:
             # Hard, the mask's parameter has the gradient zero and not none, which DistributedDataParallel waits for.
             weight = float(not self.mask.is_hard)
-            logits = self.mask.logits
+            logits = self.mask.logits()
             active = active_loss(logits, self.mask.width, released=self.is_released)
             terms["active"] = weight * self.config.pat_active_coef * active
             terms["bimodality"] = weight * self.bimodality_coef * bimodality_loss(logits)
@@ -171,26 +182,28 @@ class PatTraining(Attachment):
         if not self.mask.is_trained:
             return ()
         rate = self.config.pat_mask_learning_rate or 0.5 / self.milestone(total)
-        return [ParameterGroup([self.mask.layer.lora_mask[self.mask.adapter].weight], rate / MASK_UNIT)]
+        return [ParameterGroup([self.mask.parameter], rate / MASK_UNIT)]
 
     def metrics(self) -> Mapping[str, float]:
         """Open channels, how soft the mask still is, and the share of it that changed since the last line."""
         kept, before = self._would_keep(), self._looked_at
         self._looked_at = kept
-        value = self.mask.value()
-        value = torch.ones_like(kept, dtype=torch.float32) if value is None else value.detach()
-        found = {"soft_distance": (value - kept.float()).abs().mean(), "mask_churn": (kept ^ before).float().mean()}
-        if self.mask.is_trained and not self.mask.is_hard:
-            found["open_channels"] = (self.mask.logits.detach() > 0).sum()
-        else:
-            found["open_channels"] = kept.sum()
+        logits = self.mask.stepped_logits() if self.mask.is_trained else None
+        value = self.mask.at(logits)
+        value = torch.ones_like(kept, dtype=torch.float32) if value is None else value
+        is_open = kept if logits is None or self.mask.is_hard else logits > 0
+        found = {
+            "soft_distance": (value - kept.float()).abs().mean(),
+            "mask_churn": (kept ^ (kept if before is None else before)).float().mean(),
+            "open_channels": is_open.sum(),
+        }
         return {f"pat/{name}": float(value) for name, value in found.items()}
 
     def _would_keep(self) -> Tensor:
         """[D] bool: what would be kept if the mask were hard now."""
         if self.mask.is_hard or not self.mask.is_trained:
             return self.mask.kept.clone()
-        return largest(self.mask.logits.detach(), self.mask.width)
+        return largest(self.mask.stepped_logits(), self.mask.width)
 
 
 def _importance(config: Any, trainer: Any) -> Tensor:

@@ -18,6 +18,8 @@ from alignkit.errors import ConfigError, ModelError
 from alignkit.models._pat_layers import MASK_UNIT, mask_of, sparsification_modules
 from alignkit.models.files import read_adapter
 from alignkit.models.loading import ModelSource, load_adapter, load_model
+from alignkit.models.mask_gate import Gate
+from alignkit.parametrizations._pat import check
 from alignkit.pruning.export import pruned_model
 from alignkit.pruning.learnt import learnt
 from tests.programs.conftest import save_model
@@ -257,6 +259,26 @@ def test_what_cannot_work_is_refused(base: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             config_of("sft", base, tmp_path, **KEYS, **keys)
+
+
+def test_fsdp_is_refused_by_name(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("sft", base, tmp_path, **KEYS)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="`parametrization: pat` under FSDP.*Launch with DDP or a DeepSpeed"):
+        check(config)
+
+
+def test_what_the_mask_trains_has_a_gradient_in_every_step(base: str, tmp_path: Path) -> None:
+    """From the forward pass alone, where DistributedDataParallel looks for it; once the task has let go of it, zero."""
+    model = trainer_of("sft", base, tmp_path).model
+    mask = mask_of(model)
+    found = []
+    for step in range(4):
+        mask.gate = Gate(step, 3, 0.5)
+        mask.is_hard = step == 3
+        (gradient,) = torch.autograd.grad(model(PROMPTS).logits.square().sum(), mask.parameter)
+        found.append(bool(gradient.any()))
+    assert found == [True, True, False, False]
 
 
 def test_the_terms_are_logged_and_the_mask_is_seen(base: str, tmp_path: Path) -> None:
