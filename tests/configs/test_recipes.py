@@ -16,6 +16,7 @@ from alignkit.gradients.glad import GLADOptions
 from alignkit.parts.method import load_method
 from alignkit.shipped import configs_dir, recipe_names, recipe_path
 from alignkit.yaml_text import parse_yaml
+from tests.docs.pages import REPOSITORY
 
 LAUNCHER_FILES = sorted((configs_dir() / "accelerate").glob("*.yaml"))
 
@@ -103,6 +104,8 @@ class Architecture:
 LLAMA_1B = Architecture(128_256, 2048, 16, 32, 8, 64, 8192, tied=True)
 LLAMA_8B = Architecture(128_256, 4096, 32, 32, 8, 128, 14_336)
 MISTRAL_7B = Architecture(32_768, 4096, 32, 32, 8, 128, 14_336)
+QWEN3_600M = Architecture(151_936, 1024, 28, 16, 8, 128, 3072, tied=True, head_norms=True)
+QWEN3_4B = Architecture(151_936, 2560, 36, 32, 8, 128, 9728, tied=True, head_norms=True)
 QWEN3_8B = Architecture(151_936, 4096, 36, 32, 8, 128, 12_288, head_norms=True)
 
 
@@ -126,6 +129,44 @@ def test_recipes_that_prune_say_the_sizes_before_and_after(
     header = recipe_path(f"sft/{recipe}").read_text().partition("model:")[0]
     said = [int(word.replace(",", "")) for word in re.findall(r"\d+(?:,\d{3}){2,}", header)]
     assert said == [dense.parameters(), *(each.parameters() for each in pruned), *trained]
+
+
+def row_of_pruning_page(*begins: str) -> list[str]:
+    """The cells behind the first of the only row that begins like this."""
+    lines = [line.split(" | ") for line in (REPOSITORY / "docs/howto/pruning.md").read_text().splitlines()]
+    (found,) = [[cell.strip("| ") for cell in line[1:]] for line in lines if line[: len(begins)] == list(begins)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "dense", "rank"),
+    [
+        ("Qwen3-0.6B", QWEN3_600M, 52),
+        ("Llama-3.2-1B", LLAMA_1B, 103),
+        ("Qwen3-4B", QWEN3_4B, 128),
+        ("Mistral-7B-v0.3", MISTRAL_7B, 200),
+        ("Qwen3-8B", QWEN3_8B, 200),
+    ],
+)
+def test_what_pat_trains_is_shown_right(model: str, dense: Architecture, rank: int) -> None:
+    a_map, tied = 2 * dense.hidden * rank + dense.hidden, dense.pat(rank, with_embedding=False)
+    figures = [dense.hidden, dense.layers, rank, a_map, dense.pat(rank), tied if dense.tied else None, dense.lora(20)]
+    shown = [str(figure) for figure in figures[:3]] + [
+        "not tied" if each is None else f"{each:,}" for each in figures[3:]
+    ]
+    assert row_of_pruning_page(f"| {model}") == shown
+
+
+@pytest.mark.parametrize(("model", "dense"), [("Qwen3-0.6B (tied)", QWEN3_600M), ("Qwen3-8B (untied)", QWEN3_8B)])
+def test_what_a_quarter_of_an_axis_is_worth_is_shown_right(model: str, dense: Architecture) -> None:
+    groups = dense.kv_heads * 3 // 4
+    pruned = [
+        replace(dense, hidden=dense.hidden * 3 // 4),
+        replace(dense, ffn=dense.ffn * 3 // 4),
+        replace(dense, heads=dense.heads // dense.kv_heads * groups, kv_heads=groups),
+        replace(dense, layers=dense.layers - 4),
+    ]
+    assert row_of_pruning_page(f"| {model}") == [f"{each.parameters():,}" for each in (dense, *pruned)]
 
 
 def keys_of(value: Any) -> set[str]:
