@@ -43,6 +43,8 @@ class Run:
         """What is compared beside the loss."""
         if self.parametrization == "atp":
             return (self.term, "atp/ffn_kept", "atp/ffn_kept_least", "atp/ffn_kept_most", "atp/pruned_norms")
+        if self.parametrization == "pat":
+            return (self.term, "loss/identity", "loss/active", "pat/open_channels", "pat/soft_distance")
         if self.program == "sft":
             return (self.term, "entropy", "mean_token_accuracy", "num_tokens")
         return (self.term, "rewards/margins", "mean_logps/chosen", "entropy")
@@ -85,6 +87,21 @@ RUNS = {
         "loss/nll",
         "sft",
     ),
+    # Terms that read weights outside the forward pass; a mask that the forward pass no longer moves, then a hard one.
+    "sft pat": Run(
+        {
+            "method": "sft",
+            "column_map": "{completion: chosen}",
+            "pat_rank": 4,
+            "pat_milestone_steps": 2,
+            "pat_form": "paper",
+            "pat_freeze_fraction": 0.5,
+        },
+        "pairs",
+        "pat",
+        "loss/nll",
+        "sft",
+    ),
     "sft full": Run({"method": "sft", "column_map": "{completion: chosen}"}, "pairs", "full", "loss/nll", "sft"),
 }
 CASES = [
@@ -97,6 +114,8 @@ CASES = [
     ("sft lora", "ddp 2x2"),
     ("sft full", "zero2 2x2"),
     ("sft atp", "zero2 2x2"),
+    ("sft pat", "ddp 2x2"),
+    ("sft pat", "zero3 2x2"),
     ("distill full", "zero3 2x2"),
     *(
         pytest.param(what, name, marks=pytest.mark.slow)
