@@ -26,7 +26,7 @@ from alignkit.programs.entry import run_program
 LORA_RANK = 8
 SIDES: dict[str, dict[str, Any]] = {
     "lora": {"parametrization": "lora"},
-    "pat, mask in motion": {"parametrization": "pat", "lora_r": LORA_RANK, "pat_milestone_steps": 10_000},
+    "pat, mask in motion": {"parametrization": "pat", "lora_r": LORA_RANK, "pat_milestone_steps": None},
     "pat, mask hard": {"parametrization": "pat", "lora_r": LORA_RANK, "pat_milestone_steps": 2},
     "atp, decisions in motion": {"parametrization": "atp", "lora_r": LORA_RANK, "atp_control_fraction": 0.99},
     "atp, decisions settled": {"parametrization": "atp", "lora_r": LORA_RANK, "atp_control_fraction": 0.01},
@@ -164,6 +164,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    SIDES["pat, mask in motion"]["pat_milestone_steps"] = options.steps + options.warmup - 1
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     numbers, memory = {}, {}
     with tempfile.TemporaryDirectory() as directory:
@@ -177,7 +178,7 @@ def main() -> None:
                     numbers[side], memory[side] = trained_numbers(trainer), held(trainer)
                     seconds[side].append(timed(trainer, options))
     print(
-        f"{options.batch_size} rows of {options.tokens} tokens, {options.rounds} rounds, one thread; LoRA of rank {rank}"
+        f"{options.batch_size} rows of {options.tokens} tokens, {options.rounds} rounds, one thread; LoRA rank {rank}"
     )
     print(f"{'':26}{'trained':>10}  {'a step':>9}  {'against lora':22}  memory against lora")
     for side, found in seconds.items():

@@ -152,11 +152,16 @@ class PatTraining(Attachment):
 
     def milestone(self, total: int) -> int:
         """Step from which the mask is hard."""
-        return int(self.config.pat_milestone_steps or max(total // 3, 1))
+        return int(self.config.pat_milestone_steps or total // 3)
 
     def before_step(self, step: int, total: int) -> None:
         """Put the gate where it belongs at this step; at the milestone, the mask becomes hard."""
         milestone = self.milestone(total)
+        if milestone >= total:
+            raise ModelError(
+                f"pat_milestone_steps: {milestone} is not reached in a run of {total} steps: its mask would never be "
+                "hard, and what is exported would not be what was trained. Write a smaller number; null takes a third."
+            )
         self.mask.gate = Gate(step, milestone, self.config.pat_freeze_fraction)
         if step >= milestone and not self.mask.is_hard:
             self.mask.harden()
@@ -181,7 +186,7 @@ class PatTraining(Attachment):
         """The mask's logits, which have a way of about 0.5 to go until the milestone."""
         if not self.mask.is_trained:
             return ()
-        rate = self.config.pat_mask_learning_rate or 0.5 / self.milestone(total)
+        rate = self.config.pat_mask_learning_rate or 0.5 / max(self.milestone(total), 1)
         return [ParameterGroup([self.mask.parameter], rate / MASK_UNIT)]
 
     def metrics(self) -> Mapping[str, float]:

@@ -124,6 +124,20 @@ PARAMETRIZATION = Parametrization(
             "Write anchor: fixed, which is the unpruned model",
         ),
         Conflict(
+            "PAT whose mask never gets hard",
+            ("pat_milestone_steps", "max_steps"),
+            lambda c: c.pat_milestone_steps is not None and 0 < c.max_steps <= c.pat_milestone_steps,
+            "the run would end before its mask is hard, and what is exported would not be what was trained",
+            "Write a pat_milestone_steps well below max_steps; null takes a third",
+        ),
+        Conflict(
+            "PAT with keep_best",
+            ("keep_best", "parametrization"),
+            lambda c: c.keep_best and c.parametrization == "pat",
+            "the best checkpoint would be one from before the mask was hard, when the model was whole",
+            "Write keep_best: false",
+        ),
+        Conflict(
             "PAT with torch_compile",
             ("parametrization", "torch_compile"),
             lambda c: c.parametrization == "pat" and c.torch_compile,

@@ -24,6 +24,7 @@ FLASH = {"attn_implementation": "flash_attention_2"}
 HELD_OUT = {"eval_fraction": 0.5}
 STREAM = {"streaming": True, "max_steps": 10}
 ADPO = {"method": "adpo"}
+KEEP_BEST = {"eval_strategy": "steps", "keep_best": True}
 GUARD = ONLINE | {"method": "grpo_guard"}
 IA3 = {"parametrization": "peft", "peft_type": "ia3"}
 SPARSE = {"parametrization": "sparse"}
@@ -153,6 +154,11 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # --- pat ---
     "PAT that goes on from an adapter": (PAT | {"adapter": "lora"}, {"adapter": None}),
     "PAT with a moving anchor": (PAT | ADPO | {"anchor": "ema"}, {"anchor": "fixed"}),
+    "PAT whose mask never gets hard": (
+        PAT | {"pat_milestone_steps": 5, "max_steps": 5},
+        {"pat_milestone_steps": None},
+    ),
+    "PAT with keep_best": (ONLINE | PAT | HELD_OUT | KEEP_BEST, {"keep_best": False}),
     "PAT with torch_compile": (PAT | {"torch_compile": True}, {"torch_compile": False}),
     "PAT with DoRA": (PAT | {"use_dora": True}, {"use_dora": False}),
     "PAT with modules that train in full": (
@@ -223,7 +229,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sparse_until": 0.9},
     ),
     "sparse with keep_best": (
-        ONLINE | SPARSE | HELD_OUT | {"eval_strategy": "steps", "keep_best": True},
+        ONLINE | SPARSE | HELD_OUT | KEEP_BEST,
         {"keep_best": False},
     ),
 }

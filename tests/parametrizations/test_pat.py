@@ -124,7 +124,7 @@ def test_what_is_exported_is_what_was_trained(base: str, tmp_path: Path, form: s
 
 
 def test_plain_peft_refuses_the_adapter(base: str, tmp_path: Path) -> None:
-    trainer = trainer_of("sft", base, tmp_path, max_steps=1)
+    trainer = trainer_of("sft", base, tmp_path, max_steps=1, pat_milestone_steps=None)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     with pytest.raises((KeyError, ValueError), match="ALIGNKIT_PAT"):
@@ -165,7 +165,9 @@ def test_a_mask_by_importance_keeps_what_is_most_active(base: str, tmp_path: Pat
 
 
 def test_the_mask_has_a_learning_rate_of_its_own_and_no_decay(base: str, tmp_path: Path) -> None:
-    trainer = trainer_of("sft", base, tmp_path, max_steps=2, weight_decay=0.1, pat_mask_learning_rate=0.25)
+    trainer = trainer_of(
+        "sft", base, tmp_path, max_steps=2, pat_milestone_steps=None, weight_decay=0.1, pat_mask_learning_rate=0.25
+    )
     trainer.train()
     logits_of = mask_of(trainer.model).layer.lora_mask["default"].weight
     (group,) = [g for g in trainer.optimizer.param_groups if any(p is logits_of for p in g["params"])]
@@ -318,3 +320,9 @@ def test_weights_that_move_in_full_have_the_gradient_of_the_weights_and_are_expo
     found = learnt(loaded)
     exported = pruned_model(found.model, found.plan, folds=found.folds)
     assert torch.allclose(logits(exported), masked, atol=1e-4)
+
+
+def test_a_run_that_would_end_before_its_mask_is_hard_is_refused(base: str, tmp_path: Path) -> None:
+    keys = {"max_steps": -1, "num_train_epochs": 1, "pat_milestone_steps": 4}
+    with pytest.raises(ModelError, match="not reached in a run of 4 steps"):
+        trainer_of("sft", base, tmp_path, **keys).train()
