@@ -140,7 +140,8 @@ def _check_adapter(settings: Settings, path: Path) -> None:
 def _check_adapter_config(settings: Settings, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        settings.report("adapter", f"holds peft_type {kind}", "Only LoRA adapters can be continued; merge it first")
+        first = "export it (alignkit prune)" if str(kind).startswith("ALIGNKIT_") else "merge it first"
+        settings.report("adapter", f"holds peft_type {kind}", f"Only LoRA adapters can be continued; {first}")
     modules = config.get("target_modules")
     if isinstance(modules, (str, list)) and names_output_head(modules):
         why = "has low-rank factors on lm_head, whose weight is read directly when log-probs are computed"

@@ -69,8 +69,9 @@ class AtpConfig(SparseConfig):
                 for name in MASKED[kind]:
                     _put_mask(_lora_layer(model, layer, name), adapter, size)
 
-    def finish(self, model: PeftModel, adapter: str) -> None:
+    def finish(self, model: PeftModel, adapter: str) -> str | None:
         """Nothing: the masks that were saved are hard."""
+        return None
 
     def kept(self, model: PeftModel, adapter: str) -> dict[str, Any]:
         """The structures that are left in every layer.

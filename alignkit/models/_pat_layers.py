@@ -84,9 +84,16 @@ class PatConfig(SparseConfig):
                 layer.lora_variant[adapter] = PatVariant(mask)
         embedding.set_adapter(model.active_adapters, inference_mode=self.inference_mode)
 
-    def finish(self, model: PeftModel, adapter: str) -> None:
-        """Keep the channels that training settled on; before that, those it would settle on now."""
-        mask_of(model, adapter).harden()
+    def finish(self, model: PeftModel, adapter: str) -> str | None:
+        """Keep the channels that training settled on."""
+        mask = mask_of(model, adapter)
+        if not mask.kept.any():
+            return (
+                "was saved before its mask was settled, which the step pat_milestone_steps of its run does: it is no "
+                "narrow model yet. Take a checkpoint from after that step, or the run's end"
+            )
+        mask.harden()
+        return None
 
     def kept(self, model: PeftModel, adapter: str) -> dict[str, Any]:
         """The channels that are left."""

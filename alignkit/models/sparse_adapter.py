@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignkit.errors import ModelError
 from alignkit.models.files import ADAPTER_CONFIG, AdapterFiles, read_json
 
 PREFIX, KINDS = "ALIGNKIT_", ("PAT", "ATP")
@@ -46,8 +47,8 @@ class SparseConfig(LoraConfig):  # type: ignore[misc]  # PEFT is untyped
         """Put what is more into the LoRA layers of ``adapter``, which are in place and at their start."""
         raise NotImplementedError
 
-    def finish(self, model: PeftModel, adapter: str) -> None:
-        """Have a loaded adapter compute as what it will be exported as."""
+    def finish(self, model: PeftModel, adapter: str) -> str | None:
+        """Have a loaded adapter compute as what it will be exported as; why it cannot, after "the adapter", or None."""
         raise NotImplementedError
 
     def kept(self, model: PeftModel, adapter: str) -> dict[str, Any]:
@@ -105,6 +106,9 @@ def load_sparse_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> PeftMo
     Args:
         model: The base.
         adapter: The saved adapter.
+
+    Raises:
+        ModelError: Its training had not got as far as an adapter that removes anything.
     """
     layers = importlib.import_module(f"alignkit.models._{adapter.kind.removeprefix(PREFIX).lower()}_layers")
     config_class: type[SparseConfig] = layers.CONFIG
@@ -115,7 +119,8 @@ def load_sparse_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> PeftMo
     wrapped = get_peft_model(model, config)
     equip(wrapped)
     set_peft_model_state_dict(wrapped, load_file(adapter.weights))
-    config.finish(wrapped, POLICY)
+    if problem := config.finish(wrapped, POLICY):
+        raise ModelError(f"the adapter {str(adapter.directory)!r} {problem}.")
     return wrapped.requires_grad_(False)
 
 

@@ -160,7 +160,8 @@ class Decisions(Attachment):
         self.total = total
         self.generator.to(self.trainer.accelerator.device)
         # At least the last step is one of the model that is exported.
-        if step < min(math.ceil(self.config.atp_control_fraction * total), total - 1):
+        # A run that is resumed for more steps than it had does not open settled decisions again.
+        if self.settled is None and step < min(math.ceil(self.config.atp_control_fraction * total), total - 1):
             self._learn(step)
             self._put(self._drawn(step))
         elif self.settled is None:

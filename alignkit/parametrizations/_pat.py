@@ -8,11 +8,13 @@ the training has the narrow model. The task's loss reaches the mask through the 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.environment import launched_with_fsdp
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import CheckpointError, ConfigError, ModelError
 from alignkit.models._pat_layers import MASK_UNIT, PatConfig, mask_of, sparsification_modules
 from alignkit.models.attachment import Attachment, ParameterGroup
 from alignkit.models.loading import is_quantized
@@ -34,7 +36,9 @@ from alignkit.pruning.families import writers
 from alignkit.pruning.importance import importance
 from alignkit.pruning.plan import PruningPlan
 from alignkit.pruning.validate import next_width, target_config
+from alignkit.storage.durability import write_whole
 
+STATE = "pat.json"
 SCORED_ROWS = 64
 """Training rows that importance is taken over; ours."""
 MASK_START = 0.1
@@ -135,6 +139,8 @@ class PatTraining(Attachment):
         given = config.pat_bimodality_coef
         self.bimodality_coef = float(self.is_released) if given is None else given
         self._looked_at: Tensor | None = None
+        self._milestone: int | None = None
+        self.persistent = (self,)
 
     def start_from(self, scores: Tensor) -> None:
         """Let the mask begin with the most important channels: slightly open, or chosen for good.
@@ -151,12 +157,12 @@ class PatTraining(Attachment):
                 self.mask.kept.copy_(chosen)
 
     def milestone(self, total: int) -> int:
-        """Step from which the mask is hard."""
-        return int(self.config.pat_milestone_steps or total // 3)
+        """Step from which the mask is hard; it stays where it was when a run is resumed for more steps than it had."""
+        return int(self.config.pat_milestone_steps or total // 3) if self._milestone is None else self._milestone
 
     def before_step(self, step: int, total: int) -> None:
         """Put the gate where it belongs at this step; at the milestone, the mask becomes hard."""
-        milestone = self.milestone(total)
+        self._milestone = milestone = self.milestone(total)
         if milestone >= total:
             raise ModelError(
                 f"pat_milestone_steps: {milestone} is not reached in a run of {total} steps: its mask would never be "
@@ -203,6 +209,21 @@ class PatTraining(Attachment):
             "open_channels": is_open.sum(),
         }
         return {f"pat/{name}": float(value) for name, value in found.items()}
+
+    def save(self, directory: Path) -> None:
+        """Write the milestone."""
+        if PartialState().is_main_process:
+            write_whole(directory / STATE, json.dumps({"milestone": self._milestone}) + "\n")
+
+    def load(self, directory: Path) -> None:
+        """Go on with it.
+
+        Raises:
+            CheckpointError: It is not there.
+        """
+        if not (file := directory / STATE).is_file():
+            raise CheckpointError(f"{file} is missing: this checkpoint was written by another parametrisation than pat")
+        self._milestone = json.loads(file.read_text())["milestone"]
 
     def _would_keep(self) -> Tensor:
         """[D] bool: what would be kept if the mask were hard now."""

@@ -199,10 +199,10 @@ class RunDirectory:
             differences.append(f"number of processes: {old_size} recorded, {world_size} now")
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
+            other = going_on(self.path, config.get("parametrization", {}).get("value"))
             raise RunDirectoryError(
                 f"{self.path} cannot be resumed with other settings; the result would be neither run:\n{lines}\n"
-                "Write the recorded values back; or start a new run from these weights in another output_dir, with "
-                f"`adapter: {self.path}` under lora or `model: {self.path}` under full."
+                f"Write the recorded values back; or {other}."
             )
 
     def _reopen(self, *, resume: bool, overwrite: bool, config: Mapping[str, Mapping[str, Any]]) -> None:
@@ -295,6 +295,24 @@ def _differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> Itera
         if (old is None and new["source"] == "default") or (new is None and old["source"] == "default"):
             continue
         yield f"{key}: {_shown(old)} recorded, {_shown(new)} now"
+
+
+def going_on(path: Path, parametrization: Any) -> str:
+    """What to do to go on from the weights of a run in another one.
+
+    Args:
+        path: Its directory.
+        parametrization: Its parametrisation.
+    """
+    if parametrization in ("pat", "atp"):
+        return (
+            f"export its result (alignkit prune --adapter {path} --output DIR) and start a new run with `model: DIR` "
+            "in another output_dir"
+        )
+    return (
+        f"start a new run from these weights in another output_dir, with `adapter: {path}` under lora or "
+        f"`model: {path}` under full"
+    )
 
 
 def _is_longer(key: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:

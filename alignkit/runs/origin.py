@@ -23,7 +23,7 @@ from alignkit.models.files import ADAPTER_CONFIG, read_adapter, sha256
 from alignkit.models.fingerprints import ORIGIN_FILE, QUANTIZATION, BaseFingerprint, origin_text
 from alignkit.models.loading import fingerprint
 from alignkit.parametrizations._policy import model_source
-from alignkit.runs.directory import RunDirectory
+from alignkit.runs.directory import RunDirectory, going_on
 from alignkit.runs.ranks import Ranks
 from alignkit.runs.rows import PreparedData
 from alignkit.storage.durability import write_whole
@@ -72,9 +72,8 @@ def record_origin(
         lines = "\n".join(f"  {line}" for line in differences)
         raise RunDirectoryError(
             f"{directory.path} cannot be resumed: under the same names lies something else than when it was begun, and "
-            f"the result would be neither run:\n{lines}\nPut back what was there; or start a new run from these "
-            f"weights in another output_dir, with `adapter: {directory.path}` under lora or `model: {directory.path}` "
-            "under full."
+            f"the result would be neither run:\n{lines}\nPut back what was there; or "
+            f"{going_on(directory.path, config.parametrization)}."
         )
     directory.record(origin=origin)
 

@@ -125,6 +125,10 @@ ADAPTERS = {
         {"adapter_config__json": {"peft_type": "IA3"}, "adapter_model__safetensors": "x"},
         "holds peft_type IA3. Only LoRA adapters can be continued",
     ),
+    "pruning": (
+        {"adapter_config__json": {"peft_type": "ALIGNKIT_PAT"}, "adapter_model__safetensors": "x"},
+        "Only LoRA adapters can be continued; export it (alignkit prune)",
+    ),
     "no JSON": ({"adapter_config__json": "{", "adapter_model__safetensors": "x"}, "holds peft_type None"),
     "on the output head": (
         {

@@ -147,6 +147,16 @@ def test_resumed_is_uninterrupted(base: str, tmp_path: Path, at: int) -> None:
     assert [e["atp/ffn_kept"] for e in logged(whole)] == [e["atp/ffn_kept"] for e in logged(again)]
 
 
+def test_a_longer_run_leaves_settled_decisions_as_they_are(base: str, tmp_path: Path) -> None:
+    keys = {"save_strategy": "steps", "save_steps": 3}
+    short = trainer_of("sft", base, tmp_path / "short", max_steps=3, **keys)
+    short.train()
+    longer = trainer_of("sft", base, tmp_path / "longer", max_steps=9, **keys)
+    seen = watched(longer)
+    longer.train(resume_from_checkpoint=str(Path(short.args.output_dir, "checkpoint-3")))
+    assert {decisions.digest(masks) for masks in seen} == {short.attachment.settled}
+
+
 def test_settled_masks_that_changed_on_disk_are_refused(base: str, tmp_path: Path) -> None:
     trainer = trainer_of("sft", base, tmp_path)
     trainer.train()

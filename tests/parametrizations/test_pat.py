@@ -143,6 +143,23 @@ def test_resumed_is_uninterrupted(base: str, tmp_path: Path, at: int) -> None:
     assert [e["loss"] for e in logged(whole)][at:] == [e["loss"] for e in logged(again)][-(STEPS - at) :]
 
 
+@pytest.mark.parametrize("mask", ["zero", "frozen"])
+def test_a_longer_run_leaves_a_settled_mask_hard(base: str, tmp_path: Path, mask: str) -> None:
+    keys = {"pat_milestone_steps": None, "pat_mask": mask, "save_strategy": "steps", "save_steps": 3}
+    short = trainer_of("sft", base, tmp_path / "short", max_steps=3, **keys)
+    short.train()
+    longer = trainer_of("sft", base, tmp_path / "longer", max_steps=15, **keys)
+    seen = []
+    before = longer.attachment.before_step
+    longer.attachment.before_step = lambda step, total: (
+        before(step, total),
+        seen.append(mask_of(longer.model).is_hard),
+    )
+    longer.train(resume_from_checkpoint=str(Path(short.args.output_dir, "checkpoint-3")))
+    assert seen == [True] * 12
+    assert torch.equal(mask_of(longer.model).kept, mask_of(short.model).kept)
+
+
 @pytest.mark.parametrize("mask", ["importance", "frozen"])
 def test_a_mask_by_importance_keeps_what_is_most_active(base: str, tmp_path: Path, mask: str) -> None:
     trainer = trainer_of("sft", base, tmp_path, pat_mask=mask, max_steps=4, pat_mask_learning_rate=1e-9)
@@ -281,6 +298,13 @@ def test_what_the_mask_trains_has_a_gradient_in_every_step(base: str, tmp_path: 
         (gradient,) = torch.autograd.grad(model(PROMPTS).logits.square().sum(), mask.parameter)
         found.append(bool(gradient.any()))
     assert found == [True, True, False, False]
+
+
+def test_an_adapter_from_before_the_milestone_is_refused_for_what_it_is(base: str, tmp_path: Path) -> None:
+    trainer = trainer_of("sft", base, tmp_path)
+    trainer.save_model(str(tmp_path / "adapter"))
+    with pytest.raises(ModelError, match="adapter' was saved before its mask was settled"):
+        load_adapter(load_model(ModelSource(model=base)), read_adapter(tmp_path / "adapter"))
 
 
 def test_the_terms_are_logged_and_the_mask_is_seen(base: str, tmp_path: Path) -> None:

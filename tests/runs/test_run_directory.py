@@ -406,6 +406,17 @@ def test_a_run_may_be_resumed_to_become_longer(
             run.check_resumable(config(now))
 
 
+def test_weights_that_no_run_can_go_on_from_are_exported_first(tmp_path: Path) -> None:
+    def config(rate: float) -> dict[str, dict[str, Any]]:
+        values = {"parametrization": "pat", "learning_rate": rate}
+        return {key: {"value": value, "source": "c.yaml:1"} for key, value in values.items()}
+
+    run = RunDirectory.create(tmp_path / "run")
+    run.record(config=config(0.1))
+    with pytest.raises(RunDirectoryError, match=r"export its result \(alignkit prune --adapter .*run --output DIR\)"):
+        run.check_resumable(config(0.2))
+
+
 def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "unmounted")
     with pytest.raises(RunDirectoryError, match=f"{tmp_path / 'link'} is a link that leads nowhere"):

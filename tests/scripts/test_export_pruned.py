@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from alignkit.errors import ModelError
 from alignkit.hub.upload import plan_upload
 from alignkit.models._atp_layers import AtpConfig
-from alignkit.models._pat_layers import PatConfig
+from alignkit.models._pat_layers import PatConfig, mask_of
 from alignkit.models.export import dequantized
 from alignkit.models.loading import ModelSource, load_model
 from alignkit.models.sparse_adapter import equip
@@ -168,7 +168,7 @@ def test_what_pat_learnt_is_exported(
     wrapped = get_peft_model(model, config)
     equip(wrapped)
     randomize(wrapped, 0.05, 1)
-    config.finish(wrapped, "default")
+    mask_of(wrapped, "default").harden()
     wrapped.save_pretrained(tmp_path / "pat")
     PruningPlan(ffn=PLAN.ffn).save(tmp_path)
     words = ("--adapter", tmp_path / "pat", "--plan", tmp_path, "--output", tmp_path / "out")
