@@ -53,8 +53,10 @@ TEXT = """\
 
 {origin}
 
-{rows} Rates: {rates}. {seeds} seeds draw rows, adapters and batches; means with Student's 95 % intervals, differences
-paired by seed and not corrected for their number.
+{rows}
+
+Rates: {rates}; the last is tried where the one before it is the best. {seeds} seeds draw rows, adapters and batches;
+means with Student's 95 % intervals, differences paired by seed and not corrected for their number.
 
 ### Claims on {name}
 
@@ -69,7 +71,8 @@ Numbered as in the script, where they were written down before the runs; each di
 ### What is exported, {name}
 
 Trained parameters; parameters and bytes (float32) of the plain model; largest difference of a logit between masked and
-exported model, in memory over all seeds and for the first seed from the files; answers with the right number.
+exported model, in memory over all seeds and for the first seed from the files (0 where nothing is removed after tuning:
+what pruning before it did is in the lines of the untuned models); answers of the first seed with the right number.
 
 {sizes}
 """
