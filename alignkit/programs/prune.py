@@ -138,7 +138,8 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[str, str | N
         problems.append("--answer_column: it is a column of --evaluate, which is not given")
     if arguments.plan is not None:
         try:
-            PruningPlan.load(arguments.plan.expanduser())
+            if PruningPlan.load(arguments.plan.expanduser()) == PruningPlan():
+                problems.append(f"--plan: {arguments.plan} keeps everything; write at least one axis, such as layers")
         except AlignkitError as error:
             problems.append(f"--plan: {error}")
     problems += folder_problems(arguments, "output", inputs=[found[0]])

@@ -223,6 +223,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "rows for nothing": (("--ffn", "32", "--criterion", "magnitude", "--data", "x"), "nothing is measured on it"),
     "plan and sizes": (("--ffn", "32", "--criterion", "magnitude", "--plan", "plan"), "--plan says what is kept"),
     "no plan": (("--plan", "nowhere"), "no pruning plan can be read from nowhere"),
+    "a plan of nothing": (("--plan", "empty"), "--plan: empty keeps everything; write at least one axis"),
     "answers of nothing": (("--plan", "plan", "--answer_column", "answer"), "which is not given"),
     "a strange share": (("--hidden", "1.5"), "expected how many stay, such as 384, or the share that goes"),
     "a share of nothing": (("--hidden", "0.0"), "expected how many stay"),
@@ -250,7 +251,9 @@ def without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     for name, plan in {
-        "plan": PLAN, "uneven": PruningPlan(ffn=((0, 1, 2), (0, 1, 2, 3))), "large": PruningPlan(hidden=(0, 99)),
+        "plan": PLAN,
+        "empty": PruningPlan(),
+        "uneven": PruningPlan(ffn=((0, 1, 2), (0, 1, 2, 3))), "large": PruningPlan(hidden=(0, 99)),
     }.items():  # fmt: skip
         (tmp_path / name).mkdir()
         plan.save(tmp_path / name)
