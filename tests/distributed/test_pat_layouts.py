@@ -39,7 +39,7 @@ def run(launch: Launch, inputs: dict[str, str]) -> Any:
 
 
 @pytest.mark.parametrize("step", [2, 4], ids=["in the anneal", "after the milestone"])
-@pytest.mark.parametrize("name", ["ddp 2x2"])
+@pytest.mark.parametrize("name", ["ddp 2x2", "zero2 2x2"])
 def test_a_resumed_run_goes_on(
     run: Any, name: str, step: int, launch: Launch, inputs: dict[str, str], tmp_path: Path
 ) -> None:
