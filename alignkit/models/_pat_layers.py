@@ -218,10 +218,22 @@ class Mask:
         kept: Tensor = self.layer.lora_kept[self.adapter]
         return kept
 
+    @property
+    def chosen(self) -> Tensor:
+        """[D] bool: of a mask that is not learnt, the channels that will be left."""
+        chosen: Tensor = self.layer.lora_chosen[self.adapter]
+        return chosen
+
+    def would_keep(self) -> Tensor:
+        """[D] bool: the channels that would be left if the mask were hard now; of equal logits the first."""
+        if self.is_hard:
+            return self.kept.clone()
+        return largest(self.stepped_logits(), self.width) if self.is_trained else self.chosen.clone()
+
     def harden(self) -> None:
-        """Have the mask hard; a learnt one keeps the channels of the largest logits, the first of equal ones."""
+        """Have the mask hard, with the channels that were loaded, or those it would keep now."""
         if not self.kept.any():
-            self.kept.copy_(largest(self.stepped_logits(), self.width))
+            self.kept.copy_(self.would_keep())
         self.is_hard = True
 
     def value(self) -> Tensor | None:
@@ -241,7 +253,7 @@ class Mask:
             return self.kept.float()
         if self.gate is None:
             return None
-        return fading_mask(self.kept, self.gate) if logits is None else soft_mask(logits, self.gate)
+        return fading_mask(self.chosen, self.gate) if logits is None else soft_mask(logits, self.gate)
 
 
 class _Logits(nn.Module):
@@ -268,7 +280,7 @@ class SparseEmbedding(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT is un
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
-        self.lora_kept = BufferDict(persistent=True)
+        self.lora_kept, self.lora_chosen = BufferDict(persistent=True), BufferDict(persistent=True)
         self.masks: dict[str, Mask] = {}
 
     def put_mask(self, adapter: str, channels: int, mask: Mask) -> None:
@@ -276,6 +288,8 @@ class SparseEmbedding(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT is un
         device = self.get_base_layer().weight.device
         if mask.is_trained:
             put_module(self, "lora_mask", adapter, _Logits(channels))
+        else:
+            self.lora_chosen[adapter] = torch.zeros(channels, dtype=torch.bool, device=device)
         self.lora_kept[adapter] = torch.zeros(channels, dtype=torch.bool, device=device)
         self.masks[adapter] = mask
 

@@ -154,7 +154,7 @@ class PatTraining(Attachment):
                 start = torch.where(chosen, MASK_START, -MASK_START) / MASK_UNIT
                 self.mask.parameter.copy_(start)
             else:
-                self.mask.kept.copy_(chosen)
+                self.mask.chosen.copy_(chosen)
 
     def milestone(self, total: int) -> int:
         """Step from which the mask is hard; it stays where it was when a run is resumed for more steps than it had."""
@@ -173,7 +173,7 @@ class PatTraining(Attachment):
             self.mask.harden()
             _compare_over_ranks(self.mask.kept)
         if self._looked_at is None:
-            self._looked_at = self._would_keep()
+            self._looked_at = self.mask.would_keep()
 
     def terms(self) -> Mapping[str, Tensor]:
         """Identity over all modules; number and two-sidedness of the mask's logits until it is hard."""
@@ -197,7 +197,7 @@ class PatTraining(Attachment):
 
     def metrics(self) -> Mapping[str, float]:
         """Open channels, how soft the mask still is, and the share of it that changed since the last line."""
-        kept, before = self._would_keep(), self._looked_at
+        kept, before = self.mask.would_keep(), self._looked_at
         self._looked_at = kept
         logits = self.mask.stepped_logits() if self.mask.is_trained else None
         value = self.mask.at(logits)
@@ -224,12 +224,6 @@ class PatTraining(Attachment):
         if not (file := directory / STATE).is_file():
             raise CheckpointError(f"{file} is missing: this checkpoint was written by another parametrisation than pat")
         self._milestone = json.loads(file.read_text())["milestone"]
-
-    def _would_keep(self) -> Tensor:
-        """[D] bool: what would be kept if the mask were hard now."""
-        if self.mask.is_hard or not self.mask.is_trained:
-            return self.mask.kept.clone()
-        return largest(self.mask.stepped_logits(), self.mask.width)
 
 
 def _importance(config: Any, trainer: Any) -> Tensor:

@@ -64,7 +64,7 @@ def pruned_model(
         if keep_tied:
             raise ModelError(
                 "keep_tied needs an embedding whose fold is the identity: the head would be changed with it. Leave "
-                f"keep_tied out, or train without a map behind {EMBEDDING}"
+                f"keep_tied out, or train with pat_keep_tied: true, which puts no map behind {EMBEDDING}"
             )
         config.tie_word_embeddings = False
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32

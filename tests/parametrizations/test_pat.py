@@ -300,8 +300,9 @@ def test_what_the_mask_trains_has_a_gradient_in_every_step(base: str, tmp_path: 
     assert found == [True, True, False, False]
 
 
-def test_an_adapter_from_before_the_milestone_is_refused_for_what_it_is(base: str, tmp_path: Path) -> None:
-    trainer = trainer_of("sft", base, tmp_path)
+@pytest.mark.parametrize("mask", ["zero", "frozen"])
+def test_an_adapter_from_before_the_milestone_is_refused_for_what_it_is(base: str, tmp_path: Path, mask: str) -> None:
+    trainer = trainer_of("sft", base, tmp_path, pat_mask=mask)
     trainer.save_model(str(tmp_path / "adapter"))
     with pytest.raises(ModelError, match="adapter' was saved before its mask was settled"):
         load_adapter(load_model(ModelSource(model=base)), read_adapter(tmp_path / "adapter"))
