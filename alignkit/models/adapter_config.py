@@ -15,8 +15,15 @@ LEFT_OUT_BY_ENGINES = (
     "without a word: for these make a plain model of it with `alignkit merge`."
 )
 """What is said of an adapter on single parameters (``target_parameters``), which are such routers and experts."""
+SPARSE_PREFIX, SPARSE_KINDS = "ALIGNKIT_", ("PAT", "ATP")
+"""What adapters that remove structures are called in their files, in the place of a kind of PEFT's."""
 _PATTERN_KEYS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 """Keys whose texts PEFT takes for regular expressions."""
+
+
+def is_sparse_kind(kind: str) -> bool:
+    """Whether a saved adapter removes structures of its base, by what its configuration calls it."""
+    return kind.startswith(SPARSE_PREFIX) and kind.removeprefix(SPARSE_PREFIX) in SPARSE_KINDS
 
 
 def config_problem(config: Mapping[str, Any]) -> str | None:

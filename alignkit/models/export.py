@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
+from alignkit.models.adapter_config import is_sparse_kind
 from alignkit.models.card_file import read_card
 from alignkit.models.files import CARD_OF_THE_ADAPTER, AdapterFiles
 from alignkit.models.loading import (
@@ -38,7 +39,6 @@ from alignkit.models.loading import (
     quantization_of,
 )
 from alignkit.models.saved_comparison import model_difference
-from alignkit.models.sparse_adapter import is_sparse_kind
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.parametrization import parametrization_names
 from alignkit.places import is_local

@@ -29,6 +29,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNO
 
 from alignkit.bounded import TEMPLATE_ERRORS, slow_pattern, too_much
 from alignkit.errors import ModelError
+from alignkit.models.adapter_config import is_sparse_kind
 from alignkit.models.files import (
     ADAPTER_CONFIG,
     MODEL_CONFIG,
@@ -45,7 +46,7 @@ from alignkit.models.files import (
 from alignkit.models.fingerprints import ORIGIN_FILE, QUANTIZATION, BaseFingerprint, base_fingerprint, read_origin
 from alignkit.models.quantization import keep_trainable_on_cpu, quantization_config
 from alignkit.models.saved_comparison import adapter_difference, model_difference
-from alignkit.models.sparse_adapter import is_sparse_kind, load_sparse_adapter
+from alignkit.models.sparse_adapter import load_sparse_adapter
 
 logger = logging.getLogger(__name__)
 

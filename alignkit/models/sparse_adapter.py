@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
+from alignkit.models.adapter_config import SPARSE_PREFIX
 from alignkit.models.files import ADAPTER_CONFIG, AdapterFiles, read_json
-
-PREFIX, KINDS = "ALIGNKIT_", ("PAT", "ATP")
-"""What such adapters are called in their files; each kind has a file ``_<kind>_layers.py``, with its ``CONFIG``."""
 
 POLICY = "default"
 """PEFT's name of the adapter that trains."""
@@ -95,11 +93,6 @@ class SparseVariant:
     """Mark of the variants that :meth:`SparseConfig.equip` gives to LoRA layers, in PEFT's table ``lora_variant``."""
 
 
-def is_sparse_kind(kind: str) -> bool:
-    """Whether a saved adapter is of this sort, by what its configuration calls it: ``ALIGNKIT_<name>``."""
-    return kind.startswith(PREFIX) and kind.removeprefix(PREFIX) in KINDS
-
-
 def load_sparse_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> PeftModel:
     """Put a saved adapter of this sort on its base, hard; the caller compares it with its file.
 
@@ -110,7 +103,7 @@ def load_sparse_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> PeftMo
     Raises:
         ModelError: Its training had not got as far as an adapter that removes anything.
     """
-    layers = importlib.import_module(f"alignkit.models._{adapter.kind.removeprefix(PREFIX).lower()}_layers")
+    layers = importlib.import_module(f"alignkit.models._{adapter.kind.removeprefix(SPARSE_PREFIX).lower()}_layers")
     config_class: type[SparseConfig] = layers.CONFIG
     saved = read_json(adapter.directory / ADAPTER_CONFIG)
     known = {f.name for f in fields(config_class)} - {"peft_type"}

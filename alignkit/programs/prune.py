@@ -1,4 +1,4 @@
-"""Make a model smaller so that stock transformers, vLLM and llama.cpp load it, and prove that nothing else changed.
+"""Make a model smaller, as a plain model of an architecture that exists, and prove that nothing else changed.
 
     alignkit prune --model Qwen/Qwen3-0.6B --output pruned --ffn 0.25 --criterion activation --data rows.jsonl
     alignkit prune --adapter runs/pat --output exported
@@ -21,18 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.models.adapter_config import is_sparse_kind
 from alignkit.models.files import MODEL_CONFIG, AdapterFiles, find_model
 from alignkit.programs.arguments import StrictParser, non_negative_int, positive_int
 from alignkit.programs.outputs import add_overwrite, folder_problems, written_folder
-from alignkit.pruning.plan import PruningPlan
+from alignkit.pruning.plan import SIZED, PruningPlan
 
 if TYPE_CHECKING:
     from alignkit.pruning.amounts import Amount
 
-AXES = ("hidden", "ffn", "kv_groups")
 CRITERIA = ("magnitude", "activation", "gradient")
-LEARNT = ("ALIGNKIT_PAT", "ALIGNKIT_ATP")
-"""Kinds of adapters that say themselves what goes."""
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -150,17 +148,17 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[str, str | N
 
 def _choice_problems(arguments: argparse.Namespace, kind: str) -> list[str]:
     """What is wrong with how it is said what goes; ``kind`` is that of the adapter, or empty."""
-    sizes = [f"--{axis}" for axis in AXES if getattr(arguments, axis) is not None]
+    sizes = [f"--{axis}" for axis in SIZED if getattr(arguments, axis) is not None]
     sizes += ["--drop_layers"] if arguments.drop_layers else []
     problems = []
-    if kind in LEARNT and sizes:
+    if is_sparse_kind(kind) and sizes:
         problems.append(
             f"{sizes[0]}: the adapter ({kind}) has learnt what goes, and scores are those of a model without its "
             "masks. Leave it out; for other axes give a --plan, or prune the exported model once more"
         )
     elif sizes and arguments.plan is not None:
         problems.append(f"{sizes[0]}: --plan says what is kept. Leave one of the two out")
-    elif not (sizes or arguments.plan or kind in LEARNT):
+    elif not (sizes or arguments.plan or is_sparse_kind(kind)):
         merge = "; to merge the adapter alone, write alignkit merge" if kind else ""
         problems.append(
             f"nothing says what goes: write --hidden, --ffn, --kv_groups or --drop_layers, or --plan{merge}"

@@ -23,6 +23,7 @@ from alignkit.evals._completions import (
     load_questions,
     load_tokens,
 )
+from alignkit.models.adapter_config import is_sparse_kind
 from alignkit.models.card_file import read_card
 from alignkit.models.export import checkpoint_dtype, dequantized, is_tied, part_head, tie_if_equal
 from alignkit.models.files import AdapterFiles
@@ -36,14 +37,13 @@ from alignkit.models.loading import (
 )
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.programs.merge import MAX_TOKENS, TEXTS, quantization_in_training
-from alignkit.programs.prune import AXES, LEARNT
 from alignkit.pruning.amounts import Kept, kept_sizes
 from alignkit.pruning.export import ExportReport, export
 from alignkit.pruning.families import EMBEDDING, find_family, sizes_of
 from alignkit.pruning.importance import plan_by_importance
 from alignkit.pruning.learnt import Learnt, learnt
 from alignkit.pruning.picture import PICTURE, draw_plan
-from alignkit.pruning.plan import PruningPlan
+from alignkit.pruning.plan import SIZED, PruningPlan
 from alignkit.pruning.report import Origin, cache_bytes, write_card, write_report
 from alignkit.pruning.validate import target_config
 from alignkit.reports.estimates import RowSums
@@ -108,14 +108,14 @@ def task_of(arguments: argparse.Namespace, base: str, revision: str | None, adap
         check_base(adapter, source)
     for card in _cards(source, adapter):
         read_card(card)
-    amounts = {axis: value for axis in AXES if (value := getattr(arguments, axis)) is not None}
+    amounts = {axis: value for axis in SIZED if (value := getattr(arguments, axis)) is not None}
     kept, lines, plan = None, [], None
     if amounts or arguments.drop_layers:
         kept, lines = kept_sizes(config, amounts, arguments.drop_layers)
     if arguments.plan is not None:
         plan = PruningPlan.load(arguments.plan.expanduser())
     wanted = plan if kept is None else kept.first(config)
-    if wanted is not None and (adapter is None or adapter.kind not in LEARNT):
+    if wanted is not None and (adapter is None or not is_sparse_kind(adapter.kind)):
         target_config(wanted, _plain(config), keep_tied=arguments.keep_tied)
     dtype = checkpoint_dtype(source) if arguments.dtype == "auto" else arguments.dtype
     return Task(source, adapter, dtype, kept, plan, lines)
@@ -272,7 +272,7 @@ def _dense(
         raise ModelError(f"the adapter {str(task.adapter.directory)!r} cannot be merged: {error}") from error
     if was_tied:
         tie_if_equal(found.model)
-    if task.adapter.kind not in LEARNT:
+    if not is_sparse_kind(task.adapter.kind):
         measure("tuned", found.model)
     return found
 
@@ -283,7 +283,7 @@ def _plan(
     """The plan, and how it came about."""
     if task.kept is None:
         plan = found.plan if task.plan is None else found.plan.merged_with(task.plan)
-        if task.adapter is None or task.adapter.kind not in LEARNT:
+        if task.adapter is None or not is_sparse_kind(task.adapter.kind):
             return plan, {"by": "plan"}
         return plan, {"by": "adapter", "length_cut_off": found.cut}
     scored = rows.scored
@@ -317,6 +317,7 @@ def describe(report: ExportReport, record: Mapping[str, Any]) -> str:
         f"{report.model_type}, weights {report.dtype}; a fresh process with plain transformers {checked.transformers} "
         f"loads it whole, and on {checked.positions} tokens no logit is further than {checked.max_error:.2g} from the "
         f"masked model's (tolerance {checked.tolerance:g}): ok",
+        f"not checked: {', '.join(record['not_checked'])}",
         *(f"note: {note}" for note in report.notes),
         *_cut_off(record["plan"].get("length_cut_off", 0.0)),
     ]

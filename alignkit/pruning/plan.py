@@ -21,6 +21,8 @@ from alignkit.errors import ModelError
 from alignkit.json_text import parse_json
 from alignkit.storage.durability import write_whole
 
+SIZED = ("hidden", "ffn", "kv_groups")
+"""Axes of which a part of a layer goes."""
 PLAN_FILE = "pruning_plan.json"
 """Name of the file of a plan beside the model or adapter that it belongs to."""
 

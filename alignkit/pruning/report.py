@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "pruning_report.json"
 FORMAT = 1
+NOT_CHECKED = ("conversion to GGUF and what llama.cpp makes of it", "vLLM")
+"""What the verification of an export leaves out, for the reader to try."""
 _AXES = {
     "hidden": "hidden channels",
     "ffn": "feed-forward channels a layer",
@@ -100,6 +102,7 @@ def write_report(
         },
         "sizes": sizes,
         **{key: found[key] for key in ("model_type", "dtype", "is_tied", "exact", "verification", "notes")},
+        "not_checked": list(NOT_CHECKED),
         "evaluation": evaluation,
         "versions": environment()["versions"],
     }
@@ -189,7 +192,8 @@ those of the dense model in which the same parts are set to zero.
 | these files ({record["dtype"]}), tolerance {verified["tolerance"]:g} | {verified["max_error"]:.2g} |
 | a token read through the KV cache, against without | {verified["cache_error"]:.2g} |
 
-That says the export lost nothing; how much the pruning itself costs is another question."""
+That says the export lost nothing; how much the pruning itself costs is another question. Not checked on these files:
+{", ".join(record["not_checked"])}."""
 
 
 def _evaluation(record: Mapping[str, Any]) -> str:

@@ -117,6 +117,7 @@ def test_no_program_is_left_out(repository: Path) -> None:
         "benchmark_online": "reads nothing but a model it makes",
         "benchmark_bank": "reads nothing but tensors it makes",
         "benchmark_router": "reads nothing but a model it makes",
+        "benchmark_pruning_step": "reads nothing but a model it makes, or a folder of its user, offline",
         "benchmark_pruned": "reads nothing but a model it makes, or folders of its user, offline",
         "benchmark_rewards": "reads nothing; it imports no library of Hugging Face's network",
     }

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
 from alignkit.losses.types import CandidateBatch, LossOutput
+from alignkit.models.adapter_config import is_sparse_kind
 from alignkit.models.export import merge_adapter
 from alignkit.models.files import read_adapter
 from alignkit.models.loading import ModelSource, load_adapter, load_model
-from alignkit.models.sparse_adapter import is_sparse_kind
 from alignkit.parts.parametrization import load_parametrization, parametrization_names
 from alignkit.parts.shape import load_bridge, load_shape
 from alignkit.pruning.export import pruned_model

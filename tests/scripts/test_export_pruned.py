@@ -18,10 +18,10 @@ from alignkit.errors import ModelError
 from alignkit.hub.upload import plan_upload
 from alignkit.models._atp_layers import AtpConfig
 from alignkit.models._pat_layers import PatConfig, mask_of
+from alignkit.models.adapter_config import SPARSE_KINDS, SPARSE_PREFIX
 from alignkit.models.export import dequantized
 from alignkit.models.loading import ModelSource, load_model
 from alignkit.models.sparse_adapter import equip
-from alignkit.programs import pruning_steps
 from alignkit.programs.prune import command_line
 from alignkit.pruning import verify
 from alignkit.pruning.amounts import kept_sizes
@@ -357,8 +357,10 @@ def test_what_would_leave_nothing_is_said_at_once() -> None:
 
 
 def test_the_kinds_that_say_what_goes_are_those_there_are() -> None:
-    from alignkit.models.sparse_adapter import KINDS, PREFIX
+    from alignkit.models import _atp_layers, _pat_layers
     from alignkit.pruning.importance import CRITERIA
 
-    assert set(pruning_steps.LEARNT) == {PREFIX + kind for kind in KINDS}
+    assert {layers.CONFIG.kind for layers in (_atp_layers, _pat_layers)} == {
+        SPARSE_PREFIX + kind for kind in SPARSE_KINDS
+    }
     assert all(f"{criterion}" in command_line().format_help() for criterion in CRITERIA)
