@@ -15,6 +15,7 @@ ZeRO-3 gathers a sharded weight for, and gathers it again for the backward pass.
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - peft ``LoraVariant``, and that the layers of LoRA, plain and of bitsandbytes, ask ``lora_variant[adapter].forward``
+- peft ``BufferDict``, whose entries are saved with the adapter they are named after
 """
 
 from __future__ import annotations
@@ -102,11 +103,6 @@ class PatConfig(SparseConfig):
     def folds(self, model: PeftModel, adapter: str) -> Mapping[str, tuple[Tensor, Tensor, Tensor]]:
         """Of every module."""
         return {name: module.folded() for name, module in sparsification_modules(model, adapter)}
-
-    @property
-    def keeps_tied(self) -> bool:
-        """As it was trained."""
-        return self.hsm_keep_tied
 
 
 CONFIG = PatConfig

@@ -61,11 +61,6 @@ class SparseConfig(LoraConfig):  # type: ignore[misc]  # PEFT is untyped
         """Length of the adapter's weights that an export cuts off although training had not driven them to zero."""
         return 0.0
 
-    @property
-    def keeps_tied(self) -> bool:
-        """Whether embedding and head of the exported model stay one matrix, where hidden channels go."""
-        return False
-
     def to_dict(self) -> dict[str, Any]:
         """As it is saved."""
         return {**super().to_dict(), "peft_type": self.kind}

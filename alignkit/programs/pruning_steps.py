@@ -39,7 +39,7 @@ from alignkit.models.vocabulary import check_token_ids
 from alignkit.programs.merge import MAX_TOKENS, TEXTS, quantization_in_training
 from alignkit.pruning.amounts import Kept, kept_sizes
 from alignkit.pruning.export import ExportReport, export
-from alignkit.pruning.families import EMBEDDING, find_family, sizes_of
+from alignkit.pruning.families import find_family, sizes_of
 from alignkit.pruning.importance import plan_by_importance
 from alignkit.pruning.learnt import Learnt, learnt
 from alignkit.pruning.picture import PICTURE, draw_plan
@@ -174,8 +174,6 @@ def prune(
     texts = [ids[:MAX_TOKENS] for ids in tokenizer(list(TEXTS))["input_ids"]]
     found = _dense(task, tokenizer, rows, measure, state)
     plan, choice = _plan(arguments, task, found, rows)
-    embedding = found.folds.get(EMBEDDING)
-    keep_tied = found.model.config.tie_word_embeddings and (embedding is None or embedding.is_identity)
     dense = sizes_of(found.model.config)
     report = export(
         found.model,
@@ -184,7 +182,7 @@ def prune(
         tokenizer=tokenizer,
         texts=texts,
         folds=found.folds,
-        keep_tied=keep_tied or arguments.keep_tied,
+        keep_tied=found.keep_tied or arguments.keep_tied,
         dtype=task.dtype,
     )
     if measure.wanted:
@@ -255,7 +253,7 @@ def _dense(
     check_token_ids(base, tokenizer, {"a row of --data": rows.scored}, name=repr(task.source.model))
     if task.adapter is None:
         measure("dense", base)
-        return Learnt(base, PruningPlan(), {}, keep_tied=False)
+        return Learnt(base, PruningPlan(), {})
     was_tied = is_tied(base)
     wrapped = load_adapter(base, task.adapter)
     if wrapped.active_peft_config.is_prompt_learning:

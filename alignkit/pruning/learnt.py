@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.sparse_adapter import POLICY, SparseConfig
+from alignkit.pruning.families import EMBEDDING
 from alignkit.pruning.fold import Fold
 from alignkit.pruning.plan import PruningPlan
 
@@ -24,15 +25,19 @@ class Learnt:
         model: The base with the updates in its weights, and nothing else.
         plan: What is kept; of an adapter that removes nothing, everything.
         folds: By name of a writer of the residual stream, the map behind it.
-        keep_tied: Whether embedding and head stay one matrix where hidden channels go.
         cut: Length of the adapter's weights that are cut off although training had not driven them to zero.
     """
 
     model: PreTrainedModel
     plan: PruningPlan
     folds: Mapping[str, Fold]
-    keep_tied: bool
     cut: float = 0.0
+
+    @property
+    def keep_tied(self) -> bool:
+        """Whether embedding and head can stay one matrix: they are one, and no map behind the embedding parts them."""
+        behind = self.folds.get(EMBEDDING)
+        return bool(self.model.config.tie_word_embeddings) and (behind is None or behind.is_identity)
 
 
 @torch.no_grad()
@@ -47,7 +52,7 @@ def learnt(wrapped: PeftModel) -> Learnt:
     """
     config = wrapped.peft_config[POLICY]
     if not isinstance(config, SparseConfig):
-        return Learnt(wrapped.merge_and_unload(safe_merge=True), PruningPlan(), {}, keep_tied=False)
+        return Learnt(wrapped.merge_and_unload(safe_merge=True), PruningPlan(), {})
     kept, folds = config.kept(wrapped, POLICY), config.folds(wrapped, POLICY)
     cut = config.cut(wrapped, POLICY)
     for layer in [module for module in wrapped.modules() if isinstance(module, LoraLayer)]:
@@ -60,4 +65,4 @@ def learnt(wrapped: PeftModel) -> Learnt:
             weight.add_(update.to(weight.dtype))
     plan = PruningPlan(**kept)
     named = {name: Fold(*of) for name, of in folds.items()}
-    return Learnt(wrapped.unload(), plan, named, config.keeps_tied, cut)
+    return Learnt(wrapped.unload(), plan, named, cut)

@@ -133,7 +133,7 @@ class Study:
         """
         model = _load(MODEL)
         found = PruningPlan() if plan is None else self.plan(model, plan)
-        return self.figures(Learnt(model, found, {}, keep_tied=True), "test", folder)
+        return self.figures(Learnt(model, found, {}), "test", folder)
 
     def tune(self, arm: Arm, rate: float) -> tuple[Learnt, int]:
         """Tune once; what is to be exported, and how many parameters trained."""
@@ -216,7 +216,7 @@ class Study:
         """
         found, trained = self.tune(arm, rate)
         if arm.after:
-            found = Learnt(found.model, self.plan(found.model, "hidden"), {}, keep_tied=True)
+            found = Learnt(found.model, self.plan(found.model, "hidden"), {})
         return self.figures(found, part, folder) | {"trained": trained}
 
     def plan(self, model: PreTrainedModel, kind: str) -> PruningPlan:
