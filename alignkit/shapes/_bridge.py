@@ -36,6 +36,7 @@ from alignkit.models._aux_loss import check_aux_loss
 from alignkit.models._comparison import CompareWhenTrainingBegins, ScoringRun, runs_only_in_training
 from alignkit.models._engine import engine_difference, keep_sums_whole
 from alignkit.models._forward import compute_precision
+from alignkit.models.adapter_casts import leave_casts_to_autocast
 from alignkit.models.attachment import Attachment
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.full_rank import settle
@@ -103,6 +104,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         autocast = self.accelerator.mixed_precision != "no"
         if not (self.is_deepspeed_enabled or (self.is_fsdp_enabled and autocast)):
             hold_in_float32(self.model, start, autocast=autocast)
+        leave_casts_to_autocast(self.model)
 
     # --- what a bridge says ----------------------------------------------------------------------------------------
 
