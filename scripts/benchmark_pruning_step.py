@@ -84,14 +84,14 @@ def build(keys: dict[str, Any], folder: Path, options: argparse.Namespace) -> An
     (folder / "run.yaml").write_text(dump_yaml(values))
     config: Any = load_config("sft", folder / "run.yaml", check_files=False).config
     bridge, tokenizer = load_bridge(shapes_by_program()["sft"]), AutoTokenizer.from_pretrained(config.model)
-    args = training_arguments(config, bridge)
+    args = training_arguments(config, bridge, {})
     args.disable_tqdm, args.report_to = True, []
     draw = random.Random(0)
     texts = [" ".join(f"w{draw.randrange(2, options.vocabulary)}" for _ in range(options.tokens // 2)) for _ in "ab"]
     source = Dataset.from_list([{"prompt": texts[0] + " ", "completion": texts[1]}] * options.batch_size * 4)
     rows, _ = bridge.converter(config, tokenizer)(source, name="train")
     policy = load_policy(config)
-    inherited = {"gradient_rule": None, "peft_config": prepare(config, policy), "callbacks": []}
+    inherited = {"choices": {}, "gradient_rule": None, "peft_config": prepare(config, policy), "callbacks": []}
     data = PreparedData(rows, None, [], source)
     trainer = bridge.build(config, args, policy, tokenizer, data, exchanges_rows=False, **inherited)
     attach(config, trainer)

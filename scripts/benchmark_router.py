@@ -108,12 +108,12 @@ def build(side: str, folder: Path, options: argparse.Namespace) -> Any:
 
     config = config_of(side, folder, options)
     bridge, tokenizer = load_bridge(shapes_by_program()[config.program]), AutoTokenizer.from_pretrained(config.model)
-    args = training_arguments(config, bridge)
+    args = training_arguments(config, bridge, {})
     args.disable_tqdm, args.report_to = True, []
     source = Dataset.from_list(text_rows(options))
     rows, _ = bridge.converter(config, tokenizer)(source, name="train")
     policy = load_policy(config)
-    inherited = {"gradient_rule": None, "peft_config": prepare(config, policy), "callbacks": []}
+    inherited = {"choices": {}, "gradient_rule": None, "peft_config": prepare(config, policy), "callbacks": []}
     data = PreparedData(rows, None, [], source)
     return bridge.build(config, args, policy, tokenizer, data, exchanges_rows=False, **inherited)
 

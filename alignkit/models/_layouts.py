@@ -21,6 +21,7 @@ from alignkit.data.prefix import Layout, packed_length
 from alignkit.errors import ModelError
 from alignkit.models._comparison import ScoringRun, layout_problem
 from alignkit.models._forward import PACKED_ATTENTION, base_model, packed_attention, replacement
+from alignkit.models.choices import Choice, pinned
 
 ASKED_FOR = "asked for"
 VIRTUAL_TOKENS = "prompt-learning adapters prepend virtual tokens to every row"
@@ -41,6 +42,10 @@ class LayoutChoice:
     layout: Layout
     reason: str
     attention: str | None = None
+
+    def as_choice(self) -> Choice:
+        """As one of the choices of a run."""
+        return pinned("layout", self.layout) if self.reason == ASKED_FOR else Choice("layout", self.layout, self.reason)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def load_bridge(shape: Shape) -> ModuleType:
     - ``other_models(config)``: the models beside the policy, by the config key that names each
     - ``converter(config, tokenizer)``: ``convert(rows, *, name, ...) -> (rows, report)``, which tokenises a split
     - ``prompts(config, tokenizer, splits, converted)``: token ids of held-out prompts that the report answers
-    - ``build(config, args, policy, tokenizer, data, **inherited)``: the trainer
+    - ``build(config, args, policy, tokenizer, data, *, exchanges_rows, choices, **inherited)``: the trainer
     - ``describe(config, trainer)``: what ``run.json`` and the start line say of it
     """
     return importlib.import_module(f"alignkit.shapes._{shape.name}")

@@ -16,6 +16,7 @@ from alignkit.config.check import in_force
 from alignkit.config.keys import base_keys
 from alignkit.errors import ConfigError
 from alignkit.gradients._support import RunLayout, check_layout
+from alignkit.models.choices import Choice
 from alignkit.parts.parametrization import load_half, load_parametrization
 from alignkit.parts.rule import load_rule
 
@@ -23,11 +24,12 @@ MOST_STEPS = 10**9
 ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
 
 
-def training_arguments(config: ProgramConfig, bridge: ModuleType) -> Any:
+def training_arguments(config: ProgramConfig, bridge: ModuleType, choices: dict[str, Choice]) -> Any:
     """The arguments of the host's trainer; creating them sets up the processes too (and ZeRO-3, before a model loads).
 
     Args:
         bridge: That of the batch shape (:func:`~alignkit.parts.shape.load_bridge`).
+        choices: What the run chooses by itself; what is decided here is added. A resumed run finds its own here.
 
     Raises:
         ConfigError: The config needs an accelerator and there is none, does not fit the launcher, or has options that

@@ -13,6 +13,7 @@ from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT
 from alignkit.errors import Stopped
 from alignkit.gradients._hook import chosen_rule
+from alignkit.models.choices import Choice
 from alignkit.parametrizations._policy import attach, load_policy, prepare
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, shapes_by_program
@@ -128,7 +129,8 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
         failures = steps.failures_recorded(directory, resume=resume)
         with failures, ranks.losses_named(lambda status: directory.record(status=status)):
             ranks.connect(use_cpu=config.use_cpu)
-            args = training_arguments(config, bridge)
+            choices = steps.choices_before(directory, resume=bool(config.resume))
+            args = training_arguments(config, bridge, choices)
             preparation.check_launch()
             ranks.check_world_size(args.world_size)
             tokenizer = load_tokenizer(config)
@@ -138,7 +140,7 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
             data = prepare_rows(config, args, tokenizer, bridge, preparation, directory)
             check_length(config, args, data.train, bridge)
             origin.record_origin(config, tokenizer, data, others, directory, ranks)
-            trainer = _trainer(config, args, tokenizer, data, preparation, directory)
+            trainer = _trainer(config, args, tokenizer, data, preparation, directory, choices)
             trainer.add_callback(StopWhenAsked(request))
             try:
                 steps.train(config, trainer, directory)
@@ -157,8 +159,9 @@ def _trainer(
     data: PreparedData,
     preparation: Preparation,
     directory: RunDirectory,
+    choices: dict[str, Choice],
 ) -> Trainer:
-    """Load the models and put the trainer together with its callbacks."""
+    """Load the models and put the trainer together with its callbacks; ``choices`` are those made so far."""
     bridge, policy = load_bridge(shapes_by_program()[config.program]), load_policy(config)
     trainer = bridge.build(
         config,
@@ -167,10 +170,12 @@ def _trainer(
         tokenizer,
         data,
         exchanges_rows=preparation.exchanges_rows,
+        choices=choices,
         gradient_rule=chosen_rule(config.gradient_rule, config.gradient_options),
         peft_config=prepare(config, policy),
         callbacks=steps.run_callbacks(config, directory, data),
     )
+    trainer.choices = choices | trainer.choices
     attach(config, trainer)
     preparation.attach(trainer, tokenizer, data.source, directory)
     steps.introduce(config, trainer, directory, **bridge.describe(config, trainer))

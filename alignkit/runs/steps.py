@@ -32,6 +32,7 @@ from alignkit.config.check import in_force
 from alignkit.environment import environment
 from alignkit.errors import CheckpointError, Stopped
 from alignkit.hub.upload import check_before_training
+from alignkit.models.choices import Choice, chosen_line, recorded, taken_before
 from alignkit.parametrizations._trainable import trainable_report
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.reports.metrics_log import MetricsLog
@@ -112,6 +113,12 @@ def failures_recorded(directory: RunDirectory, *, resume: bool | str) -> Iterato
         directory.lock.release()
 
 
+def choices_before(directory: RunDirectory, *, resume: bool) -> dict[str, Choice]:
+    """What a run that is resumed chose when it began, none of a new one; a collective."""
+    kept = directory.sections().get("choices", {}) if resume and directory.is_main else {}
+    return taken_before(broadcast_object_list([kept])[0])
+
+
 def run_callbacks(config: ProgramConfig, directory: RunDirectory, data: PreparedData) -> list[TrainerCallback]:
     """The log and the health monitor."""
     values = in_force(config)
@@ -159,11 +166,14 @@ def introduce(
     guard = CheckpointGuard(config.save_total_limit, directory.lock.check, best)
     trainer.add_callback(guard)
     trainer.before_saving += [partial(refuse_full_disk, trainer), guard.announce]
-    directory.record(trainable=asdict(trainable_report(trainer.model)), **sections)
+    choices = recorded(trainer.choices)
+    directory.record(trainable=asdict(trainable_report(trainer.model)), choices=choices, **sections)
     if directory.is_main:
         directory.manifest.claim(directory.metrics_path.name)
     if trainer.is_world_process_zero():
         print(trainable_report(trainer.model))
+        if told := chosen_line(trainer.choices):
+            print(told)
         if trainer.aux_loss_enabled:
             origin = "the model's own" if config.router_aux_loss_coef is None else "as asked"
             print(f"load-balancing loss: router_aux_loss_coef {trainer.router_aux_loss_coef:g}, {origin}")

@@ -38,6 +38,7 @@ from alignkit.models._engine import engine_difference, keep_sums_whole
 from alignkit.models._forward import compute_precision
 from alignkit.models.adapter_casts import leave_casts_to_autocast
 from alignkit.models.attachment import Attachment
+from alignkit.models.choices import Choice
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.full_rank import settle
 from alignkit.models.metric_sums import MetricSums
@@ -58,6 +59,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         persistent: What checkpoints keep beside what transformers keeps in them; add to it before training begins.
         before_saving: Called on every process with the directory of a checkpoint before it is written, whatever has
             asked for the save; may raise, and nothing is written.
+        choices: What the run has chosen by itself, by ``Choice.key``; there before TRL's constructor is called.
     """
 
     item_kinds: ClassVar[tuple[str, ...]]
@@ -74,6 +76,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
     def prepare_bridge(self, gradient_rule: ChosenRule | None = None) -> None:
         """Set up the running sums and take the gradient rule; nothing of the host is touched."""
         self.gradient_rule = gradient_rule
+        self.choices: dict[str, Choice] = {}
         self.persistent: list[Persistent] = []
         self.before_saving: list[Callable[[Path], None]] = []
         self._sums = {"train": MetricSums(), "eval": MetricSums()}

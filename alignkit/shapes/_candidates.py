@@ -55,6 +55,7 @@ from alignkit.models._forward import (
 )
 from alignkit.models._layout_timing import MICRO_BATCHES, agreed, choose_fastest, time_ways, ways_of
 from alignkit.models._layouts import LayoutChoice, choose_layout, confirmed
+from alignkit.models.choices import Choice
 from alignkit.models.modes import evaluating, switch_off_dropout
 from alignkit.models.precision import trained_values
 from alignkit.models.vocabulary import check_token_ids
@@ -438,6 +439,7 @@ def build(
     data: Any,
     *,
     exchanges_rows: bool,
+    choices: dict[str, Choice],
     **inherited: Any,
 ) -> PreferenceTrainer:
     """Load the references and put the trainer together.
@@ -447,6 +449,7 @@ def build(
         args: TRL's arguments.
         data: ``train`` and ``evaluation``, tokenised.
         exchanges_rows: Whether training rows are exchanged for others while training.
+        choices: What has been chosen already; what is chosen here is added.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
     """
     negative_reference, reference = load_negative_reference(config), load_reference(config)
@@ -474,9 +477,8 @@ def build(
 
 
 def describe(config: Any, trainer: PreferenceTrainer) -> dict[str, Any]:
-    """The layout, said and recorded, and the reference in force, in words."""
-    if trainer.args.process_index == 0:
-        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
+    """The layout, recorded, and the reference in force, in words."""
+    trainer.choices["layout"] = trainer.layout.as_choice()
     return {"reference": _reference_in_force(config, trainer), "batch_layout": asdict(trainer.layout)}
 
 

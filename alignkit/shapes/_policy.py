@@ -22,6 +22,7 @@ from alignkit.config.reward_names import columns_of_rewards
 from alignkit.data.lengths import SAMPLED_ROWS
 from alignkit.data.prompts import prompt_ids_of, to_prompt_rows
 from alignkit.errors import ConfigError
+from alignkit.models.choices import Choice
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parametrizations._policy import load_model
 from alignkit.parts.method import load_method
@@ -151,6 +152,7 @@ def build(
     data: Any,
     *,
     exchanges_rows: bool,
+    choices: dict[str, Choice],
     **inherited: Any,
 ) -> OnlineTrainer:
     """Load the reference and put the trainer together.
@@ -160,6 +162,7 @@ def build(
         args: TRL's arguments.
         data: ``train`` and ``evaluation``, checked.
         exchanges_rows: Never: completions are drawn by the trainer.
+        choices: What has been chosen already; what is chosen here is added.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
     """
     check_prompts(config, args, data.train)
@@ -212,15 +215,15 @@ def check_prompts(config: Any, args: GRPOConfig, rows: Dataset) -> None:
 
 
 def describe(config: Any, trainer: OnlineTrainer) -> dict[str, Any]:
-    """Layout, rows and whether clipping can act, said once and the first two recorded; the reference in words."""
+    """The layout, recorded; rows and whether clipping can act, said; the reference in words."""
     reference = "none"
     if "reference" in trainer.needs:
         reference = f"{config.model}, a second model in memory"
         if trainer.ref_model is None:
             reference = "a frozen copy of the adapter" if config.adapter else "the policy with its adapter off"
+    trainer.choices["layout"] = trainer.layout.as_choice()
     rows = trainer.described_rows()
     if trainer.args.process_index == 0:
-        print(f"layout: {trainer.layout.layout} ({trainer.layout.reason})")
         print(f"rows of an update: {rows}")
         if remark := on_policy_remark(trainer.args):
             print(remark)

@@ -28,6 +28,7 @@ from alignkit.errors import DataError, ModelError
 from alignkit.losses.types import ROUTED_ITEM_KINDS, LossOutput, RoutedBatch, count_routed_items
 from alignkit.models._comparison import runs_only_in_training
 from alignkit.models._routers import RouterCapture, check_capture, last_routers
+from alignkit.models.choices import Choice
 from alignkit.models.router_watch import RouterWatch
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.method import load_method
@@ -363,6 +364,7 @@ def build(
     data: Any,
     *,
     exchanges_rows: bool,
+    choices: dict[str, Choice],
     **inherited: Any,
 ) -> RoutedTrainer:
     """Put the trainer together.
@@ -372,6 +374,7 @@ def build(
         args: TRL's arguments.
         data: ``train`` and ``evaluation``, tokenised, and ``prompts``.
         exchanges_rows: Never: no method on these rows does.
+        choices: What has been chosen already; what is chosen here is added.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
     """
     used = {"a training row": data.train, "a held-out row": data.evaluation, "a prompt": data.prompts}

@@ -52,6 +52,7 @@ from alignkit.models._comparison import (
 )
 from alignkit.models._distillation import head_difference
 from alignkit.models._forward import LOGP_TOLERANCE
+from alignkit.models.choices import Choice
 from alignkit.models.precision import trained_values
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.method import Method, load_method
@@ -381,6 +382,7 @@ def build(
     data: Any,
     *,
     exchanges_rows: bool,
+    choices: dict[str, Choice],
     **inherited: Any,
 ) -> SupervisedTrainer:
     """Put the trainer together.
@@ -390,6 +392,7 @@ def build(
         args: TRL's arguments.
         data: ``train`` and ``evaluation``, tokenised, and ``prompts``.
         exchanges_rows: Never: no method on these rows does.
+        choices: What has been chosen already; what is chosen here is added.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
     """
     used = {"a training row": data.train, "a held-out row": data.evaluation, "a prompt": data.prompts}

@@ -163,7 +163,7 @@ class Study:
         config = load_config("sft", file, check_files=False).config
         bridge = load_bridge(shapes_by_program()["sft"])
         rows, _ = bridge.converter(config, self.tokenizer)(self.split.train, name="train", max_dropped_fraction=0.0)
-        args = training_arguments(config, bridge)
+        args = training_arguments(config, bridge, {})
         args.disable_tqdm, args.report_to = True, []
         policy = load_policy(config)
         trainer = bridge.build(
@@ -173,6 +173,7 @@ class Study:
             self.tokenizer,
             PreparedData(rows, None, [], self.split.train),
             exchanges_rows=False,
+            choices={},
             gradient_rule=None,
             peft_config=prepare(config, policy),
             callbacks=[],

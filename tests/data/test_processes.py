@@ -153,7 +153,7 @@ def test_packing_does_not_depend_on_the_processes() -> None:
     config = SupervisedConfig(
         model="m", data="d", output_dir="o", method="sft", use_cpu=True, packing=True, dataset_num_proc=2
     )
-    assert training_arguments(config, _tokens).dataset_num_proc is None
+    assert training_arguments(config, _tokens, {}).dataset_num_proc is None
 
 
 def test_the_last_trained_run_of_a_row() -> None:

@@ -22,8 +22,8 @@ from tests.programs.launching import Ended, Launcher, read_lines, run_json, writ
 pytestmark = pytest.mark.xdist_group("programs")
 
 SECTIONS = {
-    "alignkit_run", "batch_layout", "config", "data", "environment", "health", "health_state", "process_layout",
-    "origin", "results", "results_before", "samples", "saved", "sessions", "status", "trainable",
+    "alignkit_run", "batch_layout", "choices", "config", "data", "environment", "health", "health_state",
+    "origin", "process_layout", "results", "results_before", "samples", "saved", "sessions", "status", "trainable",
 }  # fmt: skip
 HELD_OUT = {"eval_fraction": 0.2, "probe_rows": 4, "probe_steps": 2, "num_samples": 2, "sample_max_new_tokens": 4}
 
@@ -64,7 +64,7 @@ def test_the_terminal(finished: tuple[Path, Ended]) -> None:
     for expected in (
         "trained on",
         "[[",
-        "layout: ",
+        "chosen: layout ",
         "parameters train",
         "held-out rows: ",
         "sample: ",
@@ -113,6 +113,7 @@ def test_the_layouts_that_ran(record: dict[str, Any]) -> None:
     assert layout["local_parameters"] == record["trainable"]["total"]
     assert "backend" in layout
     assert record["batch_layout"]["layout"] in ("padded", "shared_prefix") and record["batch_layout"]["reason"]
+    assert record["choices"]["layout"]["value"] == record["batch_layout"]["layout"]
 
 
 def test_the_data_and_the_results(record: dict[str, Any]) -> None:

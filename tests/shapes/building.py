@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from alignkit.config import load_config
 from alignkit.config.keys import base_keys, program_methods
 from alignkit.gradients._hook import ChosenRule
+from alignkit.models.choices import Choice
 from alignkit.parametrizations._policy import attach, load_policy, prepare
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, load_shape, shapes_by_program
@@ -112,9 +113,10 @@ def build(
         rule: Gradient rule.
         tokenizer: The one saved with the model, unless another is given.
     """
+    choices: dict[str, Choice] = {}
     bridge = load_bridge(shapes_by_program()[config.program])
     tokenizer = AutoTokenizer.from_pretrained(config.model) if tokenizer is None else tokenizer
-    args = training_arguments(config, bridge)
+    args = training_arguments(config, bridge, choices)
     args.disable_tqdm, args.report_to = True, []
     convert = bridge.converter(config, tokenizer)
     tokens = [
@@ -129,10 +131,12 @@ def build(
         tokenizer,
         PreparedData(tokens[0], tokens[1], [], rows),
         exchanges_rows=False,
+        choices=choices,
         gradient_rule=rule,
         peft_config=prepare(config, policy),
         callbacks=[],
     )
+    trainer.choices = choices | trainer.choices
     attach(config, trainer)
     return trainer
 

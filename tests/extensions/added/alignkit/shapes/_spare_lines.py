@@ -95,7 +95,15 @@ def prompts(config: Any, tokenizer: Any, rows: Any, converted: Any) -> list[Any]
 
 
 def build(
-    config: Any, args: SFTConfig, policy: Any, tokenizer: Any, data: Any, *, exchanges_rows: bool, **inherited: Any
+    config: Any,
+    args: SFTConfig,
+    policy: Any,
+    tokenizer: Any,
+    data: Any,
+    *,
+    exchanges_rows: bool,
+    choices: dict[str, Any],
+    **inherited: Any,
 ) -> LinesTrainer:
     """Put the trainer together."""
     method = load_method(config.method)
