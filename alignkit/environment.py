@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -82,6 +83,27 @@ def launched_with_fsdp() -> bool:
 def launched_with_deepspeed() -> bool:
     """Whether accelerate was told to train with DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def launched_precision() -> str | None:
+    """What the launcher's files say a run computes in: ``bf16``, ``fp16`` or ``no``; None where they say nothing.
+
+    ``mixed_precision: no`` is also what accelerate sets where its file is silent, so it counts as saying nothing.
+    """
+    given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if given != "no":
+        return given
+    file = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
+    if not (launched_with_deepspeed() and file.is_file()):
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        enabled = {name: content[name].get("enabled") for name in ("bf16", "fp16") if name in content}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError("the launcher's DeepSpeed file cannot be read", [f"`{file}`: {error}"]) from error
+    # "auto" is filled in from the run's own precision.
+    stated = {name: value for name, value in enabled.items() if isinstance(value, bool)}
+    return next((name for name, value in stated.items() if value), "no" if stated else None)
 
 
 def launched_on_cpu() -> bool:

@@ -38,7 +38,7 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "bf16 with fp16",
         ("bf16", "fp16"),
-        lambda c: c.bf16 and c.fp16,
+        lambda c: c.bf16 is True and c.fp16,
         "a run has one mixed precision",
         "Keep one of the two; bf16 needs no loss scaling where the hardware has it",
     ),
@@ -59,7 +59,12 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "flash attention in float32",
         ("attn_implementation", "dtype", "bf16", "fp16"),
-        lambda c: c.attn_implementation == "flash_attention_2" and c.dtype == "float32" and not (c.bf16 or c.fp16),
+        lambda c: (
+            c.attn_implementation == "flash_attention_2"
+            and c.dtype in (None, "float32")
+            and not c.fp16
+            and (c.bf16 is False or (c.bf16 == "auto" and c.dtype == "float32"))
+        ),
         "flash attention computes in bfloat16 or float16 only",
         "Write bf16: true, or attn_implementation: sdpa",
     ),

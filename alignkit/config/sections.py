@@ -48,12 +48,13 @@ class ModelSection(Section):
 
     model: str = option(help="Directory of a saved model, or Hub id such as Qwen/Qwen3-0.6B.", is_path=True)
     model_revision: str | None = option(None, help="Branch, tag or commit of the Hub model; null is main.")
-    dtype: str = option(
-        "float32",
+    dtype: str | None = option(
+        None,
         choices=DTYPES,
-        help="Precision the weights are loaded in; auto takes the checkpoint's. What trains is held in float32 all the "
-        "same, except under DeepSpeed, which steps float32 copies.",
-        source=TRL,
+        help="Precision the weights are loaded in; auto takes the checkpoint's. null is bfloat16 for frozen weights "
+        "under an adapter where bf16 is in force, and float32 elsewhere. What trains is held in float32 all the same, "
+        "except under DeepSpeed, which steps float32 copies.",
+        source="alignkit (TRL 1.16: float32)",
     )
     attn_implementation: str | None = option(
         None, choices=ATTENTION, help="Attention kernel; null leaves the choice to transformers.", source=TRANSFORMERS

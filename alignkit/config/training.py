@@ -171,8 +171,12 @@ class HardwareSection(Section):
 
     title: ClassVar[str] = "Hardware"
 
-    bf16: bool = option(
-        False, help="Compute in bfloat16 (mixed precision).", source="alignkit (TRL 1.16: true)", passes_to_trainer=True
+    bf16: Literal["auto"] | bool = option(
+        "auto",
+        help="Compute in bfloat16 (mixed precision). auto does so where the accelerator has it, but not on a CPU, nor "
+        "under fp16: true, dtype: float32 or dtype: float16; a precision in the launcher's file is followed.",
+        source="alignkit (TRL 1.16: true)",
+        passes_to_trainer=True,
     )
     fp16: bool = option(
         False,

@@ -7,15 +7,46 @@ moves a weight by about the learning rate. Computing in bfloat16 (``bf16: true``
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
+from alignkit.environment import launched_on_cpu, launched_precision
 from alignkit.errors import ModelError
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def mixed_bfloat16(config: Any) -> tuple[bool, str]:
+    """Whether a run computes in bfloat16 (mixed precision), and why.
+
+    Args:
+        config: ``bf16``, ``fp16``, ``dtype`` and ``use_cpu`` of it, of which ``bf16`` may be ``auto``.
+    """
+    if config.bf16 != "auto":
+        return config.bf16, "as written"
+    if (stated := launched_precision()) is not None:
+        return stated == "bf16", f"the launcher's file says {stated}"
+    if config.fp16:
+        return False, "fp16 is on"
+    if config.dtype in ("float32", "float16"):
+        return False, f"dtype is {config.dtype}"
+    if config.use_cpu or launched_on_cpu():
+        return False, "this run is on the CPU"
+    if not has_bfloat16():
+        return False, "no accelerator here computes in bfloat16"
+    return True, "the accelerator computes in it"
+
+
+def has_bfloat16() -> bool:
+    """Whether an accelerator of this machine computes in bfloat16; what CUDA imitates is slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(is_torch_bf16_gpu_available() or is_torch_xla_available())
 
 
 def trained_values(model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from alignkit.environment import launched_with_deepspeed
 from alignkit.models import loading
 from alignkit.models.files import read_adapter
-from alignkit.models.precision import HALF
+from alignkit.models.precision import HALF, mixed_bfloat16
 from alignkit.parts.parametrization import load_half, load_parametrization
 
 
@@ -29,11 +29,22 @@ def model_source(config: Any, path: str, revision: str | None = None) -> loading
     return loading.ModelSource(
         model=path,
         revision=revision,
-        dtype=config.dtype,
+        dtype=weights_dtype(config),
         quantization=config.quantization,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def weights_dtype(config: Any) -> str:
+    """Precision that the weights of a run are loaded in.
+
+    Frozen weights are read and never updated: in what is computed in, they take half the memory and need no copy.
+    """
+    if config.dtype is not None:
+        return str(config.dtype)
+    is_frozen = load_parametrization(config.parametrization).has_adapter
+    return "bfloat16" if is_frozen and mixed_bfloat16(config)[0] else "float32"
 
 
 def _load(config: Any, source: loading.ModelSource) -> PreTrainedModel:
@@ -49,7 +60,8 @@ def _load(config: Any, source: loading.ModelSource) -> PreTrainedModel:
     if PartialState().is_main_process:
         print(
             f"{source.model}: loaded in {str(held).removeprefix('torch.')} and held in float32, in which weights can "
-            "train" + ("" if config.bf16 or config.fp16 else "; bf16: true would compute in bfloat16, faster")
+            "train"
+            + ("" if mixed_bfloat16(config)[0] or config.fp16 else "; bf16: true would compute in bfloat16, faster")
         )
     return model.float()
 

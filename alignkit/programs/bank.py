@@ -84,9 +84,12 @@ def _precision(config: Any, device: str) -> contextlib.AbstractContextManager[An
     """What the training computes in."""
     import torch
 
-    if not (config.bf16 or config.fp16):
+    from alignkit.models.precision import mixed_bfloat16
+
+    in_bfloat16, _ = mixed_bfloat16(config)
+    if not (in_bfloat16 or config.fp16):
         return contextlib.nullcontext()
-    return torch.autocast(device, torch.bfloat16 if config.bf16 else torch.float16)
+    return torch.autocast(device, torch.bfloat16 if in_bfloat16 else torch.float16)
 
 
 def _routing_after(model: nn.Module, tokenizer: Any, rows: Any, config: Any, bank: RoutingBank) -> Tensor:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 METRICS = ("preference", "likelihood", "generation")
 """Evaluations made unless others are named; figures and JSON follow this order."""
+DTYPE_HELP = "of the weights; auto takes the checkpoint's; left out, bfloat16 where an accelerator has it, else float32"
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -57,11 +58,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     from alignkit.evals import _trial as steps
     from alignkit.evals._results import Results
     from alignkit.models.loading import ModelSource
-    from alignkit.programs.models import load_for_scoring, start_processes, tokenizer_for
+    from alignkit.programs.models import fitting_dtype, load_for_scoring, start_processes, tokenizer_for
     from alignkit.sampling.generation import Sampling
 
     state = start_processes(use_cpu=arguments.use_cpu)
     how = pick(arguments, "dtype", "quantization", "attn_implementation", "trust_remote_code")
+    how["dtype"] = how["dtype"] or fitting_dtype(state.device)
     source = ModelSource(model_name, arguments.revision or revision, **how)
     tokenizer = tokenizer_for(source, adapter, arguments.chat_template)
     data = prepare_data(arguments, evaluations, tokenizer, state)
@@ -157,7 +159,7 @@ def command_line(prog: str | None = None) -> StrictParser:
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the sampled answers")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a forward pass")
     parser.add_argument("--layout", choices=("auto", "padded", "shared_prefix"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=DTYPE_HELP)
     parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base weights")
     parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
     parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's")

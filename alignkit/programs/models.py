@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.models._forward import add_completion_head
 from alignkit.models.files import AdapterFiles
 from alignkit.models.loading import ModelSource, check_base, load_adapter, load_model, load_tokenizer
+from alignkit.models.precision import has_bfloat16
 
 
 def start_processes(*, use_cpu: bool) -> PartialState:
@@ -27,6 +28,11 @@ def start_processes(*, use_cpu: bool) -> PartialState:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     return state
+
+
+def fitting_dtype(device: torch.device) -> str:
+    """Precision of weights that are only read: bfloat16 on an accelerator that computes in it, float32 elsewhere."""
+    return "bfloat16" if device.type != "cpu" and has_bfloat16() else "float32"
 
 
 def tokenizer_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import ModuleType
 from typing import Any
@@ -14,9 +15,12 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from alignkit.config.base import ProgramConfig
 from alignkit.config.check import in_force
 from alignkit.config.keys import base_keys
+from alignkit.environment import launched_precision
 from alignkit.errors import ConfigError
 from alignkit.gradients._support import RunLayout, check_layout
-from alignkit.models.choices import Choice
+from alignkit.models.choices import Choice, pinned
+from alignkit.models.precision import mixed_bfloat16
+from alignkit.parametrizations._policy import weights_dtype
 from alignkit.parts.parametrization import load_half, load_parametrization
 from alignkit.parts.rule import load_rule
 
@@ -35,7 +39,6 @@ def training_arguments(config: ProgramConfig, bridge: ModuleType, choices: dict[
         ConfigError: The config needs an accelerator and there is none, does not fit the launcher, or has options that
             PEFT does not know.
     """
-    check_bf16(config)
     args = bridge.training_arguments(config, common_arguments(config))
     check_device(config, args)
     check_gradient_rule(config, args)
@@ -48,6 +51,7 @@ def common_arguments(config: ProgramConfig) -> dict[str, Any]:
     values = in_force(config)
     return {
         **{name: values[name] for name, key in base_keys(config.program).items() if key.info.passes_to_trainer},
+        "bf16": mixed_bfloat16(config)[0],
         "prediction_loss_only": True,
         # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
         "save_total_limit": None,
@@ -58,13 +62,56 @@ def common_arguments(config: ProgramConfig) -> dict[str, Any]:
     }
 
 
+def fitted(config: Any, choices: dict[str, Choice]) -> Any:
+    """The configuration with the precisions that fit the machine and the launch in place of ``auto`` and null.
+
+    Args:
+        choices: Those of the run when it began, where it is resumed; the one made here is added.
+
+    Raises:
+        ConfigError: The precision cannot be had, the launcher's file says another one, or the run began in another one.
+    """
+    check_bf16(config)
+    check_launcher(config)
+    before, (in_bfloat16, reason) = choices.get("bf16"), mixed_bfloat16(config)
+    if config.bf16 != "auto":
+        choices["bf16"] = pinned("bf16", in_bfloat16)
+    elif before is not None and before.value and not in_bfloat16:
+        problem = f"`bf16: auto` was bfloat16 when the run began, and is not here: {reason}. Resume it where it began"
+        raise ConfigError("the run would go on in another precision", [problem])
+    elif before is None:
+        choices["bf16"] = Choice("bf16", in_bfloat16, reason)
+    config = dataclasses.replace(config, bf16=choices["bf16"].value)
+    return dataclasses.replace(config, dtype=weights_dtype(config))
+
+
+def check_launcher(config: Any) -> None:
+    """Refuse a precision that is not the one of the launcher's file.
+
+    Raises:
+        ConfigError: Two are asked for.
+    """
+    stated = launched_precision()
+    written = "fp16" if config.fp16 else {True: "bf16", False: "no"}.get(config.bf16)
+    if None not in (stated, written) and stated != written:
+        given = "fp16: true" if config.fp16 else f"bf16: {str(config.bf16).lower()}"
+        why = f"the launcher's file says {stated}, and a run has one mixed precision"
+        fix = "Write bf16: auto, which follows it, or change mixed_precision (of a DeepSpeed file, bf16) there"
+        raise ConfigError("config and launcher ask for two precisions", [f"`{given}`: {why}. {fix}"])
+
+
 def check_bf16(config: ProgramConfig) -> None:
     """Refuse bfloat16 mixed precision where transformers would, before it does so with a traceback.
 
     Raises:
         ConfigError: There is no accelerator for it, and the CPU has not been chosen.
     """
-    if config.bf16 and not config.use_cpu and not is_torch_bf16_gpu_available() and not is_torch_xla_available():
+    if (
+        config.bf16 is True
+        and not config.use_cpu
+        and not is_torch_bf16_gpu_available()
+        and not is_torch_xla_available()
+    ):
         problem = "`bf16: true` on the CPU has to be asked for. Write use_cpu: true as well, or remove bf16"
         raise ConfigError("torch finds no accelerator with bfloat16 on this machine", [problem])
 

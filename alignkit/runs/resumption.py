@@ -7,9 +7,12 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from alignkit.config import LoadedConfig
 from alignkit.config.overrides import split_overrides
+from alignkit.config.settings import DEFAULT
+from alignkit.environment import launched_precision
 from alignkit.runs.directory import RUN_FILE, RunDirectory
 from alignkit.storage.durability import complete_checkpoints
 
@@ -17,7 +20,7 @@ AUTO = "auto"
 
 
 def settled(loaded: LoadedConfig) -> LoadedConfig:
-    """The configuration with ``resume: auto`` settled by what lies in ``output_dir``.
+    """The configuration with ``resume: auto`` settled by what lies in ``output_dir``, and defaults as the run has them.
 
     A complete checkpoint is continued from. Without one the run starts, over what an attempt left that was stopped
     before its first checkpoint; but never over a finished run, nor over weights, nor over what is not ours: these are
@@ -27,12 +30,27 @@ def settled(loaded: LoadedConfig) -> LoadedConfig:
         loaded: The configuration.
     """
     config = loaded.config
-    if config.resume != AUTO:
-        return loaded
     path = Path(config.output_dir)
-    resume = path.is_dir() and bool(complete_checkpoints(path))
-    overwrite = not resume and _has_come_to_nothing(path)
-    return dataclasses.replace(loaded, config=dataclasses.replace(config, resume=resume, overwrite=overwrite))
+    if config.resume == AUTO:
+        resume = path.is_dir() and bool(complete_checkpoints(path))
+        overwrite = not resume and _has_come_to_nothing(path)
+        loaded = dataclasses.replace(loaded, config=dataclasses.replace(config, resume=resume, overwrite=overwrite))
+    return _with_its_defaults(loaded, path) if loaded.config.resume and (path / RUN_FILE).is_file() else loaded
+
+
+def _with_its_defaults(loaded: LoadedConfig, path: Path) -> LoadedConfig:
+    """The configuration with the defaults that the run began with, where they have changed since."""
+    recorded: dict[str, Any] = RunDirectory(path, is_main=False).sections().get("config", {})
+    changed = {
+        key: recorded[key]["value"]
+        for key, now in loaded.effective().items()
+        if key in vars(loaded.config) and now["source"] == DEFAULT
+        if key in recorded and recorded[key]["source"] == DEFAULT and recorded[key]["value"] != now["value"]
+    }
+    if changed.get("bf16") is False and launched_precision() is not None:
+        # Where the launcher's file names a precision, that was followed although the default was false.
+        changed["bf16"] = loaded.config.bf16
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, **changed))
 
 
 def _has_come_to_nothing(path: Path) -> bool:

@@ -19,7 +19,7 @@ from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, shapes_by_program
 from alignkit.references.models import check_other
 from alignkit.runs import origin, results, steps
-from alignkit.runs.arguments import check_length, training_arguments
+from alignkit.runs.arguments import check_length, fitted, training_arguments
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.preemption import StopRequest, StopWhenAsked
 from alignkit.runs.ranks import Ranks, launched_with
@@ -121,7 +121,7 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
     loaded = settled(loaded)
     config: Any = loaded.config
     shape = shapes_by_program()[config.program]
-    bridge, preparation = load_bridge(shape), load_method(config.method).preparation(config)
+    bridge = load_bridge(shape)
     ranks = Ranks.join(config.ddp_timeout)
     ranks.compare("launched with", lambda: launched_with(loaded))
     with StopRequest().heard() as request:
@@ -130,6 +130,8 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
         with failures, ranks.losses_named(lambda status: directory.record(status=status)):
             ranks.connect(use_cpu=config.use_cpu)
             choices = steps.choices_before(directory, resume=bool(config.resume))
+            config = fitted(config, choices)
+            preparation = load_method(config.method).preparation(config)
             args = training_arguments(config, bridge, choices)
             preparation.check_launch()
             ranks.check_world_size(args.world_size)

@@ -75,7 +75,7 @@ def test_table_shows_every_key_once_with_its_source() -> None:
     assert {row[0] for row in rows} == set(loaded.sources)
     assert ["beta_neg", "0.05", "c.yaml:6"] in rows
     assert ["eta", "0.1", "command", "line"] in rows
-    assert ["bf16", "false", "default"] in rows
+    assert ["bf16", "auto", "default"] in rows
 
 
 @pytest.mark.usefixtures("workspace")

@@ -90,7 +90,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bf16 with fp16": ({"bf16": True, "fp16": True}, {"fp16": False}),
     "fp16 on the CPU": ({"fp16": True, "use_cpu": True}, {"fp16": False, "bf16": True}),
     "fp16 with float16 weights that train": (FULL | {"fp16": True, "dtype": "float16"}, {"dtype": "float32"}),
-    "flash attention in float32": (FLASH, {"bf16": True}),
+    "flash attention in float32": (FLASH | {"bf16": False}, {"bf16": True}),
     "flash or flex attention on the CPU": (
         {"attn_implementation": "flex_attention", "use_cpu": True},
         {"attn_implementation": "sdpa"},
