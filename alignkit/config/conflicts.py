@@ -190,6 +190,13 @@ CONFLICTS: tuple[Refusal, ...] = (
         "there are no LoRA factors to edit the gradient of",
         "Write rule_targets: all, or parametrization: lora",
     ),
+    Refusal(
+        "tokens_per_batch with a gradient rule",
+        ("tokens_per_batch", "gradient_rule"),
+        lambda c: c.tokens_per_batch is not None and edits_gradients(c.gradient_rule),
+        "a rule acts on one micro-batch at a time, and which rows are together would go by their tokens",
+        "Remove one of the two",
+    ),
     # --- completions drawn while training --------------------------------------------------------------------------
     *(
         Refusal(

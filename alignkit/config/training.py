@@ -136,6 +136,23 @@ class OptimizationSection(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenBudgetSection(Section):
+    """Micro-batches of so many tokens in place of so many rows, where the rows are known before a step."""
+
+    title: ClassVar[str] = OptimizationSection.title
+
+    tokens_per_batch: int | Literal["auto"] | None = option(
+        None,
+        ge=1,
+        help="Most tokens of a micro-batch, padding included: the rows of each step, which stay what they are, are put "
+        "longest first into as few micro-batches as hold them, and a row that has more is one of its own. auto is as "
+        "many tokens as per_device_train_batch_size of the longest rows have, or 4,096 on a CPU; null keeps "
+        "micro-batches of per_device_train_batch_size rows.",
+        free_on_resume=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DropoutSection(Section):
     """Dropout, which would tell a policy from its reference where they are the same."""
 

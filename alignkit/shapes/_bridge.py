@@ -16,6 +16,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from alignkit.data.filling import FilledStream
 from alignkit.errors import CheckpointError
@@ -205,7 +206,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         terms = [term.weight * (term.values.sum() / counts[term.item].clamp(min=1)) for term in result.terms]
         loss = sum(terms[1:], terms[0]) * ranks
         if self.aux_loss_enabled:
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            steps = 1 if num_items_in_batch is None else self.micro_batches_of_step
             loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
         if record:
             self._record(inputs, output, result)
@@ -221,7 +222,12 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         if record:
             for name, value in terms.items():
                 self.record(f"loss/{name}", Metric(value.detach().reshape(1)))
-        return sum(terms.values()) / self.current_gradient_accumulation_steps
+        return sum(terms.values()) / self.micro_batches_of_step
+
+    @property
+    def micro_batches_of_step(self) -> int:
+        """Micro-batches of the step that is being made, of each process."""
+        return int(self.current_gradient_accumulation_steps)
 
     def step_counts(
         self, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None
@@ -288,15 +294,24 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             dataset: What it comes from, asked for its length where accelerate has lost the number of rows left over,
                 which it does when it skips the batches before a checkpoint. A stream has filled itself up.
         """
+        rows = self.num_rows(inputs)
+        kept = self.rows_that_count(rows, dataset)
+        return dict(inputs) if kept == rows else self.keep_rows(inputs, kept)
+
+    def rows_that_count(self, rows: int, dataset: Any = None) -> int:
+        """How many of the rows of this process, fetched last, are no repetitions; these stand behind them.
+
+        Args:
+            rows: How many were fetched.
+            dataset: As in :meth:`_without_repeated_rows`.
+        """
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
         if ranks == 1 or not state.end_of_dataloader:
-            return dict(inputs)
-        rows, left = self.num_rows(inputs), state.remainder
+            return rows
+        left = state.remainder
         if left < 0 and isinstance(dataset, Sized):
             left = len(dataset) % (rows * ranks)
-        if left <= 0:
-            return dict(inputs)
-        return self.keep_rows(inputs, max(left - self.accelerator.process_index * rows, 0))
+        return rows if left <= 0 else min(max(left - self.accelerator.process_index * rows, 0), rows)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, in which parameters with a learning rate of their own have groups of their own."""
@@ -440,6 +455,11 @@ class _AfterStep(TrainerCallback):
 def _refuse(folder: Path, problem: str | None) -> None:
     if problem is not None:
         raise CheckpointError(f"{folder} did not come out as it was saved, and is not resumed from: {problem}")
+
+
+def batches_an_epoch(args: TrainingArguments, num_rows: int) -> int:
+    """Micro-batches of each process in one pass over the rows."""
+    return math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
 
 
 def ratio(numerators: Tensor, denominators: Tensor) -> Metric:

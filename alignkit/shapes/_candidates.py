@@ -12,7 +12,6 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -63,11 +62,12 @@ from alignkit.parts.method import Method, load_method
 from alignkit.references._reference import Reference
 from alignkit.references.models import load_negative_reference, load_reference, other_models
 from alignkit.shapes._arguments import REFUSED_FOR_PREFERENCE, refuse_unused
-from alignkit.shapes._bridge import ObjectiveBridge, ratio
+from alignkit.shapes._bridge import batches_an_epoch, ratio
 from alignkit.shapes._late_rows import LateRows
 from alignkit.shapes._probe import DispersionProbe
+from alignkit.shapes._token_budget import TokenBudget
 
-__all__ = ["other_models"]
+__all__ = ["batches_an_epoch", "other_models"]
 
 METRICS: Mapping[str, str] = {
     "entropy": "entropy of the next-token distribution over completion tokens, nats",
@@ -95,7 +95,7 @@ class BridgeSettings:
     negative_reference: nn.Module | None = None
 
 
-class PreferenceTrainer(ObjectiveBridge, DPOTrainer):
+class PreferenceTrainer(TokenBudget, DPOTrainer):
     """Trains on candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) with any preference method.
 
     Args:
@@ -297,6 +297,10 @@ class PreferenceTrainer(ObjectiveBridge, DPOTrainer):
         """Prompts of a batch."""
         return len(inputs["completion_mask"])
 
+    def lays_out(self) -> tuple[bool, bool]:
+        """Rows are padded in either layout."""
+        return self.layout.layout != "padded", True
+
     def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
         """Mask all prompts but the first ``kept``."""
         is_kept = torch.arange(self.num_rows(inputs), device=inputs["completion_mask"].device) < kept
@@ -412,11 +416,6 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> DPOConfig:
     )
 
 
-def batches_an_epoch(args: DPOConfig, num_rows: int) -> int:
-    """Micro-batches of each process in one pass over the rows."""
-    return math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
-
-
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     """What makes candidate rows of rows of text."""
     num_candidates = load_method(config.method).num_candidates
@@ -470,6 +469,7 @@ def build(
         ref_model=reference,
         **inherited,
     )
+    trainer.fill_by_tokens(config.tokens_per_batch)
     if data.evaluation is not None and config.probe_rows and config.probe_steps:
         probe = trainer.eval_dataset.select(range(min(config.probe_rows, len(data.evaluation))))
         trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from alignkit.shapes._token_budget import Rows
+
 
 class RowNumbers(torch.utils.data.Dataset[int]):
     """The numbers from 0, in the place of rows.
@@ -47,6 +49,7 @@ class LateRows(Trainer):  # transformers' trainer is untyped
     rows_change = True
     train_dataset: Dataset
     data_collator: Any
+    tokens_per_batch: int | None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A dataloader of row numbers, in the order that the rows would have."""
@@ -63,8 +66,12 @@ class LateRows(Trainer):  # transformers' trainer is untyped
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one step, made from the rows of this moment, and their item counts."""
         samples: tuple[list[dict[str, Tensor]], Tensor]
-        samples = super().get_batch_samples(map(self._collated, epoch_iterator), num_batches, device)
+        look_up = self._collated if self.tokens_per_batch is None else self._uncollated
+        samples = super().get_batch_samples(map(look_up, epoch_iterator), num_batches, device)
         return samples
+
+    def _uncollated(self, numbers: Rows) -> Rows:
+        return Rows([self.train_dataset[number] for number in numbers.rows])
 
     def _collated(self, numbers: list[int]) -> dict[str, Tensor]:
         batch = self.data_collator([self.train_dataset[number] for number in numbers])

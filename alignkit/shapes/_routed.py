@@ -40,9 +40,9 @@ from alignkit.routing.report import bank_report, render_report
 from alignkit.routing.store import RoutingBank
 from alignkit.routing.success import check_success, success_columns
 from alignkit.shapes._bank_refresh import BankRefresh
-from alignkit.shapes._bridge import ratio
+from alignkit.shapes._bridge import batches_an_epoch, ratio
 from alignkit.shapes._tokens import METRICS as SUPERVISED_METRICS
-from alignkit.shapes._tokens import ROW_TOKENS, SupervisedCollator, SupervisedTrainer, batches_an_epoch
+from alignkit.shapes._tokens import ROW_TOKENS, SupervisedCollator, SupervisedTrainer
 
 __all__ = ["batches_an_epoch"]
 
@@ -379,7 +379,7 @@ def build(
     """
     used = {"a training row": data.train, "a held-out row": data.evaluation, "a prompt": data.prompts}
     check_token_ids(policy, tokenizer, used, name=repr(config.model))
-    return RoutedTrainer(
+    trainer = RoutedTrainer(
         policy,
         args,
         method=load_method(config.method),
@@ -390,6 +390,8 @@ def build(
         processing_class=tokenizer,
         **inherited,
     )
+    trainer.fill_by_tokens(config.tokens_per_batch)
+    return trainer
 
 
 def describe(config: Any, trainer: RoutedTrainer) -> dict[str, Any]:

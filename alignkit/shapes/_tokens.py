@@ -19,7 +19,6 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +58,10 @@ from alignkit.parts.method import Method, load_method
 from alignkit.references._teacher import Teacher
 from alignkit.references.teachers import load_teacher, teacher_models
 from alignkit.shapes._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
-from alignkit.shapes._bridge import ObjectiveBridge, ratio
+from alignkit.shapes._bridge import batches_an_epoch, ratio
+from alignkit.shapes._token_budget import TokenBudget
+
+__all__ = ["batches_an_epoch"]
 
 ROW_TOKENS = "row_tokens"
 """Key of a batch that the model never sees: how many tokens of each of its rows count."""
@@ -73,7 +75,7 @@ METRICS: Mapping[str, str] = {
 CHECKED_TOKENS = 16
 
 
-class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
+class SupervisedTrainer(TokenBudget, SFTTrainer):
     """Trains on tokenised rows (``input_ids``, ``labels`` with -100 where nothing is trained).
 
     Args:
@@ -220,6 +222,10 @@ class SupervisedTrainer(ObjectiveBridge, SFTTrainer):
         """Rows of a batch; what packing has put together is one."""
         return len(inputs[ROW_TOKENS])
 
+    def lays_out(self) -> tuple[bool, bool]:
+        """Rows are single completions, padded or behind one another."""
+        return self.padding_free, not self.padding_free
+
     def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
         """Train and count no token of a row behind the first ``kept``."""
         labels, lengths = inputs["labels"], inputs[ROW_TOKENS]
@@ -352,11 +358,6 @@ def other_models(config: Any) -> dict[str, str]:
     return teacher_models(config)
 
 
-def batches_an_epoch(args: SFTConfig, num_rows: int) -> int:
-    """Micro-batches of each process in one pass over the rows."""
-    return math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
-
-
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     """What makes rows of tokens of rows of text."""
     splits_rows = config.packing and config.packing_strategy == "bfd_split"
@@ -399,7 +400,7 @@ def build(
     check_token_ids(policy, tokenizer, used, name=repr(config.model))
     if (teacher := load_teacher(config)) is not None:
         check_token_ids(teacher, tokenizer, used, name=repr(teacher.name_or_path))
-    return SupervisedTrainer(
+    trainer = SupervisedTrainer(
         policy,
         args,
         method=load_method(config.method),
@@ -410,6 +411,8 @@ def build(
         teacher=teacher,
         **inherited,
     )
+    trainer.fill_by_tokens(config.tokens_per_batch)
+    return trainer
 
 
 def describe(config: Any, trainer: SupervisedTrainer) -> dict[str, Any]:

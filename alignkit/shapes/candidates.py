@@ -25,6 +25,7 @@ from alignkit.config.training import (
     ProbeSection,
     ReportSection,
     RunSection,
+    TokenBudgetSection,
 )
 from alignkit.data.columns import RowFamily
 from alignkit.data.schema import preference_rows
@@ -109,6 +110,7 @@ class PreferenceConfig(
     LayoutSection,
     RunSection,
     OptimizationSection,
+    TokenBudgetSection,
     DropoutSection,
     HardwareSection,
     LoggingSection,

@@ -14,7 +14,14 @@ from alignkit.config.router import (
     RouterParametrizationSection,
 )
 from alignkit.config.sections import GradientSection, MethodSection, ModelSection
-from alignkit.config.training import HardwareSection, HubSection, LoggingSection, ReportSection, RunSection
+from alignkit.config.training import (
+    HardwareSection,
+    HubSection,
+    LoggingSection,
+    ReportSection,
+    RunSection,
+    TokenBudgetSection,
+)
 from alignkit.data.columns import RowFamily
 from alignkit.data.routed_schema import routed_rows
 from alignkit.parts.shape import Shape
@@ -56,6 +63,7 @@ class RouterConfig(
     GradientSection,
     RunSection,
     RouterOptimizationSection,
+    TokenBudgetSection,
     HardwareSection,
     LoggingSection,
     ReportSection,

@@ -21,6 +21,7 @@ from alignkit.config.training import (
     ReportSection,
     RunSection,
     SupervisedOptimizationSection,
+    TokenBudgetSection,
 )
 from alignkit.data.columns import RowFamily
 from alignkit.data.supervised_schema import supervised_rows
@@ -45,6 +46,7 @@ class SupervisedConfig(
     GradientSection,
     RunSection,
     SupervisedOptimizationSection,
+    TokenBudgetSection,
     HardwareSection,
     LoggingSection,
     ReportSection,

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import bnb as lora_bnb
 from peft.tuners.lora import layer as lora_layer
@@ -63,6 +65,10 @@ def parameters(function: Any) -> list[str]:
         (Trainer._load_optimizer_and_scheduler, ["self", "checkpoint"]),
         (Trainer._save_checkpoint, ["self", "model", "trial"]),
         (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
+        (Trainer.get_train_dataloader, ["self"]),
+        (Trainer.training_step, ["self", "model", "inputs", "num_items_in_batch"]),
+        (Trainer.floating_point_ops, ["self", "inputs"]),
+        (Trainer._track_num_input_tokens, ["self", "inputs"]),
         (
             Trainer._init_training_state,
             ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
@@ -95,9 +101,10 @@ def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
 
 
 # Not ours to name: what alignkit/gradients overrides of the Trainer is asserted with its own tests.
+BUDGET_HOOKS = {"get_train_dataloader", "training_step", "floating_point_ops", "_track_num_input_tokens"}
 OWN_HOOKS = {
-    PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"},
-    SupervisedTrainer: {"_set_signature_columns_if_needed"},
+    PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"} | BUDGET_HOOKS,
+    SupervisedTrainer: {"_set_signature_columns_if_needed"} | BUDGET_HOOKS,
     OnlineTrainer: {
         "_get_train_sampler",
         "_calculate_rewards",
@@ -167,6 +174,20 @@ def test_the_epoch_of_a_stream_is_counted_in_batches_of_the_run() -> None:
     assert "self.state.epoch = epoch + (step + 1) / steps_in_epoch" in inspect.getsource(Trainer._run_epoch)
     counted = inspect.getsource(Trainer.set_initial_training_values)
     assert "else max_steps * args.gradient_accumulation_steps" in counted
+
+
+def test_gradients_are_exchanged_after_the_last_item_of_a_step() -> None:
+    source = inspect.getsource(Trainer._run_epoch)
+    fetched = source.index("self.get_batch_samples(epoch_iterator, num_batches, self.args.device)")
+    told = source.index("self.accelerator.gradient_state._set_sync_gradients(do_sync_step)")
+    last, run = source.index("i == len(batch_samples) - 1"), source.index("self.training_step(model, inputs, num_items")
+    assert fetched < told < last < run < source.index("self.floating_point_ops(inputs)")
+    assert "_track_num_input_tokens(inputs)" in source
+    assert '"collate_fn": data_collator' in inspect.getsource(Trainer._get_dataloader)
+    wrapper = inspect.getsource(DeepSpeedEngineWrapper.backward)
+    assert "set_gradient_accumulation_boundary(is_boundary=sync_gradients)" in wrapper
+    assert wrapper.index("if sync_gradients:") < wrapper.index("self.engine.step()")
+    assert "sync_gradients=self.sync_gradients" in inspect.getsource(Accelerator.backward)
 
 
 def test_supervised_rows_are_packed_and_otherwise_left_alone() -> None:

@@ -1,0 +1,270 @@
+"""Micro-batches filled by tokens: the rows of an optimizer step stay what they are, and are laid out anew.
+
+Rows differ in length, so that micro-batches of equally many rows differ in tokens: the longest decide how many rows fit
+into memory, and all others leave most of it unused, or are padded to their length. With a budget the rows of a whole
+step, which are drawn as ever, are sorted by length and put into as few micro-batches as hold them. What the loss is
+divided by is counted over the step, so that loss, metrics and gradient stay what they were but for rounding.
+
+transformers counts the micro-batches it is given, to know when a step ends. It is given as many as it asked for, of
+which all but the last are empty: the last holds those that are really run.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- transformers ``Trainer.get_train_dataloader``, which takes ``data_collator`` as it is when it is called
+- transformers ``Trainer._run_epoch``: gradients are exchanged after the last of what ``get_batch_samples`` returns,
+  and what each of it is goes to ``training_step``, ``floating_point_ops`` and ``_track_num_input_tokens``
+- accelerate's ``DeepSpeedEngineWrapper.backward``, which steps its engine where ``sync_gradients`` is True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import DistributedType, send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from alignkit.data.lengths import RowLengths
+from alignkit.data.prefix import packed_length
+from alignkit.errors import ConfigError
+from alignkit.shapes._bridge import ObjectiveBridge
+
+CPU_TOKENS = 4096
+"""What ``auto`` is on a CPU, where a larger product is no faster and memory is shared with everything else."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows on their way from a dataloader, which are collated later: nothing that passes them on looks into them."""
+
+    rows: Sequence[Any]
+
+
+def micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1, *, padded: bool) -> list[list[int]]:
+    """Rows in as few micro-batches as can be had by filling one after the other, longest row first.
+
+    Args:
+        lengths: Tokens of each row.
+        budget: Most tokens of a micro-batch; a row that has more stands alone.
+        at_least: Micro-batches there must be. The largest are halved for that; those that no row is left for are empty.
+        padded: Whether every row of a micro-batch takes as many tokens as its longest.
+
+    Returns:
+        Numbers of the rows of each micro-batch, longest first.
+    """
+    found: list[list[int]] = []
+    costs: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # No row is longer than the first of a micro-batch.
+        grown = [cost + (lengths[part[0]] if padded else lengths[row]) for part, cost in zip(found, costs, strict=True)]
+        place = next((i for i, cost in enumerate(grown) if cost <= budget), None)
+        if place is None:
+            found.append([row])
+            costs.append(lengths[row])
+        else:
+            found[place].append(row)
+            costs[place] = grown[place]
+    while len(found) < at_least and (halved := max(found, key=len, default=[])) and len(halved) > 1:
+        place, middle = found.index(halved), (len(halved) + 1) // 2
+        found[place : place + 1] = [halved[:middle], halved[middle:]]
+    found.sort(key=lambda part: -lengths[part[0]])
+    return found + [[] for _ in range(at_least - len(found))]
+
+
+def row_tokens(rows: Sequence[Mapping[str, Any]], *, packed: bool, multiple: int | None) -> list[int]:
+    """Tokens that each row takes in a batch with the others.
+
+    Args:
+        rows: Candidate rows, or supervised ones (``input_ids``).
+        packed: Whether the candidates of a row stand behind one prompt, and not each behind its own.
+        multiple: What lengths are rounded up to a multiple of.
+    """
+    if "input_ids" in rows[0]:
+        return [_rounded(len(row["input_ids"]), multiple) for row in rows]
+    if packed:
+        return [_rounded(packed_length(row["prompt_ids"], row["completion_ids"]), multiple) for row in rows]
+    widest = max(len(row["completion_ids"]) for row in rows)
+    longest = [len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in rows]
+    return [widest * _rounded(length, multiple) for length in longest]
+
+
+def _rounded(length: int, multiple: int | None) -> int:
+    return -(-length // (multiple or 1)) * (multiple or 1)
+
+
+def _sent(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":  # Copied from elsewhere, each tensor would wait for all that the device has to do.
+        batch = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    sent: dict[str, Any] = send_to_device(batch, device, non_blocking=True)
+    return sent
+
+
+class TokenBudget(ObjectiveBridge):
+    """A bridge whose micro-batches can be filled by tokens.
+
+    Attributes:
+        tokens_per_batch: Most tokens of a micro-batch; None leaves rows in the micro-batches they were drawn in.
+    """
+
+    tokens_per_batch: int | None = None
+    data_collator: Any
+    lengths: RowLengths
+    train_dataset: Any
+    _of_step = 1
+
+    def lays_out(self) -> tuple[bool, bool]:
+        """Whether candidates of a row stand behind one prompt, and whether rows are padded to the longest."""
+        raise NotImplementedError
+
+    def row_tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Tokens of each of the rows."""
+        packed, _ = self.lays_out()
+        return row_tokens(rows, packed=packed, multiple=self.args.pad_to_multiple_of)
+
+    def fill_by_tokens(self, tokens: int | Literal["auto"] | None) -> None:
+        """Fill micro-batches by tokens from now on; called before training, by all processes.
+
+        Args:
+            tokens: Most tokens of a micro-batch; ``auto`` is what :meth:`_largest` says; None is no budget.
+
+        Raises:
+            ConfigError: What is trained depends on which rows are together.
+        """
+        if tokens is None:
+            return
+        if (reason := self._why_rows_stay()) is not None:
+            raise ConfigError(
+                "rows cannot be dealt by their tokens",
+                [f"`tokens_per_batch: {tokens}` changes which rows are together, but {reason}"],
+            )
+        self.tokens_per_batch = self._largest() if tokens == "auto" else tokens
+        (longest,) = self.row_tokens([self.lengths.longest_row])
+        if longest > self.tokens_per_batch and self.accelerator.is_main_process:
+            print(
+                f"tokens_per_batch: {self.tokens_per_batch:,} tokens are less than the longest row has ({longest:,}). "
+                "No row is split: one that is longer is a micro-batch of its own."
+            )
+
+    def _why_rows_stay(self) -> str | None:
+        if self.gradient_rule is not None and self.gradient_rule.rule.edit is not None:
+            rule = self.gradient_rule.rule.name
+            return f"gradient_rule: {rule} acts on one micro-batch at a time. Remove one of the two"
+        if self.aux_loss_enabled:
+            return (
+                "the load-balancing loss is a statistic of a micro-batch. Write router_aux_loss_coef: 0, or remove "
+                "tokens_per_batch"
+            )
+        return None
+
+    def _largest(self) -> int:
+        """As many tokens as a micro-batch of rows could have, if its rows were all as long as the longest."""
+        if self.accelerator.device.type == "cpu":
+            return CPU_TOKENS
+        (longest,) = self.row_tokens([self.lengths.longest_row])
+        return longest * self.args.per_device_train_batch_size
+
+    # --- the micro-batches of a step -------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """A dataloader of the same rows in the same order, not collated yet."""
+        if self.tokens_per_batch is None:
+            plain: DataLoader[Any] = super().get_train_dataloader()
+            return plain
+        collator, self.data_collator = self.data_collator, Rows
+        try:
+            dataloader: DataLoader[Any] = super().get_train_dataloader()
+            return dataloader
+        finally:
+            self.data_collator = collator
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """As many items as were asked for, the last of which holds all micro-batches; and what they are divided by."""
+        if self.tokens_per_batch is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        taken, _ = self.next_batches(map(attrgetter("rows"), epoch_iterator), num_batches, device)
+        if not taken:
+            return super().get_batch_samples(iter(()), 0, device)
+        *before, last = taken
+        counted = len(last) if self.args.dataloader_drop_last else self.rows_that_count(len(last), self.train_dataset)
+        rows = [row for batch in (*before, last[:counted]) for row in batch]
+        batches, counts = self._agreed(rows, last, device)
+        self._of_step = len(batches)
+        return [*([] for _ in before), [_sent(batch, device) for batch in batches]], counts
+
+    def _agreed(
+        self, rows: Sequence[Any], spare: Sequence[Any], device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """The micro-batches of this process, as many as the others have, and the item counts of all; a collective.
+
+        Args:
+            rows: Of this process.
+            spare: Some of which nothing is trained where there are too few.
+        """
+        batches = self._laid_out(rows, spare, at_least=1)
+        counts = [self.item_counts(batch) for batch in batches]
+        local = [sum(int(count[kind]) for count in counts) for kind in self.item_kinds]
+        everywhere = self.accelerator.gather(torch.tensor([*local, len(batches)], device=device))
+        everywhere = everywhere.view(-1, len(local) + 1)
+        if len(everywhere) > 1 and (most := int(everywhere[:, -1].max())) > len(batches):
+            batches = self._laid_out(rows, spare, at_least=most)
+        return batches, everywhere[:, :-1].sum(0)
+
+    def _laid_out(self, rows: Sequence[Any], spare: Sequence[Any], at_least: int) -> list[dict[str, Any]]:
+        assert self.tokens_per_batch is not None
+        (_, padded), lengths = self.lays_out(), self.row_tokens(rows) if rows else []
+        parts = micro_batches(lengths, self.tokens_per_batch, at_least, padded=padded)
+        return [self.data_collator([rows[i] for i in part]) if part else self._idle(rows or spare) for part in parts]
+
+    def _idle(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The shortest row, of which nothing is trained or counted: other processes wait for every pass."""
+        lengths = self.row_tokens(rows)
+        return self.keep_rows(self.data_collator([rows[lengths.index(min(lengths))]]), 0)
+
+    @property
+    def micro_batches_of_step(self) -> int:
+        """Micro-batches that are really run."""
+        return super().micro_batches_of_step if self.tokens_per_batch is None else self._of_step
+
+    # --- running them ----------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run micro-batches one after the other, and return the sum of their losses."""
+        if self.tokens_per_batch is None:
+            alone: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return alone
+        loss = torch.zeros((), device=self.args.device)
+        for i, batch in enumerate(inputs):
+            with nullcontext() if i == len(inputs) - 1 else self._before_the_last(model):
+                loss = loss + super().training_step(model, batch, num_items_in_batch)
+        return loss
+
+    @contextmanager
+    def _before_the_last(self, model: nn.Module) -> Iterator[None]:
+        """Gradients add up inside, and nothing is exchanged or stepped, as far as the host would not either."""
+        self.accelerator.sync_gradients = False
+        try:
+            with self._deferred(model):
+                yield
+        finally:
+            self.accelerator.sync_gradients = True
+
+    def _deferred(self, model: nn.Module) -> AbstractContextManager[Any]:
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        if each or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return nullcontext()
+        return self.accelerator.no_sync(model=model)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Of all micro-batches that ``inputs`` holds."""
+        batches = [inputs] if self.tokens_per_batch is None else inputs
+        return sum(super(TokenBudget, self).floating_point_ops(batch) for batch in batches)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        for batch in [inputs] if self.tokens_per_batch is None else inputs:
+            super()._track_num_input_tokens(batch)
