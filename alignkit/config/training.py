@@ -148,7 +148,6 @@ class TokenBudgetSection(Section):
         "longest first into as few micro-batches as hold them, and a row that has more is one of its own. auto is as "
         "many tokens as per_device_train_batch_size of the longest rows have, or 4,096 on a CPU; null keeps "
         "micro-batches of per_device_train_batch_size rows.",
-        free_on_resume=True,
     )
 
 

@@ -469,7 +469,7 @@ def build(
         ref_model=reference,
         **inherited,
     )
-    trainer.fill_by_tokens(config.tokens_per_batch)
+    trainer.fill_by_tokens(config.tokens_per_batch, choices.get("tokens_per_batch"))
     if data.evaluation is not None and config.probe_rows and config.probe_steps:
         probe = trainer.eval_dataset.select(range(min(config.probe_rows, len(data.evaluation))))
         trainer.add_callback(DispersionProbe(trainer, probe, config.probe_steps))

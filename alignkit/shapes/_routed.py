@@ -390,7 +390,7 @@ def build(
         processing_class=tokenizer,
         **inherited,
     )
-    trainer.fill_by_tokens(config.tokens_per_batch)
+    trainer.fill_by_tokens(config.tokens_per_batch, choices.get("tokens_per_batch"))
     return trainer
 
 

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import packed_length
 from alignkit.errors import ConfigError
+from alignkit.models.choices import Choice, pinned
 from alignkit.shapes._bridge import ObjectiveBridge
 
 CPU_TOKENS = 4096
@@ -125,11 +126,13 @@ class TokenBudget(ObjectiveBridge):
         packed, _ = self.lays_out()
         return row_tokens(rows, packed=packed, multiple=self.args.pad_to_multiple_of)
 
-    def fill_by_tokens(self, tokens: int | Literal["auto"] | None) -> None:
+    def fill_by_tokens(self, tokens: int | Literal["auto"] | None, before: Choice | None = None) -> None:
         """Fill micro-batches by tokens from now on; called before training, by all processes.
 
         Args:
-            tokens: Most tokens of a micro-batch; ``auto`` is what :meth:`_largest` says; None is no budget.
+            tokens: Most tokens of a micro-batch; None is no budget; ``auto`` is what was chosen before, or else as many
+                as ``per_device_train_batch_size`` rows of the longest have, and ``CPU_TOKENS`` on a CPU.
+            before: What a run that is resumed chose when it began.
 
         Raises:
             ConfigError: What is trained depends on which rows are together.
@@ -141,12 +144,14 @@ class TokenBudget(ObjectiveBridge):
                 "rows cannot be dealt by their tokens",
                 [f"`tokens_per_batch: {tokens}` changes which rows are together, but {reason}"],
             )
-        self.tokens_per_batch = self._largest() if tokens == "auto" else tokens
         (longest,) = self.row_tokens([self.lengths.longest_row])
-        if longest > self.tokens_per_batch and self.accelerator.is_main_process:
+        key = "tokens_per_batch"
+        self.choices[key] = pinned(key, tokens) if tokens != "auto" else before or self._largest(longest)
+        self.tokens_per_batch = budget = int(self.choices[key].value)
+        if longest > budget and self.accelerator.is_main_process:
             print(
-                f"tokens_per_batch: {self.tokens_per_batch:,} tokens are less than the longest row has ({longest:,}). "
-                "No row is split: one that is longer is a micro-batch of its own."
+                f"tokens_per_batch: {budget:,} tokens are less than the longest row has ({longest:,}). No row is "
+                "split: one that is longer is a micro-batch of its own."
             )
 
     def _why_rows_stay(self) -> str | None:
@@ -160,12 +165,11 @@ class TokenBudget(ObjectiveBridge):
             )
         return None
 
-    def _largest(self) -> int:
-        """As many tokens as a micro-batch of rows could have, if its rows were all as long as the longest."""
+    def _largest(self, longest: int) -> Choice:
         if self.accelerator.device.type == "cpu":
-            return CPU_TOKENS
-        (longest,) = self.row_tokens([self.lengths.longest_row])
-        return longest * self.args.per_device_train_batch_size
+            return Choice("tokens_per_batch", CPU_TOKENS, "on a CPU")
+        rows = self.args.per_device_train_batch_size
+        return Choice("tokens_per_batch", longest * rows, f"as many as {rows} of the longest rows have")
 
     # --- the micro-batches of a step -------------------------------------------------------------------------------
 

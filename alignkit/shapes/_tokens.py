@@ -411,7 +411,7 @@ def build(
         teacher=teacher,
         **inherited,
     )
-    trainer.fill_by_tokens(config.tokens_per_batch)
+    trainer.fill_by_tokens(config.tokens_per_batch, choices.get("tokens_per_batch"))
     return trainer
 
 

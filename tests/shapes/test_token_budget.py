@@ -21,6 +21,7 @@ from alignkit.data.supervised_schema import supervised_rows
 from alignkit.errors import ConfigError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.models.attachment import Attachment
+from alignkit.models.choices import Choice
 from alignkit.parts.rule import load_rule
 from alignkit.shapes._candidates import BridgeSettings, LateRowsTrainer
 from alignkit.shapes._token_budget import CPU_TOKENS, micro_batches, row_tokens
@@ -297,5 +298,8 @@ def test_what_is_said_and_chosen(texts: Dataset, tmp_path: Path, capsys: pytest.
     assert "tokens_per_batch" not in capsys.readouterr().out
     trainer.fill_by_tokens(longest - 1)
     assert f"less than the longest row has ({longest})" in capsys.readouterr().out
+    assert str(trainer.choices["tokens_per_batch"]) == f"tokens_per_batch {longest - 1} (pinned)"
     trainer.fill_by_tokens("auto")
-    assert trainer.tokens_per_batch == CPU_TOKENS
+    assert trainer.tokens_per_batch == trainer.choices["tokens_per_batch"].value == CPU_TOKENS
+    trainer.fill_by_tokens("auto", Choice("tokens_per_batch", 700, "when the run began"))
+    assert trainer.tokens_per_batch == 700
