@@ -120,10 +120,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "evaluation without held-out rows": ({"eval_strategy": "epoch"}, HELD_OUT),
     "keep_best without evaluations": (ONLINE | {"keep_best": True}, HELD_OUT | {"eval_strategy": "steps"}),
     "gradient rule with fp16": ({"gradient_rule": "glad", "fp16": True}, {"gradient_rule": "decay_to_init"}),
-    "tokens_per_batch with a gradient rule": (
-        {"gradient_rule": "sam", "tokens_per_batch": "auto"},
-        {"gradient_rule": "decay_to_init"},
-    ),
+    "tokens_per_batch with a gradient rule": ({"gradient_rule": "sam", "tokens_per_batch": 9}, {"gradient_rule": None}),
     "gradient rule with torch.compile": (
         {"gradient_rule": "perpgrad", "torch_compile": True},
         {"gradient_rule": "decay_to_init"},
