@@ -15,6 +15,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 
+from tests.launches import imported as imported
 from tests.launches import launch_environment as launch_environment
 from tests.launches import launchers as launchers
 

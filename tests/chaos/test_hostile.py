@@ -10,15 +10,15 @@ import pytest
 
 from tests.chaos.hostile import KINDS
 from tests.chaos.hostile_runs import CORPUS, make_workplace, put_before
-from tests.programs.launching import REPOSITORY, Launcher
+from tests.programs.launching import REPOSITORY, Imported, Launcher
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def launcher(tmp_path_factory: pytest.TempPathFactory, imported: Imported) -> Iterator[Launcher]:
     home = tmp_path_factory.mktemp("home")
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     variables |= {"HF_DATASETS_CACHE": str(home / "datasets"), "ALIGNKIT_CACHE": str(home / "alignkit")}
-    started = Launcher(tmp_path_factory.mktemp("output"), variables)
+    started = Launcher(tmp_path_factory.mktemp("output"), [variables], imported)
     yield started
     started.close()
 

@@ -19,7 +19,7 @@ from alignkit.models import loading
 from alignkit.models.loading import ModelSource, load_model, load_tokenizer
 from alignkit.storage.durability import mark_complete
 from tests.programs.conftest import CONFIG, pairs, save_model, write_rows
-from tests.programs.launching import REPOSITORY, Launcher
+from tests.programs.launching import REPOSITORY, Imported, Launcher
 
 
 class Trap:
@@ -50,10 +50,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def launcher(tmp_path_factory: pytest.TempPathFactory, imported: Imported) -> Iterator[Launcher]:
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     variables["ALIGNKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    started = Launcher(tmp_path_factory.mktemp("output"), variables)
+    started = Launcher(tmp_path_factory.mktemp("output"), [variables], imported)
     yield started
     started.close()
 

@@ -25,8 +25,9 @@ ANSWERS = ("chosen", "rejected")
 def launch(launchers: Any, launch_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Run a program in a layout and return the run directory.
 
-    The run is forked from the processes of a launch that all runs of the layout's config share; ``direct`` launches
-    the program itself, as a user would. ``resume`` is a run directory to continue. An option that is None is left out.
+    The run is forked, with the variables of the processes of a launch that all runs of the layout's config share;
+    ``direct`` launches the program itself, as a user would. ``resume`` is a run directory to continue. An option that
+    is None is left out.
     """
 
     def run(

@@ -22,8 +22,10 @@ from tests.distributed.layouts import LAYOUTS, SHARDED, logged_steps, record_of,
 pytestmark = pytest.mark.xdist_group("distributed")
 
 STEPS = 3
-DIRECT = "flex_dpo full"
-"""The run whose program is launched by itself with every shipped config."""
+DIRECT = ("flex_dpo full", "zero3 2x2")
+"""The run whose program is launched by itself; the others are forked and have only the variables of a launch. That a
+process of its own gives the same bits is shown by ``tests/programs/test_resume.py``, what every shipped config makes of
+a launch by all runs here."""
 OTHERS = ["1x1 accumulation 4", "ddp 2x2", *SHARDED]
 
 
@@ -147,8 +149,7 @@ def run(launch: Launch, inputs: dict[str, str]) -> Callable[[str, str], Path]:
             **({"probe_steps": 0} if what.program == "preference" else {}),
             **({"teacher": inputs["teacher"]} if what.has_teacher else {}),
         }
-        direct = name == DIRECT and LAYOUTS[layout].config is not None
-        return launch(LAYOUTS[layout], options, what.program, direct)
+        return launch(LAYOUTS[layout], options, what.program, direct=(name, layout) == DIRECT)
 
     return train
 

@@ -5,15 +5,14 @@ Accelerate gives every process as many rows as the others and repeats some of th
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.distributed import repeated_rows
+from tests.distributed.layouts import LAYOUTS
 from tests.distributed.repeated_rows import CASES, run_all
 from tests.programs.launching import REPOSITORY
 
@@ -21,26 +20,12 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All cases on two processes, which are launched once."""
+def two(launchers: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All cases on two processes, one after another."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "tests.distributed.repeated_rows", str(folder)]
-    started = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=600)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    program = Path(repeated_rows.__file__)
+    ended = launchers(LAYOUTS["ddp 2x2"]).run(str(folder), directory=REPOSITORY, program=program)
+    assert ended.exit_code == 0, ended.errors[-6000:]
     found: dict[str, Any] = torch.load(folder / "found.pt")
     return found
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 
 import tests.conftest  # noqa: F401  # no network and no telemetry, in here and in all that is started from here
 from tests.programs.conftest import pairs, save_model, write_rows
-from tests.programs.launching import REPOSITORY, SFT, Launcher, program_environment, write_config
+from tests.programs.launching import REPOSITORY, SFT, Imported, Launcher, program_environment, write_config
 
 FOLDER = REPOSITORY / "tests" / "data" / "before_second_storey"
 KEPT, LAST = 4, 6
@@ -121,11 +122,9 @@ def main() -> None:
         place, output = Path(folder, "place"), Path(folder, "output")
         place.mkdir()
         output.mkdir()
-        launcher = Launcher(output, program_environment(Path(folder, "home")))
-        try:
-            make(place, launcher)
-        finally:
-            launcher.close()
+        environment = program_environment(Path(folder, "home"))
+        with closing(Imported(environment)) as imported:
+            make(place, Launcher(output, [environment], imported))
         assert not (named := list(paths_of_this_machine(place))), f"these name a path of this machine: {named}"
         shutil.copy(FOLDER / "README.md", place)
         shutil.rmtree(FOLDER)

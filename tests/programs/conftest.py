@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.programs.launching import Launcher, program_environment
+from tests.programs.launching import Imported, Launcher, program_environment
 
 WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
 
@@ -92,9 +92,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Launcher]:
+def launcher(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], imported: Imported
+) -> Iterator[Launcher]:
     """Starts programs without paying for their imports."""
-    started = Launcher(tmp_path_factory.mktemp("output"), environment)
+    started = Launcher(tmp_path_factory.mktemp("output"), [environment], imported)
     yield started
     started.close()
 

@@ -75,44 +75,57 @@ class Running:
         return self.wait()
 
 
+class Imported:
+    """A process that has imported the libraries, for programs to be forked from.
+
+    Args:
+        environment: Its variables; they matter to what libraries read while they are imported, and to nothing else.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            command = [sys.executable, str(Path(__file__).with_name("zygote.py")), str(server.getsockname()[1])]
+            # DeepSpeed looks for its accelerator while it is imported.
+            self.process = subprocess.Popen(command, env={**environment, "DS_ACCELERATOR": "cpu"})
+            self.lines = self._accept(server)
+
+    def fork(self) -> Any:
+        """A connection to a new child that starts programs."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            print(server.getsockname()[1], file=self.lines, flush=True)
+            self.lines.readline()
+            return self._accept(server)
+
+    def _accept(self, server: socket.socket) -> Any:
+        server.settimeout(1.0)
+        limit = time.monotonic() + RUN_TIMEOUT
+        while True:
+            assert self.process.poll() is None, "the process has ended before it was ready"
+            assert time.monotonic() < limit, "waited too long for the libraries to be imported"
+            with contextlib.suppress(TimeoutError):
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(None)
+                    return connection.makefile("rw")
+
+    def close(self) -> None:
+        """End it. What was forked from it goes on."""
+        self.lines.close()
+        self.process.wait(TIMEOUT)
+
+
 class Launcher:
-    """Runs programs in forked children of processes that have imported the libraries already.
+    """Runs programs in forked children of a process that has imported the libraries already.
 
     Args:
         directory: Where the output of the programs is written.
-        environment: Variables of all of them.
-        command: What starts a Python program: the interpreter, or ``accelerate launch`` with its options.
-        processes: How many processes the command starts.
+        environments: Variables of each process of a run, by rank.
+        imported: What the children are forked from; it stays open when this is closed.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        environment: Mapping[str, str],
-        command: Sequence[str] = (sys.executable,),
-        processes: int = 1,
-    ) -> None:
-        self.directory, self.count = directory, 0
-        ranks: dict[int, Any] = {}
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            server.settimeout(1.0)
-            program = [str(Path(__file__).with_name("zygote.py")), str(server.getsockname()[1])]
-            self.process = subprocess.Popen([*command, *program], env=dict(environment))
-            for _ in range(processes):
-                with self._accept(server) as connection:
-                    lines = connection.makefile("rw")
-                ranks[int(lines.readline())] = lines
-        self.connections = [ranks[rank] for rank in range(processes)]
-
-    def _accept(self, server: socket.socket) -> socket.socket:
-        limit = time.monotonic() + RUN_TIMEOUT
-        while True:
-            assert self.process.poll() is None, "the command has ended before its processes were ready"
-            assert time.monotonic() < limit, "waited too long for the processes of the command"
-            with contextlib.suppress(TimeoutError):
-                connection, _ = server.accept()
-                connection.settimeout(None)
-                return connection
+    def __init__(self, directory: Path, environments: Sequence[Mapping[str, str]], imported: Imported) -> None:
+        self.directory, self.count, self.environments = directory, 0, environments
+        self.connections = [imported.fork() for _ in environments]
 
     def start(
         self,
@@ -134,7 +147,7 @@ class Launcher:
             variables = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": free_port()} | variables
         for rank, connection in enumerate(self.connections):
             output, errors = (self.directory / f"{self.count}.{rank}.{name}" for name in ("out", "err"))
-            own = dict(variables)
+            own = {**self.environments[rank], **variables}
             if len(self.connections) > 1:
                 # As the launcher gives every process a file for its error, in a folder that is new for every run.
                 own["TORCHELASTIC_ERROR_FILE"] = str(self.directory / str(self.count) / str(rank) / "error.json")
@@ -175,7 +188,6 @@ class Launcher:
         """End the processes all programs were forked from."""
         for connection in self.connections:
             connection.close()
-        self.process.wait(TIMEOUT)
 
 
 def program_environment(home: Path, code: Path = REPOSITORY) -> dict[str, str]:

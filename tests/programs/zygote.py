@@ -1,15 +1,14 @@
 """A process that has imported the heavy libraries and forks a fresh child for every run of a program.
 
 Importing torch, transformers and trl costs several seconds; a fork costs nothing. The child is a real process with its
-own exit code, output and signals, in which nothing has run yet. Under ``accelerate launch`` every process of the launch
-is one, so that the launcher, its config and its environment are real and their cost is shared.
+own exit code, output and signals, in which nothing has run yet.
 
-The only argument is a port of this machine, to which the process connects. It sends its rank; each line it receives is
-one job::
+The only argument is a port of this machine, to which the process connects. Each line it receives is a port too, to
+which a child connects that starts programs, one at a time. Each line that this child receives is one job::
 
     {"program": path, "arguments": [...], "directory": path, "environment": {...}, "output": path, "errors": path}
 
-and is answered by two lines: the child's process id when it starts, its exit code when it has ended.
+and is answered by two lines: the process id of its own child when that starts, its exit code when it has ended.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ for name in IMPORTED:
 gc.freeze()
 
 
-def next_job(port: int) -> dict[str, Any]:
-    """Return once in every forked child, with its job; the parent ends with its connection."""
+def next_line(port: int, *, waits: bool) -> str:
+    """Return once in every forked child, with the line it was forked for; the parent ends with its connection."""
     with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rw") as lines:
-        print(os.environ.get("RANK", "0"), file=lines, flush=True)
         for line in lines:
             child = os.fork()
             if child == 0:
-                return json.loads(line)
+                return line
             print(child, file=lines, flush=True)
-            _, status = os.waitpid(child, 0)
-            print(os.waitstatus_to_exitcode(status), file=lines, flush=True)
+            if waits:
+                _, status = os.waitpid(child, 0)
+                print(os.waitstatus_to_exitcode(status), file=lines, flush=True)
     os._exit(0)
 
 
@@ -62,10 +61,11 @@ def redirect(path: str, descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    job = next_job(int(sys.argv[1]))
+    job: dict[str, Any] = json.loads(next_line(int(next_line(int(sys.argv[1]), waits=False)), waits=True))
     redirect(os.devnull, 0)
     redirect(job["output"], 1)
     redirect(job["errors"], 2)
+    os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["directory"])
     sys.argv = [job["program"], *job["arguments"]]

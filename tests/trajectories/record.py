@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,15 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-from tests.launches import accelerate, environment_of_launches
-from tests.programs.launching import Launcher, program_environment, read_lines, run_json, write_config
+from tests.launches import environment_of_launches, launched, options_of_launch
+from tests.programs.launching import (
+    Imported,
+    Launcher,
+    program_environment,
+    read_lines,
+    run_json,
+    write_config,
+)
 from tests.trajectories.runs import RUNS, ZERO2, config_of, program_of, write_inputs
 
 LIBRARIES = "torch transformers trl peft accelerate datasets numpy deepspeed bitsandbytes".split()
@@ -61,20 +69,20 @@ def record(code: Path, names: Sequence[str]) -> Recording:
         runs: dict[str, Any] = {}
         names = [name for name in names if any(code.glob(f"alignkit/*/{config_of(name)['method']}.py"))]
         alone = [name for name in names if name in RUNS]
-        if alone:
-            runs |= _record(alone, Launcher(output, environment), code, place)
         together = [name for name in names if name in ZERO2]
-        if together:
-            launch = environment_of_launches() | {"PYTHONPATH": str(code)}
-            runs |= _record(together, Launcher(output, launch, accelerate("cpu_zero2"), 2), code, place)
+        with closing(Imported(environment)) as imported:
+            if alone:
+                runs |= _record(alone, Launcher(output, [environment], imported), code, place)
+            if together:
+                launch = environment_of_launches(imported) | {"PYTHONPATH": str(code)}
+                ranks = launched(imported, launch, options_of_launch("cpu_zero2"), 2)
+                runs |= _record(together, Launcher(output, ranks, imported), code, place)
     return {"machine": machine(), "runs": runs}
 
 
 def _record(names: Sequence[str], launcher: Launcher, code: Path, place: Path) -> dict[str, Any]:
-    try:
+    with closing(launcher):
         return {name: _run(name, launcher, code, place) for name in names}
-    finally:
-        launcher.close()
 
 
 def _run(name: str, launcher: Launcher, code: Path, place: Path) -> dict[str, Any]:
