@@ -31,9 +31,9 @@ IGNORED: tuple[IgnoredKeys, ...] = (
     IgnoredKeys(
         "cache options without a precomputed reference",
         ("reference_batch_size", "reference_cache"),
-        lambda c: c.reference != "precomputed",
+        lambda c: c.reference not in ("auto", "precomputed"),
         "only a precomputed reference is cached",
-        "write reference: precomputed",
+        "write reference: auto or precomputed",
         under=("reference",),
     ),
     IgnoredKeys(

@@ -241,8 +241,9 @@ class ReferenceSection(Section):
         "auto",
         choices=("auto", "adapter_disabled", "copy", "precomputed"),
         help="Where reference log-probs come from: the policy with its adapter switched off, a second model in memory, "
-        "or one pass before training, cached on disk. auto is copy under full, adapter_disabled under lora, and a "
-        "frozen copy of the adapter when one is continued.",
+        "or one pass before training, cached on disk. auto is precomputed where rows would be scored several times, or "
+        "an earlier run has scored them; otherwise copy under full, adapter_disabled under lora, and a frozen copy of "
+        "the adapter when one is continued.",
     )
     reference_model: str | None = option(
         None, help="Directory or Hub id of another model as the reference; null takes the starting model.", is_path=True

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -83,13 +84,13 @@ def _computed(value: Any) -> Any:
 def weights_fingerprint(model: nn.Module, adapter: str | None) -> str:
     """Hash of the reference's weights: the base model's and, if ``adapter`` names one, that adapter's.
 
-    The same weights give the same hash as a plain model, inside PEFT, and partitioned by ZeRO-3.
+    The same weights give the same hash as a plain model, inside PEFT under any name, and partitioned by ZeRO-3.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in _named_weights(model, adapter):
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(raw.tobytes())
+        digest.update(raw.data)
     return digest.hexdigest()
 
 
@@ -99,6 +100,8 @@ def _named_weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str,
         if is_adapter and (adapter is None or f".{adapter}." not in f"{name}."):
             continue
         plain_name = name.replace(".base_layer", "").replace(".original_module", "")
+        if is_adapter:  # What an adapter is called changes nothing, and a frozen copy has a name of its own.
+            plain_name = f"{plain_name}.".replace(f".{adapter}.", ".default.").removesuffix(".")
         if "ds_id" in vars(tensor):
             import deepspeed
 
@@ -129,6 +132,14 @@ class ReferenceCache:
         key = hashlib.blake2b(f"{model} {precision} {rows}".encode(), digest_size=16).hexdigest()
         return self.directory / f"{key}.safetensors"
 
+    def holds_as_many(self, num_tokens: int) -> bool:
+        """Whether any file has so many tokens: without one there is no need to ask whose they are.
+
+        Args:
+            num_tokens: Of the completions of all rows.
+        """
+        return any(_tokens_in(path) == num_tokens for path in self.directory.glob("*.safetensors"))
+
     def load(self, path: Path, num_tokens: int) -> Tensor | None:
         """The cached vector, or None when there is none.
 
@@ -155,6 +166,22 @@ class ReferenceCache:
             os.replace(partial, path)
 
 
+def _tokens_in(path: Path) -> int | None:
+    """Tokens of a file by its header; None of one that cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            (count,) = file.get_slice("token_logps").get_shape()
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return int(count)
+
+
+def count_tokens(rows: Dataset) -> int:
+    """Tokens of the completions of candidate rows."""
+    completions = pc.list_flatten(rows.with_format("arrow")["completion_ids"])
+    return int(pc.sum(pc.list_value_length(completions)).as_py() or 0)
+
+
 def with_reference(
     rows: Dataset, *, cache: ReferenceCache, path: Path, precision: str, score: Callable[[Dataset], Scores]
 ) -> Dataset:
@@ -168,8 +195,7 @@ def with_reference(
         precision: Key of ``LOGP_TOLERANCE``, which sets the tolerance of the comparison.
         score: Scores rows under the reference with all ranks, returning all scores on every rank.
     """
-    num_tokens = sum(len(ids) for row in rows["completion_ids"] for ids in row)
-    values = cache.load(path, num_tokens)
+    values = cache.load(path, count_tokens(rows))
     cached_everywhere = all(gather_object([values is not None]))
     if values is not None and cached_everywhere:
         attached = attach_tokens(rows, values, COLUMN)

@@ -84,6 +84,7 @@ class Reference:
         self.token_reward_reports: dict[str, TokenRewardReport] = {}
         self._placed_negative: nn.Module | None = None
         self._engine: nn.Module | None = None
+        self._is_released = False
         for base in self.bases():
             support_packed_rows(base)
 
@@ -113,6 +114,14 @@ class Reference:
             runs.append(ScoringRun("the helpful reference", self._negative(), own, context))
         return runs
 
+    def release(self) -> None:
+        """Let go of the models beside the policy, once every row of the run has been scored; before training begins."""
+        if self.model is None and self.negative is None:
+            return
+        self.model = self.negative = self._placed_negative = None
+        self._is_released = True
+        self.host.accelerator.free_memory()  # it keeps all that it has prepared
+
     def run(self) -> ScoringRun:
         """The reference as it is run before training begins; under DeepSpeed a collective."""
         return ScoringRun("the reference", self._ready(), self.precision, self._scoring)
@@ -128,9 +137,15 @@ class Reference:
 
     def _in_training(self) -> nn.Module:
         """The reference as it is run while training."""
+        if self._is_released:
+            raise ModelError(
+                "the reference model was let go when all rows of the run had been scored, so that it can score no "
+                "others. Write reference: copy to keep it"
+            )
         if self.model is None and not isinstance(self.host.model, PeftModel) and self.host.state.global_step > 0:
             raise ModelError(
-                "the policy has been trained and there is no reference model left to score these rows with"
+                "the policy has been trained and there is no reference model left to score these rows with. Write "
+                "reference: copy to keep one"
             )
         # Not `or`, which asks a model for its length: a compiled one has none.
         return self.host.model if self.model is None else self.model

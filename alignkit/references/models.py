@@ -13,22 +13,16 @@ from alignkit.models import loading
 from alignkit.models.files import model_problem
 from alignkit.parametrizations._policy import load_model
 from alignkit.parts.method import load_method
-from alignkit.parts.parametrization import load_parametrization
 
 
-def load_reference(config: Any) -> PreTrainedModel | None:
-    """The reference where it is a model of its own; None where the policy's own weights serve.
+def load_named_reference(config: Any) -> PreTrainedModel | None:
+    """The model that ``reference_model`` names; None where the reference is what the policy starts as.
 
     Raises:
         ModelError: It cannot be loaded.
     """
-    if "reference_model" in (others := other_models(config)):
-        return load_other(config, "reference_model", others["reference_model"])
-    has_adapter = load_parametrization(config.parametrization).has_adapter
-    wants_copy = config.reference == "copy" or (config.reference == "auto" and not has_adapter)
-    if not wants_copy or "reference" not in load_method(config.method).needs(config.method_options):
-        return None
-    return load_model(config, config.model, config.model_revision)
+    path = other_models(config).get("reference_model")
+    return None if path is None else load_other(config, "reference_model", path)
 
 
 def load_negative_reference(config: Any) -> PreTrainedModel | None:

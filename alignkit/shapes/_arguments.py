@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from peft import PeftModel
 from transformers import TrainingArguments
 
 from alignkit.errors import ConfigError
@@ -103,3 +104,17 @@ def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
         return True
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return bool(value == default)
+
+
+def must_be_told_to_score_ahead(model: Any, inherited: Mapping[str, Any], *, wanted: bool) -> bool:
+    """Whether DPOTrainer must take rows for scored ahead, for it would load a reference that nothing needs otherwise.
+
+    It then hashes all weights for a cache that is not used here; with an adapter it loads nothing in any case.
+
+    Args:
+        model: The policy, plain or PEFT.
+        inherited: What its constructor is given beside the policy and its arguments.
+        wanted: Whether rows are scored while training.
+    """
+    has_adapter = isinstance(model, PeftModel) or inherited.get("peft_config") is not None
+    return not (wanted or has_adapter or inherited.get("ref_model") is not None)

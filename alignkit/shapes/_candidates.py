@@ -5,7 +5,7 @@ CandidateBatch), the batch layout, normalisation and metrics (``_bridge.py``), a
 which is a :class:`~alignkit.references._reference.Reference` that the trainer owns.
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
-- trl ``DPOTrainer._precompute_ref_logps(dataset, name, batch_size)`` and ``ref_model``
+- trl ``DPOTrainer._precompute_ref_logps(dataset, name, batch_size)``, ``precompute_ref_logps`` and ``ref_model``
 - trl ``DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name)``
 - trl / transformers ``_set_signature_columns_if_needed`` and ``_signature_columns``
 """
@@ -59,9 +59,11 @@ from alignkit.models.modes import evaluating, switch_off_dropout
 from alignkit.models.precision import trained_values
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.method import Method, load_method
+from alignkit.references._cache import COLUMN
 from alignkit.references._reference import Reference
-from alignkit.references.models import load_negative_reference, load_reference, other_models
-from alignkit.shapes._arguments import REFUSED_FOR_PREFERENCE, refuse_unused
+from alignkit.references.choosing import RunData, in_words, load_chosen_reference
+from alignkit.references.models import other_models
+from alignkit.shapes._arguments import REFUSED_FOR_PREFERENCE, must_be_told_to_score_ahead, refuse_unused
 from alignkit.shapes._bridge import batches_an_epoch, ratio
 from alignkit.shapes._late_rows import LateRows
 from alignkit.shapes._probe import DispersionProbe
@@ -138,11 +140,14 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         tokenizer = inherited["processing_class"]
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
-        if "reference" not in self.needs:
-            args.precompute_ref_log_probs = True  # or TRL would load a reference for nothing
+        ahead = args.precompute_ref_log_probs and "reference" in self.needs
+        args.precompute_ref_log_probs = must_be_told_to_score_ahead(
+            model, inherited, wanted="reference" in self.needs and not ahead
+        )
         start = trained_values(model)
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
+        args.precompute_ref_log_probs = self.precompute_ref_logps = ahead
         self._vocabulary_size: int = base_model(model).config.get_text_config().vocab_size
         if args.disable_dropout:
             switch_off_dropout(self.model)
@@ -153,8 +158,10 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
             self._take_fastest_layout()
         if "token_rewards" in self.needs:
             self._add_token_rewards()
-        if args.precompute_ref_log_probs:
-            self.ref_model = self.reference.model = None  # everything it is needed for is in the rows now
+        if ahead:
+            self._score_ahead()
+            self.ref_model = None  # everything it is needed for is in the rows now
+            self.reference.release()
         if (schedule := method.anchor(options)) is not None:
             self.persistent.append(self.reference.follow(schedule))
 
@@ -367,21 +374,29 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Attach ``ref_token_logps`` [K][tokens] to candidate rows."""
-        if "reference" not in self.needs:
+        """Attach ``ref_token_logps`` [K][tokens] to candidate rows that have none."""
+        if "reference" not in self.needs or COLUMN in dataset.column_names:
             return dataset
         self.compare_models()
         return self.reference.precomputed(dataset, name, batch_size=batch_size, layout=self.layout.layout)
 
+    def _score_ahead(self) -> None:
+        """Have all rows scored under the reference that TRL's constructor has not had scored."""
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        self._change_rows(partial(self._precompute_ref_logps, batch_size=size))
+
     def _add_token_rewards(self) -> None:
         """Give rows that bring no token rewards the reference's; before training, a collective."""
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        rewarded = partial(self.reference.token_rewarded, batch_size=size, layout=self.settings.layout)
-        self.train_dataset = rewarded(self.train_dataset, "train")
+        self._change_rows(partial(self.reference.token_rewarded, batch_size=size, layout=self.settings.layout))
+
+    def _change_rows(self, changed: Callable[[Any, str], Any]) -> None:
+        """Exchange every set of rows for what is made of it and its name."""
+        self.train_dataset = changed(self.train_dataset, "train")
         if isinstance(held_out := self.eval_dataset, dict):
-            self.eval_dataset = {name: rewarded(rows, f"eval_{name}") for name, rows in held_out.items()}
-        else:
-            self.eval_dataset = rewarded(held_out, "eval")
+            self.eval_dataset = {name: changed(rows, f"eval_{name}") for name, rows in held_out.items()}
+        elif held_out is not None:
+            self.eval_dataset = changed(held_out, "eval")
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "completion_ids", "scores", *PER_TOKEN_COLUMNS, REPEATED]
@@ -410,7 +425,6 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> DPOConfig:
     return DPOConfig(
         **common,
         disable_dropout=config.disable_dropout,
-        precompute_ref_log_probs=config.reference == "precomputed",
         precompute_ref_batch_size=config.reference_batch_size,
         max_length=None,
     )
@@ -441,7 +455,7 @@ def build(
     choices: dict[str, Choice],
     **inherited: Any,
 ) -> PreferenceTrainer:
-    """Load the references and put the trainer together.
+    """Choose and load the references and put the trainer together.
 
     Args:
         config: A :class:`~alignkit.shapes.candidates.PreferenceConfig`.
@@ -451,9 +465,13 @@ def build(
         choices: What has been chosen already; what is chosen here is added.
         **inherited: ``gradient_rule``, ``peft_config`` and ``callbacks`` of the trainer.
     """
-    negative_reference, reference = load_negative_reference(config), load_reference(config)
+    rows = RunData.of(args, data.train, data.evaluation, exchanges_rows=exchanges_rows)
+    loaded = load_chosen_reference(config, args, policy, rows, choices.get("reference"))
+    if loaded.choice is not None:
+        choices["reference"] = loaded.choice
+    args.precompute_ref_log_probs = loaded.is_ahead
     used = {"a training row": data.train, "a held-out row": data.evaluation}
-    for model in (policy, reference, negative_reference):
+    for model in (policy, loaded.model, loaded.negative):
         if model is not None:
             check_token_ids(model, tokenizer, used, name=repr(model.name_or_path))
     cache = None if config.reference_cache is None else Path(config.reference_cache)
@@ -462,11 +480,11 @@ def build(
         args,
         method=load_method(config.method),
         options=config.method_options,
-        settings=BridgeSettings(config.layout, config.max_length, cache, negative_reference=negative_reference),
+        settings=BridgeSettings(config.layout, config.max_length, cache, negative_reference=loaded.negative),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        ref_model=reference,
+        ref_model=loaded.model,
         **inherited,
     )
     trainer.fill_by_tokens(config.tokens_per_batch, choices.get("tokens_per_batch"))
@@ -479,19 +497,4 @@ def build(
 def describe(config: Any, trainer: PreferenceTrainer) -> dict[str, Any]:
     """The layout, recorded, and the reference in force, in words."""
     trainer.choices["layout"] = trainer.layout.as_choice()
-    return {"reference": _reference_in_force(config, trainer), "batch_layout": asdict(trainer.layout)}
-
-
-def _reference_in_force(config: Any, trainer: PreferenceTrainer) -> str:
-    """What log-ratios are taken against, in words."""
-    if "reference" not in trainer.needs:
-        return "none"
-    anchor = trainer.method.anchor(trainer.method_options)
-    if anchor is not None:
-        return f"moves with the policy ({anchor.kind})"
-    model = config.reference_model or config.model
-    if config.reference == "precomputed":
-        return f"log-probs of {model}, precomputed"
-    if trainer.ref_model is not None:
-        return f"{model}, a second model in memory"
-    return "a frozen copy of the adapter" if config.adapter else "the policy with its adapter off"
+    return {"reference": in_words(config, trainer.choices.get("reference")), "batch_layout": asdict(trainer.layout)}

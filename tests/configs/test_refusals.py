@@ -271,8 +271,8 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "LoRA dropout with dropout off": ({"lora_dropout": 0.1}, {"disable_dropout": False}),
     "cache options without a precomputed reference": (
-        {"reference_batch_size": 4, "reference_cache": "cache"},
-        {"reference": "precomputed"},
+        {"reference": "adapter_disabled", "reference_batch_size": 4, "reference_cache": "cache"},
+        {"reference": "auto"},
     ),
     "packing_strategy without packing": (SUPERVISED | {"packing_strategy": "bfd_split"}, {"packing": True}),
     "max_truncated_fraction where nothing is cut": (

@@ -14,8 +14,8 @@ from alignkit.errors import ModelError
 from alignkit.losses.types import Metric
 from alignkit.models.loading import ModelSource, load_model
 from alignkit.models.precision import hold_in_float32
+from alignkit.parametrizations._policy import load_model as load_as_policy
 from alignkit.parametrizations._policy import load_policy
-from alignkit.references.models import load_reference
 from alignkit.runs.unmoved import UnmovedWeights
 from alignkit.shapes.candidates import PreferenceConfig
 from tests.trainers import logged
@@ -110,7 +110,7 @@ def test_a_run_that_trains_all_weights_holds_them_in_float32(
     config = PreferenceConfig(
         model=model_path, data="-", method="dpo", output_dir="-", parametrization="full", dtype="bfloat16"
     )
-    policy, reference = load_policy(config), load_reference(config)
+    policy, reference = load_policy(config), load_as_policy(config, config.model)
     assert "loaded in bfloat16 and held in float32" in capsys.readouterr().out
     rounded = entries(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16))
     assert torch.equal(entries(policy), rounded.float()) and entries(policy).dtype == torch.float32

@@ -118,9 +118,11 @@ def build(
     tokenizer = AutoTokenizer.from_pretrained(config.model) if tokenizer is None else tokenizer
     args = training_arguments(config, bridge, choices)
     args.disable_tqdm, args.report_to = True, []
-    convert = bridge.converter(config, tokenizer)
+    convert, preparation = bridge.converter(config, tokenizer), load_method(config.method).preparation(config)
     tokens = [
-        None if split is None else convert(split, name=name, max_dropped_fraction=0.0)[0]
+        None
+        if split is None
+        else convert(split, name=name, max_dropped_fraction=0.0, **preparation.for_conversion(name))[0]
         for name, split in (("train", rows), ("held-out", evaluation))
     ]
     policy = load_policy(config)
