@@ -141,9 +141,8 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
         ahead = args.precompute_ref_log_probs and "reference" in self.needs
-        args.precompute_ref_log_probs = must_be_told_to_score_ahead(
-            model, inherited, wanted="reference" in self.needs and not ahead
-        )
+        live = "reference" in self.needs and not ahead
+        args.precompute_ref_log_probs = must_be_told_to_score_ahead(model, inherited, wanted=live)
         start = trained_values(model)
         super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
@@ -156,12 +155,7 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         self.compare_models()
         if self._measures_layout():
             self._take_fastest_layout()
-        if "token_rewards" in self.needs:
-            self._add_token_rewards()
-        if ahead:
-            self._score_ahead()
-            self.ref_model = None  # everything it is needed for is in the rows now
-            self.reference.release()
+        self._complete_rows(ahead)
         if (schedule := method.anchor(options)) is not None:
             self.persistent.append(self.reference.follow(schedule))
 
@@ -380,15 +374,15 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         self.compare_models()
         return self.reference.precomputed(dataset, name, batch_size=batch_size, layout=self.layout.layout)
 
-    def _score_ahead(self) -> None:
-        """Have all rows scored under the reference that TRL's constructor has not had scored."""
-        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        self._change_rows(partial(self._precompute_ref_logps, batch_size=size))
-
-    def _add_token_rewards(self) -> None:
-        """Give rows that bring no token rewards the reference's; before training, a collective."""
-        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        self._change_rows(partial(self.reference.token_rewarded, batch_size=size, layout=self.settings.layout))
+    def _complete_rows(self, ahead: bool) -> None:
+        """Give rows the token rewards and reference log-probs that can be had before training; a collective."""
+        own, size = self.reference, self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        if "token_rewards" in self.needs:
+            self._change_rows(partial(own.token_rewarded, batch_size=size, layout=self.settings.layout))
+        if ahead:
+            self._change_rows(partial(self._precompute_ref_logps, batch_size=size))
+            self.ref_model = None  # everything it is needed for is in the rows now
+            own.release()
 
     def _change_rows(self, changed: Callable[[Any, str], Any]) -> None:
         """Exchange every set of rows for what is made of it and its name."""
