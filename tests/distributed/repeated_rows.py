@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from alignkit.gradients._hook import ChosenRule
 from alignkit.parts.method import load_method
@@ -22,6 +24,16 @@ from tests import supervised
 from tests.trainers import dpo_arguments, flat_weights, random_rows
 
 EPOCHS = 2
+
+
+class Passes(TrainerCallback):
+    """Counts the micro-batches of each step, on every process."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.found = trainer, []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        self.found.append(gather_object([self.trainer.micro_batches_of_step]))
 
 
 class Case(NamedTuple):
@@ -36,6 +48,7 @@ class Case(NamedTuple):
     stream: bool = False
     stop_after: int | None = None
     packing: bool = False
+    tokens: int | None = None
 
     @property
     def steps(self) -> int:
@@ -57,9 +70,12 @@ CASES = {
     "preference, resumed within a pass": Case("preference", accumulation=1, stop_after=3),
     "preference, sagm": Case("preference", accumulation=1, rule=rule("sagm", direction="global", sagm_alpha=0.02)),
     "preference, l2_sp": Case("preference", rule=rule("l2_sp", l2_sp_coef=0.05)),
+    "preference, by tokens, a process without rows": Case("preference", rows=13, tokens=120),
+    "preference, stream by tokens": Case("preference", stream=True, tokens=90),
     "supervised": Case("supervised"),
     "supervised, a process without rows": Case("supervised", rows=13),
     "supervised, stream": Case("supervised", stream=True),
+    "supervised, resumed by tokens": Case("supervised", accumulation=1, stop_after=3, tokens=90),
     "supervised, packed": Case("supervised", rows=24, packing=True, accumulation=2),
     "supervised, sam": Case("supervised", accumulation=1, rule=rule("sam", direction="global")),
 }
@@ -110,14 +126,18 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     """Train, on request with a stop and a resumption, and say what was logged."""
     saving = {} if case.stop_after is None else {"save_strategy": "steps", "save_steps": case.stop_after}
     trainer = build(case, folder, **saving)
+    trainer.fill_by_tokens(case.tokens)
+    trainer.add_callback(passes := Passes(trainer))
     trainer.train()
     if case.stop_after is not None:
         trainer = build(case, folder, **saving)
+        trainer.fill_by_tokens(case.tokens)
         trainer.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{case.stop_after}"))
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     counted = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else case.rows
     weights = flat_weights(trainer.accelerator.unwrap_model(trainer.model))
-    return {"steps": steps, "rows": counted, "weights": weights, "processes": trainer.accelerator.num_processes}
+    about = {"processes": trainer.accelerator.num_processes, "passes": passes.found}
+    return {"steps": steps, "rows": counted, "weights": weights, **about}
 
 
 def run_all(folder: Path) -> dict[str, dict[str, Any]]:

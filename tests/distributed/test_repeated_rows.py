@@ -49,3 +49,11 @@ def test_two_processes_take_the_steps_of_one(name: str, one: dict[str, Any], two
             assert step[key] == pytest.approx(expected[key], abs=2e-5, rel=1e-5), key
     assert theirs["steps"][0]["grad_norm"] > 0.1
     torch.testing.assert_close(ours["weights"], theirs["weights"], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.tokens])
+def test_processes_agree_on_how_many_micro_batches_their_tokens_take(name: str, one: Any, two: Any) -> None:
+    """What each would make of its own rows differs, or one of them has none."""
+    for passes in (two[name]["passes"], one[name]["passes"]):
+        assert len(passes) == CASES[name].steps and all(set(step) == {step[0]} for step in passes)
+        assert max(step[0] for step in passes) > CASES[name].accumulation
