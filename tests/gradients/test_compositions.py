@@ -39,11 +39,10 @@ from tests.gradients.test_hook import NOTHING
 from tests.models.test_quantized import wide_model
 from tests.programs.conftest import save_model
 from tests.shapes import building
-from tests.shapes.building import little_garbage
 from tests.shapes.test_preference_trainer import rows_for
 from tests.trainers import logged
 
-__all__ = ["little_garbage", "wide_model"]
+__all__ = ["wide_model"]
 
 PULL = 0.5
 STRONG: dict[str, dict[str, float]] = {"decay_to_init": {"decay_coef": PULL}, "l2_sp": {"l2_sp_coef": 0.5}}

@@ -23,9 +23,7 @@ from alignkit.pruning import decisions
 from alignkit.pruning.export import pruned_model
 from alignkit.pruning.learnt import learnt
 from tests.programs.conftest import save_model
-from tests.shapes.building import build, config_of, little_garbage, text_rows
-
-__all__ = ["little_garbage"]
+from tests.shapes.building import build, config_of, text_rows
 
 STEPS, CONTROL = 6, 3
 KEYS: dict[str, Any] = {

@@ -26,10 +26,8 @@ from alignkit.parts.shape import load_bridge, load_shape
 from alignkit.pruning.export import pruned_model
 from alignkit.pruning.learnt import learnt
 from tests.programs.conftest import save_model
-from tests.shapes.building import build, config_of, little_garbage, text_rows
+from tests.shapes.building import build, config_of, text_rows
 from tests.trainers import logged
-
-__all__ = ["little_garbage"]
 
 NAMES = parametrization_names()
 PROMPTS = [[5, 9, 12, 30, 7], [20, 3, 41]]

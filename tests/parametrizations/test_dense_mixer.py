@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from tests.programs.conftest import save_model
-from tests.shapes.building import build, config_of, little_garbage, text_rows
+from tests.shapes.building import build, config_of, text_rows
 from tests.trainers import logged
-
-__all__ = ["little_garbage"]
 
 EXPERTS, CHOSEN = 32, 2
 LAST = "base_model.model.model.layers.1.mlp"

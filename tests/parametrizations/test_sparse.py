@@ -19,10 +19,8 @@ from alignkit.pruning.export import pruned_model
 from alignkit.pruning.plan import PLAN_FILE, PruningPlan
 from alignkit.pruning.prox import wgsef_prox
 from tests.programs.conftest import save_model
-from tests.shapes.building import build, config_of, little_garbage, text_rows
+from tests.shapes.building import build, config_of, text_rows
 from tests.trainers import logged
-
-__all__ = ["little_garbage"]
 
 LAYERS, FFN, GROUPS, QUERIES, HEAD = 2, 32, 2, 2, 8
 KEPT = {"ffn": 24, "kv_groups": 1}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,15 +21,6 @@ from alignkit.parts.shape import load_bridge, load_shape, shapes_by_program
 from alignkit.runs.arguments import training_arguments
 from alignkit.runs.rows import PreparedData
 from alignkit.yaml_text import dump_yaml
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """A trainer collects garbage when it starts: most of what a run of two steps takes, were all of torch looked at."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
 
 SHORT: Mapping[str, Any] = {
     "data": "rows.jsonl",

@@ -18,10 +18,8 @@ from alignkit.parts.method import load_method
 from alignkit.parts.shape import load_bridge, load_shape, shape_names
 from alignkit.shapes._bridge import ObjectiveBridge
 from tests.programs.conftest import save_model
-from tests.shapes.building import MODEL_SHAPES, build, config_of, layouts, little_garbage, text_rows
+from tests.shapes.building import MODEL_SHAPES, build, config_of, layouts, text_rows
 from tests.trainers import flat_weights, logged
-
-__all__ = ["little_garbage"]
 
 SHAPES = shape_names()
 STEPS, ROWS_OF_A_STEP = 3, 4

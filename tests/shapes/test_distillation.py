@@ -22,12 +22,10 @@ from alignkit.references.models import check_other
 from alignkit.references.teachers import PRUNING_REPORT, load_teacher, teacher_models
 from alignkit.shapes._tokens import METRICS, SupervisedTrainer
 from tests.programs.conftest import save_model
-from tests.shapes.building import build, config_of, little_garbage, text_rows
+from tests.shapes.building import build, config_of, text_rows
 from tests.shapes.test_supervised_trainer import SPLITS, TRAINER_KEYS, evaluated
 from tests.supervised import arguments, completions, lora, make, model, token_rows, tokenizer
 from tests.trainers import flat_weights, logged
-
-__all__ = ["little_garbage"]
 
 
 @pytest.fixture(scope="module")

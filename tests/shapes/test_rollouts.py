@@ -18,10 +18,7 @@ from alignkit.losses.types import LossOutput, PolicyBatch
 from tests.chaos.test_pickles import Trap
 from tests.gradients.conftest import chosen
 from tests.online import make, prompt_rows
-from tests.shapes.building import little_garbage
 from tests.trainers import flat_weights, logged
-
-__all__ = ["little_garbage"]
 
 CUT: dict[str, Any] = {
     "per_device_train_batch_size": 2,

@@ -17,10 +17,8 @@ from alignkit.losses.roma import roma_loss
 from alignkit.models._routers import find_routers
 from alignkit.shapes._routed import converter
 from tests.programs.conftest import save_model
-from tests.shapes.building import build, config_of, little_garbage
+from tests.shapes.building import build, config_of
 from tests.trainers import flat_weights, logged
-
-__all__ = ["little_garbage"]
 
 LAYERS, EXPERTS = 2, 4
 WORDS = [f"w{i}" for i in range(40)]

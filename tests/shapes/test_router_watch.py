@@ -11,10 +11,8 @@ import torch
 
 from alignkit.parts.shape import load_shape, shape_names
 from tests.programs.conftest import save_model
-from tests.shapes.building import build, config_of, layouts, little_garbage, text_rows
+from tests.shapes.building import build, config_of, layouts, text_rows
 from tests.trainers import flat_weights, logged
-
-__all__ = ["little_garbage"]
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,7 @@ from alignkit.parts.rule import load_rule
 from alignkit.shapes._candidates import BridgeSettings, LateRowsTrainer
 from alignkit.shapes._token_budget import CPU_TOKENS, micro_batches, row_tokens
 from tests import supervised
-from tests.shapes.building import little_garbage
 from tests.trainers import dpo_arguments, flat_weights, logged, random_rows
-
-__all__ = ["little_garbage"]
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=30)
 SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
