@@ -37,6 +37,7 @@ _PROGRAMS = {
     "compare": "compare two runs step by step",
     "bank": "make the reference bank of a router training ahead of it, and draw it",
     "rollouts": "make the page of an online run's completions and their rewards",
+    "memory": "show what a training step would take, part by part, and what to write where it does not fit",
     "rewards": "try reward functions on sample completions, or list them",
 }
 """Files of ``alignkit/programs``, which judge their words themselves, with what they do."""
@@ -115,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(recipe: str | None, overrides: list[str]) -> int | None:
-    program = program_path(_program_of(recipe, overrides))
+    from alignkit.config.program import program_of
+
+    program = program_path(program_of(recipe, overrides))
     sys.argv = [str(program), *(["--config", recipe] if recipe else []), *overrides]
     runpy.run_path(str(program), run_name="__main__")
     return None
@@ -123,8 +126,9 @@ def _train(recipe: str | None, overrides: list[str]) -> int | None:
 
 def _config(recipe: str | None, overrides: list[str], *, schema: bool) -> int | None:
     from alignkit.config import json_schema, load_config
+    from alignkit.config.program import program_of
 
-    program = _program_of(recipe, overrides)
+    program = program_of(recipe, overrides)
     if schema:
         import json
 
@@ -133,20 +137,6 @@ def _config(recipe: str | None, overrides: list[str], *, schema: bool) -> int | 
         # Files are not looked at: a config written for another machine can be printed here.
         print(load_config(program, recipe, overrides, check_files=False).render())
     return None
-
-
-def _program_of(recipe: str | None, overrides: list[str]) -> str:
-    """The launch program of the method that the config names; with no known method any program will report that."""
-    from alignkit.config.overrides import split_overrides
-    from alignkit.config.recipes import find_recipe
-    from alignkit.config.yaml_file import read_entries
-    from alignkit.parts.method import load_method, method_names
-
-    named = [override.text for override in split_overrides(overrides) if override.name == "method"]
-    if not named and recipe is not None:
-        entries, _ = read_entries(find_recipe(recipe), recipe)
-        named = [entries["method"].value] if "method" in entries else []
-    return load_method(named[0]).program if named and named[0] in method_names() else "preference"
 
 
 def _methods() -> int | None:

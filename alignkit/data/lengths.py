@@ -30,6 +30,7 @@ class RowLengths:
 
     Attributes:
         shortest, longest: Of each row, the length of its shortest and its longest sequence (prompt + completion).
+        each_packed: Of each row, the tokens it takes when it is packed.
         longest_row: The row that takes most tokens when it is packed.
         packed: So many.
         short_sequence, long_sequence: The shortest and the longest sequence of all, each as a row of one candidate.
@@ -39,6 +40,7 @@ class RowLengths:
 
     shortest: np.ndarray[Any, np.dtype[np.int64]]
     longest: np.ndarray[Any, np.dtype[np.int64]]
+    each_packed: np.ndarray[Any, np.dtype[np.int64]]
     longest_row: Mapping[str, Any]
     packed: int
     short_sequence: Mapping[str, Any]
@@ -77,6 +79,7 @@ class RowLengths:
         return cls(
             shortest=shortest,
             longest=longest,
+            each_packed=packed,
             longest_row=row(int(packed.argmax())),
             packed=int(packed.max()),
             short_sequence=_sequence(row(int(shortest.argmin())), min),

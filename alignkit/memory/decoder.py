@@ -16,6 +16,11 @@ from alignkit.memory.shape import ModelShape
 
 ATTENTION_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEAR = ("gate_proj", "up_proj", "down_proj")
+LINEAR_PLACES: Mapping[str, str] = {
+    **{name: f"self_attn.{name}" for name in ATTENTION_LINEAR},
+    **{name: f"mlp.{name}" for name in MLP_LINEAR},
+}
+"""Linear layers of a decoder layer and where they stand in it, for patterns over full names."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,14 @@ class Tokens:
         length: Their length, padding included.
         has_mask: Whether rows are padded, so that attention takes a mask.
         scored: Positions whose next token is trained or scored; the head skips the others on an accelerator.
-        segments: Of one packed row: tokens and keys of each part that attention takes for itself; empty if padded.
+        is_packed: Whether it is one row of several behind one another, without padding.
     """
 
     rows: int
     length: int
     has_mask: bool
     scored: int
-    segments: tuple[tuple[int, int], ...] = ()
+    is_packed: bool = False
 
     @property
     def count(self) -> int:
@@ -223,7 +228,7 @@ class Pass:
     @property
     def has_dense_mask(self) -> bool:
         """Whether attention takes a mask of a number for every pair of positions."""
-        return self.tokens.has_mask and not self.tokens.segments and self.attention != "flash_attention_2"
+        return self.tokens.has_mask and not self.tokens.is_packed and self.attention != "flash_attention_2"
 
     def _checkpointed(self, hidden: Value, layer: Layer) -> Value:
         ledger = self.machine.ledger
@@ -367,7 +372,7 @@ class Pass:
     def _head(self, states: Value, shape: ModelShape) -> Value:
         ledger, tokens, head = self.machine.ledger, self.tokens, self.model.head
         on_cpu = self.device == "cpu"
-        count = tokens.scored if not on_cpu or tokens.segments else tokens.rows * (tokens.length - 1)
+        count = tokens.scored if not on_cpu or tokens.is_packed else tokens.rows * (tokens.length - 1)
         compute = self.machine.arithmetic.autocast or states.width
         hidden_size = states.size
         # All but the last position of every row, copied.

@@ -52,6 +52,8 @@ def common_arguments(config: ProgramConfig) -> dict[str, Any]:
     return {
         **{name: values[name] for name, key in base_keys(config.program).items() if key.info.passes_to_trainer},
         "bf16": mixed_bfloat16(config)[0],
+        # auto is settled once the lengths of the rows are known.
+        "gradient_checkpointing": config.gradient_checkpointing is True,
         "prediction_loss_only": True,
         # CheckpointGuard deletes old checkpoints, after the new one is known to be complete.
         "save_total_limit": None,

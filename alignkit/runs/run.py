@@ -18,7 +18,7 @@ from alignkit.parametrizations._policy import attach, load_policy, prepare
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, shapes_by_program
 from alignkit.references.models import check_other
-from alignkit.runs import origin, results, steps
+from alignkit.runs import checkpointing, origin, results, steps
 from alignkit.runs.arguments import check_length, fitted, training_arguments
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.preemption import StopRequest, StopWhenAsked
@@ -164,6 +164,7 @@ def _trainer(
     choices: dict[str, Choice],
 ) -> Trainer:
     """Load the models and put the trainer together with its callbacks; ``choices`` are those made so far."""
+    plan = checkpointing.chosen(config, args, data, choices)
     bridge, policy = load_bridge(shapes_by_program()[config.program]), load_policy(config)
     trainer = bridge.build(
         config,
@@ -179,6 +180,7 @@ def _trainer(
     )
     trainer.choices = choices | trainer.choices
     attach(config, trainer)
+    checkpointing.confirm(trainer, plan, trainer.choices)
     preparation.attach(trainer, tokenizer, data.source, directory)
     steps.introduce(config, trainer, directory, **bridge.describe(config, trainer))
     return trainer

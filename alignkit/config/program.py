@@ -1,0 +1,24 @@
+"""Which launch program a configuration is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from alignkit.config.overrides import split_overrides
+from alignkit.config.recipes import find_recipe
+from alignkit.config.yaml_file import read_entries
+from alignkit.parts.method import load_method, method_names
+
+
+def program_of(recipe: str | None, overrides: Sequence[str]) -> str:
+    """The launch program of the method that a config names; with no known method any program will report that.
+
+    Args:
+        recipe: A YAML file or a shipped recipe.
+        overrides: Words of the command line.
+    """
+    named = [override.text for override in split_overrides(overrides) if override.name == "method"]
+    if not named and recipe is not None:
+        entries, _ = read_entries(find_recipe(recipe), recipe)
+        named = [entries["method"].value] if "method" in entries else []
+    return load_method(named[0]).program if named and named[0] in method_names() else "preference"
