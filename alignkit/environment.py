@@ -25,6 +25,7 @@ RECORDED = (
     "numpy",
     "deepspeed",
     "bitsandbytes",
+    "liger-kernel",
 )
 """Distributions whose version can change a result."""
 

@@ -82,6 +82,27 @@ CONFLICTS: tuple[Refusal, ...] = (
         "packed rows need an arbitrary attention mask, which flash attention does not take",
         "Write attn_implementation: sdpa or flex_attention, or layout: padded",
     ),
+    Refusal(
+        "kernels with torch_compile",
+        ("kernels", "torch_compile"),
+        lambda c: c.torch_compile and c.kernels in ("liger", "compile"),
+        "one compiles the whole model, the other says what computes its layers",
+        "Remove torch_compile: kernels: compile compiles layer by layer, once for all lengths of rows",
+    ),
+    Refusal(
+        "Liger's kernels on the CPU",
+        ("kernels", "use_cpu"),
+        lambda c: c.kernels == "liger" and c.use_cpu,
+        "they are written in Triton, which needs a CUDA device",
+        "Write kernels: none or compile",
+    ),
+    Refusal(
+        "compiled layers with quantization",
+        ("kernels", "quantization"),
+        lambda c: c.kernels == "compile" and c.quantization != "none",
+        "quantised layers are not compiled",
+        "Write kernels: liger or none, or quantization: none",
+    ),
     # --- reference -------------------------------------------------------------------------------------------------
     Refusal(
         "adapter_disabled with full fine-tuning",
@@ -175,6 +196,13 @@ CONFLICTS: tuple[Refusal, ...] = (
         lambda c: edits_gradients(c.gradient_rule) and c.torch_compile,
         "a compiled model does not see displaced weights",
         "Remove torch_compile, or the gradient rule",
+    ),
+    Refusal(
+        "gradient rule with compiled layers",
+        ("gradient_rule", "kernels"),
+        lambda c: edits_gradients(c.gradient_rule) and c.kernels == "compile",
+        "a compiled layer need not see displaced weights",
+        "Remove kernels, or the gradient rule",
     ),
     Refusal(
         "gradient rule with half-precision weights that train",

@@ -184,5 +184,7 @@ def _needed_packages(settings: Settings) -> Iterator[tuple[str, tuple[str, ...],
         yield "optim", *bitsandbytes
     if values.get("report_to", "none") != "none":
         yield "report_to", (values["report_to"],), f"pip install {values['report_to']}"
+    if values.get("kernels") == "liger":
+        yield "kernels", ("liger_kernel",), "pip install 'alignkit[fast]'"
     if values.get("attn_implementation") == "flash_attention_2":
         yield "attn_implementation", ("flash_attn", "kernels"), "pip install flash-attn"

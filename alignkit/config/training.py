@@ -20,6 +20,7 @@ OPTIMIZERS = (
 )
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
+KERNELS = ("auto", "none", "liger", "compile")
 INTERVALS = ("no", "steps", "epoch")
 TEN_TIMES = "10 times full: Schulman et al. 2025, LoRA Without Regret; TRL's PEFT guide"
 """Found there to hold over ranks, models and tasks; with zero at the start of one factor, a short run can bear more."""
@@ -207,8 +208,18 @@ class HardwareSection(Section):
         source="alignkit (TRL 1.16: true)",
         passes_to_trainer=True,
     )
+    kernels: str = option(
+        "auto",
+        choices=KERNELS,
+        help="What computes the layers: liger, Liger's kernels for rotary positions, RMSNorm and SwiGLU; compile, each "
+        "decoder layer by torch.compile; none, the model's own code. auto takes liger on CUDA where it is installed, "
+        "else compile for long runs on an accelerator. Numbers are compared with those of none first.",
+    )
     torch_compile: bool = option(
-        False, help="Compile the model with torch.compile.", source=TRANSFORMERS, passes_to_trainer=True
+        False,
+        help="Compile the whole model with torch.compile, anew for every length of rows; see kernels.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
     )
     use_cpu: bool = option(
         False, help="Train on the CPU even where there is an accelerator.", source=TRANSFORMERS, passes_to_trainer=True

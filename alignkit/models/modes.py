@@ -28,6 +28,16 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether a pass in training mode draws what it leaves out, by any of the rates of :func:`switch_off_dropout`."""
+    return any(
+        rate > 0
+        for module in model.modules()
+        for name, rate in vars(module).items()
+        if isinstance(rate, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout)))
+    )
+
+
 def switch_off_dropout(model: nn.Module) -> None:
     """Set every rate of dropout to 0: of modules, those that layers pass to functions, and those read off the config.
 

@@ -102,10 +102,10 @@ METHOD = Method(
         ),
         Conflict(
             "routing of a compiled model",
-            ("method", "torch_compile"),
-            lambda c: c.torch_compile,
+            ("method", "torch_compile", "kernels"),
+            lambda c: c.torch_compile or c.kernels == "compile",
             "a compiled model leaves out what listens to its routers, so that there would be no routing to align",
-            "Remove torch_compile",
+            "Remove torch_compile or kernels",
         ),
         Conflict(
             "success by generation without a reward",

@@ -133,10 +133,10 @@ PARAMETRIZATION = Parametrization(
         ),
         Conflict(
             "ATP with torch_compile",
-            ("torch_compile", "parametrization"),
-            lambda c: c.torch_compile and c.parametrization == "atp",
+            ("torch_compile", "kernels", "parametrization"),
+            lambda c: (c.torch_compile or c.kernels == "compile") and c.parametrization == "atp",
             "its masks are of two kinds and change with every step, for which the model would be compiled anew",
-            "Remove torch_compile",
+            "Remove torch_compile or kernels",
         ),
         Conflict(
             "ATP with drawn answers",

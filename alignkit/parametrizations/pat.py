@@ -139,10 +139,10 @@ PARAMETRIZATION = Parametrization(
         ),
         Conflict(
             "PAT with torch_compile",
-            ("parametrization", "torch_compile"),
-            lambda c: c.parametrization == "pat" and c.torch_compile,
+            ("parametrization", "torch_compile", "kernels"),
+            lambda c: c.parametrization == "pat" and (c.torch_compile or c.kernels == "compile"),
             "the mask changes with every step, and the model would be compiled anew for each",
-            "Remove torch_compile",
+            "Remove torch_compile or kernels",
         ),
         Conflict(
             "PAT with DoRA",

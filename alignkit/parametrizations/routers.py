@@ -40,11 +40,11 @@ PARAMETRIZATION = Parametrization(
     conflicts=(
         Conflict(
             "dense_mixer with torch_compile",
-            ("dense_mixer", "torch_compile"),
-            lambda c: c.dense_mixer and c.torch_compile,
+            ("dense_mixer", "torch_compile", "kernels"),
+            lambda c: c.dense_mixer and (c.torch_compile or c.kernels == "compile"),
             "a compiled model leaves out what dense_mixer puts between a router and its experts, so that idle experts "
             "would go on unheard without a word",
-            "Remove torch_compile, or dense_mixer",
+            "Remove torch_compile and kernels, or dense_mixer",
         ),
     ),
 )

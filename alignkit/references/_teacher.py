@@ -42,6 +42,10 @@ class Teacher:
             model = placed(model, host)
         self._reference = Reference(host, model, pad_token_id=0)
 
+    def bases(self) -> list[Any]:
+        """The models of transformers that are run: the policy's and the teacher's own."""
+        return self._reference.bases()
+
     def states(self, inputs: Mapping[str, Tensor]) -> TeacherStates:
         """What the teacher tells of a batch of supervised rows.
 

@@ -136,6 +136,9 @@ def check_device(config: ProgramConfig, args: TrainingArguments) -> None:
         named = "`use_dora: true`" if adapter is None else f"`adapter: {config.adapter}`, which has use_dora,"
         advice = "Write quantization: nf4 or none" + (", or remove use_dora" if adapter is None else "")
         problems.append(f"{named} with `quantization: int8`: {why}. {advice}")
+    if config.kernels == "liger":
+        advice = "Write kernels: none or compile"
+        problems.append(f"`kernels: liger`: its kernels are written in Triton, which needs a CUDA device. {advice}")
     if config.attn_implementation in ACCELERATOR_ATTENTION:
         kernel = f"`attn_implementation: {config.attn_implementation}`"
         problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")

@@ -25,6 +25,7 @@ from alignkit.runs.preemption import StopRequest, StopWhenAsked
 from alignkit.runs.ranks import Ranks, launched_with
 from alignkit.runs.resumption import settled
 from alignkit.runs.rows import PreparedData, load_tokenizer, prepare_rows
+from alignkit.shapes._kernel_choice import take_kernels
 
 if TYPE_CHECKING:
     from alignkit.shapes._candidates import PreferenceTrainer
@@ -179,6 +180,7 @@ def _trainer(
         callbacks=steps.run_callbacks(config, directory, data),
     )
     trainer.choices = choices | trainer.choices
+    take_kernels(trainer, config.kernels, choices.get("kernels"))
     attach(config, trainer)
     checkpointing.confirm(trainer, plan, trainer.choices)
     preparation.attach(trainer, tokenizer, data.source, directory)

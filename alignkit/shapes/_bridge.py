@@ -47,6 +47,7 @@ from alignkit.models.precision import hold_in_float32
 from alignkit.models.router_watch import RouterWatch, watch_adapter
 from alignkit.models.saved_comparison import adapter_difference, load_saved_weights, model_difference
 from alignkit.models.sparse_adapter import equip
+from alignkit.models.wrapping import base_model
 from alignkit.reports.router_loads import keep_loads
 from alignkit.shapes._streams import StreamResume
 from alignkit.storage.persistent import Persistent
@@ -139,6 +140,10 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             ModelError: Its scores would not be its own, or rows of this shape cannot be run as they were to be.
         """
         raise NotImplementedError
+
+    def models_of_run(self) -> list[nn.Module]:
+        """The models of transformers that are run, without wrappers: the policy's, and those of its own beside it."""
+        return [base_model(self.model)]
 
     # --- what is run is compared first -----------------------------------------------------------------------------
 

@@ -171,6 +171,10 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
             token_reward_cache=self.settings.token_reward_cache,
         )
 
+    def models_of_run(self) -> list[nn.Module]:
+        """Those of the policy and of the reference."""
+        return self.reference.bases()
+
     # --- what is run is compared first, and in which layout ---------------------------------------------------------
 
     def _choose_layout(

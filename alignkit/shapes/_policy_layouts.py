@@ -50,6 +50,11 @@ class PolicyLayouts:
     lengths: RowLengths
     forward_pass: PolicyForward
 
+    def models_of_run(self) -> list[nn.Module]:
+        """Those of the policy and of a reference of its own."""
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        return [base_model(self.accelerator.unwrap_model(model, keep_torch_compile=False)) for model in models]
+
     def _prepare_models(self, ref_model: nn.Module | None, has_adapter: bool) -> None:
         """Take the reference in, and make the policy ready for the passes of this bridge."""
         args = self.args

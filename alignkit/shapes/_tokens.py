@@ -127,6 +127,10 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
             self.compare_policy(run)
         self.compare_once_sharded()
 
+    def models_of_run(self) -> list[nn.Module]:
+        """Those of the policy and of its teacher."""
+        return super().models_of_run() if self.teacher is None else self.teacher.bases()
+
     def own_collator(self, collator: DataCollatorForLanguageModeling) -> SupervisedCollator:
         """The collator of this bridge, set as TRL has set its own."""
         return SupervisedCollator(**vars(collator))

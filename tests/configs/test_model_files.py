@@ -216,6 +216,7 @@ PACKAGES = {
     "bitsandbytes for quantization": ({"quantization": "nf4"}, "pip install 'alignkit[quantization]'"),
     "bitsandbytes for the optimizer": ({"optim": "paged_adamw_8bit"}, "pip install 'alignkit[quantization]'"),
     "tracker": ({"report_to": "wandb"}, "needs the Python package wandb. Install it: pip install wandb."),
+    "Liger's kernels": ({"kernels": "liger"}, "pip install 'alignkit[fast]'"),
     "flash attention": ({"attn_implementation": "flash_attention_2", "bf16": True}, "flash_attn or kernels"),
 }
 

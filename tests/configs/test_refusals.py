@@ -86,6 +86,13 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ROUTERS | {"dense_mixer": True, "torch_compile": True},
         {"torch_compile": False},
     ),
+    "kernels with torch_compile": ({"kernels": "compile", "torch_compile": True}, {"kernels": "auto"}),
+    "compiled layers with quantization": (
+        {"kernels": "compile", "quantization": "nf4"},
+        {"quantization": "none"},
+    ),
+    "gradient rule with compiled layers": ({"gradient_rule": "sam", "kernels": "compile"}, {"kernels": "none"}),
+    "Liger's kernels on the CPU": ({"kernels": "liger", "use_cpu": True}, {"kernels": "compile"}),
     "no LoRA target": ({"lora_target_modules": []}, {"lora_target_modules": "all-linear"}),
     "bf16 with fp16": ({"bf16": True, "fp16": True}, {"fp16": False}),
     "fp16 on the CPU": ({"fp16": True, "use_cpu": True}, {"fp16": False, "bf16": True}),

@@ -48,6 +48,7 @@ READ_BY_HAND = {
     ),
     "Apache-2.0 AND MIT": "aiohttp==3.14.5",
     "BSD": "colorama==0.4.6",
+    "BSD-2-Clause": "liger-kernel==0.8.5",
     "BSD-3-Clause": (
         "cloudpickle==3.1.3 joblib==1.6.0 logbook==1.10.1 lxml==6.1.3 portalocker==4.4.2 scikit-learn==1.9.1 "
         "scipy==1.17.1 threadpoolctl==3.8.0"

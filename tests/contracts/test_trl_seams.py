@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Trainer, modeling_rope_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import OutputRecorder
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.models import utils as model_utils
@@ -351,3 +352,14 @@ def test_lora_layers_leave_forward_and_merging_to_their_variant() -> None:
     assert parameters(lora_layer.LoraVariant.merge_safe) == ["module", "active_adapter", "orig_weight"]
     assert "self._caches: dict[str, Any] = {}" in inspect.getsource(lora_layer.LoraLayer.__init__)
     assert parameters(BufferDict.__init__) == ["self", "buffers", "persistent"]
+
+
+def test_a_module_runs_its_compiled_call_where_it_has_one() -> None:
+    """Inside of what a decoder layer does for checkpointing, so that what is recomputed is compiled as well."""
+    module = torch.nn.Linear(2, 2)
+    assert module._compiled_call_impl is None and callable(module._call_impl)
+    module._compiled_call_impl = lambda x: ("compiled", module._call_impl(x).shape)
+    assert module(torch.zeros(3, 2)) == ("compiled", (3, 2))
+    assert list(module.state_dict()) == ["weight", "bias"]
+    source = inspect.getsource(GradientCheckpointingLayer.__call__)
+    assert "super().__call__" in source and "self._gradient_checkpointing_func(" in source

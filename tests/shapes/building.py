@@ -20,6 +20,7 @@ from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, load_shape, shapes_by_program
 from alignkit.runs.arguments import training_arguments
 from alignkit.runs.rows import PreparedData
+from alignkit.shapes._kernel_choice import take_kernels
 from alignkit.yaml_text import dump_yaml
 
 SHORT: Mapping[str, Any] = {
@@ -128,6 +129,7 @@ def build(
         callbacks=[],
     )
     trainer.choices = choices | trainer.choices
+    take_kernels(trainer, config.kernels)
     attach(config, trainer)
     return trainer
 
