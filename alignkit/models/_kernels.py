@@ -7,8 +7,8 @@ Nothing that is saved changes: weights keep their names, and a copy of a model h
   over a cache, which grows with every token that is drawn, runs as it is.
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
-- torch ``nn.Module._call_impl`` and ``_compiled_call_impl``, which a call of a module runs in place of the former
-- transformers ``GradientCheckpointingLayer``, the class of decoder layers, which calls ``nn.Module.__call__``
+- transformers ``GradientCheckpointingLayer``, the class of decoder layers, its ``gradient_checkpointing`` and
+  ``_gradient_checkpointing_func``, and that it wraps ``forward`` of its subclasses; or, in older ones, ``__call__``
 - transformers, in the files of ``LIGER_TYPES``: ``apply_rotary_pos_emb(q, k, cos, sin, ...)``, classes ``*RMSNorm``
   with ``weight`` and ``variance_epsilon``, and ``*MLP`` with ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``
 """
@@ -18,7 +18,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
+from inspect import unwrap
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -45,6 +48,11 @@ COMPARED_TOKENS = 256
 BACKEND = "inductor"
 VARIANTS = 64
 """How often a kind of layer may be compiled anew: with and without gradient, adapter or mixed precision, at least."""
+
+CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
+"""Whether a layer recomputes its forward pass alone, not the hooks around it."""
+CACHES = ("past_key_values", "cache")
+"""What layers call a cache, up to transformers 5.23 and from 5.24 on."""
 
 Undo = Callable[[], None]
 
@@ -140,26 +148,38 @@ def put_compiled(bases: Sequence[nn.Module]) -> Undo:
         bases: Models of transformers, without wrappers.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    layers = [layer for base in bases for layer in _decoder_layers(base)]
+    layers: list[Any] = [layer for base in bases for layer in _decoder_layers(base)]
     for layer in layers:
-        layer._compiled_call_impl = _Compiled(layer)
+        layer.forward = _Compiled(layer)
 
     def undo() -> None:
         for layer in layers:
-            layer._compiled_call_impl = None
+            del layer.forward
 
     return undo
 
 
 class _Compiled:
-    """The call of a layer, compiled but for attention over a cache."""
+    """The forward pass of a layer, compiled but for attention over a cache; checkpointing stays around it.
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.plain = layer._call_impl
-        self.compiled = torch.compile(layer._call_impl, dynamic=True, backend=BACKEND)
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.compiled = torch.compile(MethodType(unwrap(type(layer).forward), layer), dynamic=True, backend=BACKEND)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.compiled if kwargs.get("past_key_values") is None else self.plain)(*args, **kwargs)
+        layer = self.layer
+        if any(kwargs.get(name) is not None for name in CACHES):
+            return type(layer).forward(layer, *args, **kwargs)
+        if CHECKPOINTS_FORWARD and layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+            return layer._gradient_checkpointing_func(partial(self.compiled, **kwargs), *args)
+        return self.compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
+        return _Compiled(deepcopy(self.layer, memo))
 
 
 def _decoder_layers(base: nn.Module) -> Iterator[nn.Module]:

@@ -87,10 +87,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"torch_compile": False},
     ),
     "kernels with torch_compile": ({"kernels": "compile", "torch_compile": True}, {"kernels": "auto"}),
-    "compiled layers with quantization": (
-        {"kernels": "compile", "quantization": "nf4"},
-        {"quantization": "none"},
-    ),
+    "compiled layers with quantization": ({"kernels": "compile", "quantization": "nf4"}, {"quantization": "none"}),
     "gradient rule with compiled layers": ({"gradient_rule": "sam", "kernels": "compile"}, {"kernels": "none"}),
     "Liger's kernels on the CPU": ({"kernels": "liger", "use_cpu": True}, {"kernels": "compile"}),
     "no LoRA target": ({"lora_target_modules": []}, {"lora_target_modules": "all-linear"}),
@@ -162,10 +159,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # --- pat ---
     "PAT that goes on from an adapter": (PAT | {"adapter": "lora"}, {"adapter": None}),
     "PAT with a moving anchor": (PAT | ADPO | {"anchor": "ema"}, {"anchor": "fixed"}),
-    "PAT whose mask never gets hard": (
-        PAT | {"pat_milestone_steps": 5, "max_steps": 5},
-        {"pat_milestone_steps": None},
-    ),
+    "PAT whose mask never gets hard": (PAT | {"pat_milestone_steps": 5, "max_steps": 5}, {"pat_milestone_steps": None}),
     "PAT with keep_best": (ONLINE | PAT | HELD_OUT | KEEP_BEST, {"keep_best": False}),
     "PAT with torch_compile": (PAT | {"torch_compile": True}, {"torch_compile": False}),
     "PAT with DoRA": (PAT | {"use_dora": True}, {"use_dora": False}),

@@ -26,13 +26,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils.output_capturing import OutputRecorder
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.models import utils as model_utils
 from trl.trainer import sft_trainer
 from trl.trainer import utils as trainer_utils
 
-from alignkit.models import _packed_attention, _routers
+from alignkit.models import _kernels, _packed_attention, _routers
 from alignkit.shapes._candidates import PreferenceTrainer
 from alignkit.shapes._policy_trainer import OnlineTrainer
 from alignkit.shapes._tokens import SupervisedTrainer
@@ -354,12 +355,10 @@ def test_lora_layers_leave_forward_and_merging_to_their_variant() -> None:
     assert parameters(BufferDict.__init__) == ["self", "buffers", "persistent"]
 
 
-def test_a_module_runs_its_compiled_call_where_it_has_one() -> None:
-    """Inside of what a decoder layer does for checkpointing, so that what is recomputed is compiled as well."""
-    module = torch.nn.Linear(2, 2)
-    assert module._compiled_call_impl is None and callable(module._call_impl)
-    module._compiled_call_impl = lambda x: ("compiled", module._call_impl(x).shape)
-    assert module(torch.zeros(3, 2)) == ("compiled", (3, 2))
-    assert list(module.state_dict()) == ["weight", "bias"]
-    source = inspect.getsource(GradientCheckpointingLayer.__call__)
-    assert "super().__call__" in source and "self._gradient_checkpointing_func(" in source
+def test_decoder_layers_checkpoint_what_kernels_compile() -> None:
+    layer = modeling_qwen3.Qwen3DecoderLayer
+    assert parameters(inspect.unwrap(layer.forward))[:2] == ["self", "hidden_states"]
+    assert set(parameters(inspect.unwrap(layer.forward))) & set(_kernels.CACHES)
+    source = inspect.getsource(GradientCheckpointingLayer)
+    assert _kernels.CHECKPOINTS_FORWARD, "transformers 5.19 wrapped __call__"
+    assert "self._gradient_checkpointing_func(partial(forward, self, **kwargs), *args)" in source
