@@ -371,20 +371,22 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         """Candidate rows are tokenised before a model is loaded; nothing is left to do."""
         return dataset
 
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, *unused: int) -> Dataset:
         """Attach ``ref_token_logps`` [K][tokens] to candidate rows that have none."""
         if "reference" not in self.needs or COLUMN in dataset.column_names:
             return dataset
         self.compare_models()
-        return self.reference.precomputed(dataset, name, batch_size=batch_size, layout=self.layout.layout)
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        return self.reference.precomputed(dataset, name, batch_size=size, layout=self.layout.layout)
 
     def _complete_rows(self, ahead: bool) -> None:
         """Give rows the token rewards and reference log-probs that can be had before training; a collective."""
-        own, size = self.reference, self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        own = self.reference
         if "token_rewards" in self.needs:
+            size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             self._change_rows(partial(own.token_rewarded, batch_size=size, layout=self.settings.layout))
         if ahead:
-            self._change_rows(partial(self._precompute_ref_logps, batch_size=size))
+            self._change_rows(self._precompute_ref_logps)
             self.ref_model = None  # everything it is needed for is in the rows now
             own.release()
 

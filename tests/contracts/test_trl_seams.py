@@ -221,6 +221,8 @@ def test_the_hooks_are_called_where_we_think() -> None:
     source = inspect.getsource(DPOTrainer.__init__)
     assert "self._prepare_dataset(train_dataset, processing_class, args" in source
     assert "self.train_dataset = self._precompute_ref_logps(" in source
+    assert "hash_module(self.ref_model or self.model) if args.precompute_ref_log_probs else None" in source
+    assert "if self.precompute_ref_logps:" in inspect.getsource(DPOTrainer.evaluate)
     ready = source.index("self.ref_model = self.accelerator.prepare_model(")
     assert ready < source.index("self._precompute_ref_logps("), (
         "the reference model is placed when it is first asked for"

@@ -39,6 +39,8 @@ class Run:
     term: str = "loss/preference"
     program: str = "preference"
     has_teacher: bool = False
+    like: str | None = None
+    """The run in one process that it is compared with, where that is another one."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -55,6 +57,11 @@ class Run:
 RUNS = {
     "flex_dpo full": Run({"method": "flex_dpo", "eta": 0.2}, "pairs", "full", "loss/sft"),
     "flex_dpo lora": Run({"method": "flex_dpo", "eta": 0.2}, "pairs", "lora", "loss/sft"),
+    # Two passes over the rows, which are scored ahead: each process scores its share.
+    "dpo full ahead": Run({"method": "dpo", "max_rows": 6}, "pairs", "full", like="dpo full live"),
+    "dpo lora ahead": Run({"method": "dpo", "max_rows": 6}, "pairs", "lora", like="dpo lora live"),
+    "dpo full live": Run({"method": "dpo", "max_rows": 6, "reference": "copy"}, "pairs", "full"),
+    "dpo lora live": Run({"method": "dpo", "max_rows": 6, "reference": "adapter_disabled"}, "pairs", "lora"),
     # Lists of different lengths, and an anchor that has moved before the second step.
     "adpo ema lora": Run(
         {"method": "adpo", "beta": 0.1, "anchor": "ema", "anchor_decay": 0.5, "eta": 0.1}, "lists", "lora"
@@ -109,6 +116,15 @@ RUNS = {
 CASES = [
     *(("flex_dpo full", name) for name in OTHERS),
     *(("flex_dpo lora", name) for name in SHARDED),
+    ("dpo lora ahead", "ddp 2x2"),
+    *(
+        pytest.param(what, name, marks=pytest.mark.slow)
+        for what, name in (
+            ("dpo full ahead", "ddp 2x2"),
+            ("dpo lora ahead", "zero2 2x2"),
+            ("dpo lora ahead", "zero3 2x2"),
+        )
+    ),
     *(("adpo ema lora", name) for name in OTHERS),
     ("adpo ema full", "zero3 2x2"),
     *(("treg lora", name) for name in ("ddp 2x2", *SHARDED)),
@@ -157,8 +173,12 @@ def run(launch: Launch, inputs: dict[str, str]) -> Callable[[str, str], Path]:
 @pytest.mark.parametrize(("what", "name"), CASES)
 def test_layouts_agree(run: Callable[[str, str], Path], what: str, name: str) -> None:
     layout = LAYOUTS[name]
-    ours, theirs = run(what, name), run(what, "1x4")
+    ours, theirs = run(what, name), run(RUNS[what].like or what, "1x4")
     record, base_record = record_of(ours), record_of(theirs)
+    if RUNS[what].like:
+        assert [each["choices"]["reference"]["value"] for each in (record, base_record)] == [
+            "precomputed", RUNS[RUNS[what].like].options["reference"]
+        ]  # fmt: skip
     steps, base = logged_steps(ours), logged_steps(theirs)
 
     ran = record["process_layout"]
