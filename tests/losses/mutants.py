@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 SWAPS = {
     "chosen": "rejected",
@@ -51,21 +52,22 @@ def source_tree(module: str) -> ast.Module:
 def mutants_of(module: str) -> Iterator[Mutant]:
     """Every edit of every expression in the function bodies of a module."""
     original = source_tree(module)
-    sites = list(_expressions(original))
-    for index, node in enumerate(sites):
-        for replacement in _replacements(node):
-            tree = copy.deepcopy(original)
-            target = list(_expressions(tree))[index]
-            _Substitute(target, replacement).visit(tree)
-            ast.fix_missing_locations(tree)
-            description = f"line {node.lineno}: {ast.unparse(node)}  ->  {ast.unparse(replacement)}"
-            yield Mutant(module, description, tree)
+    for place, function in enumerate(original.body):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for index, node in enumerate(_expressions(function)):
+            for replacement in _replacements(node):
+                # Only the function is copied: of the rest of the module nothing changes.
+                edited = copy.deepcopy(function)
+                _Substitute(_expressions(edited)[index], replacement).visit(edited)
+                ast.fix_missing_locations(edited)
+                body = [*original.body[:place], edited, *original.body[place + 1 :]]
+                description = f"line {node.lineno}: {ast.unparse(node)}  ->  {ast.unparse(replacement)}"
+                yield Mutant(module, description, ast.Module(body, original.type_ignores))
 
 
-def _expressions(tree: ast.Module) -> Iterator[ast.expr]:
-    for function in (n for n in tree.body if isinstance(n, ast.FunctionDef)):
-        for statement in function.body:
-            yield from (n for n in ast.walk(statement) if isinstance(n, ast.expr))
+def _expressions(function: ast.FunctionDef) -> list[ast.expr]:
+    return [n for statement in function.body for n in ast.walk(statement) if isinstance(n, ast.expr)]
 
 
 def _replacements(node: ast.expr) -> Iterator[ast.expr]:
@@ -117,14 +119,23 @@ def loaded(mutant: Mutant, entry: str) -> Iterator[ModuleType]:
     """The module ``entry``, executed afresh against the mutant; the real modules are back on leaving."""
     saved = {name: sys.modules[name] for name in {mutant.module, entry}}
     try:
-        module = _execute(mutant.module, mutant.tree)
-        yield module if entry == mutant.module else _execute(entry, source_tree(entry))
+        module = _execute(mutant.module, _compiled(mutant.module, mutant.tree))
+        yield module if entry == mutant.module else _execute(entry, _code_of(entry))
     finally:
         sys.modules.update(saved)
 
 
-def _execute(name: str, tree: ast.Module) -> ModuleType:
+@cache
+def _code_of(module: str) -> CodeType:
+    return _compiled(module, source_tree(module))
+
+
+def _compiled(name: str, tree: ast.Module) -> CodeType:
+    return compile(tree, f"<mutant of {name}>", "exec")
+
+
+def _execute(name: str, code: CodeType) -> ModuleType:
     module = ModuleType(name)
     sys.modules[name] = module
-    exec(compile(tree, f"<mutant of {name}>", "exec"), module.__dict__)
+    exec(code, module.__dict__)
     return module
