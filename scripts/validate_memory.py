@@ -145,6 +145,7 @@ class Case:
     optimizer: str = "adamw_torch"
     accumulation: int = 1
     precomputed: bool = False
+    layout: Literal["padded", "packed"] = "padded"
 
     @property
     def is_ragged(self) -> bool:
@@ -153,6 +154,9 @@ class Case:
 
     def tokens(self) -> Tokens:
         """The micro-batch, as the estimate takes it."""
+        if self.layout == "packed":
+            prefix, branches = (0, (self.prompt,)) if self.program == "sft" else (self.prompt - 1, self.completions)
+            return Tokens.packed(((prefix, branches),) * self.batch)
         length = self.prompt + max(self.completions)
         rows = self.batch * (len(self.completions) if self.program == "preference" else 1)
         scored = self.batch * sum(self.completions)
@@ -177,6 +181,7 @@ class Case:
             optimizer=self.optimizer,
             reference="none" if self.precomputed or self.program == "sft" else own,
             device=device,
+            casts_adapter_inputs=not self.bf16,
         )
 
 
@@ -303,7 +308,7 @@ def _trainer(case: Case, folder: Path, device: str) -> Any:
         inherited["ref_model"] = copy.deepcopy(model).eval()
     method = load_method("dpo" if len(case.completions) == 2 else "adpo")
     arguments["precompute_ref_log_probs"] = case.precomputed
-    settings = BridgeSettings("padded", reference_cache=folder / "cache")
+    settings = BridgeSettings(case.layout, reference_cache=folder / "cache")
     return PreferenceTrainer(
         model, DPOConfig(**arguments), method=method, options=method.options(), settings=settings, **inherited
     )
@@ -351,6 +356,14 @@ CASES: tuple[Case, ...] = (
     Case("Qwen2, full", "Qwen2", {}, rank=None),
     Case("Qwen3-MoE, LoRA", "Qwen3Moe", EXPERTS | DEEP),
     Case("Qwen3-MoE, full", "Qwen3Moe", EXPERTS, rank=None),
+    Case("packed pairs, LoRA", layout="packed", sizes=DEEP),
+    Case("packed, ragged, LoRA", layout="packed", completions=(64, 30), sizes=DEEP, batch=4),
+    Case("packed, long prompt, full", layout="packed", prompt=300, completions=(60, 20), sizes=DEEP, rank=None),
+    Case("packed, K = 8, checkpointing", layout="packed", completions=(48, 40, 30, 48, 20, 10, 48, 5), batch=1,
+         sizes=DEEP, checkpointing=True),
+    Case("packed, bf16 autocast on bf16", layout="packed", sizes=DEEP, bf16=True, dtype="bfloat16", batch=4,
+         completions=(64, 30)),
+    Case("packed, QLoRA nf4", layout="packed", sizes=WIDE, quantization="nf4", dtype="bfloat16", bf16=True),
     Case("SFT, LoRA, ragged", program="sft", completions=(64, 200), batch=4, sizes=DEEP),
     Case("SFT, full", program="sft", completions=(128,), batch=4, rank=None, sizes=WIDE),
     Case("SFT, QLoRA nf4, bf16", program="sft", completions=(100, 60), batch=4, sizes=WIDE, quantization="nf4",

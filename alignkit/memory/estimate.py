@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from alignkit.memory.decoder import Decoder, Pass, Tokens, Trained
+from alignkit.memory.decoder import Decoder, Tokens, Trained
+from alignkit.memory.forward import Pass
 from alignkit.memory.ledger import Block, Leaf, Ledger
 from alignkit.memory.operations import Arithmetic, Machine, Weight
 from alignkit.memory.shape import ModelShape

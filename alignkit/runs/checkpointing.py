@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from peft import PeftModel
 
@@ -95,7 +95,8 @@ def set_switch(args: Any, value: bool) -> None:
 
 def _estimated(config: Any, args: Any, data: Any, choices: dict[str, Choice]) -> Plan | None:
     start, on_cpu = time.monotonic(), args.device.type == "cpu"
-    packed = getattr(config, "layout", "packed") != "padded"
+    # What it will be is not known yet; packed rows are what most runs take, and confirm() looks again.
+    packed = vars(config).get("layout", "padded") != "padded"
     free = _least_of_all(free_memory(args.device))
     try:
         plan = Plan.of(config, Launch.of_arguments(args), data.train, data.evaluation, packed=packed)
@@ -171,7 +172,7 @@ def peak_of_longest_rows(trainer: Any) -> int | None:
     _reset_peak(device)
     try:
         with _untouched(trainer):
-            batch = {name: value.to(device) for name, value in trainer.data_collator(rows).items()}
+            batch = send_to_device(trainer.data_collator(rows), device)
             with trainer.compute_loss_context_manager():
                 loss = trainer.batch_loss(trainer.model, batch, None, record=False)
             trainer.accelerator.backward(loss)

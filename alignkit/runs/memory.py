@@ -12,7 +12,7 @@ from accelerate.utils import DeepSpeedPlugin
 from datasets import Dataset
 from transformers import AutoConfig
 
-from alignkit.data.lengths import RowLengths
+from alignkit.data.lengths import RowLengths, candidate_row
 from alignkit.environment import launched_with_deepspeed
 from alignkit.errors import ModelError
 from alignkit.memory.decoder import LINEAR_PLACES, Tokens, Trained
@@ -24,6 +24,8 @@ from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.references.models import other_models
 
+MOST_ROWS = 4096
+"""Of a micro-batch, that are looked at one by one."""
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
 
@@ -64,6 +66,57 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class LongestRows:
+    """The rows that decide whether a run fits.
+
+    Attributes:
+        sequence: Tokens of the longest sequence.
+        candidates: Sequences that a row is.
+        is_ragged: Whether rows differ in length, so that some are padded.
+        prompts: Of the rows with most tokens, those first: the length of the prefix and those of the branches.
+    """
+
+    sequence: int
+    candidates: int
+    is_ragged: bool
+    prompts: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, rows: Any) -> LongestRows | None:
+        """Those of tokenised rows; None of a stream, and of prompts whose completions are yet to be drawn."""
+        if not isinstance(rows, Dataset) or not {"prompt_ids", "input_ids"} & set(rows.column_names):
+            return None
+        lengths = RowLengths.of(rows)
+        order = np.argsort(-lengths.each_packed, kind="stable")[:MOST_ROWS]
+        longest = [candidate_row(rows[int(i)]) for i in order]
+        return cls(
+            sequence=int(lengths.longest.max()),
+            candidates=max(len(row["completion_ids"]) for row in longest),
+            is_ragged=int(lengths.shortest.min()) != int(lengths.longest.max()),
+            prompts=tuple((len(row["prompt_ids"]) - 1, tuple(map(len, row["completion_ids"]))) for row in longest),
+        )
+
+    @classmethod
+    def unknown(cls, config: Any, size: int) -> LongestRows:
+        """Rows of which nothing is known: as long as the config allows, half of it prompt unless it says otherwise.
+
+        Args:
+            size: Rows of a micro-batch.
+        """
+        if config.program == "online":
+            # Its rows are completions, so many of them a prompt.
+            together = min(config.num_generations, size)
+            prompt, answer = config.max_prompt_length, config.max_completion_length
+            return cls(prompt + answer, 1, True, ((prompt - 1, (answer,) * together),) * -(-size // together))
+        if config.program != "preference":
+            return cls(config.max_length, 1, True, ((0, (config.max_length - 1,)),) * size)
+        candidates = load_method(config.method).num_candidates or 2
+        prompt = config.max_length // 2
+        prompts = ((prompt - 1, (config.max_length - prompt,) * candidates),) * size
+        return cls(config.max_length, candidates, True, prompts)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do, as far as its memory goes.
 
@@ -71,15 +124,15 @@ class Plan:
         config: The run's, with precisions settled.
         shape: Its model.
         launch: Its processes.
-        train, held_out: Lengths of its rows; None where they are not known, and as long as they may be.
+        train, held_out: Its longest rows; None where they are not known, and as long as they may be.
         packed: Whether rows stand behind one another without padding.
     """
 
     config: Any
     shape: ModelShape
     launch: Launch
-    train: RowLengths | None = None
-    held_out: RowLengths | None = None
+    train: LongestRows | None = None
+    held_out: LongestRows | None = None
     packed: bool = False
 
     @classmethod
@@ -98,8 +151,8 @@ class Plan:
         """
         options = {"revision": config.model_revision} if config.model_revision else {}
         content = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code, **options)
-        lengths = [RowLengths.of(rows) if has_tokens(rows) else None for rows in (train, held_out)]
-        plan = cls(config, ModelShape.of(content.to_dict()), launch, *lengths, **how)
+        longest = map(LongestRows.of, (train, held_out))
+        plan = cls(config, ModelShape.of(content.to_dict()), launch, *longest, **how)
         plan.trained()
         return plan
 
@@ -139,53 +192,19 @@ class Plan:
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
-    def tokens(self, lengths: RowLengths | None, size: int, *, evaluated: bool = False) -> Tokens:
-        """The fullest micro-batch that ``size`` rows can be."""
-        candidates, longest = self._row(lengths)
-        if lengths is not None:
-            each = lengths.each_packed if self.packed else candidates * lengths.longest
-            whole = np.sort(each)[::-1][:size]
-        else:
-            whole = self._packed_rows(size) if self.packed else np.full(size, candidates * longest)
-        budget = getattr(self.config, "tokens_per_batch", None)
-        if isinstance(budget, int) and not evaluated:
-            # As many of the longest rows as the budget holds, or one that is longer.
-            whole = np.array([max(budget, int(whole[0]))])
+    def tokens(self, rows: LongestRows | None, size: int, *, evaluated: bool = False) -> Tokens:
+        """The fullest micro-batch that ``size`` rows can be, or that the token budget allows."""
+        config = self.config
+        longest = rows or LongestRows.unknown(config, size)
+        budget = None if evaluated else vars(config).get("tokens_per_batch")
         if self.packed:
-            return Tokens(1, int(whole.sum()), False, int(whole.sum()), is_packed=True)
-        rows = max(-(-int(whole.sum()) // longest), 1)
-        return Tokens(rows, longest, self._is_ragged(lengths), rows * (longest - 1))
-
-    def _row(self, lengths: RowLengths | None) -> tuple[int, int]:
-        """Candidates of a row, and its length in tokens."""
-        config = self.config
-        if config.program == "preference":
-            known = len(lengths.longest_row["completion_ids"]) if lengths is not None else None
-            candidates = known or load_method(config.method).num_candidates or 2
-        else:
-            candidates = 1
+            return Tokens.packed(_fullest(longest.prompts, size, budget if isinstance(budget, int) else None))
+        count, length = size * longest.candidates, longest.sequence
+        if isinstance(budget, int):
+            count = max(budget // length, longest.candidates)
         if config.program == "sft" and config.packing:
-            return candidates, config.max_length
-        return candidates, sum(self._longest_parts()) if lengths is None else int(lengths.longest.max())
-
-    def _longest_parts(self) -> tuple[int, int]:
-        """Tokens of a prompt and a completion of which nothing is known: half and half, but for online runs."""
-        config = self.config
-        if config.program == "online":
-            return config.max_prompt_length, config.max_completion_length
-        return config.max_length // 2, config.max_length - config.max_length // 2
-
-    def _packed_rows(self, size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Tokens of each prompt with its completions, of rows of which nothing is known."""
-        prompt, answer = self._longest_parts()
-        if self.config.program == "online":
-            # Its rows are completions, so many of them a prompt.
-            together = min(self.config.num_generations, size)
-            return np.full(-(-size // together), prompt + together * answer)
-        return np.full(size, prompt + self._row(None)[0] * answer)
-
-    def _is_ragged(self, lengths: RowLengths | None) -> bool:
-        return lengths is None or int(lengths.shortest.min()) != int(lengths.longest.max())
+            length = config.max_length
+        return Tokens(count, length, longest.is_ragged, count * (length - 1))
 
     # --- what trains -----------------------------------------------------------------------------------------------
 
@@ -236,9 +255,14 @@ class Plan:
         return "copy" if given == "copy" or not has_adapter else "adapter_disabled"
 
 
-def has_tokens(rows: Any) -> bool:
-    """Whether rows are at hand and tokenised, so that their lengths are known."""
-    return isinstance(rows, Dataset) and bool({"prompt_ids", "input_ids"} & set(rows.column_names))
+def _fullest(
+    prompts: tuple[tuple[int, tuple[int, ...]], ...], size: int, budget: int | None
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """The first rows, as many as a micro-batch holds; one at least."""
+    if budget is None:
+        return prompts[:size]
+    ends = np.cumsum([prefix + sum(branches) for prefix, branches in prompts])
+    return prompts[: max(int(np.searchsorted(ends, budget, side="right")), 1)]
 
 
 def _targets(modules: Any) -> tuple[str, ...] | None:

@@ -67,6 +67,9 @@ def test_the_longest_rows_decide_and_not_the_others(tmp_path: Path, model_path: 
     assert (padded.rows, padded.length, padded.has_mask) == (4, 160, True)
     packed = replace(plan, packed=True).tokens(plan.train, 2)
     assert (packed.rows, packed.length) == (1, (99 + 80) + (89 + 140))
+    assert packed.prompts == ((89, (70, 70)), (99, (60, 20)))
+    filled = replace(plan, packed=True, config=replace(config, tokens_per_batch=300)).tokens(plan.train, 2)
+    assert filled.count == 229, "two would be more"
 
 
 def test_rows_that_are_not_here_are_as_long_as_they_may_be(tmp_path: Path, model_path: str) -> None:
@@ -75,7 +78,7 @@ def test_rows_that_are_not_here_are_as_long_as_they_may_be(tmp_path: Path, model
     assert (tokens.rows, tokens.length) == (6, config.max_length)
     online = config_of("online", model_path, tmp_path, max_prompt_length=20)
     drawn = Plan.of(online, Launch("cpu"), packed=True).tokens(None, 8)
-    assert drawn.count == 2 * (20 + 4 * 8), "two prompts with four completions each"
+    assert drawn.prompts == ((19, (8, 8, 8, 8)),) * 2, "two prompts with four completions each"
 
 
 def test_a_plan_says_what_trains(tmp_path: Path, model_path: str) -> None:
