@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
 from alignkit.models.choices import PINNED, Choice
@@ -21,10 +23,8 @@ from alignkit.references._reference import Reference
 from alignkit.references.choosing import LEAST_GAIN, RunData
 from alignkit.runs.run import train_preference
 from tests.programs.conftest import pairs, save_model
-from tests.shapes.building import build, config_of, little_garbage
+from tests.shapes.building import build, config_of
 from tests.trainers import flat_weights, logged
-
-__all__ = ["little_garbage"]
 
 ROWS = 8
 LORA: Mapping[str, Any] = {"parametrization": "lora", "lora_r": 2, "lora_alpha": 4, "lora_target_modules": ["q_proj"]}
@@ -32,7 +32,6 @@ FULL: Mapping[str, Any] = {"parametrization": "full"}
 # Adam divides a gradient by its own size: where it is almost 0, rounding would decide the step.
 TWICE: Mapping[str, Any] = {"max_steps": 2 * ROWS // 4, "adam_epsilon": 1.0e-2, "learning_rate": 1.0e-2}
 ONCE: Mapping[str, Any] = {"max_steps": ROWS // 4}
-LIVE = {"full": "copy", "lora": "adapter_disabled"}
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +75,10 @@ def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- no number depends on it ------------------------------------------------------------------------------------------
 
 CASES: Mapping[str, Mapping[str, Any]] = {
-    "full": FULL,
-    "lora": LORA,
-    "nf4": {**LORA, "quantization": "nf4"},
-    "lists": {"method": "adpo", "target": "kde"},
-    "treg": {"method": "treg"},
+    "lists full": {"method": "adpo", "target": "kde", **FULL},
+    "lora": {},
+    "nf4": {"quantization": "nf4"},
+    "treg lora": {"method": "treg"},
 }
 
 
@@ -88,11 +86,10 @@ CASES: Mapping[str, Mapping[str, Any]] = {
 def test_training_is_the_same(case: str, models: list[str], tmp_path: Path) -> None:
     if case == "nf4":
         pytest.importorskip("bitsandbytes")
-    rows, held_out = (lists() if case == "lists" else None), None
-    keys = {**CASES[case], **TWICE}
-    if case == "full":
-        held_out, keys = Dataset.from_list(pairs(3, seed=1)), {**keys, "eval_strategy": "steps", "eval_steps": 2}
-    live = LIVE["full" if case == "full" else "lora"]
+    keys, live, rows, held_out = {**CASES[case], **TWICE}, "adapter_disabled", None, None
+    if case == "lists full":
+        rows, held_out, live = lists(), Dataset.from_list(pairs(3, seed=1)), "copy"
+        keys |= {"eval_strategy": "steps", "eval_steps": 2}
     runs = {}
     for reference in (live, "auto"):
         trainer = trainer_of(models[0], tmp_path / reference, rows, held_out, reference=reference, **keys)
@@ -102,7 +99,7 @@ def test_training_is_the_same(case: str, models: list[str], tmp_path: Path) -> N
         runs[reference] = trainer
     theirs, ours = (timeless(runs[name].state.log_history) for name in (live, "auto"))
     evaluations = sum("eval_loss" in line for line in ours)
-    assert len(ours) == len(theirs) == TWICE["max_steps"] + evaluations + 1 and evaluations == 2 * (case == "full")
+    assert len(ours) == len(theirs) == TWICE["max_steps"] + evaluations + 1 and evaluations == 2 * (live == "copy")
     for line, expected in zip(ours, theirs, strict=True):
         assert line == pytest.approx(expected, abs=1e-6, rel=1e-5)
     torch.testing.assert_close(flat_weights(runs["auto"].model), flat_weights(runs[live].model), atol=1e-6, rtol=0)
@@ -236,8 +233,9 @@ def test_a_later_run_takes_what_is_on_disk(models: list[str], tmp_path: Path, mo
 
 def test_an_adapter_that_continues_finds_its_own_scores(models: list[str], tmp_path: Path) -> None:
     """The frozen copy that scores has another name than the adapter whose scores are looked for."""
-    first = trainer_of(models[1], tmp_path / "a", **ONCE)
-    first.model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(models[1], dtype=torch.float32)
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter")
     keys = {"adapter": str(tmp_path / "adapter")}
     assert taken(trainer_of(models[1], tmp_path / "b", **TWICE, **keys)) == "precomputed"
     assert taken(trainer_of(models[1], tmp_path / "b", **ONCE, **keys)) == "precomputed"
@@ -272,7 +270,6 @@ def test_a_model_of_its_own_is_let_go_once_all_rows_are_scored(models: list[str]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reference, "release", watched)
         trainer = trainer_of(models[0], tmp_path / "a", reference_model=models[1], **TWICE)
-    gc.unfreeze()
     gc.collect()
     assert taken(trainer) == "precomputed" and [model() for model in seen] == [None]
     with pytest.raises(ModelError, match="can score no others. Write reference: copy"):
