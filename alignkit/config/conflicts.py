@@ -76,13 +76,6 @@ CONFLICTS: tuple[Refusal, ...] = (
         "Write attn_implementation: sdpa",
     ),
     Refusal(
-        "shared_prefix with flash attention",
-        ("layout", "attn_implementation"),
-        lambda c: c.layout == "shared_prefix" and c.attn_implementation == "flash_attention_2",
-        "packed rows need an arbitrary attention mask, which flash attention does not take",
-        "Write attn_implementation: sdpa or flex_attention, or layout: padded",
-    ),
-    Refusal(
         "kernels with torch_compile",
         ("kernels", "torch_compile"),
         lambda c: c.torch_compile and c.kernels in ("liger", "compile"),

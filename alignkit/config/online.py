@@ -256,11 +256,11 @@ class UpdateSection(Section):
 
     title: ClassVar[str] = "Update"
 
-    layout: Literal["auto", "padded", "shared_prefix"] = option(
+    layout: Literal["auto", "padded", "packed"] = option(
         "auto",
-        choices=("auto", "padded", "shared_prefix"),
-        help="padded: a row a completion, as TRL; shared_prefix: one row a prompt, computed once for its completions; "
-        "auto: batch by batch what is expected to cost less, where the architecture allows both.",
+        choices=("auto", "padded", "packed"),
+        help="padded: a row a completion, as TRL; packed: one row for all of a batch without padding, every prompt "
+        "computed once for its completions; auto: packed where the architecture allows it.",
     )
     arrange_rows: bool = option(
         True,

@@ -187,10 +187,16 @@ class SupervisedDataSection(DataSection):
         source=TRL,
     )
     assistant_only_loss: bool = option(False, help="Train the assistant's turns of messages alone.", source=TRL)
+    layout: str = option(
+        "auto",
+        choices=("auto", "padded", "packed"),
+        help="One row per example (padded), or one row for all examples of a micro-batch, which do not see each other, "
+        "without padding (packed); auto is packed where the architecture allows it.",
+    )
     packing: bool = option(
         False,
-        help="Fill every row up to max_length with several examples, which do not see each other: less padding. It "
-        "needs attention that knows their boundaries: eager, sdpa, flex_attention or, fastest, flash_attention_2.",
+        help="Fill every row of a micro-batch up to max_length with several examples, which do not see each other. "
+        "layout: packed leaves padding out without it, and without changing which examples a step is made of.",
         source=TRL,
     )
     packing_strategy: str = option(
@@ -271,9 +277,9 @@ class LayoutSection(Section):
 
     layout: str = option(
         "auto",
-        choices=("auto", "padded", "shared_prefix"),
-        help="One row per completion, or one row per prompt with its completions behind it; auto takes the cheaper one "
-        "that the architecture allows and says which.",
+        choices=("auto", "padded", "packed"),
+        help="One row per completion (padded), or one row for all of a batch without padding, in which every prompt "
+        "stands once with its completions behind it (packed); auto is packed where the architecture allows it.",
     )
     pad_to_multiple_of: int | None = option(
         None,

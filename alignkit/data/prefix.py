@@ -1,16 +1,17 @@
-"""Batch layouts of the preference family: ``padded`` and ``shared_prefix``.
+"""Batch layouts of candidate rows: ``padded`` and ``packed``.
 
-Both turn candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) into one dict of tensors from which
-the bridge obtains the same ``policy_token_logps`` [B, K, T]. Axis letters: B rows, K candidates, T completion
-positions, R = existing candidates of the batch, L padded row length, S packed row length.
+Both turn candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) into one dict from which the bridge
+obtains the same ``policy_token_logps`` [B, K, T]. Axis letters: B rows, K candidates, T completion positions, R =
+existing candidates of the batch, L padded row length, S tokens of a packed batch, N scored tokens.
 
 - ``padded``: one row per completion, ``prompt + completion``. Rows are candidate-major (all first candidates, then all
   second ones), TRL's order, and T = L - 1 counts prompt positions too, which are masked. The prompt is computed K
   times.
-- ``shared_prefix``: one row per prompt. ``prompt[:-1]`` is followed, for each candidate, by ``prompt[-1]`` and the
-  completion without its last token, with position ids restarting after the prefix. A branch sees the prefix and itself
-  (``segment_ids``: 0 prefix, k + 1 branch k, -1 padding), so it computes what a row of its own would have computed.
-  Repeating the last prompt token lets every branch predict its own first token.
+- ``packed``: one row for the whole batch, without padding. Of every prompt it holds ``prompt[:-1]``, the prefix,
+  followed, for each candidate, by a branch: ``prompt[-1]`` and the completion without its last token, with position ids
+  restarting after the prefix. A branch sees its prefix and itself, so it computes what a row of its own would have
+  computed. Repeating the last prompt token lets every branch predict its own first token. :class:`Segments` says where
+  the parts lie.
 """
 
 from __future__ import annotations
@@ -24,10 +25,36 @@ from torch import Tensor
 
 from alignkit.data.filling import REPEATED
 
-Layout = Literal["padded", "shared_prefix"]
+Layout = Literal["padded", "packed"]
 IGNORE_INDEX = -100
 """Label of a token that is not trained, which torch's cross entropy leaves out."""
 PER_TOKEN_COLUMNS = ("ref_token_logps", "token_rewards")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the parts of a packed row lie; plain numbers, so that nothing waits for a device to read them.
+
+    Attributes:
+        prompts: In their order, the length of each prompt's prefix (0 where there is none) and those of its branches.
+        runs: How many tokens predict no scored token, how many do, how many do not ... from the beginning of the row.
+    """
+
+    prompts: tuple[tuple[int, tuple[int, ...]], ...]
+    runs: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """S."""
+        return sum(self.runs)
+
+    @property
+    def copies(self) -> list[tuple[int, int]]:
+        """Lengths of consecutive parts of the row, and how many padded rows hold the tokens of each."""
+        parts = []
+        for prefix, branches in self.prompts:
+            parts += [(prefix, len(branches)), *((branch, 1) for branch in branches)]
+        return parts
 
 
 @dataclass(frozen=True)
@@ -35,23 +62,27 @@ class CandidateCollator:
     """Collates candidate rows into one of the two layouts.
 
     Args:
-        pad_token_id: Id written into the padding of ``padded`` rows; masks come from lengths, so any will do.
-        layout: ``padded`` or ``shared_prefix``.
+        pad_token_id: Id written into padding; masks come from lengths, so any will do.
+        layout: ``padded`` or ``packed``.
         pad_to_multiple_of: Pads the row length up to a multiple of this, or None.
+        counts_tokens: Whether every token of a sequence counts, as for a load-balancing loss: packed rows then hold
+            the last token of each completion too, though it predicts none that is scored, and say in
+            ``attention_mask`` [1, S] how many sequences each token belongs to.
 
     A batch of either layout holds ``completion_mask`` [B, K, T] bool, ``candidate_mask`` [B, K] bool, ``scores`` [B, K]
     float32, ``first_equal`` [B, K] int64 (the first candidate of the row with the same tokens) and, when the rows carry
     them, ``ref_token_logps`` and ``token_rewards`` [B, K, T] float32. ``padded`` adds ``input_ids``,
-    ``attention_mask``, ``labels`` [R, L] and ``row_slots`` [R] (b * K + k); ``shared_prefix`` adds ``input_ids``,
-    ``position_ids``, ``segment_ids`` [B, S], ``completion_positions`` and ``shift_labels`` [B, K * T].
+    ``attention_mask``, ``labels`` [R, L] and ``row_slots`` [R] (b * K + k); ``packed`` adds ``input_ids``,
+    ``position_ids`` [1, S], ``shift_labels`` [1, N], ``token_slots`` [N] ((b * K + k) * T + t) and ``segments``.
     Both masks of a row that only fills up a stream (``is_repeated``) are False throughout.
     """
 
     pad_token_id: int
     layout: Layout
     pad_to_multiple_of: int | None = None
+    counts_tokens: bool = False
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate candidate rows."""
         shape = (len(rows), max(len(row["completion_ids"]) for row in rows))
         candidate_mask = torch.zeros(shape, dtype=torch.bool)
@@ -63,7 +94,7 @@ class CandidateCollator:
             candidate_mask[b, :count] = True
             first_equal[b, :count] = torch.tensor([completions.index(completion) for completion in completions])
             scores[b, :count] = torch.tensor(row["scores"], dtype=torch.float32)
-        pack = self._padded if self.layout == "padded" else self._shared_prefix
+        pack = self._padded if self.layout == "padded" else self._packed
         tensors, starts, length = pack(rows, shape)
         completion_mask = torch.zeros(*shape, length, dtype=torch.bool)
         columns = {name: torch.zeros(*shape, length) for name in PER_TOKEN_COLUMNS if name in rows[0]}
@@ -103,40 +134,44 @@ class CandidateCollator:
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "row_slots": row_slots}
         return tensors, [len(row["prompt_ids"]) - 1 for row in rows], length - 1
 
-    def _shared_prefix(
+    def _packed(
         self, rows: Sequence[Mapping[str, Any]], shape: tuple[int, int]
-    ) -> tuple[dict[str, Tensor], list[int], int]:
-        length = self._rounded(max(packed_length(row["prompt_ids"], row["completion_ids"]) for row in rows))
+    ) -> tuple[dict[str, Any], list[int], int]:
         span = max(len(completion) for row in rows for completion in row["completion_ids"])
-        input_ids = torch.empty(shape[0], length, dtype=torch.long)
-        position_ids = torch.zeros(shape[0], length, dtype=torch.long)
-        segment_ids = torch.full((shape[0], length), -1, dtype=torch.long)
-        positions = torch.zeros(*shape, span, dtype=torch.long)
-        labels = torch.full((*shape, span), IGNORE_INDEX, dtype=torch.long)
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        prompts, runs = [], [0]
         for b, row in enumerate(rows):
             *prefix, last = row["prompt_ids"]
-            cursor = len(prefix)
-            input_ids[b, :cursor] = torch.tensor(prefix, dtype=torch.long)
-            position_ids[b, :cursor] = torch.arange(cursor)
-            segment_ids[b, :cursor] = 0
+            ids += prefix
+            positions += range(len(prefix))
+            runs[-1] += len(prefix)
+            branches = []
             for k, completion in enumerate(row["completion_ids"]):
-                end = cursor + len(completion)
-                input_ids[b, cursor:end] = torch.tensor([last, *completion[:-1]])
-                position_ids[b, cursor:end] = torch.arange(len(prefix), len(prefix) + len(completion))
-                segment_ids[b, cursor:end] = k + 1
-                positions[b, k, : len(completion)] = torch.arange(cursor, end)
-                labels[b, k, : len(completion)] = torch.tensor(completion)
-                cursor = end
-            # Padding sees padding alone here. Made of pad tokens, whose embedding is often 0, it would stay exactly 0
-            # through the model, where a norm has no derivative: NaN in every gradient (Gemma-3n).
-            input_ids[b, cursor:] = last
-        tensors = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "segment_ids": segment_ids,
-            "completion_positions": positions.flatten(1),
-            "shift_labels": labels.flatten(1),
+                branch = [last, *completion] if self.counts_tokens else [last, *completion[:-1]]
+                ids += branch
+                positions += range(len(prefix), len(prefix) + len(branch))
+                slots += range((b * shape[1] + k) * span, (b * shape[1] + k) * span + len(completion))
+                branches.append(len(branch))
+                runs += [len(completion), len(branch) - len(completion)]
+            prompts.append((len(prefix), tuple(branches)))
+        if padding := self._rounded(len(ids)) - len(ids):
+            # A prefix that no branch looks at.
+            ids, positions = [*ids, *[self.pad_token_id] * padding], [*positions, *range(padding)]
+            prompts, runs = [*prompts, (padding, ())], [*runs[:-1], runs[-1] + padding]
+        segments = Segments(tuple(prompts), tuple(runs))
+        labels = [token for row in rows for completion in row["completion_ids"] for token in completion]
+        tensors: dict[str, Any] = {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "shift_labels": torch.tensor([labels]),
+            "token_slots": torch.tensor(slots),
+            "segments": segments,
         }
+        if self.counts_tokens:
+            copies = [torch.full((length,), float(count)) for length, count in segments.copies]
+            tensors["attention_mask"] = torch.cat(copies)[None]
         return tensors, [0] * len(rows), span
 
     def _rounded(self, length: int) -> int:
@@ -145,19 +180,10 @@ class CandidateCollator:
 
 
 def packed_length(prompt_ids: Sequence[int], completion_ids: Sequence[Sequence[int]]) -> int:
-    """Length of the ``shared_prefix`` row of one prompt: P - 1 + sum of the completion lengths."""
+    """Tokens of one candidate row in a packed batch: P - 1 + sum of the completion lengths."""
     return len(prompt_ids) - 1 + sum(map(len, completion_ids))
 
 
-def branch_mask(segment_ids: Tensor) -> Tensor:
-    """Boolean attention mask [B, 1, S, S] of packed rows: causal, and a branch sees the prefix and itself.
-
-    Padding (segment -1) sees padding alone, so that no query is left without a key.
-
-    Args:
-        segment_ids: [B, S]; 0 prefix, k + 1 branch k, -1 padding.
-    """
-    query, key = segment_ids[:, None, :, None], segment_ids[:, None, None, :]
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    return causal & ((key == query) | ((key == 0) & (query >= 0)))
+def on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A collated batch with its tensors on a device; what is no tensor stays as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

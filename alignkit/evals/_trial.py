@@ -24,7 +24,7 @@ from alignkit.environment import environment
 from alignkit.errors import ConfigError
 from alignkit.models._comparison import compare_with_itself
 from alignkit.models._forward import use_packed_attention
-from alignkit.models._layouts import choose_layout, confirmed
+from alignkit.models._layouts import Requested, choose_layout, confirmed
 from alignkit.models.files import AdapterFiles, sha256
 from alignkit.models.loading import ModelSource
 from alignkit.models.positions import positions_of
@@ -135,7 +135,7 @@ def check_vocabulary(
 def prepare_scoring(
     model: PreTrainedModel | PeftModel,
     data: EvaluationData,
-    requested: Literal["auto", "padded", "shared_prefix"],
+    requested: Requested,
     *,
     batch_size: int,
     name: str,
@@ -154,10 +154,9 @@ def prepare_scoring(
     """
     lengths = RowLengths.of(*(rows for rows in (data.rows, data.probe) if rows is not None))
     run = compare_with_itself(model, lengths, f"the {name}", together=batch_size > 1)
-    choice = choose_layout(requested, model, data.rows, batch_size=batch_size, lengths=lengths)
-    choice = confirmed(choice, [run], lengths)
-    if choice.layout == "shared_prefix":
-        use_packed_attention(run.base, choice.attention)
+    choice = confirmed(choose_layout(requested, model, lengths), [run], lengths)
+    if choice.layout == "packed":
+        use_packed_attention(run.base)
     return choice.layout
 
 
@@ -170,7 +169,7 @@ class Trial:
         tokenizer: Decodes answers.
         data: What on.
         sampling: How answers are generated.
-        layout: ``padded`` or ``shared_prefix``.
+        layout: ``padded`` or ``packed``.
         batch_size: Rows a forward pass.
         state: This process among the others.
         name: What the model is called in progress bars.

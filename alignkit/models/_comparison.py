@@ -31,7 +31,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import Layout
 from alignkit.errors import ModelError
-from alignkit.models._forward import LOGP_TOLERANCE, base_model, compute_precision, score_rows
+from alignkit.models._forward import (
+    LOGP_TOLERANCE,
+    base_model,
+    compute_precision,
+    score_rows,
+    use_packed_attention,
+)
 from alignkit.models.modes import evaluating
 from alignkit.models.positions import LEARNED_POSITIONS, positions_of
 
@@ -86,11 +92,11 @@ class ScoringRun:
                 if text_config._attn_implementation != attention:
                     self.base.set_attn_implementation(attention)  # type: ignore[operator]
 
-    def logps(self, rows: Sequence[Mapping[str, Any]], layout: Layout = "padded") -> Tensor:
-        """Log-probs of the first of ``rows``, run in one batch with the others; its candidates behind one another."""
+    def logps(self, rows: Sequence[Mapping[str, Any]], layout: Layout = "padded", *, of: int = 0) -> Tensor:
+        """Log-probs of one of ``rows``, run in one batch with the others; its candidates behind one another."""
         device = next(self.model.parameters()).device
         scores = score_rows(self.model, rows, pad_token_id=0, layout=layout, batch_size=len(rows), device=device)
-        return torch.tensor([x for candidate in scores[0] for x in candidate])
+        return torch.tensor([x for candidate in scores[of] for x in candidate])
 
 
 def runs_only_in_training(trainer: Any) -> bool:
@@ -167,32 +173,30 @@ def compare_with_itself(model: nn.Module, lengths: RowLengths, name: str, *, tog
     return run
 
 
-def layout_difference(run: ScoringRun, row: Mapping[str, Any], attention: str | None = None) -> float:
+def layout_difference(run: ScoringRun, row: Mapping[str, Any]) -> float:
     """How far apart the log-probs of ``row`` are in the two layouts, nats; not a collective.
 
     Args:
         run: The model, as it will be run.
         row: A candidate row, best the longest: what depends on length shows there.
-        attention: The implementation packed rows will be run with; None is the model's own.
     """
     with run.scoring():
         padded = run.logps([row])
-        if attention is not None:
-            run.base.set_attn_implementation(attention)  # type: ignore[operator]
-        return disagreement(padded, run.logps([row], "shared_prefix"), run.precision)
+        use_packed_attention(run.base)
+        # The second of two, for rows that stand behind one another must not see each other.
+        return disagreement(padded, run.logps([row, row], "packed", of=1), run.precision)
 
 
-def layout_problem(run: ScoringRun, row: Mapping[str, Any], attention: str | None = None) -> str | None:
+def layout_problem(run: ScoringRun, row: Mapping[str, Any]) -> str | None:
     """Why ``run`` cannot score packed rows, or None where ``row`` gives the same in both layouts.
 
     Args:
         run: The model, as it will be run; padded rows it can.
         row: See :func:`layout_difference`.
-        attention: See :func:`layout_difference`.
     """
     tolerance = LOGP_TOLERANCE[run.precision]
     try:
-        difference = layout_difference(run, row, attention)
+        difference = layout_difference(run, row)
     # A model's code may fail in any way on a mask or on positions it was not written for.
     except Exception as error:  # noqa: BLE001
         reason = str(error).strip().splitlines() or [""]

@@ -3,8 +3,8 @@
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - ``trl.trainer.utils.add_fused_lm_head(model, ..., outputs=...)`` and its ``fused_lm_head`` / ``shift_labels`` inputs
 - ``FusedCausalLMOutput.log_probs / entropy / is_top1 / log_sum_sq_probs / aux_loss``
-- 4-D attention masks and ``BlockMask`` pass through ``transformers.masking_utils`` untouched
-- transformers ``PreTrainedModel._supports_flex_attn`` and ``set_attn_implementation``
+- 4-D attention masks pass through ``transformers.masking_utils`` untouched
+- transformers ``config._attn_implementation`` and ``set_attn_implementation``
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from tqdm.auto import tqdm
 from trl.trainer.utils import add_fused_lm_head
 
-from alignkit.data.prefix import CandidateCollator, Layout, branch_mask
-from alignkit.models import _packed_attention
+from alignkit.data.prefix import CandidateCollator, Layout, Segments, on_device
+from alignkit.models import _segments
 from alignkit.models.wrapping import base_model as base_model
 from alignkit.reports.bars import hidden_unless
 
 PADDED_INPUTS = ("input_ids", "attention_mask", "labels")
-PACKED_INPUTS = ("input_ids", "position_ids", "segment_ids", "completion_positions", "shift_labels")
+PACKED_INPUTS = ("input_ids", "position_ids", "segments", "shift_labels")
 _PACKED_BACKBONES: WeakSet[nn.Module] = WeakSet()
-PACKED_ATTENTION = ("eager", "sdpa", "flex_attention", _packed_attention.NAME)
 
 
 LOGP_TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.3, "quantized": 0.3}
@@ -60,50 +57,29 @@ class CompletionOutput:
 
 
 @dataclass
-class _PackedRows:
-    """Backbone hooks of the ``shared_prefix`` layout.
+class _PackedRow:
+    """Backbone hooks of the ``packed`` layout.
 
-    Before the backbone they turn ``segment_ids`` into the attention mask; after it they keep only the positions that
-    predict a completion token, so that the LM head never projects the prompt.
+    Before the backbone they turn ``segments`` into what its attention reads; after it they keep only the positions that
+    predict a scored token, so that the LM head never projects the others.
     """
 
-    config: Any
-    positions: Tensor | None = field(default=None, init=False)
+    runs: tuple[int, ...] | None = field(default=None, init=False)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Forward pre-hook: consumes ``segment_ids`` and ``completion_positions``."""
-        self.positions = kwargs.pop("completion_positions", None)
-        segment_ids = kwargs.pop("segment_ids", None)
-        if segment_ids is not None:
-            dtype = next(module.parameters()).dtype
-            kwargs["attention_mask"] = _attention_mask(segment_ids, self.config._attn_implementation, dtype)
+        """Forward pre-hook: consumes ``segments``."""
+        segments: Segments | None = kwargs.pop("segments", None)
+        self.runs = None if segments is None else segments.runs
+        if segments is not None:
+            kwargs["attention_mask"] = _segments.packed_mask()
+            kwargs[_segments.KEYWORD] = _segments.PackedParts(segments, kwargs["input_ids"].device)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook: ``last_hidden_state`` [B, S, H] becomes [B, K * T, H]."""
-        if self.positions is not None:
-            hidden = output.last_hidden_state
-            index = self.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-            output.last_hidden_state = hidden.gather(1, index)
-            self.positions = None
+        """Forward hook: ``last_hidden_state`` [1, S, H] becomes [1, N, H]."""
+        if self.runs is not None:
+            output.last_hidden_state = torch.cat(output.last_hidden_state.split(self.runs, 1)[1::2], 1)
         return output
-
-
-def _attention_mask(segment_ids: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | BlockMask:
-    if implementation == "flex_attention":
-        batch, length = segment_ids.shape
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            query, key = segment_ids[b, q], segment_ids[b, k]
-            return (k <= q) & ((key == query) | ((key == 0) & (query >= 0)))
-
-        return create_block_mask(visible, batch, None, length, length, device=segment_ids.device)
-    mask = branch_mask(segment_ids)
-    if implementation == _packed_attention.NAME:
-        return _packed_attention.mark_packed(mask, segment_ids)
-    if implementation == "eager":
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    return mask
 
 
 def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
@@ -130,11 +106,10 @@ def add_completion_head(model: nn.Module, temperature: float = 1.0) -> None:
 
 
 def support_packed_rows(base: nn.Module) -> None:
-    """Register the backbone hooks of the ``shared_prefix`` layout, once; ``padded`` rows pass them untouched."""
+    """Register the backbone hooks of the ``packed`` layout, once; ``padded`` rows pass them untouched."""
     backbone = cast(nn.Module, base.base_model)
     if backbone not in _PACKED_BACKBONES:
-        # The config alone: a hook that held the model itself would be followed in a circle by a compiler.
-        hooks = _PackedRows(base.config.get_text_config())
+        hooks = _PackedRow()
         backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
         backbone.register_forward_hook(hooks.after)
         base.register_forward_pre_hook(_without_router_logits, with_kwargs=True)
@@ -152,37 +127,14 @@ def _without_router_logits(base: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return args, kwargs
 
 
-def packed_attention(base: nn.Module) -> str:
-    """The attention to run packed rows with, as long as nothing has been measured.
-
-    In place of scaled-dot-product attention it is, on a CPU, the one that skips what no branch looks at.
-    """
-    own: str = base.config.get_text_config()._attn_implementation
-    return _packed_attention.NAME if own == "sdpa" and PartialState().device.type == "cpu" else own
-
-
-def replacement(base: nn.Module, attention: str | None) -> str:
-    """The implementation ``base`` runs packed rows with, where ``attention`` was chosen for a run.
-
-    Args:
-        base: A model, without its PEFT wrapper.
-        attention: The implementation to take in place of sdpa, which this model may not have if it was chosen for
-            another one; None is :func:`packed_attention`.
-    """
-    own: str = base.config.get_text_config()._attn_implementation
-    is_lacking = attention == "flex_attention" and not base._supports_flex_attn
-    is_fixed = own not in ("sdpa", _packed_attention.NAME)
-    return packed_attention(base) if attention is None or is_lacking or is_fixed else attention
-
-
-def use_packed_attention(base: nn.Module, attention: str | None = None) -> None:
-    """Make a model ready for packed rows, with the attention of :func:`replacement`.
+def use_packed_attention(base: nn.Module) -> None:
+    """Give a model the attention that its packed rows need and that leaves all others as they were.
 
     Not between a forward pass and its backward pass: recomputed activations would be those of other attention.
     """
-    chosen = replacement(base, attention)
-    if chosen != base.config.get_text_config()._attn_implementation:
-        base.set_attn_implementation(chosen)
+    own = base.config.get_text_config()._attn_implementation
+    if own in _segments.OWN:
+        base.set_attn_implementation(_segments.OWN[own])
 
 
 def completion_forward(
@@ -195,9 +147,11 @@ def completion_forward(
         inputs: What :class:`~alignkit.data.prefix.CandidateCollator` returned, on the model's device.
         router_logits: Ask a mixture of experts for its load-balancing loss.
     """
-    names = PACKED_INPUTS if "segment_ids" in inputs else PADDED_INPUTS
-    extra = {"output_router_logits": True} if router_logits else {}
-    output = model(**{name: inputs[name] for name in names}, use_cache=False, fused_lm_head=True, **extra)
+    names = PACKED_INPUTS if "segments" in inputs else PADDED_INPUTS
+    extra: dict[str, Any] = {"output_router_logits": True} if router_logits else {}
+    if router_logits and "attention_mask" in inputs:
+        extra["attention_mask"] = inputs["attention_mask"]
+    output = model(**{name: inputs[name] for name in names} | extra, use_cache=False, fused_lm_head=True)
 
     def by_candidate(values: Tensor | None) -> Tensor | None:
         return None if values is None else _by_candidate(values, inputs)
@@ -214,8 +168,8 @@ def completion_forward(
 def _by_candidate(values: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Per-token output of either layout as [B, K, T]; slots without a candidate are 0."""
     shape = inputs["completion_mask"].shape
-    if "segment_ids" in inputs:
-        return values.view(shape)
+    if "segments" in inputs:
+        return values.new_zeros(shape.numel()).index_copy(0, inputs["token_slots"], values[0]).view(shape)
     # Prompt-learning adapters prepend virtual tokens; the real positions are the last T.
     rows = values[:, -shape[2] :]
     return rows.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, inputs["row_slots"], rows).view(shape)
@@ -246,7 +200,7 @@ def score_rows(
         model: Model with a completion head; its train/eval mode is left alone.
         rows: Candidate rows; a ``Dataset`` is a sequence too.
         pad_token_id: See :class:`~alignkit.data.prefix.CandidateCollator`.
-        layout: ``padded`` or ``shared_prefix``.
+        layout: ``padded`` or ``packed``.
         batch_size: Rows a forward pass.
         device: Where the model's inputs go.
         progress: Title of a progress bar, or None for none.
@@ -266,7 +220,7 @@ def score_rows(
         completions = [[tuple(completion) for completion in row["completion_ids"]] for row in batch]
         distinct = [list(dict.fromkeys(row)) for row in completions]
         inputs = collator([_to_score(row["prompt_ids"], ids) for row, ids in zip(batch, distinct, strict=True)])
-        logps = completion_logps(model, {k: v.to(device) for k, v in inputs.items()}).float().cpu()
+        logps = completion_logps(model, on_device(inputs, device)).float().cpu()
         for b, i in enumerate(indices):
             kept = [logps[b, k][inputs["completion_mask"][b, k]].tolist() for k in range(len(distinct[b]))]
             scored = dict(zip(distinct[b], kept, strict=True))

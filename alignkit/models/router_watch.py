@@ -121,12 +121,9 @@ class RouterWatch:
     # --- hooks -----------------------------------------------------------------------------------------------------
 
     def _see_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note which tokens of the pass are none; rows that share their prompts say it by -1 among their segments."""
-        mask, segments = kwargs.get("attention_mask"), kwargs.get("segment_ids")
-        if segments is not None:
-            self._is_token = segments.reshape(-1) >= 0
-        else:
-            self._is_token = None if mask is None else mask.reshape(-1).bool()
+        """Note which tokens of the pass are none; a packed row has no such."""
+        mask = kwargs.get("attention_mask")
+        self._is_token = None if mask is None else mask.reshape(-1).bool()
 
     def _see_change(self, name: str, parameter: str) -> Any:
         @torch.no_grad()

@@ -63,7 +63,7 @@ def score_over_ranks(
         model: Model with a completion head (``add_completion_head``), in evaluation mode.
         rows: Candidate rows.
         pad_token_id: Id for padding positions.
-        layout: ``padded`` or ``shared_prefix``.
+        layout: ``padded`` or ``packed``.
         batch_size: Rows a forward pass.
         state: This process among the others.
         progress: Title of the progress bar of the first process.

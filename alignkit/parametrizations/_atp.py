@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from alignkit.data.prefix import on_device
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import CheckpointError, ConfigError, ModelError
 from alignkit.models._atp_layers import (
@@ -236,7 +237,7 @@ class Decisions(Attachment):
         places = [draw.randrange(len(self.rows)) for _ in range(size * accelerator.num_processes)]
         own = places[accelerator.process_index :: accelerator.num_processes]
         batch = trainer.data_collator([self.rows[place] for place in own])
-        inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
+        inputs = on_device(batch, accelerator.device)
         _, result = trainer.evaluate_objective(trainer.model, inputs)
         counts = {kind: accelerator.reduce(n, reduction="sum") for kind, n in trainer.item_counts(inputs).items()}
         terms = [term.weight * term.values.sum() / counts[term.item].clamp(min=1) for term in result.terms]

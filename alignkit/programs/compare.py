@@ -1,7 +1,7 @@
 """Compare two runs step by step: loss and gradient norm with tolerances, every other metric for information.
 
     alignkit compare runs/one_process runs/two_processes
-    alignkit compare runs/padded runs/shared_prefix --loss_tolerance 1e-5 --grad_norm_tolerance 1e-4
+    alignkit compare runs/padded runs/packed --loss_tolerance 1e-5 --grad_norm_tolerance 1e-4
 
 The exit status is 0 when both agree at every step, 1 when one does not, 2 when the runs cannot be compared. A wrong
 normaliser shows in the gradient norm even where the loss agrees.

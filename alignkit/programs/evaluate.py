@@ -158,7 +158,7 @@ def command_line(prog: str | None = None) -> StrictParser:
     parser.add_argument("--top_p", type=share, default=1.0, help="nucleus sampling")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the sampled answers")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a forward pass")
-    parser.add_argument("--layout", choices=("auto", "padded", "shared_prefix"), default="auto")
+    parser.add_argument("--layout", choices=("auto", "padded", "packed"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=DTYPE_HELP)
     parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base weights")
     parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))

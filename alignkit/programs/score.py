@@ -180,7 +180,7 @@ def command_line(prog: str | None = None) -> StrictParser:
         help="whether the response judged is part of its prompts; false is cheaper",
     )
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a forward pass")
-    parser.add_argument("--layout", choices=("auto", "padded", "shared_prefix"), default="auto")
+    parser.add_argument("--layout", choices=("auto", "padded", "packed"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base weights")
     parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))

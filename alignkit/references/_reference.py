@@ -246,7 +246,7 @@ class Reference:
             rows: Candidate rows.
             title: Of the progress bar.
             batch_size: Rows a forward pass.
-            layout: ``padded`` or ``shared_prefix``.
+            layout: ``padded`` or ``packed``.
         """
         share, accelerator = self._share(len(rows)), self.host.accelerator
         model = self._ready()
@@ -284,7 +284,7 @@ class Reference:
             rows: Candidate rows.
             name: What they are called.
             batch_size: Rows a forward pass.
-            layout: ``padded`` or ``shared_prefix``.
+            layout: ``padded`` or ``packed``.
         """
         weights = _cache.model_fingerprint(self._plain(self._in_training()), self._adapter())
         if self.negative is not None:

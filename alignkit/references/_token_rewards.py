@@ -16,7 +16,7 @@ import os.path
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +26,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from alignkit.data.candidates import SOURCE_COLUMNS
-from alignkit.data.lengths import SAMPLED_ROWS
 from alignkit.data.prefix import Layout, packed_length
 from alignkit.data.schema import EXAMPLES_SHOWN
 from alignkit.data.tokenization import CONTRAST_FEATURES
 from alignkit.errors import DataError, ModelError
-from alignkit.models import _packed_attention
 from alignkit.models._comparison import ScoringRun, layout_problem
 from alignkit.models._forward import base_model, compute_precision, use_packed_attention
-from alignkit.models._layouts import refusal, shared_prefix_obstacle
+from alignkit.models._layouts import ASKED_FOR, CHEAPER, Requested, packing_obstacle, refusal
 from alignkit.models.positions import positions_of
 from alignkit.references import _cache as reference
 from alignkit.references.token_reward_report import TokenRewardReport, token_reward_report
@@ -52,20 +50,18 @@ class PassLayout:
     """How the sequences of a row become rows for the model.
 
     Attributes:
-        layout: ``shared_prefix`` packs them, ``padded`` makes each a row of its own.
+        layout: ``packed`` packs them, ``padded`` makes each a row of its own.
         reason: Why.
         width: Hidden size of the model.
-        split_attention: Whether packed attention skips what no branch looks at, rather than compute the whole square.
     """
 
     layout: Layout
     reason: str
     width: int
-    split_attention: bool
 
     def cost(self, rows: Sequence[ScoredRow]) -> float:
         """What a forward pass over ``rows`` costs, in tokens: a pair of positions costs 1 / (6 width) of a token."""
-        return sum(row.num_tokens + row.num_pairs(split=self.split_attention) / (6 * self.width) for row in rows)
+        return sum(row.num_tokens + row.num_pairs / (6 * self.width) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,16 @@ class ScoredRow:
         """Tokens the model computes in a packed row."""
         return packed_length(self.prompt_ids, self.completion_ids)
 
-    def num_pairs(self, *, split: bool) -> float:
-        """Pairs of positions attention computes: the whole square, or with ``split`` each part apart."""
-        if not split or len(self.members) == 1:
-            return float(self.num_tokens**2)
-        prefix, branch = len(self.prompt_ids) - 1, max(map(len, self.completion_ids))
-        return prefix**2 / 2 + len(self.members) * branch * (prefix + branch)
+    @property
+    def num_pairs(self) -> float:
+        """Pairs of positions that attention computes in a packed row: every part apart."""
+        prefix, branches = len(self.prompt_ids) - 1, [len(ids) for ids in self.completion_ids]
+        return prefix**2 / 2 + sum(branch * (prefix + branch) for branch in branches)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return len(self.prompt_ids) + max(map(len, self.completion_ids))
 
     def candidate_row(self) -> dict[str, Any]:
         """The row as the collator takes it; the scores mean nothing."""
@@ -167,15 +167,15 @@ def with_token_rewards(
 
 
 def choose_pass_layout(
-    requested: Literal["auto", "padded", "shared_prefix"],
+    requested: Requested,
     model: nn.Module,
     rows: Dataset,
     *,
     run: ScoringRun | None = None,
 ) -> PassLayout:
-    """Whether the sequences of a row are packed: where the architecture allows it and it saves something.
+    """Whether the sequences of rows are packed: where the architecture allows it.
 
-    A collective. On a CPU the model is given the attention that skips what no branch looks at.
+    A collective. The model is given the attention that it takes.
 
     Args:
         requested: The config's ``layout``.
@@ -184,30 +184,24 @@ def choose_pass_layout(
         run: How it will be run; None is as it is.
 
     Raises:
-        ModelError: ``shared_prefix`` was asked for and the architecture does not allow it.
+        ModelError: ``packed`` was asked for and the architecture does not allow it.
     """
     run = run or ScoringRun("the reference", model, compute_precision(model))
     config: Any = run.base.config.get_text_config()  # type: ignore[operator, union-attr]
-    use_packed_attention(run.base)
-    is_split = config._attn_implementation == _packed_attention.NAME
-    padded = PassLayout("padded", "asked for", config.hidden_size, is_split)
+    padded = PassLayout("padded", ASKED_FOR, config.hidden_size)
     if requested == "padded":
         return padded
-    packed = replace(padded, layout="shared_prefix")
-    planned = [scored_rows(row, packed) for row in rows]
-    longest = max((scored for plan in planned for scored in plan), key=lambda scored: scored.num_tokens)
-    obstacle = shared_prefix_obstacle(model, longest=longest.num_tokens)
+    packed = PassLayout("packed", ASKED_FOR if requested == "packed" else CHEAPER, config.hidden_size)
+    scored = [each for row in rows for each in scored_rows(row, packed)]
+    obstacle = packing_obstacle(model, longest=max(each.longest for each in scored))
     if obstacle is None:
-        obstacle = layout_problem(run, longest.candidate_row())
-    if obstacle and requested == "shared_prefix":
+        obstacle = layout_problem(run, max(scored, key=lambda each: each.num_tokens).candidate_row())
+    if obstacle and requested == "packed":
         raise ModelError(refusal(obstacle))
     if obstacle:
         return replace(padded, reason=obstacle)
-    sample = range(min(len(rows), SAMPLED_ROWS))
-    apart = sum(padded.cost(scored_rows(rows[i], padded)) for i in sample)
-    share = sum(packed.cost(planned[i]) for i in sample) / apart
-    reason = f"sequences that begin alike, packed, are expected to cost {share:.2f} x what they cost apart"
-    return replace(packed if share < 1 or requested == "shared_prefix" else padded, reason=reason)
+    use_packed_attention(run.base)
+    return packed
 
 
 def refuse_long_sequences(rows: Dataset, model: nn.Module, name: str) -> None:
@@ -245,7 +239,7 @@ def scored_rows(row: Mapping[str, Any], layout: PassLayout) -> list[ScoredRow]:
 
     Args:
         row: A candidate row with contrast prompts.
-        layout: ``shared_prefix`` takes the cheapest grouping: the sequences of each completion, those of each prompt,
+        layout: ``packed`` takes the cheapest grouping: the sequences of each completion, those of each prompt,
             all together, or each alone; ``padded`` the last.
     """
     sequences = _sequences(row)

@@ -40,7 +40,7 @@ REFUSED_FOR_PREFERENCE: Mapping[str, str] = _BOTH | {
     "max_length": "rows come tokenised and cut. Cut them where they are converted, and write max_length: None",
     "truncation_mode": _TOKENISED,
     "dataset_num_proc": _TOKENISED,
-    "padding_free": "write layout: shared_prefix in BridgeSettings, which leaves most padding out",
+    "padding_free": "write layout: packed in BridgeSettings, which leaves all padding out",
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _ANCHOR),
 }
 REFUSED_FOR_SUPERVISED: Mapping[str, str] = _BOTH | {

@@ -12,13 +12,11 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -31,7 +29,7 @@ from trl.trainer.utils import add_fused_lm_head
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import RowLengths
-from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator
+from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator, on_device
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError, ModelError
 from alignkit.gradients._hook import ChosenRule
@@ -39,10 +37,8 @@ from alignkit.losses.types import ITEM_KINDS, CandidateBatch, LossOutput, count_
 from alignkit.models._aux_loss import checked_aux_loss
 from alignkit.models._comparison import (
     ScoringRun,
-    layout_problem,
     length_dependence,
     refuse_other_scores,
-    runs_only_in_training,
 )
 from alignkit.models._forward import (
     CompletionOutput,
@@ -52,8 +48,7 @@ from alignkit.models._forward import (
     support_packed_rows,
     use_packed_attention,
 )
-from alignkit.models._layout_timing import MICRO_BATCHES, agreed, choose_fastest, time_ways, ways_of
-from alignkit.models._layouts import LayoutChoice, choose_layout, confirmed
+from alignkit.models._layouts import LayoutChoice, Requested, choose_layout, confirmed, packing_problem
 from alignkit.models.choices import Choice
 from alignkit.models.modes import evaluating, switch_off_dropout
 from alignkit.models.precision import trained_values
@@ -83,14 +78,14 @@ class BridgeSettings:
     """What the bridge needs beside TRL's arguments.
 
     Attributes:
-        layout: ``auto``, ``padded`` or ``shared_prefix``.
+        layout: ``auto``, ``padded`` or ``packed``.
         max_length: Longest prompt + completion there can be, tokens; None goes by the rows that are looked at.
         reference_cache: Directory of precomputed reference log-probs (used when ``args.precompute_ref_log_probs``).
         token_reward_cache: Directory of the log-probs that token rewards are made of.
         negative_reference: A model of its own to score the last candidate of each row under (D2O's helpful reference).
     """
 
-    layout: Literal["auto", "padded", "shared_prefix"] = "auto"
+    layout: Requested = "auto"
     max_length: int | None = None
     reference_cache: Path | None = None
     token_reward_cache: Path | None = None
@@ -136,10 +131,11 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         self.needs = method.needs(options)
         self.data_collator: CandidateCollator
         self.layout: LayoutChoice = self._choose_layout(model, args, train_dataset, inherited)
+        counts_tokens = checked_aux_loss(model, args.router_aux_loss_coef) != 0.0
         self.prepare_bridge(gradient_rule)
         tokenizer = inherited["processing_class"]
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of)
+        collator = CandidateCollator(pad_token_id, self.layout.layout, args.pad_to_multiple_of, counts_tokens)
         ahead = args.precompute_ref_log_probs and "reference" in self.needs
         live = "reference" in self.needs and not ahead
         args.precompute_ref_log_probs = must_be_told_to_score_ahead(model, inherited, wanted=live)
@@ -153,8 +149,6 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         # TRL's own head also computes the mean logits, which nothing here reads.
         add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
         self.compare_models()
-        if self._measures_layout():
-            self._take_fastest_layout()
         self._complete_rows(ahead)
         if (schedule := method.anchor(options)) is not None:
             self.persistent.append(self.reference.follow(schedule))
@@ -195,22 +189,14 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         for name, each in {"the policy": model, **others}.items():
             if problem := length_dependence(each, self.lengths, together=together):
                 raise ModelError(f"{name}, {problem}.")
-        return choose_layout(
-            self.settings.layout,
-            model,
-            rows,
-            batch_size=args.per_device_train_batch_size,
-            lengths=self.lengths,
-            adapter=inherited.get("peft_config"),
-            others=others,
-            aux_loss=checked_aux_loss(model, args.router_aux_loss_coef) != 0.0,
-        )
+        adapter = inherited.get("peft_config")
+        return choose_layout(self.settings.layout, model, self.lengths, adapter=adapter, others=others)
 
     def compare_models(self) -> None:
         """Compare every model of the run with itself, once, before its first use; a collective.
 
         Raises:
-            ModelError: Scores would not be a model's own, or ``shared_prefix`` was asked for and one cannot run it.
+            ModelError: Scores would not be a model's own, or ``packed`` was asked for and one cannot run it.
         """
         if self._is_compared:
             return
@@ -226,9 +212,9 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         """Run rows in a layout from now on, under every model; not between a forward pass and its backward pass."""
         self.layout = choice
         self.data_collator = replace(self.data_collator, layout=choice.layout)
-        if choice.layout == "shared_prefix":
+        if choice.layout == "packed":
             for base in self.reference.bases():
-                use_packed_attention(base, choice.attention)
+                use_packed_attention(base)
 
     def _scoring_runs(self) -> list[ScoringRun]:
         """The models that can be run before training begins."""
@@ -240,52 +226,9 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
     def compare_policy(self, run: ScoringRun) -> None:
         """Compare the policy with itself once it is sharded, when nothing but its own layout is left to decide."""
         refuse_other_scores(run, self.lengths)
-        if self.layout.layout == "shared_prefix" and (problem := layout_problem(run, self.lengths.longest_row)):
+        if self.layout.layout == "packed" and (problem := packing_problem(run, self.lengths)):
             # The dataloaders are there already, so this cannot be decided for the user any more.
             raise ModelError(f"packed rows cannot be used: {problem}. Write `layout: padded`.")
-
-    def _measures_layout(self) -> bool:
-        """Whether layouts are timed: on accelerators, whose kernels decide, where there is a choice to make."""
-        is_open = self.settings.layout == "auto" and self.layout.attention is not None
-        return (
-            is_open
-            and not (runs_only_in_training(self) or self.args.torch_compile)
-            and self.accelerator.device.type != "cpu"
-        )
-
-    def _take_fastest_layout(self) -> None:
-        """Run some rows in every way there is and go on in the fastest; a collective, all processes take the same.
-
-        Padded rows are what is left where the fastest is not what every model of the run can do.
-        """
-        model, size, ways = self.model, self.args.per_device_train_batch_size, ways_of(self.model)
-        rows, count = self.train_dataset, MICRO_BATCHES * size
-        if isinstance(rows, Dataset):
-            rows = rows.select(range(0, len(rows), max(len(rows) // count, 1)))
-        with self._checkpointing():
-            timings = time_ways(
-                model,
-                ways,
-                list(islice(rows, count)),
-                batch_size=size,
-                collator=self.data_collator,
-                mixed_precision=self.accelerator.mixed_precision,
-            )
-        # Only the policy was timed, on some rows: the others, and the longest of all rows, have not been run this way.
-        self.take_layout(confirmed(choose_fastest(agreed(timings)), self._scoring_runs(), self.lengths))
-        base_model(model).set_attn_implementation(self.layout.attention or ways[0].attention)
-
-    @contextmanager
-    def _checkpointing(self) -> Iterator[None]:
-        """Activations are recomputed inside if they will be in training; transformers begins with it in ``train``."""
-        begins = self.args.gradient_checkpointing and not base_model(self.model).is_gradient_checkpointing
-        if begins:
-            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
-        try:
-            yield
-        finally:
-            if begins:
-                self.model.gradient_checkpointing_disable()
 
     # --- objective -------------------------------------------------------------------------------------------------
 
@@ -344,7 +287,7 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         share = range(self.accelerator.process_index, len(rows) // ranks * ranks, ranks)
         batches = [[rows[i] for i in share[start : start + size]] for start in range(0, len(share), size)]
         device = self.accelerator.device
-        return [{k: v.to(device) for k, v in self.data_collator(batch).items()} for batch in batches]
+        return [on_device(self.data_collator(batch), device) for batch in batches]
 
     @torch.no_grad()
     def probe_logps(self, inputs: Mapping[str, Tensor]) -> Tensor:

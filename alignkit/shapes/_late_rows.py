@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from alignkit.data.prefix import on_device
 from alignkit.shapes._token_budget import Rows
 
 
@@ -75,4 +76,4 @@ class LateRows(Trainer):  # transformers' trainer is untyped
 
     def _collated(self, numbers: list[int]) -> dict[str, Tensor]:
         batch = self.data_collator([self.train_dataset[number] for number in numbers])
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        return on_device(batch, self.accelerator.device)

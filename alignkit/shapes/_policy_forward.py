@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from trl.trainer.utils import add_fused_lm_head
 
-from alignkit.data.prefix import IGNORE_INDEX, CandidateCollator
+from alignkit.data.prefix import IGNORE_INDEX, CandidateCollator, on_device
 from alignkit.errors import ConfigError, ModelError
-from alignkit.models._forward import base_model, completion_forward, packed_attention, support_packed_rows
-from alignkit.models._layouts import ASKED_FOR, LayoutChoice, expected_cost, first_obstacle, refusal
+from alignkit.models._forward import base_model, completion_forward, support_packed_rows
+from alignkit.models._layouts import ASKED_FOR, CHEAPER, LayoutChoice, Requested, first_obstacle, refusal
 
 NOT_GIVEN: Mapping[str, str] = {
     "old_policy_kl": (
@@ -82,7 +82,7 @@ def prepare_policy(model: nn.Module, needs: Iterable[str], *, temperature: float
 
 
 def choose_policy_layout(
-    requested: Literal["auto", "padded", "shared_prefix"],
+    requested: Requested,
     model: nn.Module,
     *,
     others: Mapping[str, nn.Module],
@@ -96,23 +96,25 @@ def choose_policy_layout(
         requested: The config's ``layout``.
         model: The policy, plain or PEFT.
         others: Every other model that is run, by what it is called.
-        longest: Longest packed row there can be, tokens.
+        longest: Longest prompt and completion there can be, tokens.
         aux_loss: Whether a load-balancing loss is trained on.
         keeps_attention: Whether completions are drawn by an engine that knows the model's own attention alone.
 
     Raises:
-        ModelError: ``shared_prefix`` was asked for and a model does not allow it.
+        ModelError: ``packed`` was asked for and a model does not allow it.
     """
     if requested == "padded":
         return LayoutChoice("padded", ASKED_FOR)
-    if obstacle := first_obstacle(model, others, longest=longest, aux_loss=aux_loss):
-        if requested == "shared_prefix":
-            raise ModelError(refusal(obstacle))
+    obstacle = first_obstacle(model, others, longest=longest)
+    if keeps_attention:
+        obstacle = "the engine that draws completions (continuous batching) knows the model's own attention alone"
+    if aux_loss:
+        obstacle = "the load-balancing loss counts every prompt once per completion, those of empty ones too"
+    if obstacle and requested == "packed":
+        raise ModelError(refusal(obstacle))
+    if obstacle:
         return LayoutChoice("padded", obstacle)
-    base = base_model(model)
-    attention = base.config.get_text_config()._attn_implementation if keeps_attention else packed_attention(base)
-    reason = "wherever the completions of a batch share enough of their prompts to save FLOPs; padded elsewhere"
-    return LayoutChoice("shared_prefix", ASKED_FOR if requested == "shared_prefix" else reason, attention)
+    return LayoutChoice("packed", ASKED_FOR if requested == "packed" else CHEAPER)
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,10 @@ class PolicyForward:
 
     Args:
         layout: What was chosen.
-        text_config: Of the policy, for what a pass costs.
         most: Completions that one packed row holds at most; of more of a prompt, the others stand in the next row.
     """
 
     layout: LayoutChoice
-    text_config: Any
     most: int
 
     def __call__(
@@ -159,16 +159,12 @@ class PolicyForward:
     def _one_pass(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int, router_logits: bool
     ) -> PolicyOutput:
-        if self.layout.layout == "shared_prefix":
+        if self.layout.layout == "packed":
             rows, places = rows_by_prompt(input_ids, attention_mask, keep, self.most)
             # Of completions that are all masked there is nothing to pack, and the padded pass gives their zeros.
-            if rows and (self.layout.reason == ASKED_FOR or self._saves(rows)):
+            if rows:
                 return packed_pass(model, rows, places, (len(input_ids), keep), input_ids.device)
         return padded_pass(model, input_ids, attention_mask, keep, router_logits=router_logits)
-
-    def _saves(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these rows are expected to cost fewer FLOPs than padded ones, for which a dense mask is taken."""
-        return expected_cost(self.text_config, rows, batch_size=len(rows)).speedup > 1.0
 
 
 def padded_pass(
@@ -235,7 +231,7 @@ def packed_pass(
         shape: B and T of the results.
         device: Of the model's inputs.
     """
-    inputs = {name: x.to(device) for name, x in CandidateCollator(0, "shared_prefix")(rows).items()}
+    inputs = on_device(CandidateCollator(0, "packed")(rows), device)
     found = completion_forward(model, inputs)
     branches = inputs["completion_mask"].shape[1]
     taken = torch.tensor([row * branches + branch for _, row, branch in places], device=device)

@@ -21,7 +21,7 @@ from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.data.prompts import prompt_ids_of
 from alignkit.errors import ModelError
 from alignkit.models._comparison import ScoringRun, length_dependence, refuse_other_scores
-from alignkit.models._forward import base_model, compute_precision, use_packed_attention
+from alignkit.models._forward import compute_precision, use_packed_attention
 from alignkit.models._layouts import LayoutChoice, confirmed
 from alignkit.models.modes import switch_off_dropout
 from alignkit.references._reference import placed
@@ -108,11 +108,11 @@ class PolicyLayouts:
             self.settings.layout,
             self.model,
             others=others,
-            longest=max(self.lengths.packed, prompt + most * self.args.max_completion_length),
+            longest=max(int(self.lengths.longest.max()), prompt + self.args.max_completion_length),
             aux_loss=self.aux_loss_enabled,
             keeps_attention=self.args.use_transformers_continuous_batching,
         )
-        return PolicyForward(choice, base_model(self.model).config.get_text_config(), most)
+        return PolicyForward(choice, most)
 
     @property
     def layout(self) -> LayoutChoice:
@@ -125,9 +125,9 @@ class PolicyLayouts:
         runs = [run, *self._reference_runs(run)]
         choice = confirmed(self.layout, runs, self.lengths)
         self.forward_pass = replace(self.forward_pass, layout=choice)
-        if choice.layout == "shared_prefix":
+        if choice.layout == "packed":
             for each in runs:
-                use_packed_attention(each.base, choice.attention)
+                use_packed_attention(each.base)
 
     def _reference_runs(self, policy: ScoringRun) -> list[ScoringRun]:
         """The reference as it is run, where there is one."""

@@ -194,7 +194,7 @@ class PolicyRows(ObjectiveBridge, GRPOTrainer):
         rows_stay, every_row_counts = self.why_rows_stay is not None, "every_row" in self.needs
         return Arrangement(
             1 if rows_stay else window_of(self.args.gradient_accumulation_steps, self.args.steps_per_generation),
-            by_prompt=self.layout.layout == "shared_prefix",
+            by_prompt=self.layout.layout == "packed",
             skip_dead=self.settings.skip_dead_rows and not rows_stay and not every_row_counts,
             max_tokens=self.settings.max_tokens_per_micro_batch,
         )

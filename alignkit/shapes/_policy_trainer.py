@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -34,6 +34,7 @@ from alignkit.errors import DataError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import POLICY_ITEM_KINDS, LossOutput, PolicyBatch
 from alignkit.models._aux_loss import checked_aux_loss
+from alignkit.models._layouts import Requested
 from alignkit.models.precision import trained_values
 from alignkit.parts.method import Method
 from alignkit.shapes._arguments import REFUSED_FOR_ONLINE, refuse_unused
@@ -70,7 +71,7 @@ class UpdateSettings:
     """What the bridge needs beside TRL's arguments.
 
     Attributes:
-        layout: ``padded``, ``shared_prefix`` or ``auto``.
+        layout: ``padded``, ``packed`` or ``auto``.
         top_entropy_quantile: Share of the tokens, those of the largest entropy, that is trained on.
         off_policy_mask_threshold: Mean log-ratio from which completions with a negative advantage are left out, nats.
         max_prompt_length: Longest prompt there can be, tokens; None goes by the rows that are looked at.
@@ -81,7 +82,7 @@ class UpdateSettings:
         dynamic_sampling: Times that completions without spread are drawn again.
     """
 
-    layout: Literal["auto", "padded", "shared_prefix"] = "padded"
+    layout: Requested = "padded"
     top_entropy_quantile: float = 1.0
     off_policy_mask_threshold: float | None = None
     max_prompt_length: int | None = None

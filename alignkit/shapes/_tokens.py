@@ -3,11 +3,14 @@
 Inherited from TRL: model preparation, PEFT, packing, collation, saving. Replaced: the objective (on a TokenBatch),
 normalisation and metrics (``_bridge.py``).
 
-Rows come tokenised (``input_ids``, ``labels``), which TRL packs and never touches otherwise. Packed rows stand behind
-one another in a single sequence with restarting ``position_ids`` and no attention mask. From these transformers 5.23
-derives a block-diagonal mask for eager, sdpa and flex attention, and flash attention takes the collator's lengths. An
-attention function without a mask function of its own gets no mask at all and would let rows see each other, hence
-``packing_difference``.
+Rows come tokenised (``input_ids``, ``labels``), which TRL packs up to a length where it is asked to and never touches
+otherwise. In the layout ``packed`` all examples of a micro-batch stand behind one another in a single row, attention
+computes each by itself, and the head scores trained tokens alone.
+
+Where a model cannot run that, rows are padded, and those that TRL has packed have restarting ``position_ids`` and no
+attention mask. From these transformers 5.23 derives a block-diagonal mask for eager, sdpa and flex attention, and flash
+attention takes the collator's lengths. An attention function without a mask function of its own gets no mask at all and
+would let rows see each other, hence ``packing_difference``.
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - trl ``SFTTrainer._prepare_dataset`` leaves rows with ``input_ids`` and ``labels`` as they are, but for packing
@@ -20,7 +23,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, islice
 from typing import Any, ClassVar
@@ -35,7 +38,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
-from alignkit.data.prefix import IGNORE_INDEX
+from alignkit.data.prefix import IGNORE_INDEX, Segments
 from alignkit.data.supervised import prompts_of, to_supervised_rows
 from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.errors import ModelError
@@ -48,9 +51,11 @@ from alignkit.models._comparison import (
     disagreement,
     length_dependence,
     refuse_other_scores,
+    runs_only_in_training,
 )
 from alignkit.models._distillation import head_difference
-from alignkit.models._forward import LOGP_TOLERANCE
+from alignkit.models._forward import LOGP_TOLERANCE, base_model, support_packed_rows, use_packed_attention
+from alignkit.models._layouts import ASKED_FOR, LayoutChoice, Requested, choose_layout, confirmed, refusal
 from alignkit.models.choices import Choice
 from alignkit.models.precision import trained_values
 from alignkit.models.vocabulary import check_token_ids
@@ -65,6 +70,9 @@ __all__ = ["batches_an_epoch"]
 
 ROW_TOKENS = "row_tokens"
 """Key of a batch that the model never sees: how many tokens of each of its rows count."""
+ROW_SCORED = "row_scored"
+"""Another, of packed rows: how many tokens of each the head scores."""
+TEACHER = "the method compares the policy with a teacher position by position, in rows of their own"
 METRICS: Mapping[str, str] = {
     "entropy": "entropy of the next-token distribution over trained tokens, nats",
     "mean_token_accuracy": "share of the trained tokens that are the most likely one",
@@ -84,16 +92,18 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
         method: The method whose objective is minimised.
         options: Instance of ``method.options``.
         train_dataset: Tokenised rows.
+        layout: ``auto``, ``padded`` or ``packed``.
         teacher: The model the method compares the policy with, where it is not the policy with its adapter off.
         gradient_rule: What is done to the gradient before the optimizer sees it; None is nothing.
         **inherited: ``eval_dataset``, ``processing_class``, ``peft_config``, ``callbacks``, ``optimizers`` as in TRL.
 
     Raises:
-        ModelError: The model's scores would not be its own, or ``args.packing`` and packed rows see each other.
+        ModelError: The model's scores would not be its own, ``args.packing`` and packed rows see each other, or the
+            layout was asked for and cannot be.
     """
 
     item_kinds: ClassVar[tuple[str, ...]] = ("token",)
-    own_inputs: ClassVar[tuple[str, ...]] = (ROW_TOKENS,)
+    own_inputs: ClassVar[tuple[str, ...]] = (ROW_TOKENS, ROW_SCORED)
     """What a batch holds that is not the model's."""
     _signature_columns: list[str] | None
     data_collator: Any
@@ -106,6 +116,7 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
         method: Method,
         options: Any,
         train_dataset: Dataset | IterableDataset,
+        layout: Requested = "auto",
         teacher: nn.Module | None = None,
         gradient_rule: ChosenRule | None = None,
         **inherited: Any,
@@ -117,11 +128,13 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
         checked_aux_loss(model, args.router_aux_loss_coef)
         models = {"the policy": model} | ({} if teacher is None else {"the teacher": teacher})
         self.lengths = self._look_at_rows(models, args, train_dataset, inherited.get("eval_dataset"))
+        choice = method.teacher(options)
+        self.layout = self._choose_layout(layout, model, inherited.get("peft_config"), has_teacher=choice is not None)
         start = trained_values(model)
         super().__init__(model, args=args, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
-        self.data_collator = self.own_collator(self.data_collator)
-        choice = method.teacher(options)
+        support_packed_rows(base_model(self.model))
+        self.take_layout(self.layout)
         self.teacher = None if choice is None else Teacher(self, teacher, choice.temperature)
         for run in self.policy_runs() + ([] if self.teacher is None else self.teacher.runs()):
             self.compare_policy(run)
@@ -133,7 +146,25 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
 
     def own_collator(self, collator: DataCollatorForLanguageModeling) -> SupervisedCollator:
         """The collator of this bridge, set as TRL has set its own."""
-        return SupervisedCollator(**vars(collator))
+        made = PackedCollator if self.layout.layout == "packed" else SupervisedCollator
+        return made(**vars(collator))
+
+    def _choose_layout(
+        self, requested: Requested, model: nn.Module, adapter: Any, *, has_teacher: bool
+    ) -> LayoutChoice:
+        """The layout that what is known of the model speaks for; before TRL wraps anything."""
+        if not has_teacher:
+            return choose_layout(requested, model, self.lengths, adapter=adapter)
+        if requested == "packed":
+            raise ModelError(refusal(TEACHER))
+        return LayoutChoice("padded", ASKED_FOR if requested == "padded" else TEACHER)
+
+    def take_layout(self, choice: LayoutChoice) -> None:
+        """Run rows in a layout from now on; not between a forward pass and its backward pass."""
+        self.layout = choice
+        self.data_collator = self.own_collator(self.data_collator)
+        if choice.layout == "packed":
+            use_packed_attention(base_model(self.model))
 
     def _look_at_rows(self, models: Mapping[str, nn.Module], args: SFTConfig, rows: Any, held_out: Any) -> RowLengths:
         """Lengths of all rows, of which each must have log-probs of its own under the models.
@@ -161,6 +192,14 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
         refuse_other_scores(run, self.lengths)
         if self.teacher is not None:
             self._compare_head(run)
+        choice = confirmed(self.layout, [run], self.lengths)
+        if choice != self.layout and runs_only_in_training(self):
+            # The dataloaders are there already, so this cannot be decided for the user any more.
+            raise ModelError(refusal(choice.reason))
+        if choice != self.layout:
+            self.take_layout(choice)
+        if self.layout.layout == "packed":
+            return
         implementation = run.base.config.get_text_config()._attn_implementation
         # Flash attention takes row boundaries as such.
         if not self.padding_free or "flash" in implementation:
@@ -220,7 +259,8 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
 
     def item_counts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Local number of trained tokens; no position predicts the first token of a row."""
-        return {"token": (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()}
+        labels = inputs["shift_labels"] if "segments" in inputs else inputs["labels"][..., 1:]
+        return {"token": (labels != IGNORE_INDEX).sum()}
 
     def num_rows(self, inputs: Mapping[str, Tensor]) -> int:
         """Rows of a batch; what packing has put together is one."""
@@ -232,12 +272,17 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
 
     def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
         """Train and count no token of a row behind the first ``kept``."""
-        labels, lengths = inputs["labels"], inputs[ROW_TOKENS]
+        lengths = inputs[ROW_TOKENS]
+        counted = lengths.masked_fill(torch.arange(len(lengths), device=lengths.device) >= kept, 0)
+        if "segments" in inputs:
+            labels = inputs["shift_labels"]
+            is_kept = torch.arange(labels.shape[1], device=labels.device) < inputs[ROW_SCORED][:kept].sum()
+            return {**inputs, "shift_labels": labels.masked_fill(~is_kept, IGNORE_INDEX), ROW_TOKENS: counted}
+        labels = inputs["labels"]
         positions = torch.arange(labels.shape[-1] if self.padding_free else len(labels), device=labels.device)
         is_kept = positions < (lengths[:kept].sum() if self.padding_free else kept)
         if not self.padding_free:
             is_kept = is_kept[:, None]
-        counted = lengths.masked_fill(torch.arange(len(lengths), device=lengths.device) >= kept, 0)
         return {**inputs, "labels": labels.masked_fill(~is_kept, IGNORE_INDEX), ROW_TOKENS: counted}
 
     # --- metrics ---------------------------------------------------------------------------------------------------
@@ -280,6 +325,48 @@ class SupervisedCollator(DataCollatorForLanguageModeling):
         ]
         rows = [{**row, "labels": trained} for row, trained in zip(examples, labels, strict=True)]
         return {**super().torch_call(rows), ROW_TOKENS: torch.tensor(counts)}
+
+
+@dataclass
+class PackedCollator(SupervisedCollator):
+    """All examples of a batch behind one another in one row, without padding.
+
+    A batch holds ``input_ids``, ``position_ids`` [1, S], ``shift_labels`` [1, N] (those of the positions that predict a
+    trained token of their example), ``segments``, and per row ``row_tokens`` and ``row_scored``.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows, of which TRL may have packed several into one."""
+        ids: list[int] = []
+        labels: list[int] = []
+        prompts: list[tuple[int, tuple[int, ...]]] = []
+        runs, scored = [0, 0], []
+        for row in examples:
+            targets = row["labels"]
+            ends = accumulate(row.get("seq_lengths") or [len(targets)])
+            starts = {0, *ends}
+            own = [t for t in range(1, len(targets)) if targets[t] != IGNORE_INDEX and t not in starts]
+            labels += [IGNORE_INDEX if row.get(REPEATED) else targets[t] for t in own]
+            scored.append(len(own))
+            is_scoring = set(own)
+            for t in range(1, len(targets) + 1):
+                if (len(runs) % 2 == 0) != (t in is_scoring):
+                    runs.append(0)
+                runs[-1] += 1
+            prompts += [(0, (length,)) for length in row.get("seq_lengths") or [len(targets)]]
+            ids += row["input_ids"]
+        if padding := -len(ids) % (self.pad_to_multiple_of or 1):
+            ids, prompts = [*ids, *[self.pad_token_id] * padding], [*prompts, (padding, ())]
+            runs += [padding] if len(runs) % 2 == 0 else [0, padding]
+        positions = [torch.arange(prefix + sum(branches)) for prefix, branches in prompts]
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.cat(positions)[None],
+            "shift_labels": torch.tensor([labels], dtype=torch.long),
+            "segments": Segments(tuple(prompts), tuple(runs)),
+            ROW_TOKENS: torch.tensor([0 if row.get(REPEATED) else len(row["input_ids"]) for row in examples]),
+            ROW_SCORED: torch.tensor(scored),
+        }
 
 
 def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -413,6 +500,7 @@ def build(
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
         teacher=teacher,
+        layout=config.layout,
         **inherited,
     )
     trainer.fill_by_tokens(config.tokens_per_batch, choices.get("tokens_per_batch"))
@@ -420,8 +508,9 @@ def build(
 
 
 def describe(config: Any, trainer: SupervisedTrainer) -> dict[str, Any]:
-    """The teacher, in words."""
+    """The layout, and the teacher in words."""
+    found: dict[str, Any] = {"batch_layout": asdict(trainer.layout)}
     if trainer.teacher is None:
-        return {}
+        return found
     own = teacher_models(config).get("teacher")
-    return {"teacher": "the policy with its adapter off" if own is None else f"{own}, a second model in memory"}
+    return found | {"teacher": "the policy with its adapter off" if own is None else f"{own}, a second model in memory"}

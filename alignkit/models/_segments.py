@@ -1,0 +1,287 @@
+"""Attention over a packed row, part by part: no mask over the row, no padding, nothing computed that nobody looks at.
+
+A packed row (``alignkit/data/prefix.py``) holds prefixes and the branches that go on from them. The queries of a prefix
+see the prefix; those of a branch see its prefix and the branch. Both are causal attention aligned at the end: the last
+query sees every key. Two ways compute it:
+
+- one call of a kernel for sequences of varying length, over keys that were gathered so that those of a branch stand
+  together: flash-attn's where it is installed, else torch's own. On CUDA devices, in half precision.
+- elsewhere one call of the model's own kind of attention (sdpa or eager) for all parts of the same shape.
+
+Parts are cut out by split and put together by concatenation, whose derivatives are deterministic.
+
+Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- transformers ``AttentionInterface.register``, ``AttentionMaskInterface.register``, ``sdpa_attention_forward``,
+  ``sdpa_mask`` and ``eager_mask``; keyword arguments of a backbone reach its attention function; an attention mask with
+  four dimensions does so untouched; ``eager_attention_forward`` in the module that defines an attention layer
+- torch ``torch.nn.attention.varlen.varlen_attn``
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from alignkit.data.prefix import Segments
+
+KEYWORD = "packed_parts"
+"""Under which a backbone is given the :class:`PackedParts` of a row."""
+OWN = {"sdpa": "alignkit_packed", "flash_attention_2": "alignkit_packed", "eager": "alignkit_packed_eager"}
+"""By the attention of a model, the one that runs its packed rows and leaves all others as they were."""
+MAX_HEAD_SIZE = 256
+"""Of flash attention's kernels."""
+
+Attend = Callable[..., tuple[Tensor, Any]]
+
+
+class Part(NamedTuple):
+    """Queries and keys of one part: pieces of the row by number; ``prefix`` is None where there is none."""
+
+    prefix: int | None
+    piece: int
+
+
+class PackedParts:
+    """The parts of a packed row, read off its :class:`~alignkit.data.prefix.Segments`; shared by all layers of a pass.
+
+    Args:
+        segments: Where the parts lie.
+        device: What the row is on.
+    """
+
+    def __init__(self, segments: Segments, device: torch.device) -> None:
+        self.device = device
+        self.lengths: list[int] = []
+        self.parts: list[Part] = []
+        for prefix, branches in segments.prompts:
+            home = len(self.lengths) if prefix else None
+            if prefix:
+                self.parts.append(Part(None, self._piece(prefix)))
+            self.parts += [Part(home, self._piece(branch)) for branch in branches if branch]
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def _piece(self, length: int) -> int:
+        self.lengths.append(length)
+        return len(self.lengths) - 1
+
+    def sizes(self, part: Part) -> tuple[int, int]:
+        """Queries and keys of a part."""
+        own = self.lengths[part.piece]
+        return own, own + (0 if part.prefix is None else self.lengths[part.prefix])
+
+    @cached_property
+    def by_shape(self) -> list[list[Part]]:
+        """Parts with as many queries and as many keys, together."""
+        groups: dict[tuple[int, int], list[Part]] = defaultdict(list)
+        for part in self.parts:
+            groups[self.sizes(part)].append(part)
+        return list(groups.values())
+
+    def mask(self, queries: int, keys: int, window: int | None) -> Tensor:
+        """What the last ``queries`` of ``keys`` tokens see, [1, 1, queries, keys] bool; kept for the other layers."""
+        if (queries, keys, window) not in self._masks:
+            at = torch.arange(keys, device=self.device)
+            distance = at[keys - queries :, None] - at
+            seen = distance >= 0
+            if window is not None:
+                seen &= distance < window
+            self._masks[queries, keys, window] = seen[None, None]
+        return self._masks[queries, keys, window]
+
+    @cached_property
+    def key_index(self) -> Tensor:
+        """Positions in the row of the keys of every part, behind one another."""
+        starts = [0, *accumulate(self.lengths)]
+        spans = [range(starts[piece], starts[piece + 1]) for part in self.parts for piece in part if piece is not None]
+        return torch.tensor([position for span in spans for position in span], device=self.device)
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Where the queries and the keys of every part end, from 0, int32: a row behind another."""
+        sizes = [self.sizes(part) for part in self.parts]
+        queries, keys = ([0, *accumulate(column)] for column in zip(*sizes, strict=True))
+        return tuple(torch.tensor(x, dtype=torch.int32, device=self.device) for x in (queries, keys))  # type: ignore[return-value]
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Most queries and most keys of a part."""
+        queries, keys = zip(*(self.sizes(part) for part in self.parts), strict=True)
+        return max(queries), max(keys)
+
+
+def packed_mask() -> Tensor:
+    """What stands in for the mask of a packed row: nothing could be computed with it by attention that reads masks."""
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # other lengths in every batch would be compiled anew
+def _over_parts(
+    parts: PackedParts, attend: Attend, module: nn.Module, states: tuple[Tensor, Tensor, Tensor], kwargs: dict[str, Any]
+) -> Tensor:
+    """Output [1, S, heads, head size of the values] of attention over a packed row."""
+    kwargs = {key: value for key, value in kwargs.items() if key != "is_causal"}
+    kernel = None if attend is _eager else varlen_kernel(states, kwargs.get("dropout", 0.0))
+    if kernel is not None:
+        query, key, value = (x[0].transpose(0, 1) for x in states)
+        key, value = key[parts.key_index], value[parts.key_index]
+        window = kwargs.get("sliding_window")
+        return kernel(query, key, value, parts, scaling=kwargs.get("scaling"), window=window)[None]
+    queries, keys, values = (torch.split(x, parts.lengths, 2) for x in states)
+    output = list(queries)
+    for group in parts.by_shape:
+
+        def seen(x: tuple[Tensor, ...], group: list[Part] = group) -> Tensor:
+            each = [x[p.piece] if p.prefix is None else torch.cat([x[p.prefix], x[p.piece]], 2) for p in group]
+            return torch.cat(each) if len(each) > 1 else each[0]
+
+        asking = torch.cat([queries[part.piece] for part in group])
+        found, _ = attend(parts, module, asking, seen(keys), seen(values), **kwargs)
+        for part, own in zip(group, torch.split(found, 1), strict=True):
+            output[part.piece] = own
+    return torch.cat(output, 1)
+
+
+def _sdpa(
+    parts: PackedParts, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    queries, keys, window = query.shape[2], key.shape[2], kwargs.get("sliding_window")
+    if queries == keys and (window is None or window >= keys):
+        return sdpa_attention_forward(module, query, key, value, None, is_causal=True, **kwargs)  # type: ignore[no-any-return]
+    return sdpa_attention_forward(module, query, key, value, parts.mask(queries, keys, window), **kwargs)  # type: ignore[no-any-return]
+
+
+def _eager(
+    parts: PackedParts, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """The attention that the model's own file defines, with what that alone knows: soft caps, sinks."""
+    seen = parts.mask(query.shape[2], key.shape[2], kwargs.get("sliding_window"))
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill(~seen, torch.finfo(query.dtype).min)
+    return _eager_of(module)(module, query, key, value, mask, **kwargs)
+
+
+def _eager_of(module: nn.Module) -> Attend:
+    found: Attend = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return found
+
+
+# --- kernels for sequences of varying length --------------------------------------------------------------------------
+
+
+def varlen_kernel(states: tuple[Tensor, Tensor, Tensor], dropout: float) -> Callable[..., Tensor] | None:
+    """The kernel that can run these queries, keys and values in one call, or None.
+
+    Args:
+        states: Queries [1, heads, S, head size], keys and values.
+        dropout: On attention weights, which no such kernel is asked for.
+    """
+    query, key, value = states
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or dropout:
+        return None
+    if query.shape[-1] > MAX_HEAD_SIZE or query.shape[-1] != value.shape[-1]:
+        return None
+    return _flash_attn if _has_flash_attn() else _torch_varlen
+
+
+@lru_cache(None)
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, parts: PackedParts, *, scaling: float | None, window: int | None
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]  # installed by those who have a GPU
+
+    left = -1 if window is None else window - 1
+    output: Tensor = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        *parts.ends,
+        *parts.longest,
+        causal=True,
+        softmax_scale=scaling,
+        window_size=(left, 0 if window is not None else -1),
+    )
+    return output
+
+
+def _torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, parts: PackedParts, *, scaling: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    how: dict[str, Any] = {"scale": scaling}
+    if "window_size" in known:
+        how["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None or window >= parts.longest[1]:
+        how["is_causal"] = True
+    else:
+        raise ValueError(f"torch {torch.__version__} has no kernel for rows of varying length with a sliding window")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in known:
+        how["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    return cast(Tensor, varlen_attn(query, key, value, *parts.ends, *parts.longest, **how))
+
+
+# --- transformers' interface ------------------------------------------------------------------------------------------
+
+
+def _attention(
+    attend: Attend,
+    otherwise: Callable[[nn.Module], Attend],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Attention function of transformers' interface; rows that are not packed get what they would get without it.
+
+    Args:
+        attend: Computes a part.
+        otherwise: Gives what computes rows that are not packed.
+        module: The attention layer.
+        query: [B, heads, S, head size].
+        key: The same with the key heads.
+        value: Like ``key``; its head size may be another.
+        attention_mask: Read for rows that are not packed.
+        **kwargs: Scaling, dropout, window and what else the layer passes on, :class:`PackedParts` among it.
+
+    Returns:
+        Output [B, S, heads, head size of the values], and the weights where eager attention gives them.
+    """
+    parts: PackedParts | None = kwargs.pop(KEYWORD, None)
+    if parts is None:
+        return otherwise(module)(module, query, key, value, attention_mask, **kwargs)
+    return _over_parts(parts, attend, module, (query, key, value), kwargs), None
+
+
+def _sdpa_of(module: nn.Module) -> Attend:
+    plain: Attend = sdpa_attention_forward
+    return plain
+
+
+for _attend, _otherwise, _mask, _name in (
+    (_sdpa, _sdpa_of, sdpa_mask, OWN["sdpa"]),
+    (_eager, _eager_of, eager_mask, OWN["eager"]),
+):
+    AttentionInterface.register(_name, partial(_attention, _attend, _otherwise))
+    AttentionMaskInterface.register(_name, _mask)
