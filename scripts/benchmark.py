@@ -38,7 +38,7 @@ costs either side up to 15 % of a step, by luck; so both keep theirs."""
 class Case:
     """One comparison: row shape, the two sides, and what is claimed of their ratio.
 
-    A side is ``trl`` or a layout of ours: ``padded``, ``shared_prefix``, ``flex`` (the same rows through FlexAttention,
+    A side is ``trl`` or a layout of ours: ``padded``, ``packed``
     for GPUs) or ``auto``. Ours trains ``method``; a peer of ours trains ``peer_method``, TRL always dpo.
     """
 
@@ -62,11 +62,10 @@ CASES = {
     "long_prompt": Case(384, 128, 2, "auto", "trl", 1.35),
     "longer_prompt": Case(1024, 64, 2, "auto", "trl", 1.6),
     "short_prompt": Case(16, 256, 2, "auto", "trl", 0.97),
-    "adpo_four": Case(384, 128, 4, "shared_prefix", "padded", 1.9, "adpo", "adpo"),
-    "d2o_seven": Case(384, 128, 8, "shared_prefix", "padded", 2.5, "d2o", "d2o"),
-    "treg_step": Case(384, 128, 2, "shared_prefix", "shared_prefix", 1 / 1.05, "treg", "dpo"),
-    "flex_attention": Case(384, 128, 2, "flex", "trl", None),
-    "dense_mask": Case(384, 128, 2, "shared_prefix", "trl", None),
+    "adpo_four": Case(384, 128, 4, "packed", "padded", 1.9, "adpo", "adpo"),
+    "d2o_seven": Case(384, 128, 8, "packed", "padded", 2.5, "d2o", "d2o"),
+    "treg_step": Case(384, 128, 2, "packed", "packed", 1 / 1.05, "treg", "dpo"),
+    "dense_mask": Case(384, 128, 2, "packed", "trl", None),
     "padded": Case(384, 128, 2, "padded", "trl", None),
 }
 DEFAULT_CASES = ["long_prompt", "longer_prompt", "short_prompt", "adpo_four", "d2o_seven", "treg_step"]

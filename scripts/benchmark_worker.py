@@ -139,7 +139,7 @@ def build_trainer(spec: WorkerSpec) -> DPOTrainer:
         load(spec),
         method=method,
         options=method.options(),
-        settings=BridgeSettings(layout="shared_prefix" if spec.side == "flex" else spec.side),
+        settings=BridgeSettings(layout=spec.side),
         train_dataset=candidate_rows,
         ref_model=None if peft_config else load(spec),
         **common,

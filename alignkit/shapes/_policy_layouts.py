@@ -21,7 +21,7 @@ from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.data.prompts import prompt_ids_of
 from alignkit.errors import ModelError
 from alignkit.models._comparison import ScoringRun, length_dependence, refuse_other_scores
-from alignkit.models._forward import compute_precision, use_packed_attention
+from alignkit.models._forward import base_model, compute_precision, use_packed_attention
 from alignkit.models._layouts import LayoutChoice, confirmed
 from alignkit.models.modes import switch_off_dropout
 from alignkit.references._reference import placed

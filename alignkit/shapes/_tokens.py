@@ -509,6 +509,7 @@ def build(
 
 def describe(config: Any, trainer: SupervisedTrainer) -> dict[str, Any]:
     """The layout, and the teacher in words."""
+    trainer.choices["layout"] = trainer.layout.as_choice()
     found: dict[str, Any] = {"batch_layout": asdict(trainer.layout)}
     if trainer.teacher is None:
         return found

@@ -70,7 +70,7 @@ def run(task: Task, name: str, rows: Sequence[LabelledRow], share: float, reward
 def measure(task: Task, model: nn.Module) -> dict[str, float]:
     """Held-out accuracies and likelihoods; ``accuracy/reward`` goes by the log-ratio to the reference, sums."""
     support_packed_rows(base_model(model))
-    logps = score(model, task.held_out, task.tokenizer, "shared_prefix")
+    logps = score(model, task.held_out, task.tokenizer, "packed")
     found = preference_sums(task.held_out, logps) | side_sums(task.held_out, logps)
     figures = {key: sums.estimate().mean for key, sums in found.items()}
     figures["accuracy/reward"] = reward_accuracy(task.held_out["scores"], logps, task.reference_logps)

@@ -33,7 +33,7 @@ from noise_rows import LabelledRow, list_row, pair_row
 SAMPLES = 4
 EVAL_BATCH_SIZE = 8
 
-Layout = Literal["padded", "shared_prefix"]
+Layout = Literal["padded", "packed"]
 TokenLogps = list[list[list[float]]]
 """Token log-probs by row and candidate, nats."""
 
@@ -120,7 +120,7 @@ def prepare_task(
     held_out = candidates(map(list_row, rest), tokenizer, num_candidates=None)
     model = load_model(ModelSource(model=str(model_path), dtype="float32"))
     add_completion_head(model)
-    logps = score(model, held_out, tokenizer, "shared_prefix")
+    logps = score(model, held_out, tokenizer, "packed")
     return Task(model_path, tokenizer, budget, seed, train, held_out, logps, samples, directory)
 
 
@@ -191,10 +191,10 @@ def score(model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, l
     Args:
         model: With a completion head.
         rows: Candidate rows.
-        layout: ``padded`` or ``shared_prefix``.
+        layout: ``padded`` or ``packed``.
     """
     model.eval()
-    if layout == "shared_prefix":
+    if layout == "packed":
         use_packed_attention(base_model(model))
     pad_token_id = tokenizer.pad_token_id
     return score_rows(model, rows, pad_token_id=pad_token_id, layout=layout, batch_size=EVAL_BATCH_SIZE, device="cpu")

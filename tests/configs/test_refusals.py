@@ -99,8 +99,8 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"attn_implementation": "flex_attention", "use_cpu": True},
         {"attn_implementation": "sdpa"},
     ),
-    "shared_prefix with flash attention": (
-        FLASH | {"layout": "shared_prefix", "bf16": True},
+    "packed with flash attention": (
+        FLASH | {"layout": "packed", "bf16": True},
         {"attn_implementation": "flex_attention"},
     ),
     "adapter_disabled with full fine-tuning": (FULL | {"reference": "adapter_disabled"}, {"reference": "copy"}),

@@ -22,7 +22,15 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import bnb as lora_bnb
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora.layer import ParamWrapper
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Trainer, modeling_rope_utils
+from torch.nn.attention.varlen import varlen_attn
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Trainer,
+    modeling_rope_utils,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,7 +41,7 @@ from trl.models import utils as model_utils
 from trl.trainer import sft_trainer
 from trl.trainer import utils as trainer_utils
 
-from alignkit.models import _kernels, _packed_attention, _routers
+from alignkit.models import _kernels, _routers, _segments
 from alignkit.shapes._candidates import PreferenceTrainer
 from alignkit.shapes._policy_trainer import OnlineTrainer
 from alignkit.shapes._tokens import SupervisedTrainer
@@ -266,26 +274,36 @@ def test_fused_head_scores_shift_labels_and_only_log_probs_and_entropy_carry_gra
     assert not output.mean_logits.requires_grad
 
 
-def test_models_say_whether_they_run_flex_attention_and_change_their_attention() -> None:
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", num_hidden_layers=1, hidden_size=16))
-    assert model._supports_flex_attn
-    model.set_attn_implementation("flex_attention")
-    assert model.config._attn_implementation == "flex_attention"
-    assert not AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("bloom", n_layer=1, hidden_size=16)
-    )._supports_flex_attn
-
-
-@pytest.mark.parametrize("attention", ["sdpa", _packed_attention.NAME])
+@pytest.mark.parametrize("attention", ["sdpa", *_segments.OWN.values()])
 def test_four_dimensional_masks_pass_untouched(attention: str) -> None:
-    """The packed attention also finds on the mask what it attached to it."""
     config = Qwen3Config(num_hidden_layers=1)
     config._attn_implementation = attention
-    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    mask = _segments.packed_mask()
     passed = create_causal_mask(
         config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=mask, past_key_values=None, position_ids=None
     )
     assert passed is mask
+
+
+def test_what_attention_is_handed_reaches_it_and_each_family_has_its_eager_form() -> None:
+    model = AutoModelForCausalLM.from_config(Qwen3Config(num_hidden_layers=1, hidden_size=16, head_dim=8, vocab_size=8))
+    seen = []
+
+    def looking(layer: Any, query: Any, key: Any, value: Any, mask: Any, **how: Any) -> Any:
+        seen.append(how["packed_parts"])
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("looking", looking)
+    model.set_attn_implementation("looking")
+    model(torch.zeros(1, 3, dtype=torch.long), attention_mask=_segments.packed_mask(), packed_parts="here")
+    assert seen == ["here"]
+    assert _segments._eager_of(model.model.layers[0].self_attn) is modeling_qwen3.eager_attention_forward
+
+
+def test_torch_has_a_kernel_for_rows_of_varying_length() -> None:
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size", "enable_gqa"} <= set(names)
 
 
 def test_completions_are_drawn_and_kept_as_the_online_trainer_takes_them_to_be() -> None:

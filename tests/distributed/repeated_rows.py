@@ -64,7 +64,7 @@ def rule(name: str, **options: Any) -> ChosenRule:
 
 CASES = {
     "preference": Case("preference"),
-    "preference, shared prefix": Case("preference", layout="shared_prefix"),
+    "preference, shared prefix": Case("preference", layout="packed"),
     "preference, a process without rows": Case("preference", rows=13),
     "preference, stream": Case("preference", stream=True),
     "preference, resumed within a pass": Case("preference", accumulation=1, stop_after=3),

@@ -62,7 +62,7 @@ def rows() -> Dataset:
     )
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_scores_are_those_of_each_response_alone(layout: str) -> None:
     model, data = tiny_model(), rows()
     expected = []
@@ -84,7 +84,7 @@ def test_scores_are_those_of_each_response_alone(layout: str) -> None:
             assert a == pytest.approx(b, abs=2e-5)
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_equal_completions_tie_in_every_layout(layout: str, batch_size: int) -> None:
     """Candidates 0 and 2 are the same text: a tie in likelihood, which counts half, however the row is computed."""

@@ -328,7 +328,7 @@ def test_gradient_checkpointing_changes_no_number(make_trainer: Any, name: str, 
     for enabled in (False, True):
         trainer = make_trainer(
             gradient_rule=chosen(name, **OPTIONS.get(name, {})),
-            settings=BridgeSettings(layout="shared_prefix"),
+            settings=BridgeSettings(layout="packed"),
             arguments={
                 "gradient_checkpointing": enabled,
                 "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},

@@ -9,14 +9,13 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import PromptTuningConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.errors import ModelError
 from alignkit.evals._trial import EvaluationData, prepare_scoring
-from alignkit.models import _packed_attention
 from alignkit.models._comparison import ScoringRun, disagreement, length_dependence, refuse_other_scores
 from alignkit.models._forward import add_completion_head
 from alignkit.models._layouts import choose_layout, confirmed
@@ -24,7 +23,7 @@ from alignkit.shapes import _tokens as _supervised
 from alignkit.shapes._candidates import BridgeSettings
 from tests.models.test_layouts import FAMILIES, SMALL, build
 from tests.supervised import completions, make, token_rows
-from tests.trainers import VOCABULARY, logged, random_rows
+from tests.trainers import VOCABULARY, random_rows
 
 ROWS = random_rows([(9, (5, 3)), (30, (8, 4)), (14, (1, 6)), (6, (3, 3))], seed=3)
 PLAIN = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,6 +68,8 @@ def with_window(model: Any, size: int = 12) -> Any:
 
     def windowed(hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         length = hidden_states.shape[1]
+        if attention_mask is not None and attention_mask.shape[-1] == 0:  # a packed row, which has no mask to change
+            return original(hidden_states, attention_mask=attention_mask, **kwargs)
         near = torch.ones(length, length).tril().triu(1 - size).bool()
         mask = torch.zeros(1, 1, length, length) if attention_mask is None else attention_mask
         return original(hidden_states, attention_mask=mask.masked_fill(~near, torch.finfo(mask.dtype).min), **kwargs)
@@ -151,7 +152,7 @@ def test_a_comparison_leaves_no_trace() -> None:
     model.train()
     model.model.embed_tokens.eval()
     state = torch.get_rng_state()
-    choice = choose_layout("shared_prefix", model, ROWS, batch_size=2)
+    choice = choose_layout("packed", model, RowLengths.of(ROWS))
     refuse_other_scores(run, RowLengths.of(ROWS))
     assert confirmed(choice, [run], RowLengths.of(ROWS)) == choice
     assert model.training and not model.model.embed_tokens.training
@@ -235,17 +236,15 @@ def test_rows_that_stand_alone_or_are_all_long_may_be_run_under_longrope() -> No
 
 @pytest.mark.parametrize("precompute", [False, True])
 def test_the_layout_is_that_of_every_model_that_is_run(make_trainer: Any, tmp_path: Path, precompute: bool) -> None:
-    window = SMALL | {"sliding_window": 8}
+    reference, other = build("mistral", FAMILIES["mistral"]), build("mistral", FAMILIES["mistral"])
+    reference.config.attention_chunk_size = 8
     arguments = {"precompute_ref_log_probs": precompute, "max_steps": 1}
     rows = Dataset.from_list(ROWS)
     settings = BridgeSettings(reference_cache=tmp_path / "cache")
-    trainer = make_trainer(
-        ref_model=build("mistral", window), settings=settings, arguments=arguments, train_dataset=rows
-    )
-    assert trainer.layout.layout == "padded" and "the reference: the sliding window of 8" in trainer.layout.reason
+    trainer = make_trainer(ref_model=reference, settings=settings, arguments=arguments, train_dataset=rows)
+    assert trainer.layout.layout == "padded" and "the reference: the attention chunk size" in trainer.layout.reason
     inputs = trainer.data_collator(list(trainer.train_dataset))
     found = inputs["ref_token_logps"] if precompute else trainer.reference.token_logps(inputs)
-    other = build("mistral", window)
     for b, row in enumerate(ROWS):
         for k in (0, 1):
             assert float(found[b, k].sum()) == pytest.approx(float(own_logps(other, row, k).sum()), abs=1e-4)
@@ -255,21 +254,23 @@ def test_a_window_that_no_rule_knows_is_seen_on_the_longest_row() -> None:
     """A layer that looks at the last 16 tokens: a packed row of sixteen tokens would not have shown it."""
     model = with_window(build("qwen3", FAMILIES["qwen3"], "eager"), 16)
     run, lengths = scored(model), RowLengths.of(ROWS)
-    choice = confirmed(choose_layout("auto", model, ROWS, batch_size=2), [run], lengths)
+    choice = confirmed(choose_layout("auto", model, lengths), [run], lengths)
     assert choice.layout == "padded" and "the layouts differ by" in choice.reason
     for name, size in (("window_size", 16), ("keep_window_size", 16)):
         named = build("qwen3", FAMILIES["qwen3"])
         setattr(named.config, name, size)
-        found = choose_layout("auto", named, ROWS, batch_size=2)
+        found = choose_layout("auto", named, lengths)
         assert found.layout == "padded" and "window size of 16 tokens" in found.reason
 
 
 def test_the_longest_row_counts_wherever_it_is() -> None:
-    model = build("gemma2", FAMILIES["gemma2"], "eager")
-    short = random_rows([(40, (3, 3))] * (SAMPLED_ROWS + 10))
-    rows = Dataset.from_list([*short, *random_rows([(110, (15, 15))])])
-    assert choose_layout("auto", model, Dataset.from_list(short), batch_size=2).layout == "shared_prefix"
-    assert "sliding window of 128" in choose_layout("auto", model, rows, batch_size=2).reason
+    """A window that only one sequence outgrows, in a row that is not the longest when it is packed."""
+    model = with_window(build("qwen3", FAMILIES["qwen3"], "eager"), 64)
+    short = random_rows([(20, (30, 30, 30))] * (SAMPLED_ROWS + 10))
+    rows = [*short, *random_rows([(64, (15,))])]
+    run = scored(model)
+    for found, layout in ((RowLengths.of(short), "packed"), (RowLengths.of(rows), "padded")):
+        assert confirmed(choose_layout("auto", model, found), [run], found).layout == layout
 
 
 def test_what_cannot_run_packed_rows_is_padded_and_says_why(make_trainer: Any) -> None:
@@ -280,11 +281,11 @@ def test_what_cannot_run_packed_rows_is_padded_and_says_why(make_trainer: Any) -
     )
     assert trainer.layout.layout == "padded"
     assert "FalconForCausalLM cannot run packed rows (ValueError" in trainer.layout.reason
-    with pytest.raises(ModelError, match=r"layout: shared_prefix cannot be used: the policy, Falcon.*cannot run"):
+    with pytest.raises(ModelError, match=r"layout: packed cannot be used: the policy, Falcon.*cannot run"):
         make_trainer(
             model=model,
             ref_model=tiny("falcon", alibi),
-            settings=BridgeSettings("shared_prefix"),
+            settings=BridgeSettings("packed"),
             train_dataset=Dataset.from_list(ROWS),
         )
 
@@ -293,24 +294,6 @@ def test_adapters_with_virtual_tokens_are_seen_before_they_are_there(make_traine
     adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     trainer = make_trainer(peft_config=adapter)
     assert trainer.layout.layout == "padded" and "virtual tokens" in trainer.layout.reason
-
-
-def test_attention_never_changes_between_a_pass_and_its_recomputation(make_trainer: Any) -> None:
-    """A policy whose attention was set by hand was given another one by the reference's pass, and could not go back."""
-    losses = {}
-    for attention in (None, _packed_attention.NAME):
-        trainer = make_trainer(
-            settings=BridgeSettings("shared_prefix"),
-            arguments={"gradient_checkpointing": True, "max_steps": 2},
-            peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
-        )
-        trainer.layout = trainer.layout.__class__("shared_prefix", "asked for", "sdpa")
-        base = trainer.model.get_base_model()
-        base.set_attn_implementation(attention or "sdpa")
-        trainer.train()
-        assert base.config._attn_implementation == (attention or "sdpa")
-        losses[attention] = logged(trainer, "loss")
-    assert losses[None] == pytest.approx(losses[_packed_attention.NAME], abs=1e-5)
 
 
 # --- packing and lengths ---------------------------------------------------------------------------------------------

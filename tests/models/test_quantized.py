@@ -42,7 +42,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_qlora_trains_only_the_adapter(make_trainer: Any, wide_model: str, rows: Any, kind: str, layout: str) -> None:
     model = load_model(ModelSource(wide_model, quantization=kind))
     trainer = make_trainer(
@@ -116,7 +116,7 @@ def token_logps(model: PreTrainedModel, prompt: list[int], completion: list[int]
     return [float(logps[len(prompt) + t - 1, token]) for t, token in enumerate(completion)]
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_d2o_on_an_nf4_base(make_trainer: Any, wide_model: str, layout: str) -> None:
     """The loss of dequantised float32 models, by Python sums; gradients of the adapter alone; one step."""
     lists = random_rows([(5, (3, 4, 2, 5)), (2, (6, 1)), (9, (2, 2, 2)), (4, (1, 7, 3))], seed=5)

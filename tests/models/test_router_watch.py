@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from peft import get_peft_model
 from torch import Tensor
 
+from alignkit.data.prefix import CandidateCollator
+from alignkit.models._forward import add_completion_head, completion_logps, use_packed_attention
 from alignkit.models._routers import Router, RouterCapture, find_routers
 from alignkit.models.full_rank import settle
 from alignkit.models.router_watch import METRICS, RouterWatch, watch_adapter
@@ -151,23 +153,25 @@ def test_one_pass_with_gradients_is_counted_and_nothing_is_left_behind() -> None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_shared_prompts_count_once_and_their_padding_never() -> None:
+def test_shared_prompts_count_once() -> None:
     model, watch = adapted("qwen3_moe", moved=0.2)
-    backbone = model.get_base_model().base_model
-    segments = torch.where(MASK.bool(), 0, -1)
-
-    def drop(_: Any, args: Any, kwargs: Any) -> Any:
-        kwargs.pop("segment_ids")
-        return args, kwargs | {"attention_mask": MASK}
-
-    handle = backbone.register_forward_pre_hook(drop, with_kwargs=True)
+    base = model.get_base_model()
+    add_completion_head(base)
+    use_packed_attention(base)
+    row = {"prompt_ids": [1, 2, 3, 4, 5], "completion_ids": [[6, 7, 8, 9], [9, 8, 1, 1]], "scores": [1.0, 0.0]}
     with watch.looking():
-        backbone(input_ids=IDS, segment_ids=segments, use_cache=False)
-    handle.remove()
+        completion_logps(model, CandidateCollator(0, "packed")([row]))
     packed = read(watch)
+    whole = torch.tensor([[*row["prompt_ids"], *completion[:-1]] for completion in row["completion_ids"]])
+    counted = torch.ones_like(whole)
+    counted[1, :4] = 0  # of the second sequence, the prompt but for its last token
+    handle = base.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+    )
     with watch.looking():
-        model(IDS, attention_mask=MASK, use_cache=False)
-    assert packed[0] == pytest.approx(read(watch)[0]) and packed[0]
+        model(whole, attention_mask=counted, use_cache=False)
+    handle.remove()
+    assert packed[0] == pytest.approx(read(watch)[0], rel=1e-5) and packed[0]
 
 
 def test_without_an_adapter_of_full_rank_there_is_no_churn() -> None:

@@ -303,7 +303,7 @@ def test_gradient_checkpointing_changes_nothing(base: str, tmp_path: Path) -> No
 def test_a_gradient_rule_and_a_shared_prefix_go_with_it(base: str, tmp_path: Path, rule: str) -> None:
     chosen = chosen_rule(rule, load_rule(rule).options())
     found = {}
-    for layout in ("padded", "shared_prefix"):
+    for layout in ("padded", "packed"):
         folder = tmp_path / layout
         folder.mkdir()
         keys = {**KEYS, "method": "flex_dpo", "gradient_rule": rule, "layout": layout, "max_steps": 4}
@@ -312,7 +312,7 @@ def test_a_gradient_rule_and_a_shared_prefix_go_with_it(base: str, tmp_path: Pat
         trainer.train()
         assert masks_of(trainer.model)["ffn"].sum(-1).tolist() == [CHANNELS / 2] * LAYERS
         found[layout] = [(e["loss"], e["grad_norm"], e["atp/calibration_loss"]) for e in logged(trainer)[:2]]
-    assert found["padded"] == [pytest.approx(each, rel=1e-3) for each in found["shared_prefix"]]
+    assert found["padded"] == [pytest.approx(each, rel=1e-3) for each in found["packed"]]
 
 
 def test_a_quantised_base_is_pruned_as_it_trains(base: str, tmp_path: Path) -> None:

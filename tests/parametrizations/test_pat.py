@@ -210,7 +210,7 @@ def test_accumulation_adds_the_terms_once_a_step(base: str, tmp_path: Path) -> N
     assert found[0] == [pytest.approx(each, abs=1e-5) for each in found[1]]
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_preferences_are_scored_against_the_unpruned_model(base: str, tmp_path: Path, layout: str) -> None:
     trainer = trainer_of("preference", base, tmp_path, method="flex_dpo", layout=layout, max_steps=4)
     trainer.train()
@@ -221,11 +221,11 @@ def test_preferences_are_scored_against_the_unpruned_model(base: str, tmp_path: 
 
 def test_the_shared_prefix_layout_computes_what_the_padded_one_does(base: str, tmp_path: Path) -> None:
     found = {}
-    for layout in ("padded", "shared_prefix"):
+    for layout in ("padded", "packed"):
         trainer = trainer_of("preference", base, tmp_path / layout, method="dpo", layout=layout, max_steps=4)
         trainer.train()
         found[layout] = [(e["loss"], e["grad_norm"]) for e in logged(trainer)]
-    assert found["padded"] == [pytest.approx(each, rel=1e-4) for each in found["shared_prefix"]]
+    assert found["padded"] == [pytest.approx(each, rel=1e-4) for each in found["packed"]]
 
 
 def test_a_gradient_rule_edits_the_gradient_of_what_trains(base: str, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_kind_does_what_the_table_says(
             dpo_arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1),
             method=method,
             options=method.options(),
-            settings=BridgeSettings(layout="shared_prefix"),
+            settings=BridgeSettings(layout="packed"),
             processing_class=tokenizer,
             train_dataset=rows,
             peft_config=adapter_config(config(kind)),
@@ -106,7 +106,7 @@ def test_a_kind_does_what_the_table_says(
         assert torch.equal(logits(model), logits(base(model_path)))
     assert not torch.equal(logits(model), logits(base(model_path)))
 
-    padded, packed = (scores(model, layout, [dict(row) for row in rows]) for layout in ("padded", "shared_prefix"))
+    padded, packed = (scores(model, layout, [dict(row) for row in rows]) for layout in ("padded", "packed"))
     torch.testing.assert_close(packed, padded, atol=2e-5, rtol=1e-5)
 
     loaded = PeftModel.from_pretrained(base(model_path), str(tmp_path / "checkpoint-2")).eval()

@@ -112,7 +112,7 @@ def test_the_layouts_that_ran(record: dict[str, Any]) -> None:
     assert layout["wrapper"] == "PeftModelForCausalLM"
     assert layout["local_parameters"] == record["trainable"]["total"]
     assert "backend" in layout
-    assert record["batch_layout"]["layout"] in ("padded", "shared_prefix") and record["batch_layout"]["reason"]
+    assert record["batch_layout"]["layout"] in ("padded", "packed") and record["batch_layout"]["reason"]
     assert record["choices"]["layout"]["value"] == record["batch_layout"]["layout"]
 
 

@@ -30,7 +30,7 @@ def helpful(model_path: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_the_negative_has_its_own_reference(
     make_trainer: Any, model_path: str, helpful: PreTrainedModel, layout: str, peft_config: Any

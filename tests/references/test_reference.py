@@ -57,7 +57,7 @@ def test_one_file_serves_learning_rate_layout_method_and_parametrization(make_tr
     first = files(cache)
     assert len(first) == 1
     run(make_trainer, cache, learning_rate=5e-4)
-    run(make_trainer, cache, layout="shared_prefix")
+    run(make_trainer, cache, layout="packed")
     run(make_trainer, cache, method="flex_dpo")
     run(make_trainer, cache, arguments={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
     run(make_trainer, cache, peft_config=lora())

@@ -107,7 +107,7 @@ def test_a_supervised_run_is_held_to_the_model_it_started_from(make: Any, base: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_rows_are_scored_once_and_come_from_the_cache_then(
     make: Any, base: PreTrainedModel, tmp_path: Path, kind: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

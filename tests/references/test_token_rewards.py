@@ -29,7 +29,7 @@ from scripts.claims.gsm8k_pairs import make_pairs, read_questions
 from tests.conftest import GSM8K
 from tests.trainers import VOCABULARY
 
-LAYOUTS = ("padded", "shared_prefix")
+LAYOUTS = ("padded", "packed")
 
 
 def contrast_rows(sizes: Sequence[int], *, include_response: bool, worse: int | None = None, seed: int = 0) -> Dataset:
@@ -83,7 +83,7 @@ def model(model_path: str) -> Any:
 def run(model: Any, tmp_path: Path) -> Any:
     """Run the pass with the test's cache; returns the rows, the report and the number of scoring calls."""
 
-    def run_pass(rows: Dataset, layout: str = "shared_prefix", weights: str = "w", **options: Any) -> Any:
+    def run_pass(rows: Dataset, layout: str = "packed", weights: str = "w", **options: Any) -> Any:
         chosen = choose_pass_layout(layout, model, rows)
         score = Scorer(model, chosen, **options)
         cache = reference.ReferenceCache(tmp_path / "cache")
@@ -171,7 +171,7 @@ def test_every_sequence_is_scored_once_and_packing_never_costs_more(
 ) -> None:
     rows = contrast_rows([2, 3, 1, 4, 2], include_response=include_response, seed=1)
     padded = replace(choose_pass_layout("padded", model, rows), split_attention=split)
-    packed = replace(padded, layout="shared_prefix")
+    packed = replace(padded, layout="packed")
     for row in rows:
         prompts = row["better_prompt_ids"] + row["worse_prompt_ids"]
         plan, apart = scored_rows(row, packed), scored_rows(row, padded)
@@ -195,7 +195,7 @@ def test_what_is_shared(model: Any) -> None:
         return {"completion_ids": completions} | {name: [ids + end for ids in asked] for name, end in ends.items()}
 
     layout = replace(choose_pass_layout("padded", model, contrast_rows([2], include_response=True)), width=192)
-    packed = replace(layout, layout="shared_prefix", split_attention=False)
+    packed = replace(layout, layout="packed", split_attention=False)
     (whole,) = scored_rows(row(False), packed)
     assert len(whole.prompt_ids) == 400 and list(whole.members) == [0, 1, 2, 3]
     assert [list(scored.members) for scored in scored_rows(row(True), packed)] == [[0, 2], [1, 3]]
@@ -205,7 +205,7 @@ def test_what_is_shared(model: Any) -> None:
 def test_layout_auto_says_why(model: Any) -> None:
     alike = contrast_rows([2] * 3, include_response=True)
     chosen = choose_pass_layout("auto", model, alike)
-    assert chosen.layout == "shared_prefix" and "expected to cost 0." in chosen.reason
+    assert chosen.layout == "packed" and "expected to cost 0." in chosen.reason
     nothing_shared = alike.map(
         lambda row: {
             "better_prompt_ids": [[k + 2, *ids] for k, ids in enumerate(row["better_prompt_ids"])],

@@ -135,7 +135,7 @@ def logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[in
     return [float(logits[len(prompt) + t - 1, token]) for t, token in enumerate(completion)]
 
 
-@pytest.mark.parametrize(("lora", "layout"), [(False, "padded"), (True, "shared_prefix")], ids=["full", "lora"])
+@pytest.mark.parametrize(("lora", "layout"), [(False, "padded"), (True, "packed")], ids=["full", "lora"])
 def test_samples_come_from_the_policy_and_are_scored_by_the_frozen_reference(
     tmp_path: Path, lora: bool, layout: str
 ) -> None:

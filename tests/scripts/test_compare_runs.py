@@ -142,13 +142,13 @@ def test_what_differs_in_the_configuration_is_listed(
     first: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     second = write_run(tmp_path / "second", {})
-    for path, layout in ((first, "padded"), (second, "shared_prefix")):
+    for path, layout in ((first, "padded"), (second, "packed")):
         config = {key: {"value": value, "source": "default"} for key, value in (("layout", layout), ("seed", 42))}
         config["output_dir"] = {"value": str(path), "source": "command line"}
         (path / "run.json").write_text(json.dumps({"alignkit_run": 1, "config": config}))
     assert run_script("compare_runs", first, second) == 0
     out = capsys.readouterr().out
-    assert row_of(out, "layout") == ["layout", '"padded"', '"shared_prefix"']
+    assert row_of(out, "layout") == ["layout", '"padded"', '"packed"']
     assert "seed" not in out and "output_dir" not in out
 
 

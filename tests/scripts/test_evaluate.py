@@ -111,7 +111,7 @@ def test_what_the_figures_depend_on_is_recorded(assets: Path, tmp_path: Path, ru
     assert result["tokenizer"]["first_prompt"] == "<|user|>What is 0 + 0?<|assistant|>"
     assert result["tokenizer"]["begins_with_bos"] is False
     assert result["data"]["held-out"]["rows"] == 5 and "probe" not in result["data"]
-    assert result["options"]["seed"] == 9 and result["layout"] in ("padded", "shared_prefix")
+    assert result["options"]["seed"] == 9 and result["layout"] in ("padded", "packed")
     assert len(result["samples"]) == 3 and result["samples"][0]["prompt"] == result["tokenizer"]["first_prompt"]
     assert "base_metrics" not in result
 
@@ -132,9 +132,9 @@ def test_lists_and_layouts(
     assets: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--model", assets / "base", "--data", assets / "lists.jsonl", "--num_samples", "0", *QUICK)
-    for layout in ("padded", "shared_prefix"):
+    for layout in ("padded", "packed"):
         assert run_script("evaluate", *words, "--layout", layout, "--output", tmp_path / layout) == 0
-    padded, packed = (means(read(tmp_path / layout)["metrics"]) for layout in ("padded", "shared_prefix"))
+    padded, packed = (means(read(tmp_path / layout)["metrics"]) for layout in ("padded", "packed"))
     check(packed, padded)
     tokenizer = AutoTokenizer.from_pretrained(assets / "base")
     model = AutoModelForCausalLM.from_pretrained(assets / "base", dtype=torch.float32).eval()

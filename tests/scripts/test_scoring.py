@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignkit.evals import _trial
-from alignkit.models import _packed_attention
+from alignkit.models._segments import OWN
 from tests.scripts.conftest import Script
 from tests.scripts.tiny import byte_tokenizer, save_model, write_rows
 
@@ -80,7 +80,7 @@ def test_a_base_that_is_compared_is_run_in_a_layout_of_its_own(evaluated: Any, t
     base = with_window(tmp_path / "base", 12)
     save_model(tmp_path / "model")
     found = evaluated("--model", tmp_path / "model", "--compare_base", tmp_path / "base", "--data", data)
-    assert found["layout"] == "shared_prefix", "or the base would be run in padded rows in any case"
+    assert found["layout"] == "packed", "or the base would be run in padded rows in any case"
     assert found["base_metrics"]["logps/chosen"]["mean"] == pytest.approx(chosen_logps(base, rows), abs=1e-4)
     assert found["base_layout"] == "padded"
 
@@ -96,13 +96,13 @@ def test_the_layout_is_that_of_the_longest_row_wherever_it_is(evaluated: Any, tm
     assert found["metrics"]["logps/chosen"]["mean"] == pytest.approx(chosen_logps(model, rows), abs=1e-4)
     (tmp_path / "evaluation.json").unlink()
     short = write_rows(tmp_path / "short.jsonl", rows[:-1])
-    assert evaluated(*words, "--data", short)["layout"] == "shared_prefix", "it is the last row that decides"
+    assert evaluated(*words, "--data", short)["layout"] == "packed", "it is the last row that decides"
 
 
 def test_packed_rows_are_evaluated_with_the_attention_of_training(
     evaluated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU that is the split attention in place of sdpa, for the base of an adapter as for the model."""
+    """For the base of an adapter as for the model."""
     save_model(tmp_path / "model")
     save_model(tmp_path / "base", seed=1)
     data = write_rows(tmp_path / "rows.jsonl", pairs(3, 40))
@@ -114,7 +114,7 @@ def test_packed_rows_are_evaluated_with_the_attention_of_training(
 
     monkeypatch.setattr(_trial, "score_over_ranks", watched)
     evaluated("--model", tmp_path / "model", "--compare_base", tmp_path / "base", "--data", data)
-    assert seen == [("shared_prefix", _packed_attention.NAME)] * 2
+    assert seen == [("packed", OWN["sdpa"])] * 2
 
 
 @pytest.mark.parametrize("program", ["evaluate", "token_rewards"])

@@ -19,7 +19,7 @@ LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "peft_config"),
-    [("shared_prefix", None), ("padded", LORA)],
+    [("packed", None), ("padded", LORA)],
     ids=["packed-full", "padded-lora"],
 )
 def test_a_compiled_run_is_the_run(make_trainer: Any, layout: Any, peft_config: Any) -> None:

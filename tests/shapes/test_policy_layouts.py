@@ -17,13 +17,13 @@ from alignkit.models._forward import support_packed_rows, use_packed_attention
 from alignkit.models._layouts import ASKED_FOR, LayoutChoice
 from alignkit.shapes import _policy_forward
 from alignkit.shapes._policy_forward import PolicyForward, choose_policy_layout, rows_by_prompt
-from tests.online import make, make_peer, prompt_rows
+from tests.online import make, make_peer
 from tests.supervised import model
 from tests.trainers import flat_weights, logged
 
 T, TEMPERATURE = 6, 0.7
 HEAD = ("log_probs", "entropy", "log_sum_sq_probs")
-SHARED, PADDED = LayoutChoice("shared_prefix", ASKED_FOR), LayoutChoice("padded", ASKED_FOR)
+SHARED, PADDED = LayoutChoice("packed", ASKED_FOR), LayoutChoice("padded", ASKED_FOR)
 PROMPTS = ([5, 6, 7, 8], [9], [5, 6, 7, 8], [10, 11], [5, 6, 7, 8], [9], [5, 6, 7, 8])
 LENGTHS = (6, 2, 3, 5, 0, 4, 1)
 """Of the completions. Those of the first prompt are not adjacent, and one of them is masked."""
@@ -55,9 +55,9 @@ def forward(scored: Any, layout: LayoutChoice, most: int = 8) -> PolicyForward:
     """The passes of a model under a head that computes all there is."""
     add_fused_lm_head(scored, temperature=TEMPERATURE, outputs=HEAD)
     support_packed_rows(scored)
-    if layout.layout == "shared_prefix":
+    if layout.layout == "packed":
         use_packed_attention(scored)
-    return PolicyForward(layout, scored.config, most)
+    return PolicyForward(layout, most)
 
 
 def alone(scored: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[torch.Tensor]]:
@@ -147,7 +147,7 @@ def test_runs_follow_those_of_trl(name: str, tmp_path: Path, monkeypatch: pytest
     peft, changes, passes = RUNS[name]
     theirs = make_peer(tmp_path / "theirs", peft, **STEPS, **changes)
     theirs.train()
-    ours = make(tmp_path / "ours", peft, layout="shared_prefix", **STEPS, **changes)
+    ours = make(tmp_path / "ours", peft, layout="packed", **STEPS, **changes)
     packed, counted = _policy_forward.packed_pass, []
     monkeypatch.setattr(_policy_forward, "packed_pass", lambda *given: counted.append(1) or packed(*given))
     ours.train()
@@ -163,7 +163,7 @@ def test_runs_follow_those_of_trl(name: str, tmp_path: Path, monkeypatch: pytest
 def test_a_trained_mixture_of_experts_gives_the_same_in_both_layouts(shared: Path, tmp_path: Path) -> None:
     folder = shared / "models" / "gsm-tiny-moe"
     losses = []
-    for layout in ("padded", "shared_prefix"):
+    for layout in ("padded", "packed"):
         trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         given = {"model": trained, "processing_class": AutoTokenizer.from_pretrained(folder)}
         run = make(tmp_path / layout, layout=layout, num_iterations=2, router_aux_loss_coef=0.0, **STEPS, **given)
@@ -177,40 +177,24 @@ def test_a_trained_mixture_of_experts_gives_the_same_in_both_layouts(shared: Pat
 # --- where rows are shared -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "length", "packs"), [(60, 8, True), (1, 96, False)], ids=["long prompts", "short prompts"]
-)
-def test_auto_shares_prompts_where_that_saves(
-    words: int, length: int, packs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = prompt_rows().map(lambda row: {"prompt": " so" * words + row["prompt"]})
-    sizes = {"num_generations": 2, "max_completion_length": length, "max_steps": 1}
-    trainer = make(tmp_path, layout="auto", train_dataset=rows, **sizes)
-    passes = []
-    packed = _policy_forward.packed_pass
-    monkeypatch.setattr(_policy_forward, "packed_pass", lambda *given: passes.append(1) or packed(*given))
-    trainer.train()
-    assert bool(passes) == packs and trainer.layout.layout == "shared_prefix"
-
-
 def test_what_cannot_share_is_refused_or_padded() -> None:
     def choose(requested: Any, policy: Any = None, **changes: Any) -> LayoutChoice:
         known = {"others": {}, "longest": 40, "aux_loss": False, "keeps_attention": False} | changes
         return choose_policy_layout(requested, policy or model(), **known)
 
-    window = model(use_sliding_window=True, sliding_window=32, max_window_layers=0, layer_types=None)
+    window = model()
+    window.config.attention_chunk_size = 32
     for changes, reason in (
-        ({"policy": window}, "sliding window of 32 tokens is shorter than a packed row of 40"),
-        ({"others": {"the reference": window}}, "the reference: the sliding window"),
+        ({"policy": window}, "attention chunk size of 32 tokens is shorter than a row of 40"),
+        ({"others": {"the reference": window}}, "the reference: the attention chunk size"),
         ({"aux_loss": True}, "load-balancing loss"),
+        ({"keeps_attention": True}, "continuous batching"),
     ):
         assert reason in choose("auto", **changes).reason and choose("auto", **changes).layout == "padded"
-        with pytest.raises(ModelError, match="layout: shared_prefix cannot be used: .*padded"):
-            choose("shared_prefix", **changes)
+        with pytest.raises(ModelError, match="layout: packed cannot be used: .*padded"):
+            choose("packed", **changes)
     assert choose("padded") == PADDED
-    assert choose("shared_prefix").attention == "alignkit_packed"
-    # transformers' engine of continuous batching takes no attention of ours.
-    assert choose("auto", keeps_attention=True).attention == "sdpa"
+    assert choose("packed") == SHARED and choose("auto").layout == "packed"
 
 
 def test_policy_and_reference_are_compared_before_they_run_packed_rows(
@@ -218,7 +202,7 @@ def test_policy_and_reference_are_compared_before_they_run_packed_rows(
 ) -> None:
     seen: list[tuple[str, int, bool]] = []
 
-    def problem(run: Any, row: Any, attention: Any = None) -> str | None:
+    def problem(run: Any, row: Any) -> str | None:
         with run.scoring():
             adapter = [m for m in run.model.modules() if type(m).__name__ == "Linear" and hasattr(m, "lora_A")]
             seen.append((run.name, len(row["completion_ids"]), any(not m.disable_adapters for m in adapter)))
@@ -229,16 +213,17 @@ def test_policy_and_reference_are_compared_before_they_run_packed_rows(
         trainer = make(tmp_path / str(peft), peft, layout="auto", beta=0.1)
         assert trainer.layout.layout == "padded" and trainer.layout.reason == "it does not fit"
     assert seen == [
-        ("the policy", 4, False), ("the reference", 4, False), ("the policy", 4, True), ("the reference", 4, False),
+        ("the policy", 4, False), ("the policy", 1, False), ("the reference", 4, False),
+        ("the policy", 4, True), ("the policy", 1, True), ("the reference", 4, False),
     ]  # fmt: skip
-    with pytest.raises(ModelError, match=r"layout: shared_prefix cannot be used: it does not fit"):
-        make(tmp_path / "asked", layout="shared_prefix", beta=0.1)
+    with pytest.raises(ModelError, match=r"layout: packed cannot be used: it does not fit"):
+        make(tmp_path / "asked", layout="packed", beta=0.1)
 
 
 # --- what statistics of the old policy are made of -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("iterations", [1, 2], ids=["on-policy", "reused"])
 def test_a_method_gets_the_old_policys_entropies_and_squared_probabilities(
     layout: str, iterations: int, tmp_path: Path

@@ -63,7 +63,7 @@ def sft_options() -> Any:
     return load_method("flex_dpo").options(eta=0.3)
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_splitting_a_step_into_micro_batches_changes_nothing(make_trainer: Any, layout: str) -> None:
     """The token-level SFT term is where a mean of means would show: completions differ in length."""
     runs = []
@@ -109,7 +109,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(make_trainer: Any, rows: D
         assert other == pytest.approx(results[0], abs=1e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_ragged_candidate_lists_train_and_split(make_trainer: Any, layout: str) -> None:
     shapes = [(5, (3, 4, 2, 5)), (2, (6, 1)), (9, (2, 2, 2)), (4, (1, 7, 3, 3))] * 2
     lists = Dataset.from_list(random_rows(shapes, seed=5))
@@ -178,11 +178,11 @@ def test_probe_measures_what_it_says(make_trainer: Any, rows: Dataset) -> None:
 
 def test_bf16_autocast_trains_in_both_layouts(make_trainer: Any) -> None:
     losses = {}
-    for layout in ("padded", "shared_prefix"):
+    for layout in ("padded", "packed"):
         trainer = make_trainer(settings=BridgeSettings(layout=layout), arguments={"bf16": True, "max_steps": 3})
         trainer.train()
         losses[layout] = logged(trainer, "loss")
-    assert losses["padded"] == pytest.approx(losses["shared_prefix"], abs=0.05)
+    assert losses["padded"] == pytest.approx(losses["packed"], abs=0.05)
     assert losses["padded"][0] == pytest.approx(0.6931, abs=5e-3)
 
 
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_changes_no_number(make_trainer: Any) -> None:
     weights = []
     for enabled in (False, True):
         trainer = make_trainer(
-            settings=BridgeSettings(layout="shared_prefix"),
+            settings=BridgeSettings(layout="packed"),
             arguments={"gradient_checkpointing": enabled, "max_steps": 3},
         )
         trainer.train()

@@ -58,7 +58,7 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "sft-decay_to_init": {"method": "sft", "data": "completions.jsonl", **LORA, "gradient_rule": "decay_to_init"},
     "qlora": {"method": "flex_dpo", "model": "wide", **LORA, "quantization": "nf4"},
     "padded": {**DPO, **FULL, "layout": "padded"},
-    "shared_prefix": {**ADPO, **FULL, "layout": "shared_prefix"},
+    "packed": {**ADPO, **FULL, "layout": "packed"},
     "accumulation": {**DPO, **LORA, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
     "precomputed": {**DPO, **FULL, "reference": "precomputed"},
     "refreshed": {**D2O, **LORA, "sample_refresh_steps": 2},
