@@ -80,8 +80,8 @@ def token_rows(rows: list[dict[str, Any]], max_length: int | None = None, **trai
 
 
 def make(output_dir: Path, rows: Dataset, peft: bool = False, **changes: Any) -> SupervisedTrainer:
-    """Our trainer."""
-    inherited = {key: changes.pop(key) for key in ("eval_dataset", "model", "peft_config") if key in changes}
+    """Our trainer; padded, as TRL's, where no layout is given."""
+    inherited = {key: changes.pop(key) for key in ("eval_dataset", "model", "peft_config", "layout") if key in changes}
     method = load_method("sft")
     return SupervisedTrainer(
         inherited.pop("model", None) or model(),
@@ -90,7 +90,7 @@ def make(output_dir: Path, rows: Dataset, peft: bool = False, **changes: Any) ->
         options=method.options(),
         train_dataset=rows,
         processing_class=tokenizer(),
-        **{"peft_config": lora() if peft else None} | inherited,
+        **{"peft_config": lora() if peft else None, "layout": "padded"} | inherited,
     )
 
 

@@ -27,6 +27,7 @@ from alignkit.data.supervised import prompts_of
 from alignkit.errors import DataError, ModelError
 from alignkit.losses.types import ROUTED_ITEM_KINDS, LossOutput, RoutedBatch, count_routed_items
 from alignkit.models._comparison import runs_only_in_training
+from alignkit.models._layouts import LayoutChoice
 from alignkit.models._routers import RouterCapture, check_capture, last_routers
 from alignkit.models.choices import Choice
 from alignkit.models.router_watch import RouterWatch
@@ -139,6 +140,10 @@ class RoutedTrainer(SupervisedTrainer):
             renewal = BankRefresh(self, settings.refresh_steps)
             self.add_callback(renewal)
             self.persistent.append(renewal)
+
+    def _choose_layout(self, *unused: Any, **also_unused: Any) -> LayoutChoice:
+        """Rows of their own."""
+        return LayoutChoice("padded", "how the tokens of a row are routed is read off a row of its own")
 
     def own_collator(self, collator: DataCollatorForLanguageModeling) -> SupervisedCollator:
         """One that says where rows stand in the bank."""

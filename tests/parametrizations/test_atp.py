@@ -300,7 +300,7 @@ def test_gradient_checkpointing_changes_nothing(base: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("rule", ["glad", "sam"])
-def test_a_gradient_rule_and_a_shared_prefix_go_with_it(base: str, tmp_path: Path, rule: str) -> None:
+def test_a_gradient_rule_and_a_packed_go_with_it(base: str, tmp_path: Path, rule: str) -> None:
     chosen = chosen_rule(rule, load_rule(rule).options())
     found = {}
     for layout in ("padded", "packed"):

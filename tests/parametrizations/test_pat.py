@@ -219,7 +219,7 @@ def test_preferences_are_scored_against_the_unpruned_model(base: str, tmp_path: 
     assert abs(logged(trainer)[-1]["logratio/chosen"]) > 1e-3
 
 
-def test_the_shared_prefix_layout_computes_what_the_padded_one_does(base: str, tmp_path: Path) -> None:
+def test_the_packed_layout_computes_what_the_padded_one_does(base: str, tmp_path: Path) -> None:
     found = {}
     for layout in ("padded", "packed"):
         trainer = trainer_of("preference", base, tmp_path / layout, method="dpo", layout=layout, max_steps=4)

@@ -63,7 +63,7 @@ def test_padded_layout_is_bitwise_trl(peer: tuple[str, DPOTrainer], make_trainer
         assert logged(trainer, key) == pytest.approx(logged(theirs, key), rel=1e-5, abs=1e-6), key
 
 
-def test_shared_prefix_layout_follows_trl_to_1e_5(peer: tuple[str, DPOTrainer], make_trainer: Any) -> None:
+def test_packed_layout_follows_trl_to_1e_5(peer: tuple[str, DPOTrainer], make_trainer: Any) -> None:
     kind, theirs = peer
     trainer = ours(make_trainer, kind, "packed")
     assert trainer.layout.layout == "packed"
