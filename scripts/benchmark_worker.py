@@ -113,8 +113,7 @@ def training_arguments(spec: WorkerSpec) -> DPOConfig:
 
 def load(spec: WorkerSpec) -> Any:
     """The model both sides train."""
-    attention = "flex_attention" if spec.side == "flex" else "sdpa"
-    return AutoModelForCausalLM.from_pretrained(spec.model_dir, dtype=torch.float32, attn_implementation=attention)
+    return AutoModelForCausalLM.from_pretrained(spec.model_dir, dtype=torch.float32)
 
 
 def build_trainer(spec: WorkerSpec) -> DPOTrainer:
@@ -146,6 +145,14 @@ def build_trainer(spec: WorkerSpec) -> DPOTrainer:
     )
 
 
+def _now() -> float:
+    """Seconds: of this process where it computes on the CPU, whatever else the machine does; otherwise of the clock."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(TrainerCallback):
     """Times the steps after the warm-up."""
 
@@ -153,11 +160,9 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Read the clock."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         if state.global_step == WARM_UP_STEPS:
-            self.begin = time.perf_counter()
-        self.end = time.perf_counter()
+            self.begin = _now()
+        self.end = _now()
 
 
 def peak_mib() -> float:

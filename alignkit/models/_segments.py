@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -155,11 +156,21 @@ def _over_parts(
 
 def _sdpa(
     parts: PackedParts, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     queries, keys, window = query.shape[2], key.shape[2], kwargs.get("sliding_window")
-    if queries == keys and (window is None or window >= keys):
-        return sdpa_attention_forward(module, query, key, value, None, is_causal=True, **kwargs)  # type: ignore[no-any-return]
-    return sdpa_attention_forward(module, query, key, value, parts.mask(queries, keys, window), **kwargs)  # type: ignore[no-any-return]
+    is_causal = queries == keys and (window is None or window >= keys)
+    mask = None if is_causal else parts.mask(queries, keys, window)
+    if query.device.type != "cpu" or kwargs.get("softcap") is not None:
+        found: tuple[Tensor, Any] = sdpa_attention_forward(
+            module, query, key, value, mask, is_causal=is_causal, **kwargs
+        )
+        return found
+    # On a CPU the kernel takes a mask and fewer key heads at once, which transformers spares the CUDA kernels: keys are
+    # not copied for every query head, and attention takes 0.6 to 0.8 of the time.
+    how = {"dropout_p": kwargs.get("dropout", 0.0), "scale": kwargs.get("scaling")}
+    grouped = query.shape[1] != key.shape[1]
+    output = scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=grouped, **how)
+    return output.transpose(1, 2), None
 
 
 def _eager(
