@@ -176,7 +176,7 @@ def test_supervised_rows_learn_the_same(adapter: bool, texts: Dataset, tmp_path:
     assert_same(one, theirs)
 
 
-@pytest.mark.parametrize(("layout", "adapter"), [("padded", False), ("shared_prefix", True)])
+@pytest.mark.parametrize(("layout", "adapter"), [("padded", False), ("packed", True)])
 def test_pairs_learn_the_same(layout: Any, adapter: bool, pairs: Dataset, make_trainer: Callable[..., Any]) -> None:
     peft = supervised.lora() if adapter else None
     shared = {"settings": BridgeSettings(layout), "arguments": LEARNING, "train_dataset": pairs, "peft_config": peft}
