@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignkit.models._forward import add_completion_head, completion_logps
+from alignkit.models._forward import add_completion_head, completion_logps, use_packed_attention
 from alignkit.shapes._candidates import BridgeSettings
 from tests.shapes.test_preference_trainer import LISTWISE
 from tests.trainers import logged, random_rows
@@ -42,6 +42,8 @@ def test_the_negative_has_its_own_reference(
     found = trainer.reference.token_logps(inputs)
     start = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     add_completion_head(start)
+    if layout == "packed":
+        use_packed_attention(start)
     plain, other = completion_logps(start, inputs), completion_logps(helpful, inputs)
     for b, (_, lengths) in enumerate(SHAPES):
         last = len(lengths) - 1

@@ -165,12 +165,9 @@ def test_swapped_prompts_give_the_opposite(run: Any) -> None:
 
 
 @pytest.mark.parametrize("include_response", [True, False])
-@pytest.mark.parametrize("split", [True, False])
-def test_every_sequence_is_scored_once_and_packing_never_costs_more(
-    model: Any, include_response: bool, split: bool
-) -> None:
+def test_every_sequence_is_scored_once_and_packing_never_costs_more(model: Any, include_response: bool) -> None:
     rows = contrast_rows([2, 3, 1, 4, 2], include_response=include_response, seed=1)
-    padded = replace(choose_pass_layout("padded", model, rows), split_attention=split)
+    padded = choose_pass_layout("padded", model, rows)
     packed = replace(padded, layout="packed")
     for row in rows:
         prompts = row["better_prompt_ids"] + row["worse_prompt_ids"]
@@ -195,7 +192,7 @@ def test_what_is_shared(model: Any) -> None:
         return {"completion_ids": completions} | {name: [ids + end for ids in asked] for name, end in ends.items()}
 
     layout = replace(choose_pass_layout("padded", model, contrast_rows([2], include_response=True)), width=192)
-    packed = replace(layout, layout="packed", split_attention=False)
+    packed = replace(layout, layout="packed")
     (whole,) = scored_rows(row(False), packed)
     assert len(whole.prompt_ids) == 400 and list(whole.members) == [0, 1, 2, 3]
     assert [list(scored.members) for scored in scored_rows(row(True), packed)] == [[0, 2], [1, 3]]
@@ -205,14 +202,13 @@ def test_what_is_shared(model: Any) -> None:
 def test_layout_auto_says_why(model: Any) -> None:
     alike = contrast_rows([2] * 3, include_response=True)
     chosen = choose_pass_layout("auto", model, alike)
-    assert chosen.layout == "packed" and "expected to cost 0." in chosen.reason
-    nothing_shared = alike.map(
-        lambda row: {
-            "better_prompt_ids": [[k + 2, *ids] for k, ids in enumerate(row["better_prompt_ids"])],
-            "worse_prompt_ids": [[k + 50, *ids] for k, ids in enumerate(row["worse_prompt_ids"])],
-        }
-    )
-    assert choose_pass_layout("auto", model, nothing_shared).layout == "padded"
+    assert chosen.layout == "packed" and "no padding" in chosen.reason
+    model.config.attention_chunk_size = 4
+    try:
+        chosen = choose_pass_layout("auto", model, alike)
+    finally:
+        del model.config.attention_chunk_size
+    assert chosen.layout == "padded" and "attention chunk size of 4" in chosen.reason
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
