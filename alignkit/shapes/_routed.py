@@ -42,8 +42,9 @@ from alignkit.routing.store import RoutingBank
 from alignkit.routing.success import check_success, success_columns
 from alignkit.shapes._bank_refresh import BankRefresh
 from alignkit.shapes._bridge import batches_an_epoch, ratio
+from alignkit.shapes._example_collators import ROW_TOKENS, SupervisedCollator
 from alignkit.shapes._tokens import METRICS as SUPERVISED_METRICS
-from alignkit.shapes._tokens import ROW_TOKENS, SupervisedCollator, SupervisedTrainer
+from alignkit.shapes._tokens import SupervisedTrainer
 
 __all__ = ["batches_an_epoch"]
 

@@ -23,7 +23,7 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import accumulate, islice
 from typing import Any, ClassVar
@@ -38,7 +38,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
-from alignkit.data.prefix import IGNORE_INDEX, Segments
+from alignkit.data.prefix import IGNORE_INDEX
 from alignkit.data.supervised import prompts_of, to_supervised_rows
 from alignkit.data.supervised_tokens import TrainedTokens
 from alignkit.errors import ModelError
@@ -64,14 +64,11 @@ from alignkit.references._teacher import Teacher
 from alignkit.references.teachers import load_teacher, teacher_models
 from alignkit.shapes._arguments import REFUSED_FOR_SUPERVISED, refuse_unused
 from alignkit.shapes._bridge import batches_an_epoch, ratio
+from alignkit.shapes._example_collators import ROW_SCORED, ROW_TOKENS, PackedCollator, SupervisedCollator
 from alignkit.shapes._token_budget import TokenBudget
 
 __all__ = ["batches_an_epoch"]
 
-ROW_TOKENS = "row_tokens"
-"""Key of a batch that the model never sees: how many tokens of each of its rows count."""
-ROW_SCORED = "row_scored"
-"""Another, of packed rows: how many tokens of each the head scores."""
 TEACHER = "the method compares the policy with a teacher position by position, in rows of their own"
 METRICS: Mapping[str, str] = {
     "entropy": "entropy of the next-token distribution over trained tokens, nats",
@@ -310,63 +307,6 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns or []
         self._signature_columns = columns if REPEATED in columns else [*columns, REPEATED]
-
-
-@dataclass
-class SupervisedCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which says besides how many tokens each row has, and trains none of a row marked as repeated."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows."""
-        counts = [0 if row.get(REPEATED) else len(row["input_ids"]) for row in examples]
-        labels = [
-            row["labels"] if count else [IGNORE_INDEX] * len(row["labels"])
-            for row, count in zip(examples, counts, strict=True)
-        ]
-        rows = [{**row, "labels": trained} for row, trained in zip(examples, labels, strict=True)]
-        return {**super().torch_call(rows), ROW_TOKENS: torch.tensor(counts)}
-
-
-@dataclass
-class PackedCollator(SupervisedCollator):
-    """All examples of a batch behind one another in one row, without padding.
-
-    A batch holds ``input_ids``, ``position_ids`` [1, S], ``shift_labels`` [1, N] (those of the positions that predict a
-    trained token of their example), ``segments``, and per row ``row_tokens`` and ``row_scored``.
-    """
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows, of which TRL may have packed several into one."""
-        ids: list[int] = []
-        labels: list[int] = []
-        prompts: list[tuple[int, tuple[int, ...]]] = []
-        runs, scored = [0, 0], []
-        for row in examples:
-            targets = row["labels"]
-            ends = accumulate(row.get("seq_lengths") or [len(targets)])
-            starts = {0, *ends}
-            own = [t for t in range(1, len(targets)) if targets[t] != IGNORE_INDEX and t not in starts]
-            labels += [IGNORE_INDEX if row.get(REPEATED) else targets[t] for t in own]
-            scored.append(len(own))
-            is_scoring = set(own)
-            for t in range(1, len(targets) + 1):
-                if (len(runs) % 2 == 0) != (t in is_scoring):
-                    runs.append(0)
-                runs[-1] += 1
-            prompts += [(0, (length,)) for length in row.get("seq_lengths") or [len(targets)]]
-            ids += row["input_ids"]
-        if padding := -len(ids) % (self.pad_to_multiple_of or 1):
-            ids, prompts = [*ids, *[self.pad_token_id] * padding], [*prompts, (padding, ())]
-            runs += [padding] if len(runs) % 2 == 0 else [0, padding]
-        positions = [torch.arange(prefix + sum(branches)) for prefix, branches in prompts]
-        return {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.cat(positions)[None],
-            "shift_labels": torch.tensor([labels], dtype=torch.long),
-            "segments": Segments(tuple(prompts), tuple(runs)),
-            ROW_TOKENS: torch.tensor([0 if row.get(REPEATED) else len(row["input_ids"]) for row in examples]),
-            ROW_SCORED: torch.tensor(scored),
-        }
 
 
 def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -13,7 +13,7 @@ from peft import PromptTuningConfig
 from alignkit.data.filling import REPEATED
 from alignkit.data.prefix import IGNORE_INDEX
 from alignkit.errors import ModelError
-from alignkit.shapes._tokens import PackedCollator
+from alignkit.shapes._example_collators import PackedCollator
 from tests.supervised import completions, make, token_rows
 from tests.trainers import flat_weights, logged
 
