@@ -129,7 +129,7 @@ WRITE: Mapping[str, str] = {
     "sync_ref_model": "anchor: ema or periodic (method: adpo), whose reference follows the policy, under LoRA too",
     "ref_model_mixup_alpha": "anchor_decay, which is 1 minus it (method: adpo, anchor: ema)",
     "ref_model_sync_steps": "anchor_steps (method: adpo, anchor: periodic)",
-    "padding_free": "layout: auto, which packs completions behind their prompt where that pays",
+    "padding_free": "layout: auto, which packs rows without padding wherever the model allows it",
     # --- optimisation ---
     "accumulation_steps": "gradient_accumulation_steps",
     "grad_accum": "gradient_accumulation_steps",
