@@ -14,6 +14,7 @@ import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +204,17 @@ def long_number(digits: int) -> str:
     return LINE.replace('"w1 w2 "', "9" * digits)
 
 
+PART = 2**24
+
+
 def packed(size: int, content: bytes = b" ", head: bytes = b"") -> bytes:
     """A gzip archive of one letter repeated to ``size`` bytes behind a beginning: an archive may have many parts."""
-    part = 2**24
-    return gzip.compress(head) + gzip.compress(content * part) * (size // part)
+    return gzip.compress(head) + packed_part(content) * (size // PART)
+
+
+@cache
+def packed_part(content: bytes) -> bytes:
+    return gzip.compress(content * PART)
 
 
 def table(rows: Sequence[Mapping[str, Any]], **metadata: str) -> bytes:

@@ -33,10 +33,12 @@ IMPORTED = [
 if importlib.util.find_spec("deepspeed"):
     # accelerate imports it in every run, to ask whether a model is wrapped by it.
     IMPORTED.append("deepspeed")
+gc.disable()
 for name in IMPORTED:
     importlib.import_module(name)
 # What is there before a fork never becomes garbage: a collection in a child, which a run asks for, need not look at it.
 gc.freeze()
+gc.enable()
 
 
 def next_line(port: int, *, waits: bool) -> str:
