@@ -2,8 +2,8 @@
 
 Rows differ in length, so that micro-batches of equally many rows differ in tokens: the longest decide how many rows fit
 into memory, and all others leave most of it unused, or are padded to their length. With a budget the rows of a whole
-step, which are drawn as ever, are sorted by length and put into as few micro-batches as hold them. What the loss is
-divided by is counted over the step, so that loss, metrics and gradient stay what they were but for rounding.
+step, which are drawn as ever, are sorted by length and put into few micro-batches, with little padding. What the loss
+is divided by is counted over the step, so that loss, metrics and gradient stay what they were but for rounding.
 
 transformers counts the micro-batches it is given, to know when a step ends. It is given as many as it asked for, of
 which all but the last are empty: the last holds those that are really run.
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -38,6 +39,10 @@ CPU_TOKENS = 4096
 """What ``auto`` is on a CPU, where a larger product is no faster and memory is shared with everything else."""
 
 
+PASS_SHARE = 1 / 16
+"""How much of the budget may be spent on padding to save a pass, which takes time of its own."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows on their way from a dataloader, which are collated later: nothing that passes them on looks into them."""
@@ -46,34 +51,62 @@ class Rows:
 
 
 def micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1, *, padded: bool) -> list[list[int]]:
-    """Rows in as few micro-batches as can be had by filling one after the other, longest row first.
+    """Rows dealt out over micro-batches, longest rows first.
 
     Args:
         lengths: Tokens of each row.
         budget: Most tokens of a micro-batch; a row that has more stands alone.
-        at_least: Micro-batches there must be. The largest are halved for that; those that no row is left for are empty.
+        at_least: Micro-batches there must be. Those of most rows are halved for that; where every row stands alone,
+            empty ones are added.
         padded: Whether every row of a micro-batch takes as many tokens as its longest.
 
     Returns:
         Numbers of the rows of each micro-batch, longest first.
     """
-    found: list[list[int]] = []
-    costs: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        # No row is longer than the first of a micro-batch.
-        grown = [cost + (lengths[part[0]] if padded else lengths[row]) for part, cost in zip(found, costs, strict=True)]
-        place = next((i for i, cost in enumerate(grown) if cost <= budget), None)
-        if place is None:
-            found.append([row])
-            costs.append(lengths[row])
-        else:
-            found[place].append(row)
-            costs[place] = grown[place]
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    found = (_least_padding if padded else _first_fit)(rows, lengths, budget)
     while len(found) < at_least and (halved := max(found, key=len, default=[])) and len(halved) > 1:
         place, middle = found.index(halved), (len(halved) + 1) // 2
         found[place : place + 1] = [halved[:middle], halved[middle:]]
     found.sort(key=lambda part: -lengths[part[0]])
     return found + [[] for _ in range(at_least - len(found))]
+
+
+def _first_fit(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Each row, longest first, in the first micro-batch that has room for it."""
+    found: list[list[int]] = []
+    room: list[int] = []
+    for row in rows:
+        place = next((i for i, left in enumerate(room) if lengths[row] <= left), len(found))
+        if place == len(found):
+            found.append([])
+            room.append(budget)
+        found[place].append(row)
+        room[place] -= lengths[row]
+    return found
+
+
+def _least_padding(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Runs of rows, longest first, that cost least: tokens with padding, and ``PASS_SHARE`` of the budget for each.
+
+    As few as can be would put the shortest row beside the longest wherever memory is plenty.
+    """
+
+    def tokens(begin: int, end: int) -> int:
+        return (end - begin) * lengths[rows[begin]]
+
+    costs, begins = [0.0], [0]
+    for end in range(1, len(rows) + 1):
+        longer = takewhile(lambda begin: tokens(begin, end) <= budget, range(end - 2, -1, -1))  # noqa: B023
+        totals = {begin: costs[begin] + tokens(begin, end) for begin in (end - 1, *longer)}
+        begins.append(min(totals, key=lambda begin: totals[begin]))
+        costs.append(totals[begins[-1]] + PASS_SHARE * budget)
+    found: list[list[int]] = []
+    end = len(rows)
+    while end:
+        found.append(list(rows[begins[end] : end]))
+        end = begins[end]
+    return found[::-1]
 
 
 def row_tokens(rows: Sequence[Mapping[str, Any]], *, packed: bool, multiple: int | None) -> list[int]:
