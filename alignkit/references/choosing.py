@@ -85,9 +85,9 @@ class RunData:
         """Rows to score if each is scored once."""
         return len(self.train) + sum(map(len, self.held_out))
 
-    def seconds_saved(self, model: nn.Module, device: torch.device) -> float:
-        """What scoring ahead saves at least, on a device that does as well as one can."""
-        tokens = _cache.count_tokens(self.train) / len(self.train) * (self.while_training - self.ahead)
+    def seconds(self, scored: float, model: nn.Module, device: torch.device) -> float:
+        """What it takes at least to score so many rows, on a device that does as well as one can."""
+        tokens = _cache.count_tokens(self.train) / len(self.train) * scored
         # Without the backward pass, which takes as long.
         base: Any = base_model(model)
         return run_seconds(1, step_flops(base.config.get_text_config(), tokens) / 2, device)
@@ -157,15 +157,16 @@ def choose_reference(
     if config.resume:
         taken = AHEAD if before is not None and before.value == AHEAD else else_taken
         return Choice(KEY, taken, "as this run began")
-    begin = time.perf_counter()
+    begin, key = time.perf_counter(), _bytes_of(policy) / KEY_BYTES_A_SECOND
     if (gain := data.while_training / data.ahead) >= LEAST_GAIN:
-        saved, key = data.seconds_saved(policy, args.device), _bytes_of(policy) / KEY_BYTES_A_SECOND
+        saved = data.seconds(data.while_training - data.ahead, policy, args.device)
         if key <= max(saved, FREE_SECONDS):
             return Choice(KEY, AHEAD, _why(data, gain))
         why = f"to tell the weights for a cache takes {key:.0f} s, and it would save about {saved:.0f} s"
     else:
         why = f"every row is scored {'once' if gain == 1 else f'{gain:.2g} times'}, too seldom for a cache to pay"
-    if _is_cached(config, args, policy, data, others):
+    is_worth_a_look = key <= max(data.seconds(data.while_training, policy, args.device), FREE_SECONDS)
+    if is_worth_a_look and _is_cached(config, args, policy, data, others):
         return Choice(KEY, AHEAD, "an earlier run has scored these rows", time.perf_counter() - begin)
     return Choice(KEY, else_taken, why, time.perf_counter() - begin)
 
