@@ -157,7 +157,7 @@ def choose_reference(
     if config.resume:
         taken = AHEAD if before is not None and before.value == AHEAD else else_taken
         return Choice(KEY, taken, "as this run began")
-    begin, key = time.perf_counter(), _bytes_of(policy) / KEY_BYTES_A_SECOND
+    begin, key = time.perf_counter(), _key_seconds(policy, else_taken)
     if (gain := data.while_training / data.ahead) >= LEAST_GAIN:
         saved = data.seconds(data.while_training - data.ahead, policy, args.device)
         if key <= max(saved, FREE_SECONDS):
@@ -220,8 +220,11 @@ def _why(data: RunData, gain: float) -> str:
     return f"{epochs} and {data.evaluations} evaluations would score every row {gain:.3g} times on average"
 
 
-def _bytes_of(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def _key_seconds(policy: nn.Module, else_taken: str) -> float:
+    """What telling the weights of the reference takes; TRL hashes those of a policy without adapter once more."""
+    times = 2 if else_taken == "copy" else 1
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
+    return times * weights / KEY_BYTES_A_SECOND
 
 
 def _is_cached(config: Any, args: Any, policy: nn.Module, data: RunData, others: Sequence[nn.Module]) -> bool:
