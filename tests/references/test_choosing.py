@@ -94,7 +94,7 @@ def test_training_is_the_same(case: str, models: list[str], tmp_path: Path) -> N
     for reference in (live, "auto"):
         trainer = trainer_of(models[0], tmp_path / reference, rows, held_out, reference=reference, **keys)
         assert taken(trainer) == (live if reference == live else "precomputed")
-        assert (trainer.ref_model is not None) == (reference == "copy")
+        assert (trainer.ref_model is not None) == (reference == "copy") and trainer.layout.layout == "packed"
         trainer.train()
         runs[reference] = trainer
     theirs, ours = (timeless(runs[name].state.log_history) for name in (live, "auto"))
