@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from trl.trainer.utils import add_fused_lm_head
 
 from alignkit.data.prefix import CandidateCollator, Layout, Segments, on_device
+from alignkit.errors import ModelError
 from alignkit.models import _segments
 from alignkit.models.wrapping import base_model as base_model
 from alignkit.reports.bars import hidden_unless
@@ -64,12 +65,15 @@ class _PackedRow:
     predict a scored token, so that the LM head never projects the others.
     """
 
+    config: Any
     runs: tuple[int, ...] | None = field(default=None, init=False)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook: consumes ``segments``."""
         segments: Segments | None = kwargs.pop("segments", None)
         self.runs = None if segments is None else segments.runs
+        if segments is not None and self.config._attn_implementation not in _segments.OWN.values():
+            raise ModelError("this model's attention cannot run packed rows: call use_packed_attention before")
         if segments is not None:
             kwargs["attention_mask"] = _segments.packed_mask()
             kwargs[_segments.KEYWORD] = _segments.PackedParts(segments, kwargs["input_ids"].device)
@@ -109,7 +113,8 @@ def support_packed_rows(base: nn.Module) -> None:
     """Register the backbone hooks of the ``packed`` layout, once; ``padded`` rows pass them untouched."""
     backbone = cast(nn.Module, base.base_model)
     if backbone not in _PACKED_BACKBONES:
-        hooks = _PackedRow()
+        # The config alone: a hook that held the model itself would be followed in a circle by a compiler.
+        hooks = _PackedRow(base.config.get_text_config())
         backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
         backbone.register_forward_hook(hooks.after)
         base.register_forward_pre_hook(_without_router_logits, with_kwargs=True)

@@ -99,10 +99,6 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"attn_implementation": "flex_attention", "use_cpu": True},
         {"attn_implementation": "sdpa"},
     ),
-    "packed with flash attention": (
-        FLASH | {"layout": "packed", "bf16": True},
-        {"attn_implementation": "flex_attention"},
-    ),
     "adapter_disabled with full fine-tuning": (FULL | {"reference": "adapter_disabled"}, {"reference": "copy"}),
     "adapter_disabled with a continued adapter": (
         {"adapter": "lora", "reference": "adapter_disabled"},

@@ -28,7 +28,7 @@ def test_keys_that_mean_nothing_here_are_not_there() -> None:
     ours, theirs = set(base_keys("sft")), set(base_keys("preference"))
     assert ours - theirs == {"completion_only_loss", "assistant_only_loss", "packing", "packing_strategy"}
     assert theirs - ours == {
-        "reference", "reference_model", "reference_batch_size", "reference_cache", "layout", "disable_dropout",
+        "reference", "reference_model", "reference_batch_size", "reference_cache", "disable_dropout",
         "probe_rows", "probe_steps",
     }  # fmt: skip
 

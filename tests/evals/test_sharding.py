@@ -12,7 +12,7 @@ from datasets import Dataset
 from alignkit.errors import ModelError
 from alignkit.evals.preference import preference_sums
 from alignkit.models import sharding
-from alignkit.models._forward import add_completion_head
+from alignkit.models._forward import add_completion_head, use_packed_attention
 from alignkit.models.sharding import length_batches, map_batches, score_over_ranks
 from tests.scripts.tiny import tiny_model
 
@@ -75,6 +75,8 @@ def test_scores_are_those_of_each_response_alone(layout: str) -> None:
             start = len(row["prompt_ids"])
             expected[-1].append([float(logps[i - 1, ids[i]]) for i in range(start, len(ids))])
     add_completion_head(model)
+    if layout == "packed":
+        use_packed_attention(model)
     found = score_over_ranks(
         model, data, pad_token_id=0, layout=layout, batch_size=2, state=PartialState(), progress="rows"
     )
@@ -96,6 +98,8 @@ def test_equal_completions_tie_in_every_layout(layout: str, batch_size: int) -> 
     )  # fmt: skip
     model = tiny_model()
     add_completion_head(model)
+    if layout == "packed":
+        use_packed_attention(model)
     found = score_over_ranks(
         model, data, pad_token_id=0, layout=layout, batch_size=batch_size, state=PartialState(), progress="rows"
     )
@@ -112,6 +116,8 @@ def test_a_broken_model_is_named_not_averaged() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[50] = float("nan")
     add_completion_head(model)
+    if layout == "packed":
+        use_packed_attention(model)
     with pytest.raises(ModelError, match="NaN or infinite on 5 of 5 rows"):
         score_over_ranks(
             model, rows(), pad_token_id=0, layout="padded", batch_size=2, state=PartialState(), progress="rows"

@@ -73,30 +73,24 @@ def evaluated(run_script: Script, tmp_path: Path) -> Any:
     return run
 
 
-def test_a_base_that_is_compared_is_run_in_a_layout_of_its_own(evaluated: Any, tmp_path: Path) -> None:
-    """The model evaluated can run packed rows; its base sees 12 tokens, which in packed rows would be other ones."""
+def test_a_base_with_a_window_sees_the_same_tokens_in_packed_rows(evaluated: Any, tmp_path: Path) -> None:
+    """Twelve tokens of its own sequence, not those that stand before a branch in the row."""
     rows = pairs(6, 40)
     data = write_rows(tmp_path / "rows.jsonl", rows)
     base = with_window(tmp_path / "base", 12)
     save_model(tmp_path / "model")
     found = evaluated("--model", tmp_path / "model", "--compare_base", tmp_path / "base", "--data", data)
-    assert found["layout"] == "packed", "or the base would be run in padded rows in any case"
     assert found["base_metrics"]["logps/chosen"]["mean"] == pytest.approx(chosen_logps(base, rows), abs=1e-4)
-    assert found["base_layout"] == "padded"
+    assert found["layout"] == found["base_layout"] == "packed"
 
 
-def test_the_layout_is_that_of_the_longest_row_wherever_it_is(evaluated: Any, tmp_path: Path) -> None:
-    """A window that is wide enough for all rows but the last of three hundred."""
+def test_a_window_that_one_row_of_three_hundred_outgrows(evaluated: Any, tmp_path: Path) -> None:
     rows = [*pairs(299, 24), *pairs(1, 90)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     model = with_window(tmp_path / "model", 48)
-    words = ("--model", tmp_path / "model", "--batch_size", "64")
-    found = evaluated(*words, "--data", data)
-    assert found["layout"] == "padded"
+    found = evaluated("--model", tmp_path / "model", "--batch_size", "64", "--data", data)
+    assert found["layout"] == "packed"
     assert found["metrics"]["logps/chosen"]["mean"] == pytest.approx(chosen_logps(model, rows), abs=1e-4)
-    (tmp_path / "evaluation.json").unlink()
-    short = write_rows(tmp_path / "short.jsonl", rows[:-1])
-    assert evaluated(*words, "--data", short)["layout"] == "packed", "it is the last row that decides"
 
 
 def test_packed_rows_are_evaluated_with_the_attention_of_training(
