@@ -116,8 +116,6 @@ def test_a_broken_model_is_named_not_averaged() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[50] = float("nan")
     add_completion_head(model)
-    if layout == "packed":
-        use_packed_attention(model)
     with pytest.raises(ModelError, match="NaN or infinite on 5 of 5 rows"):
         score_over_ranks(
             model, rows(), pad_token_id=0, layout="padded", batch_size=2, state=PartialState(), progress="rows"
