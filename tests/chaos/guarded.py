@@ -6,6 +6,7 @@ Python opens is seen, from which the clients of the Hub and of data sets come; s
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -85,8 +86,12 @@ if __name__ == "__main__":
     disable_telemetry()
     quiet_dependencies()
     bars_for_terminals()
+    gc.disable()
     for name in ("alignkit.runs.run", "alignkit.runs.results", "transformers.models.qwen3.modeling_qwen3"):
         importlib.import_module(name)
+    # What is imported stays: a collection in a child, which a run asks for, need not look at it.
+    gc.freeze()
+    gc.enable()
     found = {}
     for name, program, *arguments in json.loads(Path(sys.argv[1]).read_text()):
         output = str(Path(sys.argv[2]).with_name(f"{name}.output"))
