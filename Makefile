@@ -25,7 +25,7 @@ define pip_install
 	printf ' done\n'
 endef
 
-.PHONY: help quickstart test chaos trajectories check audit format bench claims docs clean
+.PHONY: help quickstart test ends chaos trajectories check audit format bench claims docs clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,19 @@ test: check  ## Static checks, then the whole test suite
 FAULTS = tests/chaos $(wildcard tests/*/test_hostile.py tests/*/test_full_disk.py) tests/data/test_bounded.py \
          tests/programs/test_signals.py tests/programs/test_bad_inputs.py tests/programs/test_sft_bad_inputs.py \
          tests/distributed/test_signals_of_ranks.py
+# What leans on transformers: private names of its, parity with TRL, routers, kernels and casts of its layers, a launch.
+LEANING = tests/contracts/test_trl_seams.py tests/shapes/test_parity.py tests/shapes/test_supervised_parity.py \
+          $(addprefix tests/models/test_,routers.py kernels.py adapter_casts.py comparison.py) \
+          tests/programs/test_run_directory_program.py
+ENDS = 5.21.0 5.24.0
+ends: $(VENV)/.dev  ## What leans on transformers, under the oldest and the newest that alignkit accepts; some 6 minutes
+	@for version in $(ENDS); do \
+	  target=$(VENV)/transformers-$$version; \
+	  test -d $$target || $(PY) -m pip install -q --no-deps --no-compile --target $$target transformers==$$version; \
+	  echo "transformers $$version"; \
+	  PYTHONPATH=$$target OMP_NUM_THREADS=1 $(PY) -m pytest -q $(LEANING); \
+	done
+
 chaos: $(VENV)/.dev  ## Long fault injection, some 25 minutes, with a table of all of it at the end
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "chaos or not chaos" --capture=tee-sys $(sort $(filter-out tests/chaos/%,$(FAULTS)))
 

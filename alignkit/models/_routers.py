@@ -44,7 +44,10 @@ REFUSED = {
     "DeepseekV4TopKRouter": "its first layers choose experts by a hash of the token, which nothing can train",
     "DiffusionGemmaTextRouter": "it puts out probabilities where other families put out logits",
     "Gemma4TextRouter": "it puts out probabilities where other families put out logits",
-    "JetMoeAttention": "its attention chooses experts too, so each layer has two routers that are recorded alike",
+    **dict.fromkeys(
+        ("JetMoeAttention", "JetMoeTopKGating"),  # Of these transformers records both, and from 5.24 on the second.
+        "its attention chooses experts too, so each layer has two routers that are recorded alike",
+    ),
     "ZayaRouter": "its router is a small network that hands states on from layer to layer, not one matrix",
 }
 """Routers that do not fit, and why not; others that are in no list are not known."""

@@ -57,6 +57,17 @@ def test_what_the_bridges_lean_on_is_held_to_one_minor(name: str, repository: Pa
     assert not requirement.specifier.contains(f"{major}.{int(minor) - 1}.9")
 
 
+def test_both_ends_of_the_range_of_transformers_are_tried(repository: Path) -> None:
+    """The oldest version is the lower bound, the newest one of the last minor below the upper bound."""
+    requirement = next(r for r in declared(repository) if r.name == "transformers")
+    oldest, newest = re.search(r"^ENDS = (\S+) (\S+)$", (repository / "Makefile").read_text(), re.M).groups()  # type: ignore[union-attr]
+    assert all(requirement.specifier.contains(version) for version in (oldest, newest))
+    major, minor, _ = map(int, newest.split("."))
+    assert not requirement.specifier.contains(f"{major}.{minor + 1}.0")
+    major, minor, patch = map(int, oldest.split("."))
+    assert patch == 0 and not requirement.specifier.contains(f"{major}.{minor - 1}.99")
+
+
 def imported(folder: Path) -> Iterator[str]:
     """Top-level packages outside the standard library that the files of a folder import."""
     for path in folder.rglob("*.py"):
