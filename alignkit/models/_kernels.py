@@ -4,7 +4,8 @@ Nothing that is saved changes: weights keep their names, and a copy of a model h
 
 - ``liger``: LinkedIn's Liger kernels for rotary positions, RMSNorm and SwiGLU, on CUDA. Its fused losses are not used.
 - ``compile``: each decoder layer by torch.compile, once for all layers of a kind and for all lengths of rows. Attention
-  over a cache, which grows with every token that is drawn, runs as it is.
+  over packed rows stays outside, as its parts are others in every batch; what is around it is compiled for one length,
+  then for all. Attention over a cache, which grows with every token that is drawn, runs as it is.
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 - transformers ``GradientCheckpointingLayer``, the class of decoder layers, its ``gradient_checkpointing`` and
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from alignkit.data.prefix import CandidateCollator
+from alignkit.data.prefix import CandidateCollator, Layout
 from alignkit.models._comparison import ScoringRun, disagreement
 from alignkit.models._forward import completion_forward, compute_precision
 from alignkit.models.modes import drops, evaluating
@@ -195,15 +196,17 @@ class Passes:
     Args:
         run: The model, as it will be run.
         row: A candidate row, of which the beginning of the first completion is taken.
+        layout: In which rows are run.
         gradient: Whether a backward pass can be made: not where training has split the weights.
     """
 
-    def __init__(self, run: ScoringRun, row: Any, *, gradient: bool = True) -> None:
+    def __init__(self, run: ScoringRun, row: Any, layout: Layout = "padded", *, gradient: bool = True) -> None:
         prompt, completion = row["prompt_ids"][-COMPARED_TOKENS:], row["completion_ids"][0][:COMPARED_TOKENS]
         cut = {"prompt_ids": prompt, "completion_ids": [completion], "scores": [1.0]}
         device = next(run.model.parameters()).device
         # Twice: for rows that stand alone a compiler makes code of its own.
-        self.inputs = {name: x.to(device) for name, x in CandidateCollator(0, "padded")([cut, cut]).items()}
+        batch = CandidateCollator(0, layout)([cut, cut])
+        self.inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         self.run, self.weights = run, _compared(run.model) if gradient else []
 
     def __call__(self, *, training: bool = False) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,7 @@ def _compared(trainer: Any, choice: Choice, bases: list[nn.Module], *, is_fixed:
         undo = put()
         trainer.add_callback(CompareWhenTrainingBegins(partial(_compare_sharded, trainer, choice.value, put, undo)))
         return choice
-    problem, undo = _difference(Passes(runs[0], trainer.lengths.longest_row), choice.value, put)
+    problem, undo = _difference(Passes(runs[0], trainer.lengths.longest_row, trainer.layout.layout), choice.value, put)
     seconds = time.perf_counter() - began
     if (problem := agreed(problem)) is None:
         return Choice(KEY, choice.value, choice.reason, seconds)
@@ -132,6 +132,6 @@ def _compare_sharded(trainer: Any, kind: str, put: Callable[[], Undo], undo: Und
     """Compare log-probs once training has split the weights, where no gradient can be taken in passing."""
     undo()
     run = trainer._policy_run(trainer.model_wrapped)
-    problem, _ = _difference(Passes(run, trainer.lengths.longest_row, gradient=False), kind, put)
+    problem, _ = _difference(Passes(run, trainer.lengths.longest_row, trainer.layout.layout, gradient=False), kind, put)
     if problem := agreed(problem):
         raise ModelError(f"kernels: {kind} cannot be used: {problem}. Write kernels: none.")

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 from transformers.activations import ACT2FN
 from transformers.models.qwen3 import modeling_qwen3
 
+from alignkit.data.prefix import CandidateCollator
 from alignkit.errors import ConfigError, ModelError
 from alignkit.gradients._hook import chosen_rule
 from alignkit.models import _kernels
 from alignkit.models._comparison import ScoringRun
-from alignkit.models._forward import add_completion_head
+from alignkit.models._forward import add_completion_head, completion_logps, use_packed_attention
 from alignkit.models._kernels import (
     LIGER_TYPES,
     Passes,
@@ -35,6 +36,7 @@ from alignkit.models._kernels import (
 )
 from alignkit.models.choices import Choice
 from alignkit.shapes import _kernel_choice
+from alignkit.shapes._candidates import BridgeSettings
 from alignkit.shapes._kernel_choice import take_kernels
 from tests.trainers import VOCABULARY, flat_weights, logged, random_rows
 
@@ -203,13 +205,36 @@ def test_layers_are_traced_once_for_all_lengths(model: PreTrainedModel) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tracing")
-@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_a_run_with_compiled_layers_is_the_run(make_trainer: Any, tmp_path: Any, peft_config: Any) -> None:
+def test_packed_rows_are_traced_for_one_length_and_then_for_all(model: PreTrainedModel) -> None:
+    """Attention over their parts stays outside; what is before and behind it is compiled."""
+    from torch._dynamo.utils import counters
+
+    use_packed_attention(model)
+    shapes = ([(9, (7, 5)), (4, (3, 6))], [(12, (2, 8))], [(3, (4, 4)), (6, (5,)), (1, (9, 2, 3))], [(30, (9, 8))])
+    batches = [CandidateCollator(0, "packed")(random_rows(shape)) for shape in shapes]
+    expected = [completion_logps(model, batch).detach() for batch in batches]
+    put_compiled([model])
+    found, graphs = [], []
+    for batch in batches:
+        found.append(completion_logps(model, batch))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[2] == graphs[3]
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    found[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracing")
+@pytest.mark.parametrize(("layout", "peft_config"), [("packed", None), ("padded", LORA)], ids=["full", "lora"])
+def test_a_run_with_compiled_layers_is_the_run(make_trainer: Any, tmp_path: Any, layout: Any, peft_config: Any) -> None:
     rows = Dataset.from_list(random_rows([(6, (5, 5)), (9, (4, 7)), (3, (8, 2)), (5, (6, 6))] * 2, seed=3))
     runs = []
     for kernels in ("none", "compile"):
         arguments = {"max_steps": 2, "gradient_checkpointing": True}
-        trainer = make_trainer(arguments=arguments, train_dataset=rows, peft_config=peft_config)
+        settings = BridgeSettings(layout=layout)
+        trainer = make_trainer(settings=settings, arguments=arguments, train_dataset=rows, peft_config=peft_config)
         take_kernels(trainer, kernels)
         assert trainer.choices["kernels"] == Choice("kernels", kernels, "pinned", trainer.choices["kernels"].seconds)
         trainer.train()
