@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,8 @@ from alignkit.models.choices import Choice
 from alignkit.shapes import _kernel_choice
 from alignkit.shapes._candidates import BridgeSettings
 from alignkit.shapes._kernel_choice import take_kernels
+from tests.programs.conftest import save_model
+from tests.shapes.building import build, config_of, text_rows
 from tests.trainers import VOCABULARY, flat_weights, logged, random_rows
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
@@ -244,6 +247,23 @@ def test_a_run_with_compiled_layers_is_the_run(make_trainer: Any, tmp_path: Any,
     assert runs[0][0] == pytest.approx(runs[1][0], abs=1e-5)
     torch.testing.assert_close(runs[0][1], runs[1][1], atol=1e-4, rtol=1e-3)
     assert runs[0][2:] == runs[1][2:]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracing")
+@pytest.mark.parametrize("program", ["preference", "sft", "online"])
+def test_every_program_trains_with_compiled_layers(program: str, tmp_path: Path) -> None:
+    """Online, completions are drawn over a cache that grows, and trained on without one."""
+    save_model(tmp_path / "model")
+    losses = []
+    for kernels in ("none", "compile"):
+        (tmp_path / kernels).mkdir()
+        given = config_of(program, str(tmp_path / "model"), tmp_path / kernels, kernels=kernels, max_steps=2)
+        trainer = build(given, text_rows(given, 8))
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+        assert trainer.choices["kernels"].value == kernels
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.slow
