@@ -32,6 +32,7 @@ class Trained:
         targets: Linear layers that have factors, by the last part of their name; None is all of them.
         saved_beside: Modules that train in full beside the factors.
         quantization: Of the frozen linear layers.
+        last_routers: Of how many layers the routers train, where only routers do; None is all of them.
     """
 
     kind: Literal["full", "lora", "routers", "nothing"] = "full"
@@ -42,6 +43,7 @@ class Trained:
     targets: tuple[str, ...] | None = None
     saved_beside: tuple[str, ...] = ()
     quantization: Quantization = "none"
+    last_routers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Decoder:
 
     def _linear(self, name: str, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
         trained = self.trained
-        in_full = trained.kind == "full" or name in trained.saved_beside or (trained.kind, name) == ("routers", "gate")
+        in_full = trained.kind == "full" or name in trained.saved_beside
         quantization = "none" if in_full else trained.quantization
         weight = self._weight(inputs * outputs, in_full, quantization, sides=(outputs, inputs))
         linear = Linear(inputs, outputs, weight, self._weight(outputs, in_full) if bias else None)
@@ -179,12 +181,19 @@ class Decoder:
         if index not in shape.expert_layers:
             linear |= self._mlp(shape.inner)
             return layer
-        layer.router = self._linear("gate", shape.hidden, shape.experts)
+        layer.router = self._router(index)
         layer.gate_up = self._stack("gate_up_proj", shape.hidden, 2 * shape.expert_inner)
         layer.down = self._stack("down_proj", shape.expert_inner, shape.hidden)
         if shape.shared_inner:
             layer.shared = self._mlp(shape.shared_inner) | {"gate": self._linear("shared_expert_gate", shape.hidden, 1)}
         return layer
+
+    def _router(self, index: int) -> Linear:
+        shape, last = self.shape, self.trained.last_routers
+        if self.trained.kind != "routers":
+            return self._linear("gate", shape.hidden, shape.experts)
+        trains = last is None or index in sorted(shape.expert_layers)[-last:]
+        return Linear(shape.hidden, shape.experts, self._weight(shape.hidden * shape.experts, trains))
 
     def _stack(self, name: str, inputs: int, outputs: int) -> Linear:
         """A matrix of every expert, with factors for each where PEFT adapts all linear layers."""

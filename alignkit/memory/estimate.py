@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from alignkit.memory.decoder import Decoder, Tokens, Trained
@@ -53,6 +53,7 @@ class Step:
         outputs: What the head computes beside log-probs.
         device: Whose kernels.
         casts_adapter_inputs: Whether PEFT casts what adapters are given.
+        is_fused: Whether norms, rotary positions and gates are Liger's kernels, or layers are compiled.
         processes: How many share a step.
         zero_stage: What of DeepSpeed's ZeRO is switched on; 0 is plain data parallelism.
         offload_optimizer, offload_parameters: What ZeRO holds in the host's memory.
@@ -70,6 +71,7 @@ class Step:
     outputs: tuple[str, ...] = ("entropy", "is_top1")
     device: Literal["cpu", "cuda"] = "cpu"
     casts_adapter_inputs: bool = True
+    is_fused: bool = False
     processes: int = 1
     zero_stage: int = 0
     offload_optimizer: bool = False
@@ -171,7 +173,7 @@ class _Run:
 
     def _pass(self, model: Decoder, tokens: Tokens, *, adapter: bool = True) -> Pass:
         step = self.step
-        arithmetic = Arithmetic(step.autocast, step.casts_adapter_inputs, has_adapter=adapter)
+        arithmetic = Arithmetic(step.autocast, step.casts_adapter_inputs, adapter, step.is_fused)
         machine = Machine(self.ledger, arithmetic)
         return Pass(machine, model, tokens, step.checkpointing, step.device, step.attention, step.outputs)
 
@@ -241,8 +243,3 @@ def step_scratch(step: Step, sizes: list[int]) -> int:
     if step.optimizer == "adamw_torch":
         return whole if step.device == "cuda" and not step.offload_optimizer else 2 * largest
     return 0
-
-
-def without_checkpointing(step: Step) -> Step:
-    """The same run, keeping all activations."""
-    return replace(step, checkpointing=False)

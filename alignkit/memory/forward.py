@@ -105,6 +105,10 @@ class Pass:
     def _mlp(self, x: Value, linear: Mapping[str, Linear]) -> Value:
         machine = self.machine
         gate = machine.linear(x, linear["gate_proj"])
+        if machine.arithmetic.is_fused:
+            product = machine.gated(gate, machine.linear(x, linear["up_proj"]))
+            del gate
+            return machine.linear(product, linear["down_proj"])
         active = machine.pointwise(gate, saved=gate.block)
         del gate
         up = machine.linear(x, linear["up_proj"])
@@ -127,12 +131,16 @@ class Pass:
         query, key, value = (machine.cast(part, width) for part in (query, key, value))
         kernel = self._kernel
         if self.tokens.is_packed:
-            kernel = self._parts_apart if self.device == "cpu" else self._parts_at_once
+            # The kernels for parts of varying length know half precision alone.
+            in_half = (machine.arithmetic.autocast or query.width) == 2
+            kernel = self._parts_at_once if self.device == "cuda" and in_half else self._parts_apart
         out = kernel(query, key, value)
         del query, key, value
         return machine.linear(out, layer.linear["o_proj"])
 
     def _rotated(self, x: Value, table: int) -> Value:
+        if self.machine.arithmetic.is_fused:
+            return x  # turned where it lies
         # Forward: the product with the cosine, the halves exchanged, the product with the sine.
         width = max(x.width, table)
         size = x.count * width
@@ -142,11 +150,14 @@ class Pass:
         ledger, shape, tokens = self.machine.ledger, self.model.shape, self.tokens
         groups = shape.heads // shape.key_heads
         mask: Block | None = None
-        if self.has_dense_mask:
+        is_eager = self.attention == "eager"
+        if self.has_dense_mask and not is_eager:
             # A boolean mask is made one of numbers in every layer, which each keeps.
             mask = ledger.block(tokens.rows * tokens.length**2 * query.width)
-        if groups > 1 and self.has_dense_mask:
+        if groups > 1 and (self.has_dense_mask or is_eager):
             key, value = self._repeated(key, groups), self._repeated(value, groups)
+        if is_eager:
+            return self._written_out(query, key, value)
         out = ledger.value(query.count, query.width)
         lse = ledger.block(tokens.count * shape.heads * 4)
         kept = (query.block, key.block, value.block, out.block, lse, mask)
@@ -156,6 +167,28 @@ class Pass:
             return [ledger.block(size) for size in sizes]
 
         return ledger.apply([query, key, value], out, backward)
+
+    def _written_out(self, query: Value, key: Value, value: Value) -> Value:
+        """Eager attention: a number for every pair of positions and head, several times over."""
+        ledger, shape, tokens = self.machine.ledger, self.model.shape, self.tokens
+        pairs, width = tokens.rows * shape.heads * tokens.length**2, query.width
+        # Scores, scaled scores, masked scores; the softmax in float32, and in the precision of the values.
+        scores = [ledger.block(pairs * width) for _ in range(2)]
+        ledger.scratch(pairs * width)
+        softmax = ledger.block(pairs * 4)
+        weights = softmax if width == 4 else ledger.block(pairs * width)
+        del scores
+        out = ledger.value(query.count, width)
+        sizes = (query.size, key.size, value.size)
+
+        def backward(
+            grad: Block, kept: tuple[Block, ...] = (query.block, key.block, value.block, softmax, weights)
+        ) -> list[Block | None]:
+            ledger.scratch(pairs * (4 + max(width, 4)))
+            return [ledger.block(size) for size in sizes]
+
+        joined = ledger.apply([query, key, value], out, backward)
+        return self.machine.pointwise(joined)  # heads and positions change places
 
     def _parts_at_once(self, query: Value, key: Value, value: Value) -> Value:
         """A packed row through a kernel for rows of varying length, over keys gathered for every part."""
@@ -184,8 +217,8 @@ class Pass:
         groups = Counter(self.tokens.parts())
         saved: list[tuple[tuple[int, ...], tuple[Block, ...]]] = []
         for (queries, keys), count in groups.items():
-            # With a mask, torch repeats the keys for every query head.
-            key_heads = shape.key_heads if queries == keys else shape.heads
+            # With a mask, keys are repeated for every query head before kernels of CUDA.
+            key_heads = shape.key_heads if queries == keys or self.device == "cpu" else shape.heads
             sizes = tuple(
                 count * length * heads * shape.head * width
                 for length, heads in ((queries, shape.heads), (keys, key_heads), (keys, key_heads))
@@ -246,13 +279,13 @@ class Pass:
 
     def _weighted(self, out: Value, chances: Value, order: Block) -> Value:
         """What the experts put out, each by its weight."""
-        ledger, size = self.machine.ledger, out.size
-        saved = (out.block, chances.block, order)
+        ledger, sizes = self.machine.ledger, (out.size, chances.size)
+        saved = (out.block if chances.node else None, chances.block, order)
 
-        def backward(grad: Block, kept: tuple[Block, ...] = saved) -> list[Block | None]:
-            return [ledger.block(size)]
+        def backward(grad: Block, kept: tuple[Block | None, ...] = saved) -> list[Block | None]:
+            return [ledger.block(size) for size in sizes]
 
-        return ledger.apply([out], ledger.value(out.count, out.width), backward)
+        return ledger.apply([out, chances], ledger.value(out.count, out.width), backward)
 
     # --- the head --------------------------------------------------------------------------------------------------
 

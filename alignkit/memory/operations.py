@@ -70,11 +70,13 @@ class Arithmetic:
         autocast: Bytes of a number under autocast; None without it.
         casts_adapter_inputs: Whether PEFT turns the input of every adapter into the adapter's precision.
         has_adapter: Whether adapters are switched on.
+        is_fused: Whether norms, rotary positions and gates are Liger's kernels, or compiled.
     """
 
     autocast: int | None = None
     casts_adapter_inputs: bool = True
     has_adapter: bool = True
+    is_fused: bool = False
 
 
 @dataclass
@@ -159,7 +161,9 @@ class Machine:
         return ledger.apply([x, weight.leaf], ledger.value(x.count, out_width), backward)
 
     def norm(self, x: Value, weight: Weight) -> Value:
-        """RMSNorm as transformers writes it: in float32, then the weight."""
+        """RMSNorm as transformers writes it: in float32, then the weight; fused, its input alone is kept."""
+        if self.arithmetic.is_fused:
+            return self._fused_norm(x, weight)
         high = self.cast(x, 4)
         self.ledger.scratch(high.size)  # the squares
         ledger, size = self.ledger, high.size
@@ -175,6 +179,23 @@ class Machine:
         low = self.cast(normal, x.width)
         del normal
         return self.scaled(low, weight)
+
+    def _fused_norm(self, x: Value, weight: Weight) -> Value:
+        """One kernel each way."""
+        ledger, size, count = self.ledger, x.size, weight.count
+
+        def backward(grad: Block, kept: Block = x.block) -> Sequence[Block | None]:
+            return [ledger.block(size), ledger.block(count * 4)]
+
+        return ledger.apply([x, weight.leaf], ledger.value(x.count, x.width), backward)
+
+    def gated(self, gate: Value, up: Value) -> Value:
+        """``silu(gate) * up`` in one kernel, which writes both gradients over what it kept."""
+
+        def backward(grad: Block, kept: tuple[Block, Block] = (gate.block, up.block)) -> Sequence[Block | None]:
+            return list(kept)
+
+        return self.ledger.apply([gate, up], self.ledger.value(gate.count, gate.width), backward)
 
     # --- products --------------------------------------------------------------------------------------------------
 

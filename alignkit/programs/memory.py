@@ -41,8 +41,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     config = _settled(load_config(program_of(recipe, overrides), recipe, overrides, check_files=False).config)
     device = "cpu" if config.use_cpu else "cuda"
     rows = _rows(config)
-    packed = vars(config).get("layout", "padded") != "padded"
-    plan = Plan.of(config, Launch(device, options.processes, options.zero_stage), *rows, packed=packed)
+    plan = Plan.at_best(config, Launch(device, options.processes, options.zero_stage), *rows)
     limit = options.device_memory * GIB if options.device_memory else _memory_here(device)
     print(_heading(plan, rows[0] is not None))
     kept, recomputed = (plan.estimate(checkpointing=on) for on in (False, True))

@@ -11,20 +11,20 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
-from datasets import Dataset
 from peft import PeftModel
 
+from alignkit.data.lengths import RowLengths
 from alignkit.errors import ModelError
 from alignkit.models._comparison import runs_only_in_training
 from alignkit.models.choices import Choice, pinned
-from alignkit.runs.memory import GIB, Launch, Plan, knobs
+from alignkit.runs.memory import GIB, Launch, Plan, has_tokens, knobs
 
 KEY = "gradient_checkpointing"
 NEAR = 1.25
@@ -95,11 +95,9 @@ def set_switch(args: Any, value: bool) -> None:
 
 def _estimated(config: Any, args: Any, data: Any, choices: dict[str, Choice]) -> Plan | None:
     start, on_cpu = time.monotonic(), args.device.type == "cpu"
-    # What it will be is not known yet; packed rows are what most runs take, and confirm() looks again.
-    packed = vars(config).get("layout", "padded") != "padded"
     free = _least_of_all(free_memory(args.device))
     try:
-        plan = Plan.of(config, Launch.of_arguments(args), data.train, data.evaluation, packed=packed)
+        plan = Plan.at_best(config, Launch.of_arguments(args), data.train, data.evaluation)
         decision = decide(plan.estimate(checkpointing=False).peak, free, on_cpu=on_cpu)
     except ModelError as error:
         plan, decision = None, Decision(not on_cpu, str(error).partition(".")[0])
@@ -118,22 +116,25 @@ def confirm(trainer: Any, plan: Plan | None, choices: dict[str, Choice]) -> None
         plan: What :func:`chosen` returned.
         choices: Of the run; changed where the decision is another one.
     """
-    if plan is None or trainer.args.gradient_checkpointing:
+    if plan is None:
         return
-    start, device = time.monotonic(), trainer.accelerator.device
-    layout = getattr(trainer, "layout", None)
-    if layout is not None:
-        plan = replace(plan, packed=layout.layout != "padded")
-    free = _least_of_all(free_memory(device))
-    estimated = plan.estimate(checkpointing=False)
-    decision = decide(estimated.peak, free, on_cpu=False)
-    if decision.is_near and not decision.value:
-        decision = _measured(trainer, decision, estimated.parts.get("optimizer", 0), free)
-    took = choices[KEY].seconds + time.monotonic() - start
-    choices[KEY] = Choice(KEY, decision.value, decision.reason, took)
-    if decision.value:
-        switch_on(trainer)
-    warn_if_short(plan, free, checkpointing=decision.value, says=trainer.is_world_process_zero())
+    start = time.monotonic()
+    plan, free = plan.after(choices | _layout_of(trainer)), _least_of_all(free_memory(trainer.accelerator.device))
+    if not trainer.args.gradient_checkpointing:
+        kept = plan.estimate(checkpointing=False)
+        decision = decide(kept.peak, free, on_cpu=False)
+        if decision.is_near:
+            decision = _measured(trainer, decision, kept.parts.get("optimizer", 0), free)
+        choices[KEY] = Choice(KEY, decision.value, decision.reason, choices[KEY].seconds + time.monotonic() - start)
+        if decision.value:
+            switch_on(trainer)
+    warn_if_short(plan, free, checkpointing=bool(choices[KEY].value), says=trainer.is_world_process_zero())
+
+
+def _layout_of(trainer: Any) -> dict[str, Choice]:
+    """The layout that a trainer has taken, which is told once the run is described."""
+    layout = vars(trainer).get("layout")
+    return {} if layout is None else {"layout": layout.as_choice()}
 
 
 def warn_if_short(plan: Plan, free: int | None, *, checkpointing: bool, says: bool) -> None:
@@ -153,7 +154,7 @@ def warn_if_short(plan: Plan, free: int | None, *, checkpointing: bool, says: bo
 
 def _measured(trainer: Any, decision: Decision, optimizer: int, free: int | None) -> Decision:
     """One micro-batch of the longest rows, forwards and backwards; nothing of the run is changed by it."""
-    if runs_only_in_training(trainer) or trainer.is_deepspeed_enabled or not isinstance(trainer.train_dataset, Dataset):
+    if runs_only_in_training(trainer) or trainer.is_deepspeed_enabled or not has_tokens(trainer.train_dataset):
         return Decision(True, f"{decision.reason}, and it cannot be measured before training")
     peak = peak_of_longest_rows(trainer)
     short = peak is None or (free is not None and peak + optimizer > free)
@@ -189,11 +190,9 @@ def peak_of_longest_rows(trainer: Any) -> int | None:
 
 def longest_rows(trainer: Any) -> list[Any]:
     """A micro-batch of the longest training rows."""
-    lengths, size = trainer.lengths, trainer.args.per_device_train_batch_size
-    layout = getattr(trainer, "layout", None)
-    packed = layout is not None and layout.layout != "padded"
-    count = len(trainer.train_dataset)
-    each = (lengths.each_packed if packed else lengths.longest)[:count]
+    lengths, size = RowLengths.of(trainer.train_dataset), trainer.args.per_device_train_batch_size
+    packed = any(choice.value != "padded" for choice in _layout_of(trainer).values())
+    each = lengths.each_packed if packed else lengths.longest
     order = np.argsort(each)[::-1]
     budget = getattr(trainer, "tokens_per_batch", None)
     if budget is not None:

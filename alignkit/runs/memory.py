@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from alignkit.errors import ModelError
 from alignkit.memory.decoder import LINEAR_PLACES, Tokens, Trained
 from alignkit.memory.estimate import Estimate, Step, estimate
 from alignkit.memory.shape import ModelShape
+from alignkit.models.choices import Choice
 from alignkit.models.files import ADAPTER_CONFIG, read_adapter, read_json
 from alignkit.parametrizations._policy import weights_dtype
 from alignkit.parts.method import load_method
@@ -65,6 +67,11 @@ class Launch:
         return cls(device, args.world_size, int(plugin.zero_stage), *offloaded)
 
 
+def has_tokens(rows: Any) -> bool:
+    """Whether rows are at hand and tokenised: none of a stream, nor prompts whose completions are yet to be drawn."""
+    return isinstance(rows, Dataset) and bool({"prompt_ids", "input_ids"} & set(rows.column_names))
+
+
 @dataclass(frozen=True)
 class LongestRows:
     """The rows that decide whether a run fits.
@@ -84,7 +91,7 @@ class LongestRows:
     @classmethod
     def of(cls, rows: Any) -> LongestRows | None:
         """Those of tokenised rows; None of a stream, and of prompts whose completions are yet to be drawn."""
-        if not isinstance(rows, Dataset) or not {"prompt_ids", "input_ids"} & set(rows.column_names):
+        if not has_tokens(rows):
             return None
         lengths = RowLengths.of(rows)
         order = np.argsort(-lengths.each_packed, kind="stable")[:MOST_ROWS]
@@ -126,6 +133,7 @@ class Plan:
         launch: Its processes.
         train, held_out: Its longest rows; None where they are not known, and as long as they may be.
         packed: Whether rows stand behind one another without padding.
+        kernels: What computes the layers: ``none``, ``liger`` or ``compile``.
     """
 
     config: Any
@@ -134,6 +142,7 @@ class Plan:
     train: LongestRows | None = None
     held_out: LongestRows | None = None
     packed: bool = False
+    kernels: str = "none"
 
     @classmethod
     def of(cls, config: Any, launch: Launch, train: Any = None, held_out: Any = None, **how: Any) -> Plan:
@@ -144,7 +153,7 @@ class Plan:
             launch: Its processes.
             train: Tokenised training rows; None, a stream or prompts take the longest there may be.
             held_out: The same of held-out rows.
-            **how: ``packed``.
+            **how: ``packed`` and ``kernels``.
 
         Raises:
             ModelError: The architecture or the parametrisation is none whose memory is known.
@@ -155,6 +164,31 @@ class Plan:
         plan = cls(config, ModelShape.of(content.to_dict()), launch, *longest, **how)
         plan.trained()
         return plan
+
+    @classmethod
+    def at_best(cls, config: Any, launch: Launch, train: Any = None, held_out: Any = None) -> Plan:
+        """The plan of a run whose other choices are still to be made: as if each were the one that takes least.
+
+        Args:
+            config: Its configuration.
+            launch: Its processes.
+            train: As in :meth:`of`.
+            held_out: As in :meth:`of`.
+        """
+        values = vars(config)
+        if values.get("reference") == "auto":
+            config = replace(config, reference="precomputed")
+        has_liger = launch.device != "cpu" and find_spec("liger_kernel") is not None
+        kernels = config.kernels if config.kernels != "auto" else "liger" if has_liger else "none"
+        packed = values.get("layout", "padded") != "padded"
+        return cls.of(config, launch, train, held_out, packed=packed, kernels=kernels)
+
+    def after(self, choices: Mapping[str, Choice]) -> Plan:
+        """The plan once other choices are made."""
+        taken = {key: choice.value for key, choice in choices.items()}
+        packed = taken.get("layout", "padded") != "padded"
+        plan = replace(self, packed=packed, kernels=taken.get("kernels", "none"))
+        return replace(plan, config=replace(plan.config, **{k: taken[k] for k in ("reference",) if k in taken}))
 
     def estimate(self, *, checkpointing: bool, **changes: Any) -> Estimate:
         """Bytes of a step.
@@ -184,6 +218,7 @@ class Plan:
             device="cpu" if launch.device == "cpu" else "cuda",
             # Autocast casts them anyway; PEFT is told to leave that to it.
             casts_adapter_inputs=not (config.bf16 is True or config.fp16),
+            is_fused=self.kernels != "none",
             processes=launch.processes,
             zero_stage=launch.zero_stage,
             offload_optimizer=launch.offload_optimizer,
@@ -225,9 +260,11 @@ class Plan:
         if record.name == "full":
             return Trained("full", **common)
         if record.name == "routers":
-            return Trained("routers", quantization=config.quantization, **common)
+            if config.dense_mixer:
+                raise ModelError("the memory of dense_mixer is not known")
+            return Trained("routers", last_routers=config.router_layers, **common)
         if record.name != "lora":
-            raise ModelError(f"the memory of parametrization: {record.name} is not known")
+            raise ModelError(f"the memory of parametrization: {record.name} is not known, only of full, lora, routers")
         return Trained("lora", quantization=config.quantization, **common, **self._factors())
 
     def _factors(self) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def test_a_config_that_describes_no_decoder_is_refused_by_what_it_lacks() -> Non
 @pytest.mark.parametrize(
     "case",
     [
-        Case("LoRA, ragged", completions=(60, 25)),
-        Case("full, checkpointing, bf16", rank=None, checkpointing=True, bf16=True),
+        Case("full, ragged, checkpointing, bf16", rank=None, checkpointing=True, bf16=True, completions=(60, 25)),
+        Case("packed, K = 3", completions=(40, 25, 10), layout="packed"),
         Case("experts", "Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
         Case("supervised nf4", program="sft", completions=(90, 40), quantization="nf4", dtype="bfloat16", bf16=True),
     ],
@@ -164,3 +164,32 @@ def test_zero_shares_what_it_says() -> None:
         assert found.parts["weights"] == pytest.approx(weights, rel=0.01)
         if states == 16:
             assert found.parts["gradients"] == pytest.approx(gradients, rel=0.01)
+
+
+# --- forms of a pass --------------------------------------------------------------------------------------------------
+
+
+def test_fused_kernels_keep_inputs_alone() -> None:
+    """A norm keeps its input in bf16 in place of float32; a gate its two inputs, and not the activation as well."""
+    shape, trained = ModelShape.of(BILLIONS), Trained("lora", 2, targets=("q_proj",))
+    apart, fused = (
+        estimate(shape, step(trained=trained, casts_adapter_inputs=False, is_fused=on)).saved for on in (False, True)
+    )
+    norms, head_norms, activation = 2 * 2 * 4096, 2 * (32 + 8) * 128, 2 * 12288
+    # The last norm more; but no gradient flows to the embedding, nor to the keys of the first layer.
+    others = 2 * 4096 - (2 * 4096 + 2 * 8 * 128)
+    assert apart - fused == 16 * 512 * (36 * (norms + head_norms + activation) + others)
+
+
+def test_a_packed_row_holds_its_prompt_once() -> None:
+    """Attention keeps keys and values of the prefix once more for every branch; all else goes by the tokens."""
+    shape = ModelShape.of(BILLIONS)
+    alone = Tokens.packed(((0, (512,)),) * 16)
+    together = Tokens.packed(((384, (128, 128)),) * 8)
+    assert (alone.count, together.count, together.scored) == (16 * 512, 8 * 640, 8 * 256)
+    assert together.parts() == [(384, 384)] * 8 + [(128, 512)] * 16
+    saved = {each: estimate(shape, step(tokens=each)).saved for each in (alone, together)}
+    keys = {alone: 16 * 512, together: 8 * (384 + 2 * 512)}
+    cache = {each: 36 * keys[each] * 2 * 8 * 128 * 2 for each in keys}
+    by_token = {each: (saved[each] - cache[each]) / each.count for each in keys}
+    assert by_token[alone] == pytest.approx(by_token[together], rel=0.001)

@@ -94,15 +94,17 @@ def test_a_plan_says_what_trains(tmp_path: Path, model_path: str) -> None:
 
 def test_knobs_fit_and_the_cheapest_comes_first(tmp_path: Path, model_path: str) -> None:
     keys = {"parametrization": "lora", "max_length": 1024, "per_device_train_batch_size": 8}
-    plan = replace(Plan.of(preference(tmp_path, model_path, **keys), Launch()), shape=ModelShape.of(BILLIONS))
-    kept, limit = plan.estimate(checkpointing=False).peak, 80 * GIB
-    assert kept > limit
+    shape = replace(ModelShape.of(BILLIONS), layers=6)
+    plan = replace(Plan.of(preference(tmp_path, model_path, **keys), Launch()), shape=shape)
+    kept, recomputed = (plan.estimate(checkpointing=on).peak for on in (False, True))
+    limit = (kept + recomputed) // 2
     found = knobs(plan, limit, checkpointing=False)
     assert found[0].keys == {"gradient_checkpointing": True}
     assert all(knob.peak <= limit for knob in found)
-    assert knobs(plan, 10 * GIB, checkpointing=True) == [], "the weights alone take more"
-    small = knobs(plan, 24 * GIB, checkpointing=True)
-    assert {"quantization": "nf4", "per_device_train_batch_size": 1} in [dict(knob.keys) for knob in small]
+    weights = plan.estimate(checkpointing=True).parts["weights"]
+    small = knobs(plan, weights, checkpointing=True)
+    assert [dict(knob.keys) for knob in small] == [{"quantization": "nf4", "per_device_train_batch_size": 1}]
+    assert knobs(plan, weights // 10, checkpointing=True) == []
 
 
 # --- a real micro-batch -----------------------------------------------------------------------------------------------
@@ -161,14 +163,27 @@ def test_a_near_estimate_is_measured(
     """Switched on late, the trainer makes the numbers it makes with the switch in its arguments."""
     trainer = make_trainer()
     near = SimpleNamespace(peak=90 * GIB, parts={}, where="backward pass")
-    plan: Any = SimpleNamespace(estimate=lambda **how: near)
-    monkeypatch.setattr(checkpointing, "replace", lambda plan, **how: plan)
+    plan: Any = SimpleNamespace(estimate=lambda **how: near, after=lambda choices: plan)
     monkeypatch.setattr(checkpointing, "free_memory", lambda device: 100 * GIB)
     monkeypatch.setattr(checkpointing, "peak_of_longest_rows", lambda trainer: peak and peak * GIB)
     choices = {KEY: Choice(KEY, False, "estimated")}
     checkpointing.confirm(trainer, plan, choices)
     assert choices[KEY].value is trainer.args.gradient_checkpointing is value
     assert told in choices[KEY].reason
+
+
+def test_what_cannot_be_measured_and_is_near_is_switched_on(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    trainer.train_dataset = Dataset.from_list([{"prompt": "completions are yet to be drawn"}])
+    near = SimpleNamespace(peak=90 * GIB, parts={}, where="backward pass")
+    plan: Any = SimpleNamespace(estimate=lambda **how: near, after=lambda choices: plan)
+    monkeypatch.setattr(checkpointing, "free_memory", lambda device: 100 * GIB)
+    choices = {KEY: Choice(KEY, False, "estimated")}
+    checkpointing.confirm(trainer, plan, choices)
+    assert choices[KEY].value is trainer.args.activation_checkpointing is True
+    assert choices[KEY].reason.endswith("it cannot be measured before training")
 
 
 def test_switched_on_late_is_switched_on(make_trainer: Callable[..., Any], adapter: Any) -> None:
