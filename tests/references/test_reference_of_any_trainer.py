@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 import alignkit.references
 from alignkit.data.prefix import CandidateCollator
+from alignkit.models._forward import use_packed_attention
 from alignkit.parts.method import AnchorSchedule
 from alignkit.references._cache import CHECKED_ROWS
 from alignkit.references._reference import Reference, placed
@@ -113,6 +114,8 @@ def test_rows_are_scored_once_and_come_from_the_cache_then(
 ) -> None:
     rows = Dataset.from_list(random_rows([(5, (4, 2)), (2, (7, 7, 1)), (9, (3, 5)), (1, (6, 2)), (4, (5, 3))], seed=8))
     reference, scored = make(kind).reference, []
+    for each in reference.bases() if layout == "packed" else ():
+        use_packed_attention(each)
     score = reference.score
     monkeypatch.setattr(
         reference, "score", lambda rows, *title, **how: scored.append(len(rows)) or score(rows, *title, **how)
