@@ -245,10 +245,6 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         """Prompts of a batch."""
         return len(inputs["completion_mask"])
 
-    def lays_out(self) -> tuple[bool, bool]:
-        """Rows are padded in either layout."""
-        return self.layout.layout != "padded", True
-
     def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
         """Mask all prompts but the first ``kept``."""
         is_kept = torch.arange(self.num_rows(inputs), device=inputs["completion_mask"].device) < kept

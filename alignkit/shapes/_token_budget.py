@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import packed_length
 from alignkit.errors import ConfigError
+from alignkit.models._layouts import LayoutChoice
 from alignkit.models.choices import Choice, pinned
 from alignkit.shapes._bridge import ObjectiveBridge
 
@@ -146,18 +147,19 @@ class TokenBudget(ObjectiveBridge):
 
     tokens_per_batch: int | None = None
     data_collator: Any
+    layout: LayoutChoice
     lengths: RowLengths
     train_dataset: Any
     _of_step = 1
 
-    def lays_out(self) -> tuple[bool, bool]:
-        """Whether candidates of a row stand behind one prompt, and whether rows are padded to the longest."""
-        raise NotImplementedError
+    @property
+    def pads_rows(self) -> bool:
+        """Whether rows of a micro-batch are as long as its longest."""
+        return self.layout.layout == "padded"
 
     def row_tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of each of the rows."""
-        packed, _ = self.lays_out()
-        return row_tokens(rows, packed=packed, multiple=self.args.pad_to_multiple_of)
+        return row_tokens(rows, packed=self.layout.layout == "packed", multiple=self.args.pad_to_multiple_of)
 
     def fill_by_tokens(self, tokens: int | Literal["auto"] | None, before: Choice | None = None) -> None:
         """Fill micro-batches by tokens from now on; called before training, by all processes.
@@ -254,8 +256,8 @@ class TokenBudget(ObjectiveBridge):
 
     def _laid_out(self, rows: Sequence[Any], spare: Sequence[Any], at_least: int) -> list[dict[str, Any]]:
         assert self.tokens_per_batch is not None
-        (_, padded), lengths = self.lays_out(), self.row_tokens(rows) if rows else []
-        parts = micro_batches(lengths, self.tokens_per_batch, at_least, padded=padded)
+        lengths = self.row_tokens(rows) if rows else []
+        parts = micro_batches(lengths, self.tokens_per_batch, at_least, padded=self.pads_rows)
         return [self.data_collator([rows[i] for i in part]) if part else self._idle(rows or spare) for part in parts]
 
     def _idle(self, rows: Sequence[Any]) -> dict[str, Any]:

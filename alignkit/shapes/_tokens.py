@@ -263,9 +263,10 @@ class SupervisedTrainer(TokenBudget, SFTTrainer):
         """Rows of a batch; what packing has put together is one."""
         return len(inputs[ROW_TOKENS])
 
-    def lays_out(self) -> tuple[bool, bool]:
-        """Rows are single completions, padded or behind one another."""
-        return self.padding_free, not self.padding_free
+    @property
+    def pads_rows(self) -> bool:
+        """Whether rows are; those that TRL has packed are not."""
+        return super().pads_rows and not self.padding_free
 
     def keep_rows(self, inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
         """Train and count no token of a row behind the first ``kept``."""
