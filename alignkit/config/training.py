@@ -146,8 +146,8 @@ class TokenBudgetSection(Section):
         None,
         ge=1,
         help="Most tokens of a micro-batch, padding included: the rows of each step, which stay what they are, are put "
-        "longest first into as few micro-batches as hold them, and a row that has more is one of its own. auto is as "
-        "many tokens as per_device_train_batch_size of the longest rows have, or 4,096 on a CPU; null keeps "
+        "longest first into few micro-batches, and a row that has more is one of its own. auto is as "
+        "many tokens as per_device_train_batch_size of the longest rows have, or 2,048 on a CPU; null keeps "
         "micro-batches of per_device_train_batch_size rows.",
     )
 

@@ -23,9 +23,12 @@ from alignkit.gradients._hook import ChosenRule
 from alignkit.models.attachment import Attachment
 from alignkit.models.choices import Choice
 from alignkit.parts.rule import load_rule
+from alignkit.parts.shape import load_shape
 from alignkit.shapes._candidates import BridgeSettings, LateRowsTrainer
 from alignkit.shapes._token_budget import CPU_TOKENS, micro_batches, row_tokens
 from tests import supervised
+from tests.programs.conftest import save_model
+from tests.shapes.building import MODEL_SHAPES, build, config_of, text_rows
 from tests.trainers import dpo_arguments, flat_weights, logged, random_rows
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=30)
@@ -174,11 +177,12 @@ def assert_same(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_supervised_rows_learn_the_same(adapter: bool, texts: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "adapter"), [("padded", True), ("packed", False)])
+def test_supervised_rows_learn_the_same(layout: str, adapter: bool, texts: Dataset, tmp_path: Path) -> None:
     """Twenty rows are two steps and a half: the last step of a pass has fewer rows."""
     theirs, many, one = [
-        trained(supervised.make(tmp_path, texts, adapter, **LEARNING), budget) for budget in (None, 60, 10_000)
+        trained(supervised.make(tmp_path, texts, adapter, layout=layout, **LEARNING), budget)
+        for budget in (None, 60, 10_000)
     ]
     assert theirs.pieces == [[2, 2, 2, 2], [2, 2, 2, 2], [2, 2]] and one.pieces == [[8], [8], [4]]
     assert max(map(len, texts["input_ids"])) > 60 and len(many.pieces[0]) > 4
@@ -310,3 +314,21 @@ def test_what_is_said_and_chosen(texts: Dataset, tmp_path: Path, capsys: pytest.
     assert trainer.tokens_per_batch == trainer.choices["tokens_per_batch"].value == CPU_TOKENS
     trainer.fill_by_tokens("auto", Choice("tokens_per_batch", 700, "when the run began"))
     assert trainer.tokens_per_batch == 700
+
+
+@pytest.mark.parametrize("shape", ["candidates", "tokens", "routed"])
+def test_a_config_has_its_micro_batches_filled(shape: str, tmp_path: Path) -> None:
+    """The routing of a prompt does not depend on the rows beside it."""
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", **MODEL_SHAPES.get(shape, {}))
+    keys = {"parametrization": "full", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    runs = []
+    for budget in (None, 4000) if shape == "routed" else (4000,):
+        own = {"tokens_per_batch": budget, "max_steps": 2, **keys}
+        config = config_of(load_shape(shape).program, str(tmp_path / "model"), tmp_path, **own)
+        trainer = build(config, text_rows(config, 8))
+        trainer.train()
+        runs.append([trainer.micro_batches_of_step, logged(trainer, "loss"), logged(trainer, "grad_norm")])
+    assert runs[-1][0] == 1
+    for expected, found in zip(runs[0][1:], runs[-1][1:], strict=True):
+        assert found == pytest.approx(expected, rel=1e-6) and len(found) == 2
