@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -17,117 +15,102 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from alignkit.data.candidates import to_candidate_rows
+from alignkit.models.wrapping import base_model
 from alignkit.parametrizations._lora import lora_config
 from alignkit.parts.method import load_method
 from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
+from alignkit.shapes._tokens import SupervisedTrainer
+from benchmark_rows import GSM_TINY, gsm8k_examples, gsm8k_pairs, pairs_of_words, tokenizer_of
+from validate_memory import TrackedAllocations
 
-VOCABULARY = 2048
 WARM_UP_STEPS = 1
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker process needs to build its trainer; ``side`` is ``trl`` or a layout of ours, ``method`` ours."""
+    """What a worker needs to build its trainer; ``side`` is ``trl`` or a layout of ours, ``method`` ours."""
 
     side: str
     method: str
-    prompt: int
-    completion: int
+    source: str
+    prompt: tuple[int, int]
+    completion: tuple[int, int]
     candidates: int
     parametrization: str
     batch_size: int
     steps: int
     threads: int
-    width: int
-    layers: int
     dtype: str
     model_dir: str
 
-
-def texts(spec: WorkerSpec) -> list[dict[str, Any]]:
-    """Rows of random words, exact in length: a completion gets its EOS from the tokenisation."""
-    draw = random.Random(0)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{draw.randrange(2, VOCABULARY)}" for _ in range(count))
-
-    rows = []
-    for _ in range(spec.batch_size * (spec.steps + WARM_UP_STEPS)):
-        completions = [" " + words(spec.completion - 1) for _ in range(spec.candidates)]
-        scores = [1.0] * (spec.candidates - 1) + [0.0]
-        rows.append({"prompt": words(spec.prompt), "completions": completions, "scores": scores})
-    return rows
+    @property
+    def num_rows(self) -> int:
+        """Of one call of ``train``."""
+        return self.batch_size * (self.steps + WARM_UP_STEPS)
 
 
-def word_tokenizer() -> Any:
-    """One token a word."""
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
-def save_model(directory: str, width: int, layers: int) -> None:
-    """A random Qwen3 of the size asked for; both sides load it."""
-    heads = max(width // 32, 2)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=-(-8 * width // 3 // 32) * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        dtype="float32",
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-
-
-def training_arguments(spec: WorkerSpec) -> DPOConfig:
+def training_arguments(spec: WorkerSpec) -> dict[str, Any]:
     """The same arguments for both sides."""
-    return DPOConfig(
-        output_dir=str(Path(spec.model_dir) / f"out_{spec.side}"),
-        per_device_train_batch_size=spec.batch_size,
-        max_steps=spec.steps + WARM_UP_STEPS,
-        learning_rate=1e-5,
-        logging_steps=spec.steps + WARM_UP_STEPS,
-        bf16=spec.dtype == "bfloat16",
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        max_length=None,
-        pad_to_multiple_of=None,
-    )
+    return {
+        "output_dir": str(Path(spec.model_dir) / f"out_{spec.side}"),
+        "per_device_train_batch_size": spec.batch_size,
+        "max_steps": spec.steps + WARM_UP_STEPS,
+        "learning_rate": 1e-5,
+        "logging_steps": spec.steps + WARM_UP_STEPS,
+        "bf16": spec.dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": None,
+        "pad_to_multiple_of": None,
+        # The rows of a batch decide how much is padding, so both sides see the same batches.
+        "train_sampling_strategy": "sequential",
+    }
 
 
 def load(spec: WorkerSpec) -> Any:
     """The model both sides train."""
-    return AutoModelForCausalLM.from_pretrained(spec.model_dir, dtype=torch.float32)
+    path = spec.model_dir if spec.source == "words" else GSM_TINY
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def build_trainer(spec: WorkerSpec) -> DPOTrainer:
-    """trl.DPOTrainer or our PreferenceTrainer over the same rows."""
+def build_trainer(spec: WorkerSpec) -> Any:
+    """A trainer of TRL's or of ours over the same rows."""
     peft_config = None
     if spec.parametrization == "lora":
         peft_config = lora_config(r=16, alpha=32, dropout=0.0, target_modules="all-linear")
-    tokenizer = word_tokenizer()
-    common = {"args": training_arguments(spec), "processing_class": tokenizer, "peft_config": peft_config}
-    rows = texts(spec)
+    tokenizer = tokenizer_of(spec.source)
+    common = {"processing_class": tokenizer, "peft_config": peft_config}
+    if spec.source == "gsm8k_sft":
+        return _supervised(spec, Dataset.from_list(gsm8k_examples(spec.num_rows, tokenizer)), common)
+    if spec.source == "gsm8k":
+        rows = gsm8k_pairs(spec.num_rows, tokenizer)
+    else:
+        rows = pairs_of_words(spec.num_rows, tuple(spec.prompt), tuple(spec.completion), spec.candidates)
+    return _preference(spec, rows, common)
+
+
+def _supervised(spec: WorkerSpec, rows: Dataset, common: dict[str, Any]) -> SFTTrainer:
+    args = SFTConfig(**training_arguments(spec))
+    if spec.side == "trl":
+        return SFTTrainer(load(spec), args, train_dataset=rows, **common)
+    method = load_method("sft")
+    how = {"method": method, "options": method.options(), "layout": spec.side}
+    return SupervisedTrainer(load(spec), args, train_dataset=rows, **how, **common)
+
+
+def _preference(spec: WorkerSpec, rows: list[dict[str, Any]], common: dict[str, Any]) -> DPOTrainer:
+    common["args"] = DPOConfig(**training_arguments(spec))
     if spec.side == "trl":
         pairs = [{"prompt": r["prompt"], "chosen": r["completions"][0], "rejected": r["completions"][1]} for r in rows]
         return DPOTrainer(load(spec), train_dataset=Dataset.from_list(pairs), **common)
-    method = load_method(spec.method)
+    method, tokenizer = load_method(spec.method), common["processing_class"]
     candidate_rows, _ = to_candidate_rows(
         Dataset.from_list(rows), tokenizer, max_length=None, num_candidates=method.num_candidates
     )
@@ -140,51 +123,56 @@ def build_trainer(spec: WorkerSpec) -> DPOTrainer:
         options=method.options(),
         settings=BridgeSettings(layout=spec.side),
         train_dataset=candidate_rows,
-        ref_model=None if peft_config else load(spec),
+        ref_model=None if common["peft_config"] else load(spec),
         **common,
     )
 
 
-def _now() -> float:
-    """Seconds: of this process where it computes on the CPU, whatever else the machine does; otherwise of the clock."""
-    if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Clock(TrainerCallback):
-    """Times the steps after the warm-up."""
+    """Times the steps after the warm-up, in seconds of this process, whatever else the machine does."""
 
     begin = end = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Read the clock."""
         if state.global_step == WARM_UP_STEPS:
-            self.begin = _now()
-        self.end = _now()
+            self.begin = time.process_time()
+        self.end = time.process_time()
 
 
-def peak_mib() -> float:
-    """Peak memory: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class TokenCount:
+    """Tokens that the policy computes, padding included."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokens = 0
+        base_model(model).base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.tokens += kwargs["input_ids"].numel()
+
+
+def tracked_block(trainer: Any) -> float:
+    """Train one block, which is not timed, and return the most bytes of tensors that were alive during it, as MiB."""
+    models = [trainer.model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])]
+    with TrackedAllocations([t for model in models for t in (*model.parameters(), *model.buffers())]) as tracked:
+        trainer.train()
+    return tracked.peak / 2**20
 
 
 def work(spec: WorkerSpec) -> None:
-    """Answer each line on stdin with one block of steps; end with the peak memory."""
+    """Say what was built and what memory a first block took, then answer each line on stdin with one block of steps."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print goes to stderr; stdout carries the protocol alone
     torch.set_num_threads(spec.threads)
     trainer, clock = build_trainer(spec), Clock()
     trainer.add_callback(clock)
-    layout = trainer.layout.layout if isinstance(trainer, PreferenceTrainer) else "trl"
-    print(json.dumps({"layout": layout}), file=replies, flush=True)
+    layout = "trl" if spec.side == "trl" else trainer.layout.layout
+    count = TokenCount(trainer.model)
+    peak = tracked_block(trainer)
+    print(json.dumps({"layout": layout, "tokens": count.tokens, "peak_mib": peak}), file=replies, flush=True)
     for _ in sys.stdin:
         trainer.train()
         print(json.dumps({"seconds": clock.end - clock.begin}), file=replies, flush=True)
-    print(json.dumps({"peak_mib": peak_mib()}), file=replies, flush=True)
 
 
 if __name__ == "__main__":
