@@ -49,6 +49,10 @@ FAMILIES: Mapping[str, Family] = {
 """By ``model_type``: the architectures whose weights are counted exactly."""
 
 
+_EXPERT_KEYS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size"}
+"""What configs of mixtures of experts have: counted as dense, they would seem to fit anywhere."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder.
@@ -97,6 +101,12 @@ class ModelShape:
         text = config.get("text_config", config)
         kind = text.get("model_type", "")
         family = FAMILIES.get(kind, Family())
+        if kind not in FAMILIES and (named := sorted(_EXPERT_KEYS & set(text))):
+            known = ", ".join(name for name, each in FAMILIES.items() if each.experts)
+            raise ModelError(
+                f"the memory of a {kind} cannot be estimated: its config has {named[0]}, and the mixtures of experts "
+                f"that are known are {known}"
+            )
         try:
             return cls._read(text, kind, family)
         except KeyError as error:

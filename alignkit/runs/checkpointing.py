@@ -123,7 +123,7 @@ def confirm(trainer: Any, plan: Plan | None, choices: dict[str, Choice]) -> None
     if not trainer.args.gradient_checkpointing:
         kept = plan.estimate(checkpointing=False)
         decision = decide(kept.peak, free, on_cpu=False)
-        if decision.is_near:
+        if decision.is_near or not (kept.is_exact or decision.value):
             decision = _measured(trainer, decision, kept.parts.get("optimizer", 0), free)
         choices[KEY] = Choice(KEY, decision.value, decision.reason, choices[KEY].seconds + time.monotonic() - start)
         if decision.value:

@@ -111,6 +111,14 @@ def test_a_config_that_describes_no_decoder_is_refused_by_what_it_lacks() -> Non
         ModelShape.of({"model_type": "gpt2", "n_embd": 32})
 
 
+def test_an_unknown_mixture_of_experts_is_not_taken_for_dense() -> None:
+    with pytest.raises(
+        ModelError, match="memory of a deepseek_v3 cannot be estimated: its config has n_routed_experts"
+    ):
+        ModelShape.of({**BILLIONS, "model_type": "deepseek_v3", "n_routed_experts": 256})
+    assert not ModelShape.of({**BILLIONS, "model_type": "new_kind"}).is_known
+
+
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
 

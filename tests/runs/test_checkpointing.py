@@ -162,7 +162,7 @@ def test_a_near_estimate_is_measured(
 ) -> None:
     """Switched on late, the trainer makes the numbers it makes with the switch in its arguments."""
     trainer = make_trainer()
-    near = SimpleNamespace(peak=90 * GIB, parts={}, where="backward pass")
+    near = SimpleNamespace(peak=90 * GIB, parts={}, is_exact=True, where="backward pass")
     plan: Any = SimpleNamespace(estimate=lambda **how: near, after=lambda choices: plan)
     monkeypatch.setattr(checkpointing, "free_memory", lambda device: 100 * GIB)
     monkeypatch.setattr(checkpointing, "peak_of_longest_rows", lambda trainer: peak and peak * GIB)
@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_and_is_near_is_switched_on(
 ) -> None:
     trainer = make_trainer()
     trainer.train_dataset = Dataset.from_list([{"prompt": "completions are yet to be drawn"}])
-    near = SimpleNamespace(peak=90 * GIB, parts={}, where="backward pass")
+    near = SimpleNamespace(peak=90 * GIB, parts={}, is_exact=True, where="backward pass")
     plan: Any = SimpleNamespace(estimate=lambda **how: near, after=lambda choices: plan)
     monkeypatch.setattr(checkpointing, "free_memory", lambda device: 100 * GIB)
     choices = {KEY: Choice(KEY, False, "estimated")}
