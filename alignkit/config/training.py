@@ -146,8 +146,9 @@ class TokenBudgetSection(Section):
         None,
         ge=1,
         help="Most tokens of a micro-batch, padding included: the rows of each step, which stay what they are, are put "
-        "longest first into few micro-batches, and a row that has more is one of its own. auto is as "
-        "many tokens as per_device_train_batch_size of the longest rows have, or 2,048 on a CPU; null keeps "
+        "longest first into few micro-batches, and a row that has more is one of its own. auto is as many tokens as "
+        "per_device_train_batch_size of the longest rows have, doubled while the memory estimate leaves room (where "
+        "gradient_checkpointing is auto, too), or 2,048 on a CPU; null keeps "
         "micro-batches of per_device_train_batch_size rows.",
     )
 

@@ -95,7 +95,7 @@ def set_switch(args: Any, value: bool) -> None:
 
 def _estimated(config: Any, args: Any, data: Any, choices: dict[str, Choice]) -> Plan | None:
     start, on_cpu = time.monotonic(), args.device.type == "cpu"
-    free = _least_of_all(free_memory(args.device))
+    free = least_free(args.device)
     try:
         plan = Plan.at_best(config, Launch.of_arguments(args), data.train, data.evaluation)
         decision = decide(plan.estimate(checkpointing=False).peak, free, on_cpu=on_cpu)
@@ -119,7 +119,7 @@ def confirm(trainer: Any, plan: Plan | None, choices: dict[str, Choice]) -> None
     if plan is None:
         return
     start = time.monotonic()
-    plan, free = plan.after(choices | _layout_of(trainer)), _least_of_all(free_memory(trainer.accelerator.device))
+    plan, free = plan.after(choices | _layout_of(trainer)), least_free(trainer.accelerator.device)
     if not trainer.args.gradient_checkpointing:
         kept = plan.estimate(checkpointing=False)
         decision = decide(kept.peak, free, on_cpu=False)
@@ -246,9 +246,9 @@ def free_memory(device: torch.device) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _least_of_all(free: int | None) -> int | None:
-    """What the process with the least has, so that all decide alike."""
-    known = [each for each in gather_object([free]) if each is not None]
+def least_free(device: torch.device) -> int | None:
+    """What the process with the least has, so that all decide alike; a collective."""
+    known = [each for each in gather_object([free_memory(device)]) if each is not None]
     return min(known, default=None)
 
 

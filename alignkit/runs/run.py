@@ -18,7 +18,7 @@ from alignkit.parametrizations._policy import attach, load_policy, prepare
 from alignkit.parts.method import Preparation, load_method
 from alignkit.parts.shape import load_bridge, shapes_by_program
 from alignkit.references.models import check_other
-from alignkit.runs import checkpointing, origin, results, steps
+from alignkit.runs import checkpointing, origin, results, steps, token_budget
 from alignkit.runs.arguments import check_length, fitted, training_arguments
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.preemption import StopRequest, StopWhenAsked
@@ -183,6 +183,7 @@ def _trainer(
     take_kernels(trainer, config.kernels, choices.get("kernels"))
     attach(config, trainer)
     checkpointing.confirm(trainer, plan, trainer.choices)
+    token_budget.filled(trainer, plan)
     preparation.attach(trainer, tokenizer, data.source, directory)
     steps.introduce(config, trainer, directory, **bridge.describe(config, trainer))
     return trainer
