@@ -186,4 +186,14 @@ def packed_length(prompt_ids: Sequence[int], completion_ids: Sequence[Sequence[i
 
 def on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """A collated batch with its tensors on a device; what is no tensor stays as it is."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return {name: sent(value, device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def sent(values: Tensor, device: torch.device | str) -> Tensor:
+    """Values of the host on a device, without waiting for what the device still has to do.
+
+    From memory that is not pinned, every copy to a CUDA device would wait.
+    """
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

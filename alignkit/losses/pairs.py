@@ -46,32 +46,36 @@ def pair_metrics(
         length_normalized: Whether the rewards are made of log-ratios divided by their numbers of tokens.
     """
     mask, chosen, rejected = pair_mask(batch), batch.chosen, batch.rejected
+    chosen_logps, rejected_logps = chosen.policy_logps, rejected.policy_logps
+    chosen_tokens, rejected_tokens = chosen.num_tokens, rejected.num_tokens
     margins = chosen_rewards - rejected_rewards
     per_pair = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
         "rewards/accuracies": (margins > 0).to(margins.dtype),
-        "logps/chosen": chosen.policy_logps,
-        "logps/rejected": rejected.policy_logps,
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
         "effective_weight": torch.sigmoid(-margins),
     }
     if batch.ref_token_logps is not None:
-        per_pair |= {"logratio/chosen": chosen.logratio, "logratio/rejected": rejected.logratio}
+        per_pair["logratio/chosen"] = chosen_logps - chosen.ref_logps
+        per_pair["logratio/rejected"] = rejected_logps - rejected.ref_logps
     if beta_neg > 0:
         constant = math.log(beta_neg / beta_pos)
-        # The 0 / 0 of a response without tokens is masked below, with the rest of its row.
-        chosen_mean_logps = chosen.policy_logps / chosen.num_tokens
-        rejected_mean_logps = rejected.policy_logps / rejected.num_tokens
-        ratio = chosen.policy_logps - rejected.policy_logps + constant
+        ratio = chosen_logps - rejected_logps + constant
         if length_normalized:
-            ratio = ratio + (chosen.num_tokens.to(ratio.dtype) / rejected.num_tokens).log()
+            ratio = ratio + (chosen_tokens.to(ratio.dtype) / rejected_tokens).log()
         per_pair["grad_ratio_log"] = ratio
-        per_pair["grad_ratio_log_per_token"] = chosen_mean_logps - rejected_mean_logps + constant
-    metrics = {key: masked_metric(values, mask) for key, values in per_pair.items()}
-    for role, side in (("chosen", chosen), ("rejected", rejected)):
-        metrics[f"mean_logps/{role}"] = masked_metric(side.policy_logps, mask, side.num_tokens)
-    return metrics
+        # The 0 / 0 of a response without tokens is masked below, with the rest of its row.
+        per_pair["grad_ratio_log_per_token"] = (
+            chosen_logps / chosen_tokens - rejected_logps / rejected_tokens + constant
+        )
+    values = torch.stack([*per_pair.values(), chosen_logps, rejected_logps]).masked_fill(~mask, 0.0)
+    pairs, tokens = mask.to(values.dtype), torch.stack([chosen_tokens, rejected_tokens]).masked_fill(~mask, 0.0)
+    counts = [*[pairs] * len(per_pair), *tokens.to(values.dtype)]
+    names = [*per_pair, "mean_logps/chosen", "mean_logps/rejected"]
+    return {name: Metric(value, count) for name, value, count in zip(names, values, counts, strict=True)}
 
 
 def masked_metric(

@@ -25,7 +25,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -35,7 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from alignkit.data.prefix import Segments
+from alignkit.data.prefix import Segments, sent
 
 KEYWORD = "packed_parts"
 """Under which a backbone is given the :class:`PackedParts` of a row."""
@@ -102,18 +102,25 @@ class PackedParts:
         return self._masks[queries, keys, window]
 
     @cached_property
-    def key_index(self) -> Tensor:
-        """Positions in the row of the keys of every part, behind one another."""
+    def _indices(self) -> Tensor:
+        """What the kernels are told, in one copy to the device: the ends of queries, those of keys, and the keys."""
         starts = [0, *accumulate(self.lengths)]
         spans = [range(starts[piece], starts[piece + 1]) for part in self.parts for piece in part if piece is not None]
-        return torch.tensor([position for span in spans for position in span], device=self.device)
+        queries, keys = zip(*map(self.sizes, self.parts), strict=True)
+        ends = [0, *accumulate(queries), 0, *accumulate(keys)]
+        return sent(torch.tensor([*ends, *chain.from_iterable(spans)]), self.device)
+
+    @cached_property
+    def key_index(self) -> Tensor:
+        """Positions in the row of the keys of every part, behind one another."""
+        return self._indices[2 * (len(self.parts) + 1) :]
 
     @cached_property
     def ends(self) -> tuple[Tensor, Tensor]:
         """Where the queries and the keys of every part end, from 0, int32: a row behind another."""
-        sizes = [self.sizes(part) for part in self.parts]
-        queries, keys = ([0, *accumulate(column)] for column in zip(*sizes, strict=True))
-        return tuple(torch.tensor(x, dtype=torch.int32, device=self.device) for x in (queries, keys))  # type: ignore[return-value]
+        size = len(self.parts) + 1
+        queries, keys = self._indices[: 2 * size].to(torch.int32).view(2, size)
+        return queries, keys
 
     @cached_property
     def longest(self) -> tuple[int, int]:

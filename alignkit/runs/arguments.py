@@ -40,6 +40,8 @@ def training_arguments(config: ProgramConfig, bridge: ModuleType, choices: dict[
             PEFT does not know.
     """
     args = bridge.training_arguments(config, common_arguments(config))
+    # A batch that comes from pinned memory need not wait for what the device has still to do.
+    args.accelerator_config.non_blocking = args.dataloader_pin_memory
     check_device(config, args)
     check_gradient_rule(config, args)
     load_half(load_parametrization(config.parametrization)).check(config)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit.data.prefix import sent
+
 Batch = dict[str, Any]
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 
@@ -134,7 +136,7 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
 def _taken(batch: Batch, rows: Sequence[int]) -> Batch:
     """These rows of a batch."""
-    index = torch.tensor(rows, device=batch["completion_mask"].device)
+    index = sent(torch.tensor(rows), batch["completion_mask"].device)
     return {key: value[index] if _is_of_rows(value) else value for key, value in batch.items()}
 
 

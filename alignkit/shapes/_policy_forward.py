@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from trl.trainer.utils import add_fused_lm_head
 
-from alignkit.data.prefix import IGNORE_INDEX, CandidateCollator, on_device
+from alignkit.data.prefix import IGNORE_INDEX, CandidateCollator, on_device, sent
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models._forward import base_model, completion_forward, support_packed_rows
 from alignkit.models._layouts import ASKED_FOR, CHEAPER, LayoutChoice, Requested, first_obstacle, refusal
@@ -200,8 +200,9 @@ def rows_by_prompt(
     rows: list[dict[str, Any]] = []
     places: list[Place] = []
     last_row: dict[tuple[int, ...], int] = {}
-    is_token = attention_mask.bool().cpu()
-    for number, (ids, seen) in enumerate(zip(input_ids.cpu(), is_token, strict=True)):
+    # One copy, since each would wait for the device.
+    both = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu()
+    for number, (ids, seen) in enumerate(zip(both[0], both[1].bool(), strict=True)):
         prompt, completion = ids[:-keep][seen[:-keep]].tolist(), ids[-keep:][seen[-keep:]].tolist()
         if not completion:
             continue
@@ -234,8 +235,8 @@ def packed_pass(
     inputs = on_device(CandidateCollator(0, "packed")(rows), device)
     found = completion_forward(model, inputs)
     branches = inputs["completion_mask"].shape[1]
-    taken = torch.tensor([row * branches + branch for _, row, branch in places], device=device)
-    numbers = torch.tensor([number for number, _, _ in places], device=device)
+    taken = sent(torch.tensor([row * branches + branch for _, row, branch in places]), device)
+    numbers = sent(torch.tensor([number for number, _, _ in places]), device)
 
     def as_trl(values: Tensor | None) -> Tensor | None:
         if values is None:

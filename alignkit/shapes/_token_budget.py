@@ -25,12 +25,12 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from alignkit.data.lengths import RowLengths
-from alignkit.data.prefix import packed_length
+from alignkit.data.prefix import on_device, packed_length
 from alignkit.errors import ConfigError
 from alignkit.models._layouts import LayoutChoice
 from alignkit.models.choices import Choice, pinned
@@ -131,13 +131,6 @@ def _rounded(length: int, multiple: int | None) -> int:
     return -(-length // (multiple or 1)) * (multiple or 1)
 
 
-def _sent(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":  # Copied from elsewhere, each tensor would wait for all that the device has to do.
-        batch = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
-    sent: dict[str, Any] = send_to_device(batch, device, non_blocking=True)
-    return sent
-
-
 class TokenBudget(ObjectiveBridge):
     """A bridge whose micro-batches can be filled by tokens.
 
@@ -234,7 +227,7 @@ class TokenBudget(ObjectiveBridge):
         rows = [row for batch in (*before, last[:counted]) for row in batch]
         batches, counts = self._agreed(rows, last, device)
         self._of_step = len(batches)
-        return [*([] for _ in before), [_sent(batch, device) for batch in batches]], counts
+        return [*([] for _ in before), [on_device(batch, device) for batch in batches]], counts
 
     def _agreed(
         self, rows: Sequence[Any], spare: Sequence[Any], device: torch.device
