@@ -233,6 +233,7 @@ def _flash_attn(
         causal=True,
         softmax_scale=scaling,
         window_size=(left, 0 if window is not None else -1),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return output
 

@@ -119,7 +119,7 @@ def test_kernels_are_told_the_same(kernel: str, window: int | None, monkeypatch:
         if kernel == "torch":
             assert set(how) == {"scale", "window_size", "enable_gqa"} and how["enable_gqa"] and right == 0
         else:
-            assert set(how) == {"causal", "softmax_scale", "window_size"} and how["causal"]
+            assert set(how) == {"causal", "softmax_scale", "window_size", "deterministic"} and how["causal"]
         k, v = (x.repeat_interleave(2, 1) for x in (k, v))
         scale = how.get("scale") or how["softmax_scale"]
         return reference_kernel(q, k, v, ends_q, ends_k, None if left < 0 else left + 1, scale)
