@@ -19,6 +19,7 @@ token.
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import json
@@ -230,8 +231,10 @@ def build(side: str, case: Case, model: Any, folder: Path, rows: list[dict[str, 
         adapter = None if case.is_full else lora_config(r=16, alpha=32, dropout=0.0, target_modules="all-linear")
         silent = {"save_strategy": "no", "disable_tqdm": True, "max_length": None}
         args = DPOConfig(**shared, **silent, bf16=not on_cpu, train_sampling_strategy="sequential")
-        dataset = Dataset.from_list(pairs)
-        return DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter)
+        how = {"processing_class": tokenizer, "peft_config": adapter}
+        # TRL would load it by the name of the model, which has none.
+        reference = copy.deepcopy(model) if case.is_full else None
+        return DPOTrainer(model, reference, args, train_dataset=Dataset.from_list(pairs), **how)
     config = PreferenceConfig(
         method="dpo",
         model=str(folder / "model"),
