@@ -71,7 +71,9 @@ def test_both_ends_of_the_range_of_transformers_are_tried(repository: Path) -> N
 def imported(folder: Path) -> Iterator[str]:
     """Top-level packages outside the standard library that the files of a folder import."""
     for path in folder.rglob("*.py"):
-        siblings = {file.stem for file in (*path.parent.glob("*.py"), *CLAIMS.glob("*.py"))}
+        siblings = {
+            file.stem for file in (*path.parent.glob("*.py"), *CLAIMS.glob("*.py"), *CLAIMS.parent.glob("*.py"))
+        }
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -68,9 +68,11 @@ def test_an_old_run_is_finished(name: str, finish: Finish) -> None:
     record, old_record = run_json(run), run_json(then)
     assert record["status"] == "finished"
     assert [session["resumed_from"] for session in record["sessions"]] == [None, f"checkpoint-{KEPT}"]
-    unchanged = ("origin", "data", "trainable", "batch_layout", "process_layout")
+    # The layout is chosen anew: packed rows without padding are younger than these runs.
+    unchanged = ("origin", "data", "trainable", "process_layout")
+    assert record["batch_layout"]["layout"] == "packed"
     assert {key: record.get(key) for key in unchanged} == {key: old_record.get(key) for key in unchanged}
-    assert record["config"].keys() == old_record["config"].keys() | YOUNGER
+    assert record["config"].keys() == old_record["config"].keys() | YOUNGER | {"layout"}
 
     ended, expected, kept = (
         weights(run),
