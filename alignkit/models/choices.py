@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,6 @@ KEYS = ("layout", "reference", "gradient_checkpointing", "kernels", "bf16", "tok
 PINNED = "pinned"
 """The reason of a choice that the user has made."""
 
-LARGEST_SHARE, MOST_SECONDS = 0.05, 20.0
-"""Of a run, what all its choices together may take at most, whichever is less."""
-LEAST_SECONDS = 1.0
-"""Nothing can be measured in less; a run that leaves less time for it has nothing measured."""
 ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 4e14}
 """FLOP/s of a core and of an accelerator, more than most reach: a run is rather taken for too short than for too long.
 
@@ -96,19 +92,6 @@ def taken_before(record: Mapping[str, Any]) -> dict[str, Choice]:
 
 
 # --- what deciding may take -------------------------------------------------------------------------------------------
-
-
-def seconds_to_decide(run_seconds: float, choices: Iterable[Choice] = ()) -> float:
-    """Seconds that measuring may still take; 0 where it is not worth beginning.
-
-    The one rule for whoever measures: all choices of a run take at most ``LARGEST_SHARE`` of it or ``MOST_SECONDS``.
-
-    Args:
-        run_seconds: What the run will take; see :func:`run_seconds`.
-        choices: What has been decided already, whose time is spent.
-    """
-    left = min(LARGEST_SHARE * run_seconds, MOST_SECONDS) - sum(choice.seconds for choice in choices)
-    return left if left >= LEAST_SECONDS else 0.0
 
 
 def run_seconds(steps: int, step_flops: float, device: torch.device) -> float:

@@ -23,7 +23,8 @@ from peft import PeftModel
 from alignkit.data.lengths import RowLengths
 from alignkit.errors import ModelError
 from alignkit.models._comparison import runs_only_in_training
-from alignkit.models.choices import Choice, pinned
+from alignkit.models.choices import Choice, model_shape, pinned, remember, remembered
+from alignkit.models.wrapping import base_model
 from alignkit.runs.memory import GIB, Launch, Plan, has_tokens, knobs
 
 KEY = "gradient_checkpointing"
@@ -156,7 +157,9 @@ def _measured(trainer: Any, decision: Decision, optimizer: int, free: int | None
     """One micro-batch of the longest rows, forwards and backwards; nothing of the run is changed by it."""
     if runs_only_in_training(trainer) or trainer.is_deepspeed_enabled or not has_tokens(trainer.train_dataset):
         return Decision(True, f"{decision.reason}, and it cannot be measured before training")
-    peak = peak_of_longest_rows(trainer)
+    facts = _facts(trainer)
+    if (peak := remembered(facts)) is None and (peak := peak_of_longest_rows(trainer)) is not None:
+        remember(facts, peak)
     short = peak is None or (free is not None and peak + optimizer > free)
     if any(gather_object([short])):
         return Decision(True, "a micro-batch of the longest rows did not fit without it")
@@ -164,6 +167,23 @@ def _measured(trainer: Any, decision: Decision, optimizer: int, free: int | None
     return Decision(
         False, f"the longest rows took {(peak + optimizer) / GIB:.1f} of {free / GIB:.1f} GiB without it, measured"
     )
+
+
+def _facts(trainer: Any) -> dict[str, Any]:
+    """All that the peak of a micro-batch of the longest rows depends on, beside the machine."""
+    base, rows = base_model(trainer.model), longest_rows(trainer)
+    lengths = RowLengths.of(rows)
+    return {
+        "what": "peak of the longest rows",
+        **model_shape(base),
+        "trained": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
+        "objective": [type(trainer).__name__, trainer.method.name],
+        "sequences": lengths.longest.tolist(),
+        "packed": lengths.each_packed.tolist(),
+        "layout": [choice.value for choice in _layout_of(trainer).values()],
+        "kernels": [choice.value for key, choice in trainer.choices.items() if key == "kernels"],
+        "precision": trainer.accelerator.mixed_precision,
+    }
 
 
 def peak_of_longest_rows(trainer: Any) -> int | None:

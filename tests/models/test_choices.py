@@ -19,7 +19,6 @@ from alignkit.models.choices import (
     remember,
     remembered,
     run_seconds,
-    seconds_to_decide,
     step_flops,
     taken_before,
 )
@@ -54,21 +53,6 @@ def test_run_json_gives_a_resumed_run_what_was_taken() -> None:
         key: (choice.value, choice.reason) for key, choice in MADE.items()
     }
     assert sum(choice.seconds for choice in again.values()) == 0.0, "it is not decided again"
-
-
-@pytest.mark.parametrize(
-    ("run", "spent", "left"),
-    [
-        (100.0, 0.0, 5.0),
-        (100.0, 3.0, 2.0),
-        (100.0, 4.5, 0.0),  # half a second is not worth beginning
-        (19.0, 0.0, 0.0),  # nor is 5 % of a short run
-        (1e6, 0.0, 20.0),
-        (1e6, 15.0, 5.0),
-    ],
-)
-def test_all_choices_together_take_a_twentieth_or_twenty_seconds(run: float, spent: float, left: float) -> None:
-    assert seconds_to_decide(run, [Choice("kernels", "none", "", spent)]) == pytest.approx(left)
 
 
 def test_how_long_a_run_is_taken_to_be() -> None:

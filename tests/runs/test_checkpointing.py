@@ -132,6 +132,21 @@ def test_measuring_changes_nothing(make_trainer: Callable[..., Any]) -> None:
     assert not trainer._sums["train"].means(trainer.accelerator), "nothing is recorded"
 
 
+def test_what_was_measured_is_not_measured_again(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path))
+    counted = []
+    monkeypatch.setattr(checkpointing, "peak_of_longest_rows", lambda trainer: counted.append(1) or 3 * GIB)
+    near = Decision(False, "", is_near=True)
+    first = checkpointing._measured(make_trainer(), near, optimizer=GIB, free=5 * GIB)
+    again = checkpointing._measured(make_trainer(), near, optimizer=GIB, free=5 * GIB)
+    assert first == again and not first.value and len(counted) == 1
+    assert checkpointing._measured(make_trainer(), near, optimizer=3 * GIB, free=5 * GIB).value, "of less there is"
+    checkpointing._measured(make_trainer(arguments={"per_device_train_batch_size": 1}), near, 0, 5 * GIB)
+    assert len(counted) == 2, "other rows"
+
+
 def test_rows_that_do_not_fit_are_told_and_leave_nothing_behind(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer()
     before = state_of(trainer)
