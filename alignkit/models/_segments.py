@@ -24,7 +24,7 @@ import importlib.util
 import inspect
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, cast
@@ -150,16 +150,22 @@ def _over_parts(
     queries, keys, values = (torch.split(x, parts.lengths, 2) for x in states)
     output = list(queries)
     for group in parts.by_shape:
-
-        def seen(x: tuple[Tensor, ...], group: list[Part] = group) -> Tensor:
-            each = [x[p.piece] if p.prefix is None else torch.cat([x[p.prefix], x[p.piece]], 2) for p in group]
-            return torch.cat(each) if len(each) > 1 else each[0]
-
-        asking = torch.cat([queries[part.piece] for part in group])
-        found, _ = attend(parts, module, asking, seen(keys), seen(values), **kwargs)
-        for part, own in zip(group, torch.split(found, 1), strict=True):
-            output[part.piece] = own
+        own = [part.piece for part in group]
+        seen = [piece for part in group for piece in part if piece is not None]
+        asking, asked, told = (
+            _stacked(x, pieces, len(group)) for x, pieces in ((queries, own), (keys, seen), (values, seen))
+        )
+        found, _ = attend(parts, module, asking, asked, told, **kwargs)
+        for piece, rows in zip(own, torch.split(found, 1), strict=True):
+            output[piece] = rows
     return torch.cat(output, 1)
+
+
+def _stacked(states: Sequence[Tensor], pieces: Sequence[int], count: int) -> Tensor:
+    """Pieces [1, heads, length, size] of as many sequences of one length, [count, heads, length, size], copied once."""
+    together = torch.cat([states[piece] for piece in pieces], 2) if len(pieces) > 1 else states[pieces[0]]
+    heads, length, size = together.shape[1:]
+    return together[0].view(heads, count, length // count, size).transpose(0, 1)
 
 
 def _sdpa(

@@ -18,6 +18,8 @@ from alignkit.models._layouts import choose_layout, confirmed, packing_obstacle
 from tests.trainers import VOCABULARY, random_rows
 
 ROWS = random_rows([(9, (5, 3)), (1, (4, 2)), (14, (1, 6)), (6, (3, 3, 4))], seed=3)
+RAGGED = [*ROWS, *random_rows([(7, (2,)), (3, (1, 4, 2, 1, 5, 3, 2, 1)), (2, (3, 1, 2, 2))], seed=4)]
+"""From one to eight completions, of one token and more, of prompts that have a prefix and one that has none."""
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -102,21 +104,20 @@ def test_layouts_agree_in_values_and_gradients(family: str, attention: str) -> N
         pytest.skip("what it does to attention logits exists in eager attention alone")
     model = build(family, FAMILIES[family], attention)
     add_completion_head(model)
-    longest = max(len(r["prompt_ids"]) + len(c) for r in ROWS for c in r["completion_ids"])
+    longest = max(len(r["prompt_ids"]) + len(c) for r in RAGGED for c in r["completion_ids"])
     assert packing_obstacle(model, longest=longest) is None
     use_packed_attention(model)
-    gradients = []
-    values = []
-    for layout in ("padded", "packed"):
+    values, gradients = [], []
+    for layout in ("padded", "packed", "packed"):
         model.zero_grad()
-        tokens = token_logps(model, layout)
-        torch.cat([t * (i + 1) for i, t in enumerate(tokens)]).sum().backward()
+        tokens = token_logps(model, layout, RAGGED)
+        torch.cat([t * (i + 1) for i, t in enumerate(tokens)]).mean().backward()
         values.append(torch.cat(tokens).detach())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert len(values[0]) == sum(len(c) for r in ROWS for c in r["completion_ids"])
+    assert len(values[0]) == sum(len(c) for r in RAGGED for c in r["completion_ids"])
     torch.testing.assert_close(values[1], values[0], atol=1e-5, rtol=0)
-    # Gradients of this sum have norms of hundreds: 1e-5 of that.
-    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 1e-5
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(values[1], values[2]) and torch.equal(gradients[1], gradients[2]), "not the same bits twice"
 
 
 @pytest.mark.parametrize("family", REFUSED)
