@@ -92,6 +92,23 @@ class Ranks:
             self._part(topic, self.size - 1)
             raise RanksDifferError(_HEADLINE, differences)
 
+    def of_first(self, topic: str, find: Callable[[], Any]) -> Any:
+        """What the first process has found, on all of them; before accelerate knows of any but its own.
+
+        Args:
+            topic: A name of this exchange, used once in a run.
+            find: Returns it, for JSON; called by the first process alone.
+
+        Raises:
+            LaunchError: The first process does not arrive.
+        """
+        if self.store is None:
+            return find()
+        key = f"{topic}/first"
+        if self.rank == 0:
+            self.store.set(key, json.dumps(find()))
+        return json.loads(self._note(key, 0))
+
     def connect(self, *, use_cpu: bool) -> None:
         """Connect the processes of a launch on CPUs; accelerate would do so without passing the time limit on.
 

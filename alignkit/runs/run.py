@@ -130,7 +130,7 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
         failures = steps.failures_recorded(directory, resume=resume)
         with failures, ranks.losses_named(lambda status: directory.record(status=status)):
             ranks.connect(use_cpu=config.use_cpu)
-            choices = steps.choices_before(directory, resume=bool(config.resume))
+            choices = steps.choices_before(directory, ranks, resume=bool(config.resume))
             config = fitted(config, choices)
             preparation = load_method(config.method).preparation(config)
             args = training_arguments(config, bridge, choices)

@@ -43,6 +43,7 @@ from alignkit.runs.origin import OriginRecord
 from alignkit.runs.pickles import check_deepspeed_shards, check_sharded_model, refused_pickle
 from alignkit.runs.process_layout import ProcessLayoutRecorder
 from alignkit.runs.progress import ShortProgress
+from alignkit.runs.ranks import Ranks
 from alignkit.runs.resumption import how_to_go_on
 from alignkit.runs.rows import PreparedData
 from alignkit.runs.space import refuse_full_disk
@@ -113,10 +114,10 @@ def failures_recorded(directory: RunDirectory, *, resume: bool | str) -> Iterato
         directory.lock.release()
 
 
-def choices_before(directory: RunDirectory, *, resume: bool) -> dict[str, Choice]:
+def choices_before(directory: RunDirectory, ranks: Ranks, *, resume: bool) -> dict[str, Choice]:
     """What a run that is resumed chose when it began, none of a new one; a collective."""
-    kept = directory.sections().get("choices", {}) if resume and directory.is_main else {}
-    return taken_before(broadcast_object_list([kept])[0])
+    kept = ranks.of_first("choices", lambda: directory.sections().get("choices", {})) if resume else {}
+    return taken_before(kept)
 
 
 def run_callbacks(config: ProgramConfig, directory: RunDirectory, data: PreparedData) -> list[TrainerCallback]:
