@@ -73,7 +73,8 @@ class _PackedRow:
         segments: Segments | None = kwargs.pop("segments", None)
         self.runs = None if segments is None else segments.runs
         if segments is not None and self.config._attn_implementation not in _segments.OWN.values():
-            raise ModelError("this model's attention cannot run packed rows: call use_packed_attention before")
+            own = self.config._attn_implementation
+            raise ModelError(f"its attention, {own}, is none for packed rows; use_packed_attention sets one if it can")
         if segments is not None:
             kwargs["attention_mask"] = _segments.packed_mask()
             kwargs[_segments.KEYWORD] = _segments.PackedParts(segments, kwargs["input_ids"].device)

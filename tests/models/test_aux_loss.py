@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_the_coefficient_is_the_models_own_unless_one_is_asked_for(
         assert not logged(trainer, "aux_loss") and trainer.layout.layout
         return
     (aux_loss,), (loss,) = logged(trainer, "aux_loss"), logged(trainer, "loss")
-    rows = trainer.data_collator(list(pairs))
+    rows = replace(trainer.data_collator, layout="padded")(list(pairs))
     own = mixture("mixtral")(
         input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], output_router_logits=True
     ).aux_loss

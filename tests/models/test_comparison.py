@@ -280,7 +280,7 @@ def test_what_cannot_run_packed_rows_is_padded_and_says_why(make_trainer: Any) -
         model=model, train_dataset=Dataset.from_list(ROWS), peft_config=None, ref_model=tiny("falcon", alibi)
     )
     assert trainer.layout.layout == "padded"
-    assert "FalconForCausalLM cannot run packed rows (ValueError" in trainer.layout.reason
+    assert "FalconForCausalLM cannot run packed rows (ModelError: its attention, " in trainer.layout.reason
     with pytest.raises(ModelError, match=r"layout: packed cannot be used: the policy, Falcon.*cannot run"):
         make_trainer(
             model=model,

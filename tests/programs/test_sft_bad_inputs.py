@@ -141,6 +141,6 @@ def test_a_mended_run_starts(launcher: Launcher, place: Path) -> None:
 
 
 def test_preference_keys_are_known_to_be_of_the_other_program(launcher: Launcher, place: Path) -> None:
-    changes: dict[str, Any] = {"reference": "copy", "layout": "padded", "probe_rows": 3}
-    bad = Bad("", changes, ("3 problems", "reference", "layout", "probe_rows"))
+    changes: dict[str, Any] = {"reference": "copy", "probe_rows": 3}
+    bad = Bad("", changes, ("2 problems", "reference", "probe_rows"))
     check(bad, launcher.run(*config_of(bad, place, GOOD), directory=place, program=SFT))

@@ -45,11 +45,12 @@ def distilling(
 ) -> SupervisedTrainer:
     """A trainer whose policy, where it has no adapter, is taught by another model."""
     method = load_method("distill")
-    evaluation = changes.pop("eval_dataset", None)
+    evaluation, layout = changes.pop("eval_dataset", None), changes.pop("layout", "auto")
     return SupervisedTrainer(
         policy or model(),
         arguments(output_dir, **changes),
         method=method,
+        layout=layout,
         options=method.options(**(options or {})),
         train_dataset=rows,
         eval_dataset=evaluation,
@@ -137,7 +138,7 @@ def test_the_teacher_of_an_adapter_is_the_policy_without_it(rows: Dataset, tmp_p
 
 def test_without_a_share_of_the_teacher_a_run_is_sft_to_the_last_bit(rows: Dataset, tmp_path: Path) -> None:
     plain = make(tmp_path, rows, max_steps=3)
-    taught = distilling(tmp_path, rows, options={"kd_alpha": 0.0}, max_steps=3)
+    taught = distilling(tmp_path, rows, options={"kd_alpha": 0.0}, layout="padded", max_steps=3)
     for trainer in (plain, taught):
         trainer.train()
     assert taught.teacher is None

@@ -62,7 +62,7 @@ def trainer_of(
 def test_without_the_regulariser_it_is_bitwise_the_supervised_trainer_over_trl(model: str, tmp_path: Path) -> None:
     # Which itself follows TRL's SFTTrainer to the last bit (test_supervised_parity.py).
     runs = []
-    for method, keys in (("sft", {"router_aux_loss_coef": 0.0}), ("roma", {"manifold_coef": 0.0})):
+    for method, keys in (("sft", {"router_aux_loss_coef": 0.0, "layout": "padded"}), ("roma", {"manifold_coef": 0.0})):
         folder = tmp_path / method
         folder.mkdir()
         trainer = trainer_of(model, folder, method, **keys)
