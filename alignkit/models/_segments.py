@@ -55,6 +55,13 @@ class Part(NamedTuple):
     piece: int
 
 
+class Call(NamedTuple):
+    """Queries and keys that are computed in one call, by the numbers of their pieces of the row."""
+
+    asks: tuple[int, ...]
+    sees: tuple[int, ...]
+
+
 class PackedParts:
     """The parts of a packed row, read off its :class:`~alignkit.data.prefix.Segments`; shared by all layers of a pass.
 
@@ -67,11 +74,13 @@ class PackedParts:
         self.device = device
         self.lengths: list[int] = []
         self.parts: list[Part] = []
+        self.prompts: list[tuple[int | None, list[int]]] = []
         for prefix, branches in segments.prompts:
-            home = len(self.lengths) if prefix else None
-            if prefix:
-                self.parts.append(Part(None, self._piece(prefix)))
-            self.parts += [Part(home, self._piece(branch)) for branch in branches if branch]
+            home = self._piece(prefix) if prefix else None
+            pieces = [self._piece(branch) for branch in branches if branch]
+            self.prompts.append((home, pieces))
+            self.parts += [] if home is None else [Part(None, home)]
+            self.parts += [Part(home, piece) for piece in pieces]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def _piece(self, length: int) -> int:
@@ -84,11 +93,20 @@ class PackedParts:
         return own, own + (0 if part.prefix is None else self.lengths[part.prefix])
 
     @cached_property
-    def by_shape(self) -> list[list[Part]]:
-        """Parts with as many queries and as many keys, together."""
-        groups: dict[tuple[int, int], list[Part]] = defaultdict(list)
-        for part in self.parts:
-            groups[self.sizes(part)].append(part)
+    def calls(self) -> list[list[Call]]:
+        """What is computed together: as many queries over as many keys.
+
+        A prefix no longer than its branches asks again with each of them: one call less, and no mask, for little more.
+        """
+        groups: dict[tuple[int, int], list[Call]] = defaultdict(list)
+        for prefix, branches in self.prompts:
+            before = () if prefix is None else (prefix,)
+            length = sum(self.lengths[piece] for piece in before)
+            asks_again = bool(before and branches) and length <= min(self.lengths[branch] for branch in branches)
+            calls = [Call((*before, b) if asks_again else (b,), (*before, b)) for b in branches]
+            for call in calls if asks_again or not before else [Call(before, before), *calls]:
+                asked, seen = (sum(self.lengths[piece] for piece in pieces) for pieces in call)
+                groups[asked, seen].append(call)
         return list(groups.values())
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor:
@@ -148,17 +166,17 @@ def _over_parts(
         window = kwargs.get("sliding_window")
         return kernel(query, key, value, parts, scaling=kwargs.get("scaling"), window=window)[None]
     queries, keys, values = (torch.split(x, parts.lengths, 2) for x in states)
-    output = list(queries)
-    for group in parts.by_shape:
-        own = [part.piece for part in group]
-        seen = [piece for part in group for piece in part if piece is not None]
+    output: dict[int, Tensor] = {}
+    for group in parts.calls:
+        asks, sees = ([piece for call in group for piece in call[side]] for side in (0, 1))
         asking, asked, told = (
-            _stacked(x, pieces, len(group)) for x, pieces in ((queries, own), (keys, seen), (values, seen))
+            _stacked(x, pieces, len(group)) for x, pieces in ((queries, asks), (keys, sees), (values, sees))
         )
         found, _ = attend(parts, module, asking, asked, told, **kwargs)
-        for piece, rows in zip(own, torch.split(found, 1), strict=True):
-            output[piece] = rows
-    return torch.cat(output, 1)
+        for call, rows in zip(group, torch.split(found, 1), strict=True):
+            for piece, own in zip(call.asks, torch.split(rows, [parts.lengths[p] for p in call.asks], 1), strict=True):
+                output.setdefault(piece, own)
+    return torch.cat([output[piece] for piece in range(len(parts.lengths))], 1)
 
 
 def _stacked(states: Sequence[Tensor], pieces: Sequence[int], count: int) -> Tensor:
