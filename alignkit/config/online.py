@@ -256,11 +256,12 @@ class UpdateSection(Section):
 
     title: ClassVar[str] = "Update"
 
-    layout: Literal["auto", "padded", "packed"] = option(
+    layout: str = option(
         "auto",
         choices=("auto", "padded", "packed"),
         help="padded: a row a completion, as TRL; packed: one row for all of a batch without padding, every prompt "
         "computed once for its completions; auto: packed where the architecture allows it.",
+        free_on_resume=True,
     )
     arrange_rows: bool = option(
         True,

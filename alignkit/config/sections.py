@@ -192,6 +192,7 @@ class SupervisedDataSection(DataSection):
         choices=("auto", "padded", "packed"),
         help="One row per example (padded), or one row for all examples of a micro-batch, which do not see each other, "
         "without padding (packed); auto is packed where the architecture allows it.",
+        free_on_resume=True,
     )
     packing: bool = option(
         False,
@@ -280,6 +281,7 @@ class LayoutSection(Section):
         choices=("auto", "padded", "packed"),
         help="One row per completion (padded), or one row for all of a batch without padding, in which every prompt "
         "stands once with its completions behind it (packed); auto is packed where the architecture allows it.",
+        free_on_resume=True,
     )
     pad_to_multiple_of: int | None = option(
         None,

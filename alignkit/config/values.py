@@ -17,6 +17,8 @@ from alignkit.yaml_text import dump_yaml
 
 _WORDS_FOR_BOOL = {"yes": "true", "on": "true", "no": "false", "off": "false", "true": "true", "false": "false"}
 _SHOWN_LENGTH = 72
+FORMER = {("layout", "shared_prefix"): "packed"}
+"""Values that have another name now, by key."""
 LARGEST = 2**31 - 1
 """Bound of whole numbers that have no other: libraries below count with 32 bits here and there."""
 
@@ -183,6 +185,8 @@ def _check_choice(key: Key, value: Any) -> None:
     choices = key.info.choices
     if choices is None or value in choices:
         return
+    if former := FORMER.get((key.name, str(value))):
+        raise ValueMismatch(f"has another name now, {former}", f"Write {former}")
     near = difflib.get_close_matches(str(value).lower(), [str(c) for c in choices], n=1, cutoff=0.5)
     listed = ", ".join(show(c) for c in choices)
     raise ValueMismatch(f"is not one of {listed}", f"Did you mean {near[0]}?" if near else "Choose one of these")

@@ -73,19 +73,25 @@ class PackedParts:
     def __init__(self, segments: Segments, device: torch.device) -> None:
         self.device = device
         self.lengths: list[int] = []
-        self.parts: list[Part] = []
         self.prompts: list[tuple[int | None, list[int]]] = []
         for prefix, branches in segments.prompts:
             home = self._piece(prefix) if prefix else None
             pieces = [self._piece(branch) for branch in branches if branch]
             self.prompts.append((home, pieces))
-            self.parts += [] if home is None else [Part(None, home)]
-            self.parts += [Part(home, piece) for piece in pieces]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def _piece(self, length: int) -> int:
         self.lengths.append(length)
         return len(self.lengths) - 1
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Every piece of the row with what it sees, once and in their order, as the kernels take them."""
+        found = []
+        for prefix, branches in self.prompts:
+            found += [] if prefix is None else [Part(None, prefix)]
+            found += [Part(prefix, branch) for branch in branches]
+        return found
 
     def sizes(self, part: Part) -> tuple[int, int]:
         """Queries and keys of a part."""

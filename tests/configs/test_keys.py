@@ -89,7 +89,7 @@ TRAITS = {
     "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
     "free_on_resume": "resume overwrite output_dir save_steps save_strategy save_total_limit logging_steps report_to "
     "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
-    "reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
+    "layout reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
     "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private rollout_steps "
     "success_threshold keep_best bank_dir bank_batch_size gradient_ratio_steps",
     "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache "

@@ -49,6 +49,7 @@ LINES = {
     "not finite": ("learning_rate: .inf", "is not a finite number"),
     "not a number": ("weight_decay: .nan", "is not a finite number"),
     "bad choice": ("quantization: fp4", "is not one of none, nf4, int8. Did you mean nf4?"),
+    "choice with a former name": ("layout: shared_prefix", "has another name now, packed. Write packed."),
     "bad choice like no other": ("layout: 7up", "is not one of auto, padded, packed. Choose one of these."),
     "wrong case of a choice": ("dtype: BFLOAT16", "Did you mean bfloat16?"),
     "bad choice of the method": ("sft_normalization: tokens", "Did you mean token?"),
