@@ -12,6 +12,7 @@ from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule
 from alignkit.config.model_files import check_model_files, check_packages
 from alignkit.config.names import explain_method, explain_rule_option, explain_unknown
 from alignkit.config.reward_names import check_rewards
+from alignkit.config.schedules import check_schedule
 from alignkit.config.settings import Entry, Origin, Settings
 from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
@@ -56,6 +57,7 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Con
     gradient = _options(settings, "gradient_rule", settings.gradient_rule, load_rule, rule_keys)
     for refusal in REFUSALS:
         refusal.check(settings)
+    check_schedule(settings)
     if check_files:
         check_model_files(settings)
         check_data(settings)

@@ -247,6 +247,23 @@ CONFLICTS: tuple[Refusal, ...] = (
         "an environment has one state for each completion, and would have to begin again",
         "Remove one of the two",
     ),
+    *(
+        Refusal(
+            f"{key} that is neither steps nor a share",
+            (key,),
+            lambda c, key=key: isinstance(step := vars(c)[key], float) and step >= 1,  # type: ignore[misc]
+            "is no whole number, and as a share of all steps it is more than all",
+            "Write a whole number of steps, or a share below 1",
+        )
+        for key in ("logging_steps", "eval_steps", "save_steps")
+    ),
+    Refusal(
+        "no tracker beside trackers",
+        ("report_to",),
+        lambda c: isinstance(c.report_to, list) and len(c.report_to) > 1 and "none" in c.report_to,
+        "asks for trackers and for none",
+        "Remove none from the list",
+    ),
     # --- run -------------------------------------------------------------------------------------------------------
     Refusal(
         "zero steps",

@@ -133,6 +133,14 @@ IGNORED: tuple[IgnoredKeys, ...] = (
         under=("lr_scheduler_type",),
     ),
     IgnoredKeys(
+        "run_name without a tracker",
+        ("run_name",),
+        lambda c: c.report_to in ("none", ["none"], []),
+        "no tracker is told of it",
+        "write report_to: wandb",
+        under=("report_to",),
+    ),
+    IgnoredKeys(
         "Adam options with another optimizer",
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
         lambda c: "adam" not in c.optim,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
-from alignkit.config.values import is_union
+from alignkit.config.values import accepts, is_union
 from alignkit.parts.method import Method, load_method
 from alignkit.parts.rule import GradientRule, load_rule, rule_names
 
@@ -51,6 +51,8 @@ def _property(key: Key) -> dict[str, Any]:
         _numeric(schema).update(limits)
     if info.choices is not None:
         schema = {"enum": [*info.choices, *([None] if type(None) in get_args(key.type) else [])]}
+        if accepts(key.type, list):
+            schema = {"anyOf": [schema, {"type": "array", "items": {"enum": [*info.choices]}}]}
     default = {} if key.required else {"default": key.default}
     return {**schema, **default, "description": f"{info.help} (Default from {info.source}.)" if default else info.help}
 

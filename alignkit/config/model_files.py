@@ -182,8 +182,10 @@ def _needed_packages(settings: Settings) -> Iterator[tuple[str, tuple[str, ...],
         yield "quantization", *bitsandbytes
     if "8bit" in values.get("optim", "") or "paged" in values.get("optim", ""):
         yield "optim", *bitsandbytes
-    if values.get("report_to", "none") != "none":
-        yield "report_to", (values["report_to"],), f"pip install {values['report_to']}"
+    trackers = values.get("report_to", "none")
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if tracker != "none":
+            yield "report_to", (tracker,), f"pip install {tracker}"
     if values.get("kernels") == "liger":
         yield "kernels", ("liger_kernel",), "pip install 'alignkit[fast]'"
     if values.get("attn_implementation") == "flash_attention_2":

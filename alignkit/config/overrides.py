@@ -1,7 +1,8 @@
 """Read ``--key value`` from the command line.
 
 Values are written as in YAML. Besides, a list may be written ``a,b``, a switch may stand alone (``--streaming``), and
-``--key null`` takes a key back to its default, whatever the file says.
+``--key null`` takes a key back to its default, whatever the file says. Of a key that is given more than once, the last
+value counts, as in other programs, so that a script may end in what differs from run to run.
 """
 
 from __future__ import annotations
@@ -58,8 +59,6 @@ def read_overrides(arguments: Sequence[str], keys: Mapping[str, Key]) -> tuple[d
         origin = Origin(COMMAND_LINE, (1, position))
         if name is None:
             problems.append(_stray(str(text), arguments[position - 1] if position else "", origin))
-        elif name in entries:
-            problems.append(Problem(origin, f"`--{name}`", "is given more than once", "Keep one of them"))
         elif text is None and name in keys and not accepts(keys[name].type, bool):
             problems.append(Problem(origin, f"`--{name}`", "has no value", f"Write --{name} VALUE"))
         else:

@@ -21,4 +21,4 @@ def program_of(recipe: str | None, overrides: Sequence[str]) -> str:
     if not named and recipe is not None:
         entries, _ = read_entries(find_recipe(recipe), recipe)
         named = [entries["method"].value] if "method" in entries else []
-    return load_method(named[0]).program if named and named[0] in method_names() else "preference"
+    return load_method(named[-1]).program if named and named[-1] in method_names() else "preference"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from alignkit.config.schedules import SETTINGS
 from alignkit.config.sections import TRANSFORMERS, TRL, Section
 from alignkit.parts.options import DerivedDefault, option
 from alignkit.parts.parametrization import parametrizations
@@ -18,7 +19,7 @@ OPTIMIZERS = (
     "adafactor",
     "sgd",
 )
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+SCHEDULERS = tuple(SETTINGS)
 TRACKERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 KERNELS = ("auto", "none", "liger", "compile")
 INTERVALS = ("no", "steps", "epoch")
@@ -107,6 +108,14 @@ class OptimizationSection(Section):
     )
     lr_scheduler_type: str = option(
         "linear", choices=SCHEDULERS, help="Learning-rate schedule.", source=TRANSFORMERS, passes_to_trainer=True
+    )
+    lr_scheduler_kwargs: dict[str, Any] | None = option(
+        None,
+        help="Settings of the schedule, by transformers' names, such as {min_lr_rate: 0.1} of cosine_with_min_lr, "
+        "{num_cycles: 3} of cosine_with_restarts, {power: 2} of polynomial or {num_decay_steps: 100} of "
+        "warmup_stable_decay.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
     )
     warmup_steps: float = option(
         0.0,
@@ -250,13 +259,25 @@ class LoggingSection(Section):
 
     title: ClassVar[str] = "Logging, evaluation and saving"
 
-    logging_steps: int = option(
-        10, ge=1, help="Steps between two lines of metrics.", source=TRL, passes_to_trainer=True, free_on_resume=True
+    logging_steps: int | float = option(
+        10,
+        gt=0,
+        help="Steps between two lines of metrics; a value below 1 is a share of all steps.",
+        source=TRL,
+        passes_to_trainer=True,
+        free_on_resume=True,
     )
-    report_to: str = option(
+    run_name: str | None = option(
+        None,
+        help="Name of the run in its trackers (report_to); null leaves it to them.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
+    )
+    report_to: str | list[str] = option(
         "none",
         choices=TRACKERS,
-        help="Tracker beside metrics.jsonl.",
+        help="Tracker beside metrics.jsonl, or a list of trackers.",
         source=TRANSFORMERS,
         passes_to_trainer=True,
         free_on_resume=True,
@@ -269,10 +290,10 @@ class LoggingSection(Section):
         passes_to_trainer=True,
         free_on_resume=True,
     )
-    eval_steps: int | None = option(
+    eval_steps: int | float | None = option(
         None,
-        ge=1,
-        help="Steps between evaluations; null takes logging_steps.",
+        gt=0,
+        help="Steps between evaluations; a value below 1 is a share of all steps, null takes logging_steps.",
         source=TRANSFORMERS,
         passes_to_trainer=True,
         free_on_resume=True,
@@ -294,8 +315,13 @@ class LoggingSection(Section):
         passes_to_trainer=True,
         free_on_resume=True,
     )
-    save_steps: int = option(
-        500, ge=1, help="Steps between checkpoints.", source=TRANSFORMERS, passes_to_trainer=True, free_on_resume=True
+    save_steps: int | float = option(
+        500,
+        gt=0,
+        help="Steps between checkpoints; a value below 1 is a share of all steps.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+        free_on_resume=True,
     )
     save_total_limit: int | None = option(
         None, ge=1, help="Checkpoints to keep; null is all.", source=TRANSFORMERS, free_on_resume=True

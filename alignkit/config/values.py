@@ -185,6 +185,10 @@ def _check_choice(key: Key, value: Any) -> None:
     choices = key.info.choices
     if choices is None or value in choices:
         return
+    if isinstance(value, list):
+        for item in value:
+            _check_choice(key, item)
+        return
     if former := FORMER.get((key.name, str(value))):
         raise ValueMismatch(f"has another name now, {former}", f"Write {former}")
     near = difflib.get_close_matches(str(value).lower(), [str(c) for c in choices], n=1, cutoff=0.5)

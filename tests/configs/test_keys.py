@@ -80,7 +80,7 @@ TRAITS = {
     "per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay "
     "optim adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile "
     "dataloader_num_workers logging_steps eval_strategy eval_steps save_strategy save_steps report_to use_cpu "
-    "ddp_timeout pad_to_multiple_of trust_remote_code router_aux_loss_coef "
+    "ddp_timeout pad_to_multiple_of trust_remote_code router_aux_loss_coef lr_scheduler_kwargs run_name "
     "scale_rewards multi_objective_aggregation num_generations num_generations_eval max_completion_length "
     "steps_per_generation num_iterations temperature top_p top_k min_p repetition_penalty generation_kwargs "
     "chat_template_kwargs mask_truncated_completions max_tool_calling_iterations use_transformers_continuous_batching "
@@ -91,7 +91,8 @@ TRAITS = {
     "eval_strategy eval_steps per_device_eval_batch_size max_eval_rows probe_steps num_samples sample_max_new_tokens "
     "layout reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
     "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private rollout_steps "
-    "success_threshold keep_best bank_dir bank_batch_size gradient_ratio_steps",
+    "success_threshold keep_best bank_dir bank_batch_size gradient_ratio_steps "
+    "run_name",
     "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache "
     "bank_dir bank_embedder teacher",
 }

@@ -36,6 +36,11 @@ ACCEPTED: list[tuple[list[str], str, Any]] = [
     (["--data", "{path: rows.jsonl}"], "data", {"path": "rows.jsonl"}),
     (["--attn_implementation", "null"], "attn_implementation", None),
     (["--eval_strategy", "no"], "eval_strategy", "no"),
+    (["--seed", "1", "--bf16", "--seed=2"], "seed", 2),
+    (["--bf16", "--bf16", "false"], "bf16", False),
+    (["--seed", "7", "--seed", "null"], "seed", 42),
+    (["--report_to", "wandb,tensorboard", "--report_to", "none"], "report_to", "none"),
+    (["--logging_steps", "0.1"], "logging_steps", 0.1),
 ]
 
 
@@ -52,8 +57,6 @@ def test_accepted(arguments: list[str], key: str, value: Any) -> None:
 REFUSED: list[tuple[list[str], str]] = [
     (["--seed"], "`--seed` has no value. Write --seed VALUE."),
     (["--seed", "--bf16"], "`--seed` has no value. Write --seed VALUE."),
-    (["--seed", "1", "--seed=2"], "`--seed` is given more than once. Keep one of them."),
-    (["--bf16", "--bf16", "false"], "`--bf16` is given more than once. Keep one of them."),
     (["--no_bf16"], "Write bf16: false (--bf16 false)."),
     (["--no-bf16"], "Write bf16: false (--bf16 false)."),
     (["--lora-r", "3"], "`lora-r: 3` is not a known key. Did you mean lora_r?"),
@@ -72,6 +75,8 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--column_map", "prompt=question"], "must be a mapping"),
     (["--beta_neg", "-1"], "is out of range. Write a value >= 0."),
     (["--hub_model_id", ""], "is empty"),
+    (["--seed", "2", "--seed", "1.5"], "`seed: 1.5` must be a whole number"),
+    (["--report_to", "wandb,tensorbord"], "`report_to: [wandb, tensorbord]` is not one of none, tensorboard"),
 ]
 
 

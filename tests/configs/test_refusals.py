@@ -14,6 +14,7 @@ from alignkit.parts.method import load_method
 from alignkit.parts.options import Ignored
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
+from tests.configs import switches
 from tests.configs.cases import ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
 from tests.configs.other_parametrizations import LORA, under_another
 
@@ -364,7 +365,8 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static_weight of treg without alpha": ({"method": "treg", "alpha": 0.0, "static_weight": True}, {"alpha": 0.25}),
 }
 METHODS = [method for program in shapes_by_program() for method in program_methods(program)]
-IGNORED |= under_another()
+IGNORED |= under_another() | switches.IGNORED
+CONFLICTS |= switches.CONFLICTS
 BY_TITLE = {refusal.title: refusal for refusal in REFUSALS}
 
 

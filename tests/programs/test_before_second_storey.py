@@ -30,7 +30,7 @@ CACHES_OF = {
 }
 """Folders of the cache that a run reads."""
 
-YOUNGER = {"kernels", "tokens_per_batch"}
+YOUNGER = {"kernels", "tokens_per_batch", "lr_scheduler_kwargs", "run_name"}
 """Keys that there are now, and were not then."""
 
 Finish = Callable[[str], Path]
