@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from alignkit.config.check import validate_config
+from alignkit.config.method_value import known_method
 from alignkit.data.columns import RowFamily
-from alignkit.parts.method import load_method, method_names
+from alignkit.parts.method import load_method
 from alignkit.parts.rule import load_rule, rule_names
 
 
@@ -29,7 +30,9 @@ class ProgramConfig:
     gradient_options: Any = None
 
     def __post_init__(self) -> None:
-        if self.method_options is None and self.method in method_names():
+        if (method := known_method(self.program, self.method)) is not None:
+            object.__setattr__(self, "method", method)
+        if self.method_options is None and method is not None:
             object.__setattr__(self, "method_options", load_method(self.method).options())
         if self.gradient_options is None and self.gradient_rule in rule_names():
             object.__setattr__(self, "gradient_options", load_rule(self.gradient_rule).options())

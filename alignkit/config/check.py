@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from alignkit.config.compatibility import REFUSALS
 from alignkit.config.data_files import check_data
 from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule_keys, rules_with
+from alignkit.config.method_value import method_text
 from alignkit.config.model_files import check_model_files, check_packages
 from alignkit.config.names import explain_method, explain_rule_option, explain_unknown
 from alignkit.config.reward_names import check_rewards
@@ -150,7 +151,10 @@ def _check_values(settings: Settings) -> None:
     for name, key in settings.keys.items():
         if name in settings.entries:
             try:
-                settings.values[name] = check_value(key, settings.entries[name].value)
+                value = settings.entries[name].value
+                settings.values[name] = (
+                    method_text(settings.program, value) if name == "method" else check_value(key, value)
+                )
             except ValueMismatch as mismatch:
                 known = explain_method(settings.entries[name].value) if name == "method" else None
                 settings.report(name, mismatch.why, known or mismatch.fix)

@@ -12,16 +12,24 @@ from alignkit.config.online import EngineSection, UpdateSection
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import show
 from alignkit.parts.method import Method, load_method, method_names
+from alignkit.parts.mixture import components_of, is_mixture
 from alignkit.parts.options import Conflict, Ignored, OnlyWith
 from alignkit.parts.parametrization import Parametrization, parametrizations
 from alignkit.parts.rule import load_rule, rule_names
+
+
+def _takes_part(name: str, chosen: str | None) -> bool:
+    """Whether the part called ``name`` is the one that is chosen, or one of those that a mixture adds up."""
+    if chosen is None or not is_mixture(chosen):
+        return chosen == name
+    return name in [component.name for component in components_of(chosen)]
 
 
 def _refusal_of(method: Method, conflict: Conflict) -> Refusal:
     """A method's own conflict, which holds under that method alone."""
 
     def clashes(chosen: Any) -> bool:
-        return chosen.method == method.name and conflict.when(chosen)
+        return _takes_part(method.name, chosen.method) and conflict.when(chosen)
 
     return Refusal(conflict.title, (*conflict.keys, "method"), clashes, conflict.why, conflict.fix)
 
@@ -31,7 +39,7 @@ def _ignored_by(method: Method, ignored: Ignored) -> IgnoredKeys:
     return IgnoredKeys(
         ignored.title,
         ignored.keys,
-        lambda c: c.method == method.name and ignored.when(c),
+        lambda c: _takes_part(method.name, c.method) and ignored.when(c),
         ignored.why,
         ignored.fix,
         under=(*ignored.under, "method"),
@@ -64,7 +72,7 @@ def _ignored_option(part: str, name: str, needed: OnlyWith, keys: tuple[str, ...
     return IgnoredKeys(
         f"{', '.join(keys)} of {name} without {words or needed.key}",
         keys,
-        lambda c: getattr(c, part) == name and not needed.holds(getattr(c, needed.key)),
+        lambda c: _takes_part(name, getattr(c, part)) and not needed.holds(getattr(c, needed.key)),
         f"it belongs to {words}" if words else f"it belongs to {needed.key}, which is off",
         f"write {needed.key}: {show(needed.example)}",
         under=(needed.key, part),

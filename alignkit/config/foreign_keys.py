@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+SFT_TERM = "method: {dpo: 1.0, sft: 0.2}, where sft is the likelihood of the chosen response with its weight"
+
 WRITE: Mapping[str, str] = {
     "reward_funcs": "rewards",
     "reward_weights": "rewards, each as {name: ..., weight: ...}",
@@ -109,18 +111,20 @@ WRITE: Mapping[str, str] = {
     "rl": "method",
     "objective": "method",
     "pref_loss": "method",
+    "loss_weights": "method: {dpo: 1.0, sft: 0.2}, each loss with its weight",
+    "rl_loss_weights": "method: {dpo: 1.0, sft: 0.2}, each loss with its weight",
     "pref_beta": "beta",
     "dpo_beta": "beta",
     "rl_beta": "beta",
     "simpo_gamma": "gamma (method: treg, form: simpo)",
     "simpo_gamma_beta_ratio": "gamma (method: treg, form: simpo), which is the ratio times beta",
     "gamma_beta_ratio": "gamma (method: treg, form: simpo), which is the ratio times beta",
-    "pref_ftx": "eta (method: flex_dpo)",
-    "dpo_ftx": "eta (method: flex_dpo)",
-    "rpo_alpha": "eta (method: flex_dpo), the weight of an SFT term on the chosen response",
+    "pref_ftx": SFT_TERM,
+    "dpo_ftx": SFT_TERM,
+    "rpo_alpha": SFT_TERM,
     "cpo_alpha": "eta (method: flex_dpo), the weight of an SFT term on the chosen response",
-    "sft_weight": "eta (method: flex_dpo)",
-    "use_sft_loss": "eta (method: flex_dpo)",
+    "sft_weight": SFT_TERM,
+    "use_sft_loss": SFT_TERM,
     "ref_model": "reference_model",
     "ref_model_name_or_path": "reference_model",
     "force_use_ref_model": "reference: copy",
@@ -198,7 +202,6 @@ ABSENT: Mapping[str, str] = {
     **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha"), "noise on embeddings (NEFTune)"),
     **dict.fromkeys(("label_smoothing", "label_smoothing_factor", "dpo_label_smoothing"), "label smoothing"),
     **dict.fromkeys(("f_divergence_type", "f_alpha_divergence_coef"), "f-divergences; its losses use the reverse KL"),
-    **dict.fromkeys(("loss_weights", "rl_loss_weights"), "sums of several preference losses"),
     **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight", "desirable_weight", "undesirable_weight"), "KTO"),
     **dict.fromkeys(("orpo_alpha", "orpo_beta"), "ORPO"),
     "ld_alpha": "length-desensitised DPO; flex_dpo has length_normalize",
@@ -283,8 +286,8 @@ METHODS: Mapping[str, str] = {
     **dict.fromkeys(("sigmoid", "sigmoid_norm"), "Write method: dpo"),
     **dict.fromkeys(("nll", "pt", "supervised"), "Write method: sft"),
     **dict.fromkeys(("simpo", "cpo_simpo"), "Write method: treg with form: simpo; alpha: 0 leaves SimPO alone"),
-    **dict.fromkeys(("rpo", "dpo_nll", "dpop"), "alignkit has it not by this name; method: flex_dpo has an SFT term "
-                    "on the chosen response (eta)"),
+    **dict.fromkeys(("rpo", "dpo_nll"), f"Write {SFT_TERM}"),
+    "dpop": "alignkit has no such loss; an SFT term is nearest: method: {dpo: 1.0, sft: 0.2}",
     **dict.fromkeys(("npo",), "Write method: d2o with beta: 0"),
     **dict.fromkeys(("dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo"),
                     "Write method: grpo, with loss_type saying the same"),

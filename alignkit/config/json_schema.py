@@ -29,11 +29,21 @@ def json_schema(program: str) -> dict[str, Any]:
         "properties": {name: _property(key) for name, key in keys.items()},
         "required": [name for name, key in keys.items() if key.required],
         "allOf": [
+            _of_mixtures(program),
             *(_own(method, "method", load_method(method), method_keys(method)) for method in program_methods(program)),
             *(_own(rule, "gradient_rule", load_rule(rule), rule_keys(rule)) for rule in rule_names()),
         ],
         "unevaluatedProperties": False,
     }
+
+
+def _of_mixtures(program: str) -> dict[str, Any]:
+    """Where ``method`` adds up several, the options of any method may stand beside it."""
+    names = program_methods(program)
+    keys = [(method, name) for method in names for name in method_keys(method)]
+    options: dict[str, Any] = {name: {"description": f"As under method: {method}."} for method, name in reversed(keys)}
+    mixed = {"properties": {"method": {"not": {"enum": list(names)}}}, "required": ["method"]}
+    return {"if": mixed, "then": {"properties": options}}
 
 
 def _own(name: str, chosen_by: str, part: Method | GradientRule, keys: Mapping[str, Key]) -> dict[str, Any]:
@@ -53,6 +63,8 @@ def _property(key: Key) -> dict[str, Any]:
         schema = {"enum": [*info.choices, *([None] if type(None) in get_args(key.type) else [])]}
         if accepts(key.type, list):
             schema = {"anyOf": [schema, {"type": "array", "items": {"enum": [*info.choices]}}]}
+    if key.name == "method":
+        schema = {"anyOf": [schema, {"type": "object"}, {"type": "string", "pattern": "[*+]"}]}
     default = {} if key.required else {"default": key.default}
     return {**schema, **default, "description": f"{info.help} (Default from {info.source}.)" if default else info.help}
 

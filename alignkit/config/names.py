@@ -98,6 +98,9 @@ def _foreign(name: str, value: Any) -> Explanation | None:
 
 def explain_method(value: Any) -> str | None:
     """What to do in place of a method or loss type of another toolkit; None for one that is not in the table."""
+    if isinstance(value, list):
+        losses = ", ".join(f"{'dpo' if each == 'sigmoid' else each}: 1.0" for each in value)
+        return f"Write method: {{{losses}}}, with the weights you want"
     return foreign_keys.METHODS.get(value.lower().replace("-", "_")) if isinstance(value, str) else None
 
 

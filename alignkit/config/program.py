@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from alignkit.config.method_value import known_method
 from alignkit.config.overrides import split_overrides
 from alignkit.config.recipes import find_recipe
 from alignkit.config.yaml_file import read_entries
-from alignkit.parts.method import load_method, method_names
+from alignkit.parts.shape import shapes_by_program
 
 
 def program_of(recipe: str | None, overrides: Sequence[str]) -> str:
@@ -21,4 +22,5 @@ def program_of(recipe: str | None, overrides: Sequence[str]) -> str:
     if not named and recipe is not None:
         entries, _ = read_entries(find_recipe(recipe), recipe)
         named = [entries["method"].value] if "method" in entries else []
-    return load_method(named[-1]).program if named and named[-1] in method_names() else "preference"
+    fitting = [program for program in shapes_by_program() if named and known_method(program, named[-1]) is not None]
+    return fitting[0] if fitting else "preference"

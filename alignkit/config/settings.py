@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignkit.config.keys import Key, base_keys, option_keys, program_methods
+from alignkit.config.keys import Key, base_keys, option_keys
+from alignkit.config.method_value import known_method
 from alignkit.config.values import show
 from alignkit.parts.rule import rule_names
 
@@ -69,9 +70,9 @@ class Settings:
 
     @property
     def method(self) -> str | None:
-        """The method, where it is a known one."""
+        """The method or mixture of methods, where it is a known one."""
         entry = self.entries.get("method")
-        return entry.value if entry is not None and entry.value in program_methods(self.program) else None
+        return None if entry is None else known_method(self.program, entry.value)
 
     @property
     def gradient_rule(self) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from alignkit.parts.method import Method, Paper, always
 
 if TYPE_CHECKING:
-    from alignkit.losses.types import LossOutput, TokenBatch
+    from alignkit.losses.types import CandidateBatch, LossOutput, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,14 @@ def objective(batch: TokenBatch, options: SFTOptions) -> LossOutput:
     from alignkit.losses.sft import sft_loss
 
     return sft_loss(batch)
+
+
+def chosen_objective(batch: CandidateBatch, options: SFTOptions) -> LossOutput:
+    """The same loss of the chosen candidates, as a term of a preference mixture."""
+    from alignkit.losses.sft import sft_term
+    from alignkit.losses.types import LossOutput
+
+    return LossOutput((sft_term(batch, eta=1.0, sft_normalization="token"),))
 
 
 METHOD = Method(
@@ -46,4 +54,5 @@ METHOD = Method(
     program="sft",
     needs=always(),
     num_candidates=None,
+    of_candidates=chosen_objective,
 )

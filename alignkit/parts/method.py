@@ -6,11 +6,13 @@ module imports its loss inside the objective function for the same reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.parts.discovery import load_part, names_in
+from alignkit.parts.mixture import MixtureError, components_of, is_mixture, mixture
 from alignkit.parts.options import Conflict, Ignored
 
 if TYPE_CHECKING:
@@ -116,6 +118,14 @@ class Preparation:
         """
 
 
+def no_schedule(options: Any) -> None:
+    """``anchor`` of a method whose reference, if it has one, stays what it is."""
+
+
+def no_teacher(options: Any) -> None:
+    """``teacher`` of a method without one."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One training method, discovered by the name of its file.
@@ -141,6 +151,9 @@ class Method:
         anchor: How the reference moves under these options, or None for one that is frozen.
         conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
         ignored: Keys without effect under this method and some values, which a user who sets them is told.
+        of_candidates: The objective over the best candidate of a row, of a supervised method that can be a term of a
+            preference mixture.
+        mixed: The methods that this one adds up, if it is a mixture.
     """
 
     name: str
@@ -156,10 +169,27 @@ class Method:
     row_family: Callable[[], RowFamily] | None = None
     preparation: Callable[[Any], Preparation] = Preparation
     negative_reference: str | None = None
-    teacher: Callable[[Any], TeacherChoice | None] = lambda options: None
-    anchor: Callable[[Any], AnchorSchedule | None] = lambda options: None
+    teacher: Callable[[Any], TeacherChoice | None] = no_teacher
+    anchor: Callable[[Any], AnchorSchedule | None] = no_schedule
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()
+    of_candidates: Callable[[Any, Any], LossOutput] | None = None
+    mixed: tuple[Method, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods it adds up; itself alone, where it is no mixture."""
+        return self.mixed or (self,)
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it does more in a run than its loss: has rows, models or a schedule of its own."""
+        own_models = self.teacher is not no_teacher or self.anchor is not no_schedule or self.negative_reference
+        return self.preparation is not Preparation or self.row_family is not None or bool(own_models)
+
+
+MIXING = ("preference", "sft", "reward")
+"""Programs whose methods can be added up: each loss is a sum over rows or tokens of the same batch."""
 
 
 def method_names() -> list[str]:
@@ -168,6 +198,32 @@ def method_names() -> list[str]:
 
 
 def load_method(name: str) -> Method:
-    """Import and return the method called ``name``; raises KeyError for an unknown one."""
+    """Import and return the method called ``name``; raises KeyError for an unknown one.
+
+    Args:
+        name: Of a file in ``alignkit/objectives``, or the text of a mixture, such as ``1.0*ipo+0.2*sft``.
+    """
+    if is_mixture(name):
+        return _load_mixture(name)
     method: Method = load_part("alignkit.objectives", name, "METHOD")
     return method
+
+
+@cache
+def _load_mixture(text: str) -> Method:
+    components = components_of(text)
+    named = [load_method(component.name) for component in components]
+    return mixture(components, [_term(method, named) for method in named])
+
+
+def _term(method: Method, named: Sequence[Method]) -> Method:
+    """A method as part of a mixture: a supervised one among others is a term over the best candidate."""
+    program = next((other.program for other in named if other.of_candidates is None), method.program)
+    if program not in MIXING:
+        raise MixtureError(f"adds up methods of `{program}` runs, whose losses keep a memory", "Name one method")
+    if method.program == program:
+        return method
+    if method.of_candidates is None or program != "preference":
+        one = f"{method.name} trains on the rows of a `{method.program}` run, and {named[0].name} does not"
+        raise MixtureError(one, "Take methods of one program")
+    return replace(method, program=program, objective=method.of_candidates, num_candidates=2)

@@ -171,7 +171,7 @@ def _metadata(content: CardContent) -> ModelCardData:
         tags=[
             "alignkit",
             "trl",
-            content.method.name,
+            *(part.name for part in content.method.parts),
             *([content.gradient_rule.name] if content.gradient_rule else []),
             *([content.parametrization.name] if content.parametrization.has_adapter else []),
         ],
@@ -188,7 +188,8 @@ def _introduction(content: CardContent) -> str:
     product = content.parametrization.product.format_map({key: entry["value"] for key, entry in content.config.items()})
     what = f"{product} for {named}" if product else f"{named[0].upper()}{named[1:]}"
     method, verb = content.method, shapes_by_program()[content.method.program].verb
-    text = f"{what}, {verb} `{method.name}` ([{method.paper.title}]({method.paper.url})) by alignkit. {method.summary}"
+    papers = ", ".join(f"[{part.paper.title}]({part.paper.url})" for part in method.parts)
+    text = f"{what}, {verb} `{method.name}` ({papers}) by alignkit. {method.summary}"
     if content.warnings:
         text += "\n\nThe run warned:\n\n" + "\n".join(f"- {markdown(w)}" for w in content.warnings)
     return text
@@ -220,7 +221,8 @@ def _python(lines: Sequence[str], model: str, location: str) -> str:
 
 
 def _citations(content: CardContent) -> str:
-    papers = [content.method.paper, *([content.gradient_rule.paper] if content.gradient_rule else [])]
+    methods = [part.paper for part in content.method.parts]
+    papers = [*methods, *([content.gradient_rule.paper] if content.gradient_rule else [])]
     return "\n\n".join(paper.citation.strip() for paper in papers)
 
 

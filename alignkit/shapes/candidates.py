@@ -29,7 +29,7 @@ from alignkit.config.training import (
 )
 from alignkit.data.columns import RowFamily
 from alignkit.data.schema import preference_rows
-from alignkit.parts.method import load_method, method_names
+from alignkit.parts.method import load_method
 from alignkit.parts.shape import Shape
 from alignkit.reports.panels import (
     ANCHOR_DRIFT,
@@ -127,7 +127,7 @@ class PreferenceConfig(
     def row_family(values: Mapping[str, Any]) -> RowFamily:
         """Preference rows; with a method that takes pairs alone, pairs; or what the method itself says."""
         name = values.get("method")
-        method = load_method(name) if name in method_names() else None
+        method = None if name is None else load_method(name)
         if method is not None and method.row_family is not None:
             return method.row_family()
         return preference_rows(None if method is None else method.num_candidates)

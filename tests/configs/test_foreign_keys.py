@@ -28,7 +28,7 @@ ALL_METHODS = [method for program in shapes_by_program() for method in program_m
 CASES = {
     "val_set_size": (0.1, "Write eval_fraction"),
     "micro_batch_size": (4, "Write per_device_train_batch_size"),
-    "rpo_alpha": (1.0, "Write eta (method: flex_dpo)"),
+    "rpo_alpha": (1.0, "Write method: {dpo: 1.0, sft: 0.2}"),
     "cutoff_len": (512, "Write max_length"),
     "neftune_noise_alpha": (5.0, "alignkit has no noise on embeddings (NEFTune). Remove it"),
     "sync_ref_model": (True, "anchor: ema or periodic (method: adpo)"),

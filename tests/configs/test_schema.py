@@ -26,7 +26,10 @@ def test_schema_is_one() -> None:
 
 def test_every_key_is_described() -> None:
     assert set(SCHEMA["properties"]) == set(base_keys("preference"))
-    branches = {part["const"]: x["then"] for x in SCHEMA["allOf"] for part in x["if"]["properties"].values()}
+    conditions = [(part, x["then"]) for x in SCHEMA["allOf"] for part in x["if"]["properties"].values()]
+    branches = {part["const"]: then for part, then in conditions if "const" in part}
+    (of_mixtures,) = (then["properties"] for part, then in conditions if "const" not in part)
+    assert set(of_mixtures) == {name for method in program_methods("preference") for name in method_keys(method)}
     own = {method: set(method_keys(method)) for method in program_methods("preference")}
     own |= {rule: set(rule_keys(rule)) for rule in rule_names()}
     assert {name: set(branch["properties"]) for name, branch in branches.items()} == own
