@@ -14,7 +14,7 @@ from alignkit.config.model_files import check_model_files, check_packages
 from alignkit.config.names import explain_method, explain_rule_option, explain_unknown
 from alignkit.config.reward_names import check_rewards
 from alignkit.config.schedules import check_schedule
-from alignkit.config.settings import Entry, Origin, Settings
+from alignkit.config.settings import COMMAND_LINE, Entry, Origin, Settings
 from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
 from alignkit.parts.method import load_method
@@ -139,12 +139,23 @@ def _check_names(settings: Settings) -> None:
         # The options of a method or rule that is itself wrong or missing are judged once that is mended.
         if settings.method is None and methods_with(settings.program, name):
             continue
+        if chooser := _overridden_chooser(settings, name):
+            settings.take_back(name, (chooser,))
+            continue
         if rules_with(name):
             if not rule_is_wrong:
                 settings.report(name, *explain_rule_option(settings.gradient_rule, name))
             continue
         value = settings.entries[name].value
         settings.report(name, *explain_unknown(settings.program, settings.method, name, value, settings.gradient_rule))
+
+
+def _overridden_chooser(settings: Settings, name: str) -> str | None:
+    """The key that chose a part with this option in the file, where the command line has chosen another part."""
+    if settings.source(name) == COMMAND_LINE:
+        return None
+    owners = {"method": methods_with(settings.program, name), "gradient_rule": rules_with(name)}
+    return next((key for key, found in owners.items() if found and settings.is_overridden(key)), None)
 
 
 def _check_values(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 
@@ -58,6 +59,8 @@ def parse_program_arguments(program: str, argv: Sequence[str]) -> LoadedConfig:
     if print_config:
         print(loaded.render())
         raise SystemExit(0)
+    if loaded.taken_back and os.environ.get("RANK", "0") == "0":
+        print("\n".join(loaded.taken_back))
     return loaded
 
 

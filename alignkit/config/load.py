@@ -26,10 +26,12 @@ class LoadedConfig:
     Attributes:
         config: The values, an instance of the program's config class.
         sources: Key to ``default``, ``c.yaml:12`` or ``command line``.
+        taken_back: What the file says and the command line has made moot, a line each.
     """
 
     config: Any
     sources: Mapping[str, str]
+    taken_back: tuple[str, ...] = ()
 
     def effective(self) -> dict[str, dict[str, Any]]:
         """Every key with its value and source, for ``run.json``."""
@@ -57,7 +59,7 @@ class LoadedConfig:
                 decisive = values[derived.key]
                 source = f"{DEFAULT} under {derived.key}: {decisive} ({derived.sources[decisive]})"
             lines.append(f"  {key:<{key_width}}  {shown[key]:<{value_width}}  {source}")
-        return "\n".join(lines[1:])
+        return "\n".join([*lines[1:], *self.taken_back])
 
 
 def load_config(
@@ -86,11 +88,14 @@ def load_config(
     settings.problems += problems
     for key, entry in entries.items():
         settings.entries.pop(key, None)
-        if entry.value is not UNSET:
+        if entry.value is UNSET:
+            settings.nulled.add(key)
+        else:
             settings.entries[key] = entry
     _expand_home(settings.entries)
     config = build_config(settings, headline, check_files=check_files)
-    return LoadedConfig(config, {key: settings.source(key) for key in flatten(config)})
+    sources = {key: settings.source(key) for key in flatten(config)}
+    return LoadedConfig(config, sources, tuple(settings.taken_back))
 
 
 def _sections(keys: Mapping[str, Key]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from alignkit.config.settings import Settings
+from alignkit.config.settings import COMMAND_LINE, Settings
 from alignkit.parts.options import Conflict, Ignored
 from alignkit.parts.rule import load_rule
 
@@ -51,9 +51,13 @@ class IgnoredKeys(Ignored, Refusal):
     """Keys that would have no effect."""
 
     def check(self, settings: Settings) -> None:
-        """Report every such key that the user set."""
+        """Report every such key that the user set; what a file says and the command line makes moot is left out."""
         if not self.applies(settings, self.under):
             return
+        if any(map(settings.is_overridden, self.under)):
+            for key in self.keys:
+                if key in settings.values and settings.is_set(key) and settings.source(key) != COMMAND_LINE:
+                    settings.take_back(key, self.under)
         causes = " and ".join(f"{settings.quote(key)} ({settings.source(key)})" for key in self.under)
         for key in self.keys:
             if key in settings.values and settings.is_set(key):

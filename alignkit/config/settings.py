@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,8 @@ class Settings:
         entries: What the user set, by key.
         values: Values of known keys, typed, defaults filled in; keys with a problem of their own are absent.
         problems: What was found wrong.
+        taken_back: What a file says and the command line has made moot, a line each.
+        nulled: Keys that the command line takes back to their defaults.
     """
 
     program: str
@@ -67,6 +69,8 @@ class Settings:
     entries: dict[str, Entry]
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    taken_back: list[str] = field(default_factory=list)
+    nulled: set[str] = field(default_factory=set)
 
     @property
     def method(self) -> str | None:
@@ -95,8 +99,20 @@ class Settings:
 
     def quote(self, key: str) -> str:
         """``key: value`` as given or defaulted, in YAML."""
-        value = self.entries[key].value if key in self.entries else self.values[key]
+        value = self.entries[key].value if key in self.entries else self.values.get(key)
         return f"`{key}: {show(value)}`"
+
+    def take_back(self, key: str, causes: Sequence[str]) -> None:
+        """Leave out a key of the file that has no effect under others of the command line, and say so."""
+        under = " and ".join(self.quote(cause) for cause in causes if self.is_overridden(cause))
+        self.taken_back.append(f"{self.source(key)}: {self.quote(key)} has no effect under {under} and is left out")
+        del self.entries[key]
+        if key in self.keys:
+            self.values[key] = self.keys[key].default
+
+    def is_overridden(self, key: str) -> bool:
+        """Whether the command line says what ``key`` is, or takes it back to its default."""
+        return key in self.nulled or self.source(key) == COMMAND_LINE
 
     def report(self, key: str, why: str, fix: str) -> None:
         """Add a problem with the value of ``key``."""

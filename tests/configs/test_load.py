@@ -210,3 +210,31 @@ def test_validate_names_an_unknown_method() -> None:
         ConfigError, match="`method: flexdpo` is not one of adpo, d2o, dpo, flex_dpo, treg. Did you mean flex_dpo?"
     ):
         PreferenceConfig(**GOOD | {"method": "flexdpo"}).validate()
+
+
+def test_the_command_line_takes_back_what_it_makes_moot_in_the_file(tmp_path: Path) -> None:
+    """A recipe with epochs and LoRA, run for three steps in full: what it says of these is left out, and named."""
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d.jsonl\noutput_dir: o\nmethod: dpo\nnum_train_epochs: 3\nlora_r: 8\n")
+    words = ["--max_steps", "3", "--parametrization", "full"]
+    loaded = load_config("preference", file, words, check_files=False)
+    assert (loaded.config.max_steps, loaded.config.num_train_epochs, loaded.config.lora_r) == (3, 1.0, 16)
+    assert loaded.sources["num_train_epochs"] == "default"
+    rank, epochs = loaded.taken_back
+    assert epochs.endswith(":5: `num_train_epochs: 3` has no effect under `max_steps: 3` and is left out")
+    assert rank.endswith(":6: `lora_r: 8` has no effect under `parametrization: full` and is left out")
+    file.write_text(file.read_text() + "max_steps: 3\n")
+    with pytest.raises(ConfigError, match="would be ignored under `max_steps: 3`"):
+        load_config("preference", file, check_files=False)
+
+
+def test_options_of_a_method_that_the_command_line_changes_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    rule = "gradient_rule: glad\nrho: 0.2\n"
+    file.write_text("model: m\ndata: d.jsonl\noutput_dir: o\nmethod: flex_dpo\nbeta_neg: 0.05\neta: 0.1\n" + rule)
+    words = ["--method", "dpo", "--gradient_rule", "null", "--beta", "0.2"]
+    loaded = load_config("preference", file, words, check_files=False)
+    assert (loaded.config.method, loaded.config.method_options.beta, loaded.config.gradient_rule) == ("dpo", 0.2, None)
+    assert [line.split("`")[1] for line in loaded.taken_back] == ["beta_neg: 0.05", "eta: 0.1", "rho: 0.2"]
+    with pytest.raises(ConfigError, match="`eta: 0.1` is not an option of method dpo"):
+        load_config("preference", file, [*words, "--eta", "0.1"], check_files=False)
