@@ -42,6 +42,15 @@ _PROGRAMS = {
 }
 """Files of ``alignkit/programs``, which judge their words themselves, with what they do."""
 
+_SHOWN = {
+    "methods": ("list the methods by the rows they train on, or say everything of one", "NAME"),
+    "rules": ("list the gradient rules, or say everything of one", "NAME"),
+    "parametrizations": ("list what may train, or say everything of one", "NAME"),
+    "formats": ("list the ways in which rows may be written, or say everything of one", "NAME"),
+    "keys": ("list the keys of a config, or say everything of one; a key of another toolkit is translated", "KEY"),
+}
+"""What there is, told by :mod:`alignkit.programs.show`."""
+
 
 def main() -> NoReturn:
     """Entry point of the console script."""
@@ -65,7 +74,12 @@ def run(arguments: Sequence[str]) -> int | None:
         return _train(options.recipe, overrides)
     if options.command == "config":
         return _config(options.recipe, overrides, schema=options.schema)
-    return {"methods": _methods, "parts": _parts, "recipes": _recipes, "env": _env}[options.command]()
+    if options.command in _SHOWN:
+        from alignkit.programs.show import show
+
+        print(show(options.command, options.name))
+        return None
+    return {"parts": _parts, "recipes": _recipes, "env": _env}[options.command]()
 
 
 def _split_off_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -108,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     for name, summary in _PROGRAMS.items():
         commands.add_parser(name, help=summary)
-    commands.add_parser("methods", help="list the methods with their papers")
+    for name, (summary, argument) in _SHOWN.items():
+        shown = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        shown.add_argument("name", nargs="?", metavar=argument, help="say everything of this one")
     commands.add_parser("parts", help="list methods, gradient rules and every other part that a run can be made of")
     commands.add_parser("recipes", help="list the shipped recipes")
     commands.add_parser("env", help="show versions and accelerators, and say what does not fit together")
@@ -136,16 +152,6 @@ def _config(recipe: str | None, overrides: list[str], *, schema: bool) -> int | 
     else:
         # Files are not looked at: a config written for another machine can be printed here.
         print(load_config(program, recipe, overrides, check_files=False).render())
-    return None
-
-
-def _methods() -> int | None:
-    from alignkit.parts.method import load_method, method_names
-
-    for method in map(load_method, method_names()):
-        print(f"{method.name}\n  {method.summary}")
-        print(f"  paper     {method.paper.title} ({method.paper.url})")
-        print(f"  fidelity  {method.fidelity}\n")
     return None
 
 

@@ -81,7 +81,7 @@ def help_text(program: str) -> str:
         sections.setdefault(key.section, []).append(key)
     for title, keys in sections.items():
         lines += ["", f"{title}:"]
-        lines += [line for key in keys for line in _describe(key)]
+        lines += [line for key in keys for line in describe_key(key)]
         if any(key.name == "method" for key in keys):
             lines += [line for method in program_methods(program) for line in _describe_method(method)]
         if any(key.name == "gradient_rule" for key in keys):
@@ -93,17 +93,18 @@ def _describe_method(method: str) -> Iterator[str]:
     yield ""
     yield f"Method {method}: {load_method(method).summary}"
     for key in method_keys(method).values():
-        yield from _describe(key)
+        yield from describe_key(key)
 
 
 def _describe_rule(rule: str) -> Iterator[str]:
     yield ""
     yield from textwrap.wrap(f"Gradient rule {rule}: {load_rule(rule).summary}", _WIDTH)
     for key in rule_keys(rule).values():
-        yield from _describe(key)
+        yield from describe_key(key)
 
 
-def _describe(key: Key) -> Iterator[str]:
+def describe_key(key: Key) -> Iterator[str]:
+    """Lines that say what a key takes, its default and where that comes from."""
     choices, limits = key.info.choices, bounds(key.info)
     admissible = " | ".join(map(str, choices)) if choices else type_name(key.type) + (f", {limits}" if limits else "")
     default = "required" if key.required else _default(key)

@@ -151,6 +151,7 @@ class Method:
         anchor: How the reference moves under these options, or None for one that is frozen.
         conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
         ignored: Keys without effect under this method and some values, which a user who sets them is told.
+        when: When to take it, and when another one: a sentence or two.
         of_candidates: The objective over the best candidate of a row, of a supervised method that can be a term of a
             preference mixture.
         mixed: The methods that this one adds up, if it is a mixture.
@@ -173,6 +174,7 @@ class Method:
     anchor: Callable[[Any], AnchorSchedule | None] = no_schedule
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()
+    when: str = ""
     of_candidates: Callable[[Any, Any], LossOutput] | None = None
     mixed: tuple[Method, ...] = ()
 

@@ -34,6 +34,7 @@ class Parametrization:
         serving: What a model card says of programs that would load the result as something else; empty where none
             would.
         metrics: What it logs beside what every run does, by key: all that is ever logged, and what each is.
+        when: When to take it: a sentence or two.
         conflicts: Combinations of its options, with each other or with any key of a program, that cannot work.
         ignored: Keys without effect under some values.
     """
@@ -50,6 +51,7 @@ class Parametrization:
     product: str = ""
     serving: str = ""
     metrics: Mapping[str, str] = field(default_factory=dict)
+    when: str = ""
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()
 

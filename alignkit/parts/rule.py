@@ -90,6 +90,7 @@ class GradientRule:
         displacement: ``(evaluation, options) -> displacements``, one a tensor.
         measure: ``(evaluation, options) -> values`` by key, the metrics of a rule with one gradient.
         decay: ``options -> coefficient`` of the decoupled pull to the starting weights.
+        when: When to take it: a sentence or two.
         needs_start: Whether evaluations carry the weights that training started from.
     """
 
@@ -103,6 +104,7 @@ class GradientRule:
     displacement: Callable[[Evaluation, Any], list[Tensor]] | None = None
     measure: Callable[[Evaluation, Any], Mapping[str, Tensor]] | None = None
     decay: Callable[[Any], float] | None = None
+    when: str = ""
     needs_start: bool = False
 
 

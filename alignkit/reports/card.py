@@ -298,6 +298,8 @@ def _cell(value: Any) -> str:
 
 def _method_text(method: Method) -> str:
     """The equation of a method's loss and how sure we are of it."""
+    if method.mixed:
+        return "\n\n".join([method.summary, *(f"### {part.name}\n\n{_method_text(part)}" for part in method.mixed)])
     equation = loss_equation(method.name)
     return (
         f"{equation}\n\nThe symbols are explained in the docstring of `alignkit.losses.{method.name}`.\n\n"

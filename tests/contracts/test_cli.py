@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from alignkit import cli
+from alignkit.config.keys import base_keys, method_keys
 from alignkit.environment import RECORDED, environment, git_state
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.parts.data_format import format_names, load_format
 from alignkit.parts.method import load_method, method_names
+from alignkit.parts.parametrization import load_parametrization, parametrization_names
+from alignkit.parts.rule import load_rule, rule_names
 from alignkit.programs import doctor
 
 YAML = "model: owner/model\ndata: rows.jsonl\noutput_dir: out\nmethod: flex_dpo\neta: 0.1\n"
@@ -84,14 +88,59 @@ def test_a_missing_recipe_is_answered_with_the_list(run_yaml: Path) -> None:
         cli.run(["train", "no/such"])
 
 
-def test_methods_names_every_paper(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.run(["methods"])
-    printed = capsys.readouterr().out
-    assert method_names()
-    for method in map(load_method, method_names()):
-        assert method.summary in printed
-        assert method.paper.url in printed
-        assert method.fidelity in printed
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command prints, as one line."""
+    cli.run(list(words))
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_everything_of_a_method_is_told(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    method, printed = load_method(name), told(capsys, "methods", name)
+    said = [method.summary, method.paper.url, method.fidelity, method.when]
+    said += [f"--{key}" for key in method_keys(name)] + [f"{key}: {meaning}" for key, meaning in method.metrics.items()]
+    for text in said:
+        assert " ".join(text.split()) in printed
+
+
+def test_lists_have_everything_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, names, load in (
+        ("methods", method_names, load_method),
+        ("rules", rule_names, load_rule),
+        ("parametrizations", parametrization_names, load_parametrization),
+        ("formats", format_names, load_format),
+    ):
+        printed = told(capsys, word)
+        for name in names():
+            assert f"{name} {' '.join(load(name).summary.split())}" in printed
+            assert told(capsys, word, name).startswith(f"{name}: ")
+    assert set(base_keys("preference")) <= set(told(capsys, "keys").replace(",", " ").split())
+
+
+def test_a_mixture_is_told_like_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = told(capsys, "methods", "{dpo: 1, flex_dpo: 0.5}")
+    assert "1.0*dpo+0.5*flex_dpo: Adds up 1 x dpo and 0.5 x flex_dpo." in printed
+    assert "--beta " in printed and "--beta_pos" in printed
+
+
+def test_a_key_is_told_wherever_it_is_and_one_of_another_toolkit_translated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Of method dpo:" in told(capsys, "keys", "beta")
+    printed = told(capsys, "keys", "--learning-rate")
+    assert printed.count("--learning_rate") >= 1 and "program preference" in printed
+    assert "Write lora_r" in told(capsys, "keys", "lora_rank")
+    assert "Did you mean learning_rate?" in told(capsys, "keys", "laerning_rate")
+
+
+def test_what_there_is_not_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, near in (
+        (("methods", "dop"), "dpo"),
+        (("rules", "gald"), "glad"),
+        (("parametrizations", "lroa"), "lora"),
+    ):
+        with pytest.raises(AlignkitError, match=f"Did you mean {near}"):
+            cli.run(list(words))
+    with pytest.raises(AlignkitError, match="names 'foo', which is no method"):
+        cli.run(["methods", "2*sft+foo"])
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

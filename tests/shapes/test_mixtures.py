@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
 from alignkit.parts.method import load_method
+from alignkit.reports.card import render_card
 from alignkit.shapes._candidates import METRICS as BRIDGE_METRICS
 from alignkit.shapes._candidates import BridgeSettings
+from tests.reports.test_card import content
 from tests.trainers import dpo_arguments, flat_weights, logged
 
 MIXTURE = "1.0*dpo+0.2*sft"
@@ -88,3 +91,10 @@ def test_weights_of_one_method_scale_it(make_trainer: Any) -> None:
         trainer.train()
     assert logged(half, "loss") == pytest.approx(logged(whole, "loss"), abs=1e-5)
     assert logged(twice, "loss")[0] == pytest.approx(2 * logged(whole, "loss")[0], rel=1e-5)
+
+
+def test_the_card_tells_each_of_its_methods() -> None:
+    text = render_card(replace(content(), method=load_method(MIXTURE)))
+    for name in ("dpo", "sft"):
+        part = load_method(name)
+        assert f"### {name}" in text and part.paper.url in text and part.paper.citation.strip() in text
