@@ -207,7 +207,7 @@ def _keys() -> Iterator[str]:
 
 
 def _key(name: str) -> Iterator[str]:
-    plain = name.lstrip("-").replace("-", "_")
+    plain = name.replace("-", "_")
     found = _all_keys()
     if plain in found:
         for key, owners in _distinct(found[plain]):

@@ -125,7 +125,7 @@ def test_a_mixture_is_told_like_a_method(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_key_is_told_wherever_it_is_and_one_of_another_toolkit_translated(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Of method dpo:" in told(capsys, "keys", "beta")
-    printed = told(capsys, "keys", "--learning-rate")
+    printed = told(capsys, "keys", "learning-rate")
     assert printed.count("--learning_rate") >= 1 and "program preference" in printed
     assert "Write lora_r" in told(capsys, "keys", "lora_rank")
     assert "Did you mean learning_rate?" in told(capsys, "keys", "laerning_rate")
