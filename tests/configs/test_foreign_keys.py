@@ -55,8 +55,7 @@ def test_known_keys_are_looked_up(name: str) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("simpo", "Write method: treg with form: simpo"),
-        ("orpo", "alignkit has no such loss"),
+        ("slic", "alignkit has no such loss"),
         ("RLOO", "method: grpo learns from completions it draws"),
         ("kto", "alignkit has no KTO"),
         ("dpo_", "Did you mean dpo?"),

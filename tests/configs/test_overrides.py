@@ -62,7 +62,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--lora-r", "3"], "`lora-r: 3` is not a known key. Did you mean lora_r?"),
     (["--lr", "3"], "Write learning_rate."),
     (["--num_processes", "2"], "belongs to the launcher"),
-    (["--beta", "0.1"], "is not an option of method flex_dpo; adpo, d2o, dpo, treg have it"),
+    (["--beta", "0.1"], "is not an option of method flex_dpo; adpo, "),
     (["seed=3"], "`seed=3` is not an option. Write --seed=3."),
     (["--lora_modules_to_save", "a", "b"], "`b` belongs to no option. Write a list as a,b"),
     (["-x"], "`-x` belongs to no option"),

@@ -202,6 +202,14 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "treg", "form": "simpo", "reference": "precomputed"},
         {"form": "dpo"},
     ),
+    # --- losses without a reference ---
+    **{
+        f"reference of {name}": (
+            {"method": name, "reference": "copy"},
+            {"reference": "auto"},
+        )
+        for name in ("alphapo", "cpo", "orpo", "simpo")
+    },
     # --- roma ---
     "reference bank of streamed rows": (ROUTED | STREAM, {"streaming": False}),
     "routing of a compiled model": (ROUTED | {"torch_compile": True}, {"torch_compile": False}),
@@ -356,6 +364,10 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kd_temperature, teacher of distill without kd_alpha": (
         SUPERVISED | {"method": "distill", "kd_alpha": 0.0, "kd_temperature": 2.0, "teacher": "org/large"},
         {"kd_alpha": 0.5},
+    ),
+    "label_smoothing of cpo without form: sigmoid": (
+        {"method": "cpo", "form": "hinge", "label_smoothing": 0.1},
+        {"form": "sigmoid"},
     ),
     "gamma of treg without form: simpo": ({"method": "treg", "gamma": 0.5}, {"form": "simpo"}),
     "detach_weight of treg without static_weight: false": (
