@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from alignkit.objectives._pair_metrics import PAIR_METRICS
-from alignkit.parts.mixture import components_of, is_mixture
+from alignkit.parts.mixture import components_of
 from alignkit.parts.options import Conflict
 
 WITHOUT_REFERENCE = ("alphapo", "cpo", "orpo", "simpo", "sft")
@@ -36,5 +36,5 @@ def reads_no_reference(name: str) -> Conflict:
 
 def _answers(name: str, method: str) -> bool:
     """Whether nothing in a run reads a reference, and this method is the one to say so."""
-    names = [part.name for part in components_of(method)] if is_mixture(method) else [method]
+    names = [part.name for part in components_of(method)]
     return set(names) <= set(WITHOUT_REFERENCE) and name == next(n for n in names if n != "sft")

@@ -206,9 +206,7 @@ def test_validate_refuses_options_of_another_class(options: object) -> None:
 
 @pytest.mark.usefixtures("workspace")
 def test_validate_names_an_unknown_method() -> None:
-    with pytest.raises(
-        ConfigError, match="`method: flexdpo` is not one of adpo, .*, treg. Did you mean flex_dpo?"
-    ):
+    with pytest.raises(ConfigError, match="`method: flexdpo` is not one of adpo, .*, treg. Did you mean flex_dpo?"):
         PreferenceConfig(**GOOD | {"method": "flexdpo"}).validate()
 
 

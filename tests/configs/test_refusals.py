@@ -14,7 +14,7 @@ from alignkit.parts.method import load_method
 from alignkit.parts.options import Ignored
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
-from tests.configs import switches
+from tests.configs import loss_refusals, switches
 from tests.configs.cases import ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
 from tests.configs.other_parametrizations import LORA, under_another
 
@@ -202,14 +202,6 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "treg", "form": "simpo", "reference": "precomputed"},
         {"form": "dpo"},
     ),
-    # --- losses without a reference ---
-    **{
-        f"reference of {name}": (
-            {"method": name, "reference": "copy"},
-            {"reference": "auto"},
-        )
-        for name in ("alphapo", "cpo", "orpo", "simpo")
-    },
     # --- roma ---
     "reference bank of streamed rows": (ROUTED | STREAM, {"streaming": False}),
     "routing of a compiled model": (ROUTED | {"torch_compile": True}, {"torch_compile": False}),
@@ -365,10 +357,6 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         SUPERVISED | {"method": "distill", "kd_alpha": 0.0, "kd_temperature": 2.0, "teacher": "org/large"},
         {"kd_alpha": 0.5},
     ),
-    "label_smoothing of cpo without form: sigmoid": (
-        {"method": "cpo", "form": "hinge", "label_smoothing": 0.1},
-        {"form": "sigmoid"},
-    ),
     "gamma of treg without form: simpo": ({"method": "treg", "gamma": 0.5}, {"form": "simpo"}),
     "detach_weight of treg without static_weight: false": (
         {"method": "treg", "static_weight": True, "detach_weight": True},
@@ -377,7 +365,8 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static_weight of treg without alpha": ({"method": "treg", "alpha": 0.0, "static_weight": True}, {"alpha": 0.25}),
 }
 METHODS = [method for program in shapes_by_program() for method in program_methods(program)]
-IGNORED |= under_another() | switches.IGNORED
+IGNORED |= under_another() | loss_refusals.IGNORED
+CONFLICTS |= loss_refusals.CONFLICTS | switches.IGNORED
 CONFLICTS |= switches.CONFLICTS
 BY_TITLE = {refusal.title: refusal for refusal in REFUSALS}
 

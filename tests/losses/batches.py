@@ -179,7 +179,7 @@ def _alternatives(item: dataclasses.Field[Any]) -> list[Any]:
 def _is_accepted(method: Method, options: Any) -> bool:
     """Whether the config would take these options with everything else at its default."""
     defaults = {name: key.default for name, key in base_keys(method.program).items()}
-    chosen = SimpleNamespace(**defaults, **vars(options))
+    chosen = SimpleNamespace(**{**defaults, "method": method.name}, **vars(options))
     idle = any(
         item.metadata["option"].only_with is not None
         and not item.metadata["option"].only_with.holds(getattr(options, item.metadata["option"].only_with.key))

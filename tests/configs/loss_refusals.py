@@ -1,0 +1,18 @@
+"""Examples for ``test_refusals.py``: what losses on pairs without a reference refuse, and what is changed to mend it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Examples = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+
+CONFLICTS: Examples = {
+    f"reference of {name}": ({"method": name, "reference": "copy"}, {"reference": "auto"})
+    for name in ("alphapo", "cpo", "orpo", "simpo")
+}
+IGNORED: Examples = {
+    "label_smoothing of cpo without form: sigmoid": (
+        {"method": "cpo", "form": "hinge", "label_smoothing": 0.1},
+        {"form": "sigmoid"},
+    ),
+}
