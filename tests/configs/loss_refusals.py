@@ -1,4 +1,4 @@
-"""Examples for ``test_refusals.py``: what losses on pairs without a reference refuse, and what is changed to mend it."""
+"""Examples for ``test_refusals.py``: what losses on pairs without a reference refuse, and how that is mended."""
 
 from __future__ import annotations
 

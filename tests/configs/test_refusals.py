@@ -365,9 +365,8 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static_weight of treg without alpha": ({"method": "treg", "alpha": 0.0, "static_weight": True}, {"alpha": 0.25}),
 }
 METHODS = [method for program in shapes_by_program() for method in program_methods(program)]
-IGNORED |= under_another() | loss_refusals.IGNORED
-CONFLICTS |= loss_refusals.CONFLICTS | switches.IGNORED
-CONFLICTS |= switches.CONFLICTS
+IGNORED |= under_another() | switches.IGNORED | loss_refusals.IGNORED
+CONFLICTS |= switches.CONFLICTS | loss_refusals.CONFLICTS
 BY_TITLE = {refusal.title: refusal for refusal in REFUSALS}
 
 
