@@ -186,7 +186,13 @@ class SupervisedDataSection(DataSection):
         "prompt and completion, and whole rows elsewhere.",
         source=TRL,
     )
-    assistant_only_loss: bool = option(False, help="Train the assistant's turns of messages alone.", source=TRL)
+    assistant_only_loss: bool | None = option(
+        None,
+        help="Train the assistant's turns of messages alone, as the chat template or TRL's variant of it marks them, "
+        "or with false all of them. null trains the assistant's turns of conversations in any template, told apart "
+        "turn by turn where nothing marks them.",
+        source="alignkit (TRL 1.16: false)",
+    )
     layout: str = option(
         "auto",
         choices=("auto", "padded", "packed"),

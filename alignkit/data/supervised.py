@@ -94,7 +94,7 @@ def convert_supervised(
     """The same with the numbers of the rows that are kept, of a stream those of its first rows."""
     dataset = without_filled_nulls(dataset, columns_of(SUPERVISED_FORMS))
     head, columns = first_rows(dataset, name)
-    wanted = {"completion_only_loss": trained.completion_only, "assistant_only_loss": trained.assistant_only}
+    wanted = {"completion_only_loss": trained.completion_only, "assistant_only_loss": bool(trained.assistant_only)}
     kind = detect_supervised_kind(columns, head, name=name, **wanted)
     require_template(tokenizer, conversational=kind.conversational, name=name)
     stops = frozenset({*stop_token_ids, tokenizer.eos_token_id} - {None})
@@ -108,7 +108,7 @@ def convert_supervised(
     report = _summarise(counts, settings, max_dropped_fraction, name, others)
     tokens = counts["length"].clip(upper=max_length).to_numpy()
     report = replace(report, sources=source_counts(dataset, counts, tokens, counts["num_trained_kept"].to_numpy()))
-    _refuse_drops(report, counts, max_dropped_fraction, trained)
+    _refuse_drops(report, counts, max_dropped_fraction, settings)
     kept = conversion.kept_rows(counts)
     return rows, kept, replace(report, is_sample=isinstance(dataset, IterableDataset))
 
@@ -172,15 +172,20 @@ def _summarise(
         num_doubled_tokens=int(kept["doubled"].sum()),
         num_tokens=int(kept["length"].clip(upper=settings.max_length).sum()),
         num_trained_tokens=int(kept["num_trained_kept"].sum()),
+        num_turns=int(kept["num_turns"].sum()),
+        num_turns_left=int(kept["num_turns_left"].sum()),
     )
 
 
 def _refuse_drops(
-    report: SupervisedReport, counts: pd.DataFrame, max_dropped_fraction: float, trained: TrainedTokens
+    report: SupervisedReport, counts: pd.DataFrame, max_dropped_fraction: float, settings: Settings
 ) -> None:
     advice = []
     if report.dropped.get(NOTHING_TRAINED):
-        if trained.assistant_only:
+        if settings.tells_turns_apart:
+            told = "of a conversation the assistant's turns are trained, from the second message on"
+            advice.append(f"{told}: give it one, leave such rows out, or write assistant_only_loss: false")
+        elif settings.trained.assistant_only:
             mark = "the chat template must mark the assistant's turns with {% generation %} and {% endgeneration %}"
             advice.append(f"{mark}: set chat_template to one that does, or write assistant_only_loss: false")
         else:

@@ -26,15 +26,30 @@ class SupervisedReport(SplitReport):
     Attributes:
         num_tokens: Tokens of the rows kept, cut where they are cut.
         num_trained_tokens: Those of them that are trained.
+        num_turns, num_turns_left: Turns of the assistant in the rows kept, and those of them that are not trained;
+            counted where the assistant's turns of any template are.
     """
 
     num_tokens: int
     num_trained_tokens: int
+    num_turns: int = 0
+    num_turns_left: int = 0
 
     def details(self) -> dict[str, str]:
         """Tokens, and how many of them are trained."""
         share = self.num_trained_tokens / max(self.num_tokens, 1)
         return {"tokens": f"{self.num_tokens}", "trained tokens": f"{self.num_trained_tokens} ({share:.0%})"}
+
+    def notes(self) -> list[str]:
+        """What is said below the table of counts; among it which turns are not trained."""
+        if not self.num_turns:
+            return super().notes()
+        found = f"of conversations, {self.num_turns - self.num_turns_left} of {self.num_turns} turns of the assistant"
+        if not self.num_turns_left:
+            return [*super().notes(), f"{found} are trained and nothing else (assistant_only_loss: false trains all)"]
+        why = "the chat template writes the others otherwise once more follows, than they were answered"
+        advice = "assistant_only_loss: true trains all where a template marks them, false whole conversations"
+        return [*super().notes(), f"{found} are trained: {why} ({advice})"]
 
     def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
         """The checks that hold for rows of any family."""

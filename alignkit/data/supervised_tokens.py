@@ -5,6 +5,7 @@ Rows become, token for token, what ``trl.SFTTrainer`` 1.16 trains on (its ``_pre
 - plain text gets one EOS unless it ends in it; messages get what the chat template writes;
 - prompt and prompt + completion are tokenised separately, and the completion starts where they part;
 - a label is -100 where nothing is trained: in prompts, and outside the assistant's turns if only these are trained;
+  where the config says nothing of it, these alone are in conversations (:mod:`alignkit.data.turns`), TRL's whole ones;
 - a row is cut at ``max_length``, and dropped when no trained token is left of it.
 
 A row whose only trained token is its first is dropped too: no position predicts it. A tokenizer that ends every text in
@@ -30,9 +31,8 @@ from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED
 from alignkit.data.supervised_schema import SupervisedKind
 from alignkit.data.templates import has_doubled_token
 from alignkit.data.tokenization import endings, rendered_ids, template_arguments, text_ids, with_eos
+from alignkit.data.turns import Encoded, encode_turns
 
-Encoded = tuple[list[int], list[int]]
-"""Token ids, and which of them are trained."""
 TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 COUNT_FEATURES = Features(
     {
@@ -48,6 +48,8 @@ COUNT_FEATURES = Features(
         "unstopped_end": Value("string"),
         "cut_prompt_end": Value("string"),
         "doubled": Value("bool"),
+        "num_turns": Value("int32"),
+        "num_turns_left": Value("int32"),
     }
 )
 """Columns beside the tokens, counted and then removed; ``needed_length`` is the least max_length that keeps a row."""
@@ -59,12 +61,14 @@ class TrainedTokens:
 
     Attributes:
         completion_only: The completion alone, where it is told apart; None is True there.
-        assistant_only: The assistant's turns alone.
-        chat_template: Template with ``{% generation %}`` marks in place of the tokenizer's; None takes its own.
+        assistant_only: The assistant's turns alone. None is True for conversations without a prompt of their own, in
+            any template: by its marks, or turn by turn.
+        chat_template: Template with ``{% generation %}`` marks in place of the tokenizer's; None takes its own. Where
+            ``assistant_only`` is None, it marks those conversations that it writes as the tokenizer's template does.
     """
 
     completion_only: bool | None = None
-    assistant_only: bool = False
+    assistant_only: bool | None = None
     chat_template: str | None = None
 
 
@@ -79,6 +83,11 @@ class Settings:
     trained: TrainedTokens
     max_length: int | None
     stop_token_ids: frozenset[int]
+
+    @property
+    def tells_turns_apart(self) -> bool:
+        """Whether the assistant's turns are trained without having been asked for."""
+        return self.kind.columns == ("messages",) and self.trained.assistant_only is None
 
 
 def convert_batch(
@@ -113,12 +122,16 @@ class Tokens:
         is_trained: Which of them are trained, 1 or 0.
         prompt_ids: The prompt tokenised on its own, empty where there is none.
         start: Where the completion starts, 0 without a prompt.
+        num_turns, num_turns_left: Turns of the assistant, and those of them that are not trained, where they are
+            told apart.
     """
 
     input_ids: list[int]
     is_trained: list[int]
     prompt_ids: list[int]
     start: int
+    num_turns: int
+    num_turns_left: int
 
 
 def _convert_row(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict[str, Any]:
@@ -141,6 +154,8 @@ def _convert_row(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: S
         "is_cut": is_cut,
         "cut_prompt_end": tokenizer.decode(tokens.prompt_ids[start:]) if start < len(tokens.prompt_ids) else "",
         "doubled": has_doubled_token(input_ids[:start] or input_ids, input_ids[start:], tokenizer),
+        "num_turns": tokens.num_turns,
+        "num_turns_left": tokens.num_turns_left,
     }
     kept = 0 if cause else limit
     columns = {"input_ids": input_ids[:kept], "labels": labels[:kept]}
@@ -153,8 +168,14 @@ def _tokenise(
     """Tokenise rows, whole and their prompts alone; one call for all texts is what makes this fast."""
     kind, trained = settings.kind, settings.trained
     wholes = [_whole(row, tokenizer, kind) for row in rows]
-    encoded = encode(wholes, rows, tokenizer, trained, part="prompt + completion" if kind.has_prompt else "messages")
-    prompts: Sequence[Encoded | Problem] = [([], [])] * len(rows)
+    part = "prompt + completion" if kind.has_prompt else "messages"
+    if settings.tells_turns_apart:
+        encoded = encode_turns(
+            wholes, rows, tokenizer, trained.chat_template, stop_token_ids=settings.stop_token_ids, part=part
+        )
+    else:
+        encoded = encode(wholes, rows, tokenizer, trained, part=part)
+    prompts: Sequence[Encoded | Problem] = [Encoded([], [])] * len(rows)
     if kind.has_prompt:
         how = replace(trained, assistant_only=False)
         prompts = encode([row["prompt"] for row in rows], rows, tokenizer, how, part="prompt", is_prompt=True)
@@ -163,11 +184,9 @@ def _tokenise(
         if isinstance(prompt, Problem) or isinstance(whole, Problem):
             tokenised.append(whole if isinstance(whole, Problem) else prompt)
             continue
-        (ids, mask), (prompt_ids, _) = whole, prompt
-        start = conversion.common_prefix_length(prompt_ids, ids)
-        if trained.completion_only is not False:
-            mask = [0] * start + mask[start:]
-        tokenised.append(Tokens(ids, mask, prompt_ids, start))
+        start = conversion.common_prefix_length(prompt.ids, whole.ids)
+        mask = whole.is_trained if trained.completion_only is False else [0] * start + whole.is_trained[start:]
+        tokenised.append(Tokens(whole.ids, mask, prompt.ids, start, whole.num_turns, whole.num_turns_left))
     return tokenised
 
 
@@ -207,7 +226,7 @@ def encode(
         how = {"part": part, "chat_template": trained.chat_template}
         try:
             if trained.assistant_only:
-                found.append(render_marked(messages, tokenizer, template_arguments(row), **how))
+                found.append(Encoded(*render_marked(messages, tokenizer, template_arguments(row), **how)))
             else:
                 how["add_generation_prompt"] = is_prompt
                 found.append(render(messages, tokenizer, template_arguments(row), **how))
@@ -219,7 +238,7 @@ def encode(
 
 
 def _with_ones(ids: list[int]) -> Encoded:
-    return ids, [1] * len(ids)
+    return Encoded(ids, [1] * len(ids))
 
 
 def _last_run(is_trained: list[int]) -> range:

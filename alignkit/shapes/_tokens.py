@@ -326,10 +326,32 @@ def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:
     except ValueError as error:
         raise ModelError(
             "assistant_only_loss: true needs a chat template that marks the assistant's turns, and this one does not. "
-            "Put {% generation %} before and {% endgeneration %} behind what the assistant writes, its stop token "
-            "included, save that as a file and write chat_template: FILE; or write assistant_only_loss: false."
+            "Leave the key out, so that they are told apart turn by turn; or put {% generation %} before and "
+            "{% endgeneration %} behind what the assistant writes, its stop token included, save that as a file and "
+            "write chat_template: FILE; or write assistant_only_loss: false for whole conversations."
         ) from error
     return marked
+
+
+def trained_tokens(
+    completion_only_loss: bool | None, assistant_only_loss: bool | None, tokenizer: PreTrainedTokenizerBase
+) -> TrainedTokens:
+    """Which tokens are trained, with the template that marks them where the tokenizer's own does not.
+
+    Args:
+        completion_only_loss, assistant_only_loss: The keys of the config.
+
+    Raises:
+        ModelError: The assistant's turns are asked for, and no template marks them.
+    """
+    template = None
+    if assistant_only_loss is not False:
+        try:
+            template = template_with_marks(tokenizer)
+        except ModelError:
+            if assistant_only_loss:
+                raise
+    return TrainedTokens(completion_only_loss, assistant_only_loss, template)
 
 
 def packing_difference(run: ScoringRun, rows: Sequence[Sequence[int]] | None = None) -> float:
@@ -393,12 +415,11 @@ def other_models(config: Any) -> dict[str, str]:
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     """What makes rows of tokens of rows of text."""
     splits_rows = config.packing and config.packing_strategy == "bfd_split"
-    template = template_with_marks(tokenizer) if config.assistant_only_loss else None
     return partial(
         to_supervised_rows,
         tokenizer=tokenizer,
         max_length=None if splits_rows else config.max_length,
-        trained=TrainedTokens(config.completion_only_loss, config.assistant_only_loss, template),
+        trained=trained_tokens(config.completion_only_loss, config.assistant_only_loss, tokenizer),
     )
 
 

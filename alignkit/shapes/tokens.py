@@ -63,7 +63,7 @@ class SupervisedConfig(
         return supervised_rows(
             completion_only_loss=values.get("completion_only_loss"),
             # Rows that are to become messages have an assistant then.
-            assistant_only_loss=values.get("assistant_only_loss", False) and not values.get("apply_chat_template"),
+            assistant_only_loss=bool(values.get("assistant_only_loss")) and not values.get("apply_chat_template"),
         )
 
 

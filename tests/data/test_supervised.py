@@ -56,7 +56,7 @@ CASES = [
     ("conversational", TrainedTokens()),
     ("conversational", TrainedTokens(completion_only=False, assistant_only=True)),
     ("conversational", TrainedTokens(completion_only=True, assistant_only=True)),
-    ("messages", TrainedTokens()),
+    ("messages", TrainedTokens(assistant_only=False)),
     ("messages", TrainedTokens(assistant_only=True)),
 ]
 
@@ -154,7 +154,8 @@ def test_a_stop_token_outside_the_marks_fails(tokenizer: Any) -> None:
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>", chat_template=template
     )
     rows = Dataset.from_list([{"messages": [message("user", "2?"), message("assistant", "4")]}] * 3)
-    for trained, status in ((TrainedTokens(assistant_only=True), "fail"), (TrainedTokens(), "ok")):
+    for asked, status in ((True, "fail"), (False, "ok"), (None, "ok")):
+        trained = TrainedTokens(assistant_only=asked)
         converted = to_supervised_rows(rows, late, max_length=None, trained=trained)
         assert data_report({"train": converted}, late).checks["train"][1].status == status
 

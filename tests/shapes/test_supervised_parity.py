@@ -31,7 +31,7 @@ CASES = {
     "completions": Case(completions(), {}, {}, {}),
     "whole rows": Case(completions(), {"completion_only": False}, {"completion_only_loss": False}, {}),
     "cut": Case(completions(), {}, {"max_length": 52}, {}, max_length=52),
-    "messages": Case(conversations(), {}, {}, {}),
+    "messages": Case(conversations(), {"assistant_only": False}, {}, {}),
     "assistant alone": Case(conversations(), {"assistant_only": True}, {"assistant_only_loss": True}, {}),
     "accumulation": Case(completions(), {}, {}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     "packing": Case(completions(), {}, {}, PACKED | {"max_length": 192}, max_length=192),
