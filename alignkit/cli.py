@@ -34,6 +34,7 @@ _PROGRAMS = {
     "push": "publish an adapter or a model with its card on the Hugging Face Hub",
     "sample": "sample responses of a model to every prompt, as candidate lists",
     "score": "give every completion token a reward by contrastive prompting",
+    "translate": "make a config of one of TRL, LLaMA-Factory or axolotl, or of a command line of theirs",
     "compare": "compare two runs step by step",
     "bank": "make the reference bank of a router training ahead of it, and draw it",
     "rollouts": "make the page of an online run's completions and their rewards",

@@ -245,6 +245,8 @@ ABSENT: Mapping[str, str] = {
                     "another way of drawing batches; dataloader_num_workers sets the processes"),
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
                      "ddp_backend"), "options of DDP beside ddp_timeout"),
+    **dict.fromkeys(("loss_watchdog_threshold", "loss_watchdog_patience"), "watch over the loss that stops a run; the "
+                    "report of a run says where it went wrong"),
     # --- evaluation, logging, saving ---
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better",
                      "early_stopping_patience"), "early stopping or a choice among checkpoints; all are kept, and "
@@ -273,6 +275,10 @@ SETTLED: Mapping[str, str] = {
     **dict.fromkeys(("remove_unused_columns", "ignore_bias_buffers", "use_cache", "average_tokens_across_devices",
                      "ignore_data_skip", "full_determinism", "shuffle_dataset", "logging_nan_inf_filter",
                      "save_only_model"), "what the results need is always on"),
+    **dict.fromkeys(("overwrite_cache", "dataset_prepared_path"), "rows are tokenised anew for every run"),
+    **dict.fromkeys(("pad_to_sequence_len", "eval_sample_packing"), "rows are laid out without padding where the model "
+                    "allows it, held-out ones too"),
+    "strict": "every key is checked",
     "use_bnb_nested_quant": "nf4 always quantizes its scales too",
     "double_quantization": "nf4 always quantizes its scales too",
     "roles_to_train": "of conversations the assistant's turns are trained; assistant_only_loss: false trains all",

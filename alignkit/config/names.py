@@ -24,6 +24,7 @@ _LAUNCHER_PREFIXES = (
     "deepspeed", "zero", "offload_", "fsdp", "dynamo_", "tpu_", "rdzv_", "parallelism_config", "fp8_", "mpirun_",
 )  # fmt: skip
 _LAUNCHER_KEYS = {
+    "accelerate_config",
     "commands", "command_file", "compute_environment", "debug", "distributed_type", "downcast_bf16",
     "enable_cpu_affinity", "gpu_ids", "ipex_config", "local_rank", "machine_rank", "main_process_ip",
     "main_process_port", "main_training_function", "max_restarts", "mixed_precision", "monitor_interval", "multi_gpu",

@@ -77,7 +77,7 @@ def check_command(words: list[str], folder: Path) -> None:
     elif words[0] == "alignkit" and words[1] in cli._PROGRAMS:
         check_options(("-m", *words[:2]), words[2:])
     elif words[0] == "alignkit":
-        assert words[1] in ("config", "env", "methods", "parts", "recipes")
+        assert words[1] in ("config", "env", "parts", "recipes", *cli._SHOWN)
     else:
         assert f"{' '.join(words)} ".startswith(PLAIN_COMMANDS), "say how to check this command"
 

@@ -1,0 +1,141 @@
+"""Configurations and commands of TRL, LLaMA-Factory and axolotl, and what each is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit import cli
+from alignkit.config import foreign_keys
+from alignkit.errors import AlignkitError
+from alignkit.programs.show import _all_keys
+from alignkit.programs.translate import _BY_VALUE, _NAME, translate, translated
+from alignkit.yaml_text import dump_yaml, parse_yaml
+
+LLAMA_FACTORY: dict[str, Any] = {
+    "model_name_or_path": "m",
+    "stage": "dpo",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "lora_rank": 8,
+    "lora_target": "all",
+    "pref_beta": 0.2,
+    "pref_loss": "sigmoid",
+    "pref_ftx": 0.1,
+    "dataset": "a.jsonl, b.jsonl",
+    "template": "llama3",
+    "cutoff_len": 2048,
+    "max_samples": 1000,
+    "overwrite_cache": True,
+    "output_dir": "o",
+    "overwrite_output_dir": True,
+    "warmup_ratio": 0.1,
+    "learning_rate": 5.0e-6,
+}
+AXOLOTL: dict[str, Any] = {
+    "base_model": "m",
+    "load_in_8bit": False,
+    "load_in_4bit": True,
+    "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
+    "val_set_size": 0.1,
+    "output_dir": "o",
+    "adapter": "qlora",
+    "lora_model_dir": None,
+    "sequence_len": 2048,
+    "sample_packing": True,
+    "micro_batch_size": 2,
+    "num_epochs": 1,
+    "optimizer": "adamw_bnb_8bit",
+    "lr_scheduler": "cosine",
+    "train_on_inputs": False,
+    "tf32": False,
+    "flash_attention": True,
+    "saves_per_epoch": 1,
+    "loss_watchdog_threshold": 5.0,
+}
+
+
+def test_a_file_of_llama_factory() -> None:
+    found = translate(LLAMA_FACTORY)
+    assert found.values == {
+        "method": "1.0*dpo+0.1*sft",
+        "model": "m",
+        "parametrization": "lora",
+        "lora_r": 8,
+        "lora_target_modules": "all-linear",
+        "beta": 0.2,
+        "data": ["a.jsonl", "b.jsonl"],
+        "max_length": 2048,
+        "max_rows": 1000,
+        "output_dir": "o",
+        "overwrite": True,
+        "warmup_steps": 0.1,
+        "learning_rate": 5.0e-6,
+    }
+    assert [note.split(":")[0] for note in found.notes] == ["template", "overwrite_cache"]
+
+
+def test_a_file_of_axolotl() -> None:
+    found = translate(AXOLOTL)
+    assert found.values == {
+        "method": "sft",
+        "model": "m",
+        "quantization": "nf4",
+        "data": "rows.jsonl",
+        "eval_fraction": 0.1,
+        "output_dir": "o",
+        "parametrization": "lora",
+        "max_length": 2048,
+        "packing": True,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "optim": "adamw_bnb_8bit",
+        "lr_scheduler_type": "cosine",
+        "attn_implementation": "flash_attention_2",
+        "save_strategy": "epoch",
+    }
+    assert [note.split(":")[0] for note in found.notes] == ["loss_watchdog_threshold"]
+
+
+def test_a_command_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model_name_or_path m --dataset_name d --loss_type sigmoid sft --loss_weights 1 0.2 --output_dir o"
+    cli.run(["translate", "trl", "dpo", *words.split(), "--use_peft"])
+    assert parse_yaml(capsys.readouterr().out) == {
+        "method": "1.0*dpo+0.2*sft",
+        "model": "m",
+        "data": "d",
+        "output_dir": "o",
+        "parametrization": "lora",
+    }
+
+
+def test_a_file_named_by_a_command_and_what_the_command_says_besides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "theirs.yaml").write_text(dump_yaml(LLAMA_FACTORY))
+    cli.run(["translate", "llamafactory-cli", "train", str(tmp_path / "theirs.yaml"), "--learning_rate", "1e-4"])
+    written = capsys.readouterr().out
+    assert parse_yaml(written)["learning_rate"] == 1e-4
+    assert written.startswith("# left out: template: llama3 (the tokenizer's own chat template is used")
+
+
+def test_what_is_missing_or_cannot_be_used_is_said() -> None:
+    text = translated({"stage": "grpo", "model_name_or_path": "m", "dataset_name": "d", "deepspeed": "ds.json"})
+    assert "# left out: deepspeed: ds.json belongs to the launcher" in text
+    assert "# to do: `rewards` is required and not given" in text
+    assert "# to do: `output_dir` is required and not given" in text
+    assert "# left out: what is trained, which nothing here says" in translated({"model_name_or_path": "m"})
+    with pytest.raises(AlignkitError, match="ppo: alignkit has not this one; method: grpo"):
+        translate({"stage": "ppo"})
+    with pytest.raises(AlignkitError, match=r"there is no file nowhere.yaml"):
+        cli.run(["translate", "nowhere.yaml"])
+
+
+def test_every_simple_advice_names_a_key() -> None:
+    """What the table of other toolkits' keys says in the form of a key is one that some program or method has."""
+    known = set(_all_keys())
+    for name, advice in foreign_keys.WRITE.items():
+        if name not in _BY_VALUE and (match := _NAME.match(advice)) is not None:
+            assert match["key"] in known, name
