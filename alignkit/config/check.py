@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Protocol
 
+from alignkit.config.best import check_best
 from alignkit.config.compatibility import REFUSALS
 from alignkit.config.data_files import check_data
 from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule_keys, rules_with
@@ -59,6 +60,7 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Con
     for refusal in REFUSALS:
         refusal.check(settings)
     check_schedule(settings)
+    check_best(settings)
     if check_files:
         check_model_files(settings)
         check_data(settings)

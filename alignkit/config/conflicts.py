@@ -258,6 +258,23 @@ CONFLICTS: tuple[Refusal, ...] = (
         for key in ("logging_steps", "eval_steps", "save_steps")
     ),
     Refusal(
+        "best or early end without evaluations",
+        ("load_best_model_at_end", "early_stopping_patience", "eval_strategy"),
+        lambda c: (c.load_best_model_at_end or c.early_stopping_patience is not None) and c.eval_strategy == "no",
+        "nothing is evaluated while training, so that nothing is known to be better",
+        "Write eval_strategy: steps with eval_data or eval_fraction, or remove it",
+    ),
+    Refusal(
+        "best or early end of what is pruned while training",
+        ("load_best_model_at_end", "early_stopping_patience", "parametrization"),
+        lambda c: (
+            (c.load_best_model_at_end or c.early_stopping_patience is not None)
+            and load_parametrization(c.parametrization).ends_on_schedule
+        ),
+        "what is removed is settled by the end of the run, and the model before it was another",
+        "Remove it: the last checkpoint is the result",
+    ),
+    Refusal(
         "no tracker beside trackers",
         ("report_to",),
         lambda c: isinstance(c.report_to, list) and len(c.report_to) > 1 and "none" in c.report_to,

@@ -182,6 +182,10 @@ WRITE: Mapping[str, str] = {
     "resume_from_checkpoint": "resume",
     "auto_resume_from_checkpoints": "resume",
     "evaluation_strategy": "eval_strategy",
+    "load_best": "load_best_model_at_end",
+    "metric_for_best": "metric_for_best_model",
+    "early_stopping": "early_stopping_patience",
+    "early_stopping_steps": "early_stopping_patience",
     "do_eval": "eval_strategy",
     "logging_interval": "logging_steps",
     "save_interval": "save_steps",
@@ -248,9 +252,6 @@ ABSENT: Mapping[str, str] = {
     **dict.fromkeys(("loss_watchdog_threshold", "loss_watchdog_patience"), "watch over the loss that stops a run; the "
                     "report of a run says where it went wrong"),
     # --- evaluation, logging, saving ---
-    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-                     "early_stopping_patience"), "early stopping or a choice among checkpoints; all are kept, and "
-                    "metrics.jsonl has their evaluations"),
     **dict.fromkeys(("eval_delay", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
                      "bf16_full_eval", "fp16_full_eval", "batch_eval_metrics", "include_for_metrics", "eval_packing",
                      "compute_accuracy", "predict_with_generate", "do_predict"), "this setting of the evaluation"),

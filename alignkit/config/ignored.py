@@ -103,10 +103,10 @@ IGNORED: tuple[IgnoredKeys, ...] = (
     IgnoredKeys(
         "save_total_limit without checkpoints",
         ("save_total_limit",),
-        lambda c: c.save_strategy == "no",
+        lambda c: c.save_strategy == "no" and not c.load_best_model_at_end,
         "there are no checkpoints to limit",
         "write save_strategy: steps or save_strategy: epoch",
-        under=("save_strategy",),
+        under=("save_strategy", "load_best_model_at_end"),
     ),
     IgnoredKeys(
         "dataset_num_proc with streaming",
@@ -131,6 +131,30 @@ IGNORED: tuple[IgnoredKeys, ...] = (
         "this schedule has no warm-up",
         "write lr_scheduler_type: constant_with_warmup",
         under=("lr_scheduler_type",),
+    ),
+    IgnoredKeys(
+        "keep_best with load_best_model_at_end",
+        ("keep_best",),
+        lambda c: c.load_best_model_at_end,
+        "the checkpoint of the best evaluation is kept then",
+        "write load_best_model_at_end: false",
+        under=("load_best_model_at_end",),
+    ),
+    IgnoredKeys(
+        "what is best where nothing is compared",
+        ("metric_for_best_model", "greater_is_better"),
+        lambda c: not c.load_best_model_at_end and c.early_stopping_patience is None,
+        "evaluations are not compared",
+        "write load_best_model_at_end: true",
+        under=("load_best_model_at_end", "early_stopping_patience"),
+    ),
+    IgnoredKeys(
+        "early_stopping_threshold without patience",
+        ("early_stopping_threshold",),
+        lambda c: c.early_stopping_patience is None,
+        "the run does not end early",
+        "write early_stopping_patience: 3",
+        under=("early_stopping_patience",),
     ),
     IgnoredKeys(
         "run_name without a tracker",

@@ -334,6 +334,12 @@ class OnlineLoggingSection(LoggingSection):
         "pass@k where all rewards are 0 or 1.",
         free_on_resume=True,
     )
+    metric_for_best_model: str = option(
+        "eval_reward",
+        help="What evaluations are compared by, such as eval_pass@1; eval_ may be left out.",
+        source="alignkit (transformers: loss)",
+        free_on_resume=True,
+    )
     keep_best: bool = option(
         False,
         help="Save a checkpoint at every evaluation with the best eval_reward so far, and never delete that of the "

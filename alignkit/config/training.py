@@ -327,6 +327,41 @@ class LoggingSection(Section):
         None, ge=1, help="Checkpoints to keep; null is all.", source=TRANSFORMERS, free_on_resume=True
     )
 
+    load_best_model_at_end: bool = option(
+        False,
+        help="End with the weights of the best evaluation: its checkpoint is saved when it is found and kept, and the "
+        "result, its figures and its samples are those of that checkpoint.",
+        source=TRANSFORMERS,
+        free_on_resume=True,
+    )
+    metric_for_best_model: str = option(
+        "eval_loss",
+        help="What evaluations are compared by, such as eval_rewards/accuracies; eval_ may be left out.",
+        source="transformers (loss)",
+        free_on_resume=True,
+    )
+    greater_is_better: bool | None = option(
+        None,
+        help="Whether more of it is better; null knows of losses that it is not, and of rewards, accuracies and "
+        "margins that it is.",
+        source=TRANSFORMERS,
+        free_on_resume=True,
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        ge=1,
+        help="Stop after so many evaluations in a row that are not better than the best before them; null is off.",
+        source="alignkit",
+        free_on_resume=True,
+    )
+    early_stopping_threshold: float = option(
+        0.0,
+        ge=0,
+        help="By how much an evaluation must be better to count as such.",
+        source=TRANSFORMERS,
+        free_on_resume=True,
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSection(Section):

@@ -73,6 +73,7 @@ PARAMETRIZATION = Parametrization(
     options=AtpOptions,
     takes=("lora",),
     has_adapter=True,
+    ends_on_schedule=True,
     product="A LoRA adapter that removes feed-forward channels and KV groups of its base (ATP)",
     serving="Other programs than alignkit refuse this adapter; `alignkit prune` makes of it a smaller model for them.",
     metrics={

@@ -96,6 +96,7 @@ PARAMETRIZATION = Parametrization(
     label="pruning-aware tuning",
     options=PatOptions,
     has_adapter=True,
+    ends_on_schedule=True,
     takes=("lora",),
     product="A PAT adapter ({pat_hidden} of the hidden channels removed), to be exported with `alignkit prune`",
     serving="No engine loads this adapter, and PEFT refuses it: it is the state of a training from which "

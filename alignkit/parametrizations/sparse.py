@@ -49,6 +49,7 @@ PARAMETRIZATION = Parametrization(
     label="group-sparse tuning",
     options=SparseOptions,
     has_adapter=False,
+    ends_on_schedule=True,
     metrics={
         f"sparse/{axis}_{key}": f"{groups}: {what}"
         for axis, groups in (("ffn", "feed-forward groups"), ("kv_groups", "KV groups"))

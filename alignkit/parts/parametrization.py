@@ -29,6 +29,7 @@ class Parametrization:
         takes: Other parametrisations whose options it has too, such as those of the adapter below it.
         goes_on: Whether the training of a saved adapter can be continued, with the options that it was made with.
         of_any_adapter: Options that say how it trains, not what it is, and so hold for a saved adapter too.
+        ends_on_schedule: Whether what it trains is what is exported only after its own schedule has run to its end.
         has_factors: Whether the adapter is made of pairs of low-rank factors, which a gradient rule may edit alone.
         product: What a model card calls the result, with options in braces; empty where it is a whole model.
         serving: What a model card says of programs that would load the result as something else; empty where none
@@ -47,6 +48,7 @@ class Parametrization:
     takes: tuple[str, ...] = ()
     goes_on: bool = False
     of_any_adapter: tuple[str, ...] = ()
+    ends_on_schedule: bool = False
     has_factors: bool = False
     product: str = ""
     serving: str = ""

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.models.saved_weights import verify_weights, weight_files
+from alignkit.runs.best import Ranking
 from alignkit.runs.pickles import DEEPSPEED_TAG
 from alignkit.storage import durability
 from alignkit.storage.manifest import Manifest
@@ -89,15 +90,15 @@ class CheckpointGuard(TrainerCallback):
     Args:
         save_total_limit: Number of complete checkpoints kept, the newest; None keeps all.
         check: Called on the first rank before each save; raises where the run is no longer alone in its directory.
-        best: Metric of evaluations, the larger the better. Every evaluation that is better than all before is saved,
-            and the checkpoint of the best is kept beside the newest; None is off.
+        best: What evaluations are compared by. Every one that is better than all before is saved, and the checkpoint
+            of the best is kept beside the newest; None is off.
     """
 
     def __init__(
         self,
         save_total_limit: int | None = None,
         check: Callable[[], None] | None = None,
-        best: str | None = None,
+        best: Ranking | None = None,
     ) -> None:
         if save_total_limit is not None and save_total_limit < 1:
             raise ValueError(f"save_total_limit must be at least 1 or None, not {save_total_limit}")
@@ -127,17 +128,8 @@ class CheckpointGuard(TrainerCallback):
             control.should_save = True
 
     def best_evaluation(self, state: TrainerState) -> dict[str, Any] | None:
-        """``step``, ``checkpoint`` and the metric of the best evaluation so far, of equal ones the earliest.
-
-        The one before the first step is none of them: what it found needs no checkpoint.
-        """
-        if self.best is None:
-            return None
-        found = [entry for entry in state.log_history if entry.get(self.best) is not None and entry["step"] > 0]
-        if not found:
-            return None
-        best = max(found, key=lambda entry: (entry[self.best], -entry["step"]))
-        return {"step": best["step"], "checkpoint": f"checkpoint-{best['step']}", self.best: best[self.best]}
+        """See :meth:`~alignkit.runs.best.Ranking.best`; None where nothing is compared."""
+        return None if self.best is None else self.best.best(state.log_history)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Finish the checkpoint of this step; if it is unusable, every rank raises :class:`CheckpointError`."""

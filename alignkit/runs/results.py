@@ -12,6 +12,7 @@ from accelerate import PartialState
 from transformers import Trainer
 
 from alignkit.config import LoadedConfig
+from alignkit.errors import CheckpointError
 from alignkit.hub.upload import plan_upload, push
 from alignkit.models.files import ADAPTER_CONFIG
 from alignkit.models.fingerprints import ORIGIN_FILE
@@ -34,7 +35,7 @@ TIMINGS = ("_runtime", "_per_second")
 
 
 def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[int]], directory: RunDirectory) -> None:
-    """Save, evaluate, answer prompts, look at what was saved, and report; a collective.
+    """Go back to the best evaluation if asked to, save, evaluate, answer prompts, look at it all, report; a collective.
 
     Args:
         loaded: The configuration.
@@ -43,17 +44,33 @@ def finish(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[in
         directory: Where to.
 
     Raises:
-        CheckpointError: The saved weights are empty or not finite.
+        CheckpointError: The saved weights are empty or not finite, or the best checkpoint is gone.
     """
+    step = _go_back_to_best(trainer, directory) if loaded.config.load_best_model_at_end else trainer.state.global_step
     # First: whatever goes wrong in the report, the model is not lost.
     _save_model(trainer, directory)
     write_origin(directory, directory.path)
-    results = _evaluate(trainer)
+    results = _evaluate(trainer, step)
     before = _before_training(trainer)
     samples = _sample_answers(loaded, trainer, prompts)
     if trainer.is_world_process_zero():
         _report(loaded, trainer, directory, {"before": before, "after": results}, samples)
     trainer.accelerator.wait_for_everyone()
+
+
+def _go_back_to_best(trainer: Trainer, directory: RunDirectory) -> int:
+    """Take the weights of the best evaluation, and return its step; those of the last step need not be read."""
+    best, last = _best(trainer), int(trainer.state.global_step)
+    if best is None or best["step"] == last:
+        return last
+    checkpoint = directory.path / best["checkpoint"]
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"{checkpoint}, the best checkpoint, is gone, and load_best_model_at_end: true asks for its weights. Put "
+            "it back, or write load_best_model_at_end: false and resume: true, which takes those of the last step."
+        )
+    trainer.load_weights(checkpoint)
+    return int(best["step"])
 
 
 def _save_model(trainer: Trainer, directory: RunDirectory) -> None:
@@ -97,6 +114,7 @@ def _report(
         health_state=health["state"],
         saved={"files": [f.name for f in saved.files], "parameters": saved.num_parameters},
         **({} if best is None else {"best": best}),
+        **({} if config.early_stopping_patience is None else {"ended_early": _ended_early(trainer)}),
     )
     page = write_page(directory.path)
     marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
@@ -107,7 +125,7 @@ def _report(
     location = config.hub_model_id if config.push_to_hub else str(directory.path)
     write_whole(directory.card_path, render_card(content_of_run(directory.sections(), location)))
     directory.record(status="finished")
-    print(_summary(directory, results, samples, best))
+    print(_summary(directory, results, samples, best, is_result=config.load_best_model_at_end))
     if loads is not None:
         print(f"  tokens by layer and expert: {loads.name}")
     if page is not None:
@@ -118,12 +136,12 @@ def _report(
         print(f"uploaded to {url}")
 
 
-def _evaluate(trainer: Trainer) -> dict[str, float]:
+def _evaluate(trainer: Trainer, step: int) -> dict[str, float]:
+    """Figures of the held-out rows by the weights of a step, which the model has; computed if they are not logged."""
     if trainer.eval_dataset is None:
         return {}
-    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    is_done = bool(logged) and logged[-1]["step"] == trainer.state.global_step
-    return _metrics(logged[-1] if is_done else trainer.evaluate())
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return _metrics(logged[-1] if logged else trainer.evaluate())
 
 
 def _before_training(trainer: Trainer) -> dict[str, float]:
@@ -173,6 +191,12 @@ def _best(trainer: Trainer) -> dict[str, Any] | None:
     return guard.best_evaluation(trainer.state)
 
 
+def _ended_early(trainer: Trainer) -> int | None:
+    """The last step of a run that did not make all of them."""
+    step = int(trainer.state.global_step)
+    return step if step < trainer.state.max_steps else None
+
+
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen", "logratio/rejected", "mean_token_accuracy")
 SHOWN_ONLINE = ("reward", *(f"pass@{2**power}" for power in range(17)), "completions/mean_length")
 """What a summary says of held-out rows: of online runs, whose loss is relative to one another, no loss."""
@@ -204,13 +228,16 @@ def _summary(
     results: Mapping[str, Mapping[str, float]],
     samples: list[dict[str, Any]],
     best: Mapping[str, Any] | None,
+    *,
+    is_result: bool,
 ) -> str:
     lines = []
     if results["after"]:
         lines.append(held_out_line(results["before"], results["after"]))
     if best is not None:
         (metric,) = best.keys() - {"step", "checkpoint"}
-        lines.append(f"best {metric}: {best[metric]:.4g} at step {best['step']}, kept as {best['checkpoint']}")
+        what = f"best {metric}: {best[metric]:.4g} at step {best['step']}, kept as {best['checkpoint']}"
+        lines.append(what + (", which is the result" if is_result else ""))
     for sample in samples:
         lines.append(f"sample: {sample['prompt']!r}\n     -> {sample['text']!r}{_remarks(sample)}")
     lines.append(f"run directory: {directory.path}")

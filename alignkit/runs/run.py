@@ -20,6 +20,7 @@ from alignkit.parts.shape import load_bridge, shapes_by_program
 from alignkit.references.models import check_other
 from alignkit.runs import checkpointing, origin, results, steps, token_budget
 from alignkit.runs.arguments import check_length, fitted, training_arguments
+from alignkit.runs.best import check_metric
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.preemption import StopRequest, StopWhenAsked
 from alignkit.runs.ranks import Ranks, launched_with
@@ -135,6 +136,7 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
             preparation = load_method(config.method).preparation(config)
             args = training_arguments(config, bridge, choices)
             preparation.check_launch()
+            check_metric(config, {**bridge.METRICS, **load_method(config.method).metrics})
             ranks.check_world_size(args.world_size)
             tokenizer = load_tokenizer(config)
             others = bridge.other_models(config)

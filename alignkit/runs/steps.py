@@ -36,6 +36,7 @@ from alignkit.models.choices import Choice, chosen_line, recorded, taken_before
 from alignkit.parametrizations._trainable import trainable_report
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.reports.metrics_log import MetricsLog
+from alignkit.runs.best import ChecksMetric, EarlyStopping, Ranking
 from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.health import HealthMonitor
@@ -164,7 +165,7 @@ def introduce(
     if trainer.eval_dataset is not None:
         trainer.add_callback(EvaluationAtTheEnd())
     trainer.persistent.append(OriginRecord(directory))
-    guard = CheckpointGuard(config.save_total_limit, directory.lock.check, best)
+    guard = CheckpointGuard(config.save_total_limit, directory.lock.check, _compare_evaluations(config, trainer, best))
     trainer.add_callback(guard)
     trainer.before_saving += [partial(refuse_full_disk, trainer), guard.announce]
     choices = recorded(trainer.choices)
@@ -178,6 +179,17 @@ def introduce(
         if trainer.aux_loss_enabled:
             origin = "the model's own" if config.router_aux_loss_coef is None else "as asked"
             print(f"load-balancing loss: router_aux_loss_coef {trainer.router_aux_loss_coef:g}, {origin}")
+
+
+def _compare_evaluations(config: Any, trainer: Trainer, best: str | None) -> Ranking | None:
+    """What the checkpoint that is kept is the best in; training is ended early where that is asked for."""
+    ranking = Ranking.of(config)
+    if ranking is None:
+        return None if best is None else Ranking(best)
+    trainer.add_callback(ChecksMetric(ranking))
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(ranking, config.early_stopping_patience, config.early_stopping_threshold))
+    return ranking if config.load_best_model_at_end else None
 
 
 class EvaluationAtTheEnd(TrainerCallback):

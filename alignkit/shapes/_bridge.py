@@ -28,6 +28,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from alignkit.data.filling import FilledStream
 from alignkit.errors import CheckpointError
@@ -265,6 +266,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         if 0 < self.state.max_steps <= self.state.global_step:
             # Resumed after its last step. transformers would take one more before it looks.
             self.control.should_training_stop = True
+        if self.control.should_training_stop:
             num_batches = 0
         if num_batches:
             self.attachment.before_step(self.state.global_step, self.state.max_steps)
@@ -358,6 +360,17 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
             load_saved_weights(self.model, folder)
             problems = [model_difference(self.model, folder)]
         _refuse(folder, next(filter(None, problems), None))
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the model the weights of a checkpoint of this run, once training is over; a collective."""
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(
+                self.model_wrapped, str(checkpoint), load_module_strict=not isinstance(self.model, PeftModel)
+            )
+            (problem,) = broadcast_object_list([engine_difference(self.model_wrapped, self.model, checkpoint)])
+            _refuse(checkpoint, problem)
+        else:
+            self._load_from_checkpoint(str(checkpoint), self.model_wrapped if self.is_fsdp_enabled else None)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them and all that is persistent; what DeepSpeed has loaded from shards is compared with plain files."""

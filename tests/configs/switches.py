@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.configs.cases import ONLINE
+
 EVALUATED = {"eval_fraction": 0.5, "eval_strategy": "steps"}
+BEST = {"load_best_model_at_end": True}
 
 # title: (what is refused, what is changed to mend it)
 CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -14,8 +17,25 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"eval_steps": 1},
     ),
     "save_steps that is neither steps nor a share": ({"save_steps": 7.0}, {"save_steps": 7}),
+    "best or early end without evaluations": (BEST, EVALUATED),
+    "best or early end of what is pruned while training": (
+        EVALUATED | {"early_stopping_patience": 2, "parametrization": "pat"},
+        {"parametrization": "lora"},
+    ),
     "no tracker beside trackers": ({"report_to": ["wandb", "none"]}, {"report_to": ["wandb", "tensorboard"]}),
 }
 IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "keep_best with load_best_model_at_end": (
+        ONLINE | EVALUATED | BEST | {"keep_best": True},
+        {"load_best_model_at_end": False},
+    ),
+    "what is best where nothing is compared": (
+        EVALUATED | {"metric_for_best_model": "loss", "greater_is_better": True},
+        BEST,
+    ),
+    "early_stopping_threshold without patience": (
+        EVALUATED | {"early_stopping_threshold": 0.1},
+        {"early_stopping_patience": 2},
+    ),
     "run_name without a tracker": ({"run_name": "first"}, {"report_to": ["tensorboard"]}),
 }

@@ -93,7 +93,8 @@ TRAITS = {
     "layout reference_batch_size reference_cache dataset_num_proc dataloader_num_workers max_dropped_fraction "
     "max_truncated_fraction allow_overlap ddp_timeout push_to_hub hub_model_id hub_private rollout_steps "
     "success_threshold keep_best bank_dir bank_batch_size gradient_ratio_steps "
-    "run_name",
+    "run_name load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience "
+    "early_stopping_threshold",
     "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache "
     "bank_dir bank_embedder teacher",
 }

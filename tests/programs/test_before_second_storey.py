@@ -30,7 +30,10 @@ CACHES_OF = {
 }
 """Folders of the cache that a run reads."""
 
-YOUNGER = {"kernels", "tokens_per_batch", "lr_scheduler_kwargs", "run_name"}
+YOUNGER = {
+    *("kernels", "tokens_per_batch", "lr_scheduler_kwargs", "run_name", "load_best_model_at_end"),
+    *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"),
+}
 """Keys that there are now, and were not then."""
 
 Finish = Callable[[str], Path]

@@ -16,6 +16,7 @@ from transformers import TrainerControl, TrainerState
 
 from alignkit.errors import CheckpointError
 from alignkit.models.saved_weights import ADAPTER_FILE, MODEL_INDEX, verify_weights
+from alignkit.runs.best import Ranking
 from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.storage.durability import (
     MARKER,
@@ -181,7 +182,7 @@ def test_rotation_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
 
 def test_the_checkpoint_of_the_best_evaluation_is_asked_for_and_never_rotated_away(tmp_path: Path) -> None:
     """The start is no candidate, and of equal evaluations the earlier one is the best."""
-    args, guard = arguments(tmp_path), CheckpointGuard(save_total_limit=1, best="eval_reward")
+    args, guard = arguments(tmp_path), CheckpointGuard(save_total_limit=1, best=Ranking("eval_reward"))
     rewards = {0: 0.9, 10: 0.2, 20: 0.5, 30: 0.5, 40: 0.4, 50: 0.7, 60: 0.1}
     asked, kept, state = [], {}, TrainerState()
     for step, reward in rewards.items():

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from alignkit.config.schedules import SETTINGS
 from tests import supervised
+from tests.trainers import flat_weights
 
 STEPS, RATE = 12, 1e-3
 
@@ -69,6 +71,21 @@ def test_shares_of_all_steps(tmp_path: Path, rows: Any) -> None:
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 6, 9, 12]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [4, 8, 12]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_weights_of_a_checkpoint_are_taken_back(peft: bool, tmp_path: Path, rows: Any) -> None:
+    trainer = supervised.make(tmp_path, rows, peft, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.train()
+    found = {}
+    for step in (2, 4, 2):
+        trainer.load_weights(tmp_path / f"checkpoint-{step}")
+        found[step] = flat_weights(trainer.model)
+        name = "adapter_model" if peft else "model"
+        saved = load_file(tmp_path / f"checkpoint-{step}" / f"{name}.safetensors")
+        have = {key.replace(".default", ""): value for key, value in trainer.model.state_dict().items()}
+        assert all(torch.equal(have[key], value) for key, value in saved.items())
+    assert not torch.equal(found[2], found[4])
 
 
 def test_every_tracker_is_told_the_name_of_the_run(tmp_path: Path, rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
