@@ -27,6 +27,7 @@ from alignkit.errors import AlignkitError
 from alignkit.parametrizations.peft import KINDS as PEFT_KINDS
 from alignkit.parametrizations.peft import REFUSED, UNMERGEABLE
 from alignkit.parts.catalogue import KINDS
+from alignkit.parts.data_format import format_names, load_format
 from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.parametrization import load_parametrization, parametrization_names
@@ -230,6 +231,16 @@ def parts() -> str:
     )
 
 
+def data_formats() -> str:
+    """How rows may be written beside our own forms, and what they become."""
+    formats = [load_format(name) for name in format_names()]
+    read_as = lambda form: "; ".join(", ".join(f"`{column}`" for column in given) for given in form.gives)  # noqa: E731
+    return table(
+        ["format", "how rows are written", "what they become"],
+        ([f"`{form.name}`", form.summary, read_as(form)] for form in formats),
+    )
+
+
 def recipes() -> str:
     """Shipped recipes with the first line of their header."""
     headers = {name: recipe_path(name).read_text().partition("\n")[0] for name in recipe_names()}
@@ -292,6 +303,7 @@ def hostile_files() -> str:
 
 GENERATORS: dict[str, Callable[..., str]] = {
     "compositions": compositions,
+    "data-formats": data_formats,
     "evaluations": evaluations,
     "hostile-files": hostile_files,
     "keys": all_keys,

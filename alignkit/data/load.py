@@ -20,6 +20,7 @@ from alignkit.data.columns import LIST_REWARD_COLUMNS, PAIR_REWARD_COLUMNS, RowF
 from alignkit.data.json_values import map_values, without_filled_nulls
 from alignkit.data.mixture import mix
 from alignkit.data.readers import Source, first_rows, is_csv, list_of_cell, open_source
+from alignkit.data.recognition import as_our_rows, format_columns, say_format
 from alignkit.data.schema import preference_rows
 from alignkit.errors import DataError
 from alignkit.json_text import parse_json
@@ -163,21 +164,31 @@ def _load_all(
 def _load_source(
     source: Source, column_map: Mapping[str, str], streaming: bool, family: RowFamily
 ) -> tuple[Dataset | IterableDataset, Any]:
-    keep = None if family.keeps_others else wanted_columns(column_map, family.columns)
+    wanted = wanted_columns(column_map, family.columns) | (format_columns(family) - column_map.keys())
     known = None if family.keeps_others else family.columns
-    dataset, columns = open_source(source, streaming=streaming, keep=keep)
+    dataset, columns = open_source(source, streaming=streaming, keep=None if family.keeps_others else wanted)
     dataset, columns = rename_columns(dataset, columns, column_map, source.path, known)
-    used = [name for name in columns if name in family.columns]
-    ignored = [name for name in columns if name not in used]
+    present = [name for name in columns if family.keeps_others or name in wanted or name in family.columns]
+    used = [name for name in present if name in family.columns]
+    others = [] if family.keeps_others else [name for name in present if name not in used]
+    if present:
+        dataset = without_filled_nulls(dataset, used if family.keeps_others else present)
+        read = as_our_rows(dataset, present, family, source.path)
+    if present and read is not None:
+        ignored = [name for name in columns if name not in {*used, *read.used}]
+        dataset, columns = read.rows, [*read.columns, *(name for name in columns if name not in present)]
+    else:
+        ignored = [name for name in columns if name not in used]
+        if not used:
+            family.detect(columns, [], name=source.path)
+        dataset = dataset.remove_columns(others)
+        if is_csv(source.path):
+            dataset = _parse_csv_lists(dataset, used, source.path)
     if ignored and not family.keeps_others:
         logger.warning("%s: columns not used and dropped: %s", source.path, listed_columns(ignored))
-    if not used:
-        family.detect(columns, [], name=source.path)
-    if is_csv(source.path):
-        dataset = _parse_csv_lists(dataset, used, source.path)
     # Columns that are not ours stay as they are, whatever they hold.
     ours = [name for name in MESSAGE_COLUMNS if name in family.columns]
-    dataset = parse_messages(without_filled_nulls(dataset, used), source.path, ours)
+    dataset = parse_messages(dataset, source.path, ours)
     return dataset, family.detect(columns, first_rows(dataset, source.path)[0], name=source.path)
 
 
@@ -221,8 +232,11 @@ def parse_messages(dataset: Dataset | IterableDataset, name: str, candidates: Se
     head, _ = first_rows(dataset, name) if stored else (head, columns)
     others = [column for column in candidates if column in columns]
     for form in map(load_format, format_names()):
+        if form.holds is None or form.messages is None:
+            continue
         if written := [column for column in others if form.holds([row[column] for row in head])]:
             dataset = map_values(dataset, written, partial(form.messages, name=name))
+            say_format(dataset, form.name, written, name)
             others = [column for column in others if column not in written]
     return dataset
 

@@ -23,6 +23,7 @@ from alignkit.data.prompts_report import TOO_LONG, PromptReport
 from alignkit.data.prompts_schema import WITHHELD_COLUMN, PromptRowKind, detect_prompt_rows, prompt_row_problems
 from alignkit.data.prompts_tokens import EncodedPrompt, encode_prompts
 from alignkit.data.readers import first_rows
+from alignkit.data.recognition import said_formats
 from alignkit.data.schema import describe_problems
 from alignkit.data.sources import SOURCE_COLUMN, source_counts
 from alignkit.data.templates import has_doubled_token, require_template, tokens_after_stop
@@ -120,7 +121,7 @@ def to_prompt_rows(
         rows, counts = conversion.convert_table(dataset, tokenizer, steps, num_proc, name)
     report = _summarise(counts, settings, max_dropped_fraction, name, columns)
     tokens = counts["length"].to_numpy()
-    report = replace(report, sources=source_counts(dataset, counts, tokens, 0 * tokens))
+    report = replace(report, sources=source_counts(dataset, counts, tokens, 0 * tokens), formats=said_formats(dataset))
     _refuse_drops(report, counts, max_dropped_fraction)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
 

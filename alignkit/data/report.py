@@ -167,7 +167,8 @@ def _counts(splits: Sequence[SplitReport]) -> str:
         *([["cut at max_length", *(f"{split.num_truncated_rows}" for split in splits)]] if trains_tokens else []),
         *([label, *(split.details()[label] for split in splits)] for label in splits[0].details()),
     ]
-    notes = [f"{split.name}: {note}" for split in splits for note in split.notes()]
+    notes = [f"{split.name}: read as {said}" for split in splits for said in split.formats]
+    notes += [f"{split.name}: {note}" for split in splits for note in split.notes()]
     return "\n".join([render_table(rows[0], rows[1:]), *notes])
 
 

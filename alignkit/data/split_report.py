@@ -62,6 +62,7 @@ class SplitReport:
         unstopped_end: The end of a completion without a stop token; an example.
         num_doubled_tokens: Rows that begin with two BOS or end in two EOS.
         sources: What each source of a mixture contributes; empty for rows of one source.
+        formats: What each source was read as, of those that are not written under our names.
         is_sample: True for streamed rows, where all of this describes the first rows only.
     """
 
@@ -84,6 +85,7 @@ class SplitReport:
     unstopped_end: str
     num_doubled_tokens: int
     sources: tuple[SourceCounts, ...] = ()
+    formats: tuple[str, ...] = ()
     is_sample: bool = False
 
     has_preferences: ClassVar[bool] = False

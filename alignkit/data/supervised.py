@@ -21,6 +21,7 @@ from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
+from alignkit.data.recognition import said_formats
 from alignkit.data.schema import describe_problems
 from alignkit.data.sources import SOURCE_COLUMN, source_counts
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED, SupervisedReport
@@ -107,7 +108,8 @@ def convert_supervised(
     others = tuple(column for column in columns if column not in (*columns_of(SUPERVISED_FORMS), SOURCE_COLUMN))
     report = _summarise(counts, settings, max_dropped_fraction, name, others)
     tokens = counts["length"].clip(upper=max_length).to_numpy()
-    report = replace(report, sources=source_counts(dataset, counts, tokens, counts["num_trained_kept"].to_numpy()))
+    sources = source_counts(dataset, counts, tokens, counts["num_trained_kept"].to_numpy())
+    report = replace(report, sources=sources, formats=said_formats(dataset))
     _refuse_drops(report, counts, max_dropped_fraction, settings)
     kept = conversion.kept_rows(counts)
     return rows, kept, replace(report, is_sample=isinstance(dataset, IterableDataset))

@@ -1,15 +1,21 @@
-"""What a data format is: another way to write conversations, recognised in the first rows and read as messages.
+"""What a data format is: another way to write rows or conversations, recognised by its content and read as ours.
+
+A format reads *values*, *rows*, or both. Of values: a column holds conversations that are written otherwise, and each
+becomes messages. Of rows: columns with other names, or answers inside lists, become the columns that are trained on.
 
 Neither torch nor datasets is imported here, nor by a format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from alignkit.parts.discovery import load_part, names_in
+
+Plan = Mapping[str, str]
+"""What a format has found in the first rows: what a column is for it, to the name of that column."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +24,29 @@ class DataFormat:
 
     Attributes:
         name: File stem.
-        summary: One sentence that shows how a value is written.
-        holds: ``(values) -> bool``: whether the first values of a column are written so.
+        summary: One sentence that shows how a row or a value is written.
+        holds: ``(values) -> bool``: whether the first values of a column are written so. None for a format of rows.
         messages: ``(value, index, column, name=...) -> messages`` of one value, null where it is null; raises
             :class:`~alignkit.errors.DataError` with the number of the row, the column and the ``name`` of the rows
             where the value is not clear.
+        columns: Every name of a column that rows of this format may have, in small letters.
+        gives: Our columns that a row becomes, each way it may be.
+        recognise: ``(columns, rows) -> plan``: what the columns of the first rows are, or None where they are not
+            written so; raises ``ValueError`` with the ``column_map`` to write where that is not clear. None for a
+            format of values.
+        convert: ``(row, plan) -> row`` under our names; raises ``ValueError`` with what is wrong with the row.
+        mends: Whether rows that have our names already are looked at too, for values that are written otherwise.
     """
 
     name: str
     summary: str
-    holds: Callable[[Sequence[Any]], bool]
-    messages: Callable[..., Any]
+    holds: Callable[[Sequence[Any]], bool] | None = None
+    messages: Callable[..., Any] | None = None
+    columns: tuple[str, ...] = ()
+    gives: tuple[tuple[str, ...], ...] = ()
+    recognise: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Plan | None] | None = None
+    convert: Callable[[Mapping[str, Any], Plan], dict[str, Any]] | None = None
+    mends: bool = False
 
 
 def format_names() -> list[str]:

@@ -16,6 +16,7 @@ from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.columns import RowFamily
 from alignkit.data.load import load_rows
 from alignkit.data.negative_schema import negative_rows
+from alignkit.data.recognition import said_formats
 from alignkit.data.schema import preference_rows
 from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
@@ -103,14 +104,15 @@ TALK = [message(ROLES[one["from"]], one["value"]) for one in TURNS]
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
 @pytest.mark.parametrize("stored", [False, True], ids=["json", "text"])
-def test_sharegpt_conversations_are_read_where_the_advice_leads(
+def test_sharegpt_conversations_are_read_as_messages(
     write_jsonl: Write, tokenizer: PreTrainedTokenizerFast, streaming: bool, stored: bool
 ) -> None:
     path = write_jsonl("talks.jsonl", [{"conversations": json.dumps(TURNS) if stored else TURNS}] * 2)
-    assert "Write column_map: {messages: conversations}" in refusal(path, supervised_rows())
-    column_map = {"messages": "conversations"}
-    loaded = load_rows(path, family=supervised_rows(), column_map=column_map, streaming=streaming)
-    assert [row["messages"] for row in loaded] == [TALK] * 2
+    mapped = load_rows(path, family=supervised_rows(), column_map={"messages": "conversations"}, streaming=streaming)
+    loaded = load_rows(path, family=supervised_rows(), streaming=streaming)
+    assert list(loaded) == list(mapped) == [{"messages": TALK}] * 2
+    assert said_formats(loaded) == (f"sharegpt (conversations): {path}",)
+    assert said_formats(mapped) == (f"sharegpt (messages): {path}",)
     rows, _ = to_supervised_rows(loaded, tokenizer, max_length=None)
     assert next(iter(rows))["input_ids"] == list(tokenizer.apply_chat_template(TALK, return_dict=False))
 
@@ -118,9 +120,9 @@ def test_sharegpt_conversations_are_read_where_the_advice_leads(
 def test_sharegpt_pairs(write_jsonl: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"conversations": TURNS[:2], "chosen": TURNS[2], "rejected": turn("gpt", "5")}
     path = write_jsonl("pairs.jsonl", [row])
-    assert "column_map: {prompt: conversations}" in refusal(path, preference_rows(2))
-    loaded = load_rows(path, family=preference_rows(2), column_map={"prompt": "conversations"})
-    assert loaded[0] == {"prompt": TALK[:2], "chosen": [TALK[2]], "rejected": [message("assistant", "5")]}
+    mapped = load_rows(path, family=preference_rows(2), column_map={"prompt": "conversations"})
+    loaded = load_rows(path, family=preference_rows(2))
+    assert loaded[0] == mapped[0] == {"prompt": TALK[:2], "chosen": [TALK[2]], "rejected": [message("assistant", "5")]}
     rows, _ = to_candidate_rows(loaded, tokenizer, max_length=None, num_candidates=2)
     assert tokenizer.decode(rows[0]["completion_ids"][1]) == "5<|endoftext|>"
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignkit.data.formats._conversations import COLUMNS, GIVES, convert_spelled, recognise_spelled
+from alignkit.data.formats._reading import Plan, Rows, parsed, turns_of
 from alignkit.errors import DataError
 from alignkit.parts.data_format import DataFormat
-
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-"""Those who speak, of whom it is clear what they are here."""
 
 
 def holds_turns(values: Sequence[Any]) -> bool:
@@ -18,8 +17,8 @@ def holds_turns(values: Sequence[Any]) -> bool:
     Args:
         values: The first values of the column.
     """
-    found = [turn for value in values if value is not None for turn in _turns(value)]
-    return bool(found) and all(isinstance(turn, Mapping) and {"from", "value"} <= set(turn) for turn in found)
+    found = [value for value in values if value is not None]
+    return bool(found) and all(map(_is_spelled, found))
 
 
 def messages_of_turns(value: Any, index: int, column: str, name: str) -> Any:
@@ -35,27 +34,35 @@ def messages_of_turns(value: Any, index: int, column: str, name: str) -> Any:
     """
     if value is None:
         return None
-    messages = []
-    for turn in _turns(value):
-        speaker = turn.get("from") if isinstance(turn, Mapping) else None
-        if speaker not in ROLES:
-            advice = (
-                f"known are {', '.join(ROLES)}. Write such rows as messages, {{role, content}}, with the roles of the "
-                "model's chat template (tool calls stand in tool_calls)"
-            )
-            problem = f"row {index}: {column} has a turn that is from {speaker!r}; {advice}"
-            raise DataError(f"{name}: turns that are not clear", [problem])
-        messages.append({"role": ROLES[speaker], "content": turn.get("value")})
-    return messages
+    try:
+        return turns_of(value)
+    except ValueError as error:
+        raise DataError(f"{name}: turns that are not clear", [f"row {index}: {column} has {error}"]) from error
 
 
-def _turns(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else [value]
+def recognise(columns: Sequence[str], rows: Rows) -> Plan | None:
+    """The column of such turns, and what stands beside it, or None."""
+    return recognise_spelled(columns, rows, lambda value: _is_spelled(parsed(value)))
+
+
+def convert(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The row as messages, or as a prompt of messages with two answers."""
+    return convert_spelled(row, plan)
+
+
+def _is_spelled(value: Any) -> bool:
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(isinstance(turn, Mapping) and {"from", "value"} <= set(turn) for turn in turns)
 
 
 FORMAT = DataFormat(
     name="sharegpt",
-    summary='Turns as ShareGPT writes them, {"from": "human", "value": "..."}.',
+    summary='Turns as ShareGPT writes them, {"from": "human", "value": "..."}, in conversations, with system, or with '
+    "chosen and rejected turns as LLaMA-Factory writes them; function_call and observation become tool messages.",
     holds=holds_turns,
     messages=messages_of_turns,
+    columns=COLUMNS,
+    gives=GIVES,
+    recognise=recognise,
+    convert=convert,
 )
