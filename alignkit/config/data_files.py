@@ -14,6 +14,7 @@ from alignkit.config.data_peek import DataFault, Head, peek, peek_saved
 from alignkit.config.model_files import has_similar_entry, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
+from alignkit.data.foreign_rows import recognise_rows, row_as_ours
 from alignkit.data.paths import FORMATS, format_of, is_pattern, matched_files
 from alignkit.errors import DataError
 from alignkit.parts.shape import shapes_by_program
@@ -140,12 +141,13 @@ def _check_columns(
     if missing:
         return
     columns, rows = _renamed(head, column_map)
-    first = {column: value for column, value in rows[0].items() if column in family.columns}
-    if settings.values.get("apply_chat_template") and (problem := plain_prompt_problem(columns, first)):
-        settings.report("apply_chat_template", f"cannot be done to {name}: {problem}", family.expected)
-        return
     try:
-        family.detect(columns, rows, name=name)
+        columns, rows = _as_ours(columns, rows, family, name)
+        first = {column: value for column, value in rows[0].items() if column in family.columns}
+        if settings.values.get("apply_chat_template") and (problem := plain_prompt_problem(columns, first)):
+            settings.report("apply_chat_template", f"cannot be done to {name}: {problem}", family.expected)
+        else:
+            family.detect(columns, rows, name=name)
     except DataError as error:
         for problem in error.problems:
             settings.report(key, f"({name}): {problem.rstrip('.')}", family.expected)
@@ -157,3 +159,15 @@ def _renamed(head: Head, column_map: Mapping[str, str]) -> tuple[list[str], list
     names = {column: ours.get(column, column) for column in head.columns if column in ours or column not in column_map}
     rows = [{name: row.get(column) for column, name in names.items()} for row in head.rows]
     return list(names.values()), rows
+
+
+def _as_ours(
+    columns: list[str], rows: list[dict[str, Any]], family: RowFamily, name: str
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows as the loader would read them where they are written in a format of others."""
+    found = recognise_rows(columns, rows, family, name)
+    if found is None:
+        return columns, rows
+    read = [row | row_as_ours(row, index, found.form, found.plan, name) for index, row in enumerate(rows)]
+    unused = set() if family.keeps_others else {*found.plan.values()} - {*family.columns}
+    return list(dict.fromkeys([*found.given, *(column for column in columns if column not in unused)])), read

@@ -17,10 +17,11 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from alignkit.data.columns import LIST_REWARD_COLUMNS, PAIR_REWARD_COLUMNS, RowFamily, listed_columns, nearest_name
+from alignkit.data.foreign_rows import format_columns
 from alignkit.data.json_values import map_values, without_filled_nulls
 from alignkit.data.mixture import mix
 from alignkit.data.readers import Source, first_rows, is_csv, list_of_cell, open_source
-from alignkit.data.recognition import as_our_rows, format_columns, say_format
+from alignkit.data.recognition import as_our_rows, say_format
 from alignkit.data.schema import preference_rows
 from alignkit.errors import DataError
 from alignkit.json_text import parse_json

@@ -263,7 +263,8 @@ ONLINE = {
         {"column_map": {"prompt": "question", "answer": "solution"}},
         [],
     ),
-    "gsm8k": ([{"question": "a", "answer": "b"}], {}, ["Write column_map: {prompt: question}"]),
+    "gsm8k": ([{"question": "a", "answer": "b"}], {}, []),
+    "a prompt of another name": ([{"topic": "a", "answer": "b"}], {}, ["column 'prompt' is missing"]),
     "a column of the rewards": (
         [{"prompt": "a", "solution": "b"}],
         {},

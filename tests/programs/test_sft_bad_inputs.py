@@ -49,8 +49,8 @@ BAD_CONFIGS = (
     Bad(
         "misnamed columns",
         {"data": "named.jsonl"},
-        (r"column_map: \{prompt: question\}", r"column_map: \{completion: answer\}"),
-        rows_in("named.jsonl", [{"question": "w1", "answer": "w2"}] * 3),
+        (r"column_map: \{prompt: question, completion: answer\} or \{prompt: question, completion: solution\}",),
+        rows_in("named.jsonl", [{"question": "w1", "answer": "w2", "solution": "w3"}] * 3),
     ),
     Bad(
         "a map to a column that is not there",
