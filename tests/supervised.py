@@ -82,7 +82,7 @@ def token_rows(rows: list[dict[str, Any]], max_length: int | None = None, **trai
 def make(output_dir: Path, rows: Dataset, peft: bool = False, **changes: Any) -> SupervisedTrainer:
     """Our trainer; padded, as TRL's, where no layout is given."""
     inherited = {key: changes.pop(key) for key in ("eval_dataset", "model", "peft_config", "layout") if key in changes}
-    method = load_method("sft")
+    method = load_method(changes.pop("method", "sft"))
     return SupervisedTrainer(
         inherited.pop("model", None) or model(),
         arguments(output_dir, **changes),

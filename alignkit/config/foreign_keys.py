@@ -307,7 +307,7 @@ METHODS: Mapping[str, str] = {
     **dict.fromkeys(("kto", "bco", "bco_pair", "kto_pair"), "alignkit has no KTO or BCO; d2o learns from rejected "
                     "answers alone"),
     **dict.fromkeys(("slic", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "aot", "aot_pair",
-                     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sppo_hard", "chunked_nll", "dft", "wpo"),
+                     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sppo_hard", "chunked_nll", "wpo"),
                     "alignkit has no such loss; dpo and flex_dpo are nearest"),
     **dict.fromkeys(("rm", "reward", "prm", "gkd", "distillation"), "alignkit has no reward models, no distillation"),
 }  # fmt: skip

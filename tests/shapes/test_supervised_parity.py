@@ -67,6 +67,20 @@ def test_every_step_is_bitwise_that_of_trl(kind: str, name: str, tmp_path: Path)
     assert logged(ours, "loss/nll") == pytest.approx(logged(ours, "loss"), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_step_of_dft_is_bitwise_that_of_trl(kind: str, tmp_path: Path) -> None:
+    how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    theirs = make_peer(tmp_path / "theirs", completions(), kind == "lora", loss_type="dft", **how)
+    theirs.train()
+    ours = make(tmp_path / "ours", token_rows(completions()), kind == "lora", method="dft", **how)
+    ours.train()
+    assert len(logged(ours, "loss")) == 6 and max(logged(ours, "grad_norm")) > 0.01
+    for key in ("loss", "grad_norm", "num_tokens"):
+        assert logged(ours, key) == logged(theirs, key), key
+    assert torch.equal(flat_weights(ours.model), flat_weights(theirs.model))
+    assert logged(ours, "dft/probability")[0] < 0.1, "of an untrained model every token is unlikely"
+
+
 def test_the_cases_differ(tmp_path: Path) -> None:
     """Guards the test above: no option is without effect on what is trained."""
     losses = set()
