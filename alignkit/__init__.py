@@ -60,10 +60,12 @@ if TYPE_CHECKING:
     from alignkit.reports.held_out import pass_at_k as pass_at_k
     from alignkit.rewards import ChosenReward as ChosenReward
     from alignkit.rewards import load_rewards as load_rewards
-    from alignkit.runs.run import train_online as train_online
-    from alignkit.runs.run import train_preference as train_preference
-    from alignkit.runs.run import train_router as train_router
-    from alignkit.runs.run import train_sft as train_sft
+    from alignkit.runs.python import Run as Run
+    from alignkit.runs.python import prepare as prepare
+    from alignkit.runs.python import train_online as train_online
+    from alignkit.runs.python import train_preference as train_preference
+    from alignkit.runs.python import train_router as train_router
+    from alignkit.runs.python import train_sft as train_sft
     from alignkit.shapes._candidates import PreferenceTrainer as PreferenceTrainer
     from alignkit.shapes._policy_trainer import OnlineTrainer as OnlineTrainer
     from alignkit.shapes._routed import RoutedTrainer as RoutedTrainer
@@ -133,7 +135,7 @@ _PUBLIC = {
     "alignkit.parts.method": ("Method", "load_method", "method_names"),
     "alignkit.reports.held_out": ("pass_at_k",),
     "alignkit.rewards": ("ChosenReward", "load_rewards"),
-    "alignkit.runs.run": ("train_online", "train_preference", "train_router", "train_sft"),
+    "alignkit.runs.python": ("Run", "prepare", "train_online", "train_preference", "train_router", "train_sft"),
 }
 _FORMER = {"SFTConfig": "SupervisedConfig"}
 """Names that were public once, and what they are called now."""

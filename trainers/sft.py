@@ -18,7 +18,7 @@ def main() -> None:
     loaded = parse_program_arguments("sft", sys.argv[1:])
 
     # Torch and the Hugging Face libraries are imported here, once the configuration is known to be right.
-    from alignkit.runs.run import train_sft
+    from alignkit.runs.python import train_sft
 
     train_sft(loaded)
 

@@ -32,6 +32,11 @@ WRITE: Mapping[str, str] = {
     "chat_template_path": "chat_template",
     "chat_template_jinja": "chat_template (the path of a file)",
     "custom_template": "chat_template (the path of a file)",
+    "tokenizer_config": "tokenizer",
+    "tokenizer_name": "tokenizer",
+    "tokenizer_name_or_path": "tokenizer",
+    "tokenizer_path": "tokenizer",
+    "processing_class": "tokenizer",
     "template": "chat_template (the path of a Jinja file; null takes the tokenizer's own)",
     # --- parametrization ---
     "use_peft": "parametrization: lora",

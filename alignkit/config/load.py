@@ -12,7 +12,7 @@ from alignkit.config.check import build_config, flatten, in_force
 from alignkit.config.keys import Key, base_keys, keys_that, method_keys, option_keys, program_methods, rule_keys
 from alignkit.config.overrides import UNSET, read_overrides
 from alignkit.config.recipes import find_recipe
-from alignkit.config.settings import COMMAND_LINE, DEFAULT, Entry, Origin, Settings
+from alignkit.config.settings import COMMAND_LINE, DEFAULT, KEYWORD, Entry, Origin, Settings
 from alignkit.config.values import show
 from alignkit.config.yaml_file import read_entries
 from alignkit.parts.rule import rule_names
@@ -25,7 +25,7 @@ class LoadedConfig:
 
     Attributes:
         config: The values, an instance of the program's config class.
-        sources: Key to ``default``, ``c.yaml:12`` or ``command line``.
+        sources: Key to ``default``, ``c.yaml:12``, ``command line`` or ``keyword``.
         taken_back: What the file says and the command line has made moot, a line each.
     """
 
@@ -63,20 +63,26 @@ class LoadedConfig:
 
 
 def load_config(
-    program: str, path: str | Path | None, overrides: Sequence[str] = (), *, check_files: bool = True
+    program: str,
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    keywords: Mapping[str, Any] | None = None,
+    check_files: bool = True,
 ) -> LoadedConfig:
     """Read and check a configuration.
 
     Args:
         program: Launch program, such as ``preference``.
-        path: YAML file or name of a shipped recipe; None to take everything from ``overrides``.
+        path: YAML file or name of a shipped recipe; None to take everything from ``overrides`` or ``keywords``.
         overrides: Words of the command line: ``--key value``, ``--key=value``, ``--switch``.
+        keywords: Keys with their values, as a Python program gives them; they win over the file.
         check_files: Also look at the files, folders and Python packages that the config asks for.
 
     Raises:
         ConfigError: Lists every problem, each with its place and what to write instead.
     """
-    settings = Settings(program, Origin(COMMAND_LINE), {})
+    settings = Settings(program, Origin(COMMAND_LINE if keywords is None else KEYWORD), {})
     headline = "the configuration cannot work"
     if path is not None:
         file = find_recipe(str(path))
@@ -92,6 +98,8 @@ def load_config(
             settings.nulled.add(key)
         else:
             settings.entries[key] = entry
+    for index, (key, value) in enumerate((keywords or {}).items()):
+        settings.entries[key] = Entry(_as_in_yaml(value), Origin(KEYWORD, (1, index)))
     _expand_home(settings.entries)
     config = build_config(settings, headline, check_files=check_files)
     sources = {key: settings.source(key) for key in flatten(config)}
@@ -117,6 +125,13 @@ def _display(file: Path) -> str:
     """``file`` as it is called in messages: relative to the working directory where it lies below."""
     absolute = file.absolute()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(file)
+
+
+def _as_in_yaml(value: Any) -> Any:
+    """What a YAML file would hold in place of a path or a tuple."""
+    if isinstance(value, Path):
+        return str(value)
+    return [_as_in_yaml(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _expand_home(entries: dict[str, Entry]) -> None:

@@ -43,6 +43,8 @@ def check_model_files(settings: Settings) -> None:
     _check_positions(settings)
     if settings.values.get("adapter") is not None:
         _check_adapter(settings, Path(settings.values["adapter"]))
+    if settings.values.get("tokenizer") is not None:
+        _check_tokenizer(settings, Path(settings.values["tokenizer"]))
     template = settings.values.get("chat_template")
     if template is not None and not Path(template).is_file():
         settings.report("chat_template", "is not an existing file", nearest_entry(Path(template)))
@@ -80,6 +82,16 @@ def _model_faults(path: Path) -> Iterator[tuple[str, str]]:
         yield "has no weights (*.safetensors)", "Write a folder made by save_pretrained, or a Hub id"
     if not _any_file(path, _TOKENIZER):
         yield "has no tokenizer", f"Save the tokenizer beside the model: tokenizer.save_pretrained('{path}')"
+
+
+def _check_tokenizer(settings: Settings, path: Path) -> None:
+    if path.is_dir():
+        if not _any_file(path, _TOKENIZER):
+            settings.report("tokenizer", "has no tokenizer", f"Save one there: tokenizer.save_pretrained('{path}')")
+    elif path.exists():
+        settings.report("tokenizer", "is a file", "Write the folder that save_pretrained made, or a Hub id")
+    elif not is_hub_id(str(path)) or has_similar_entry(path):
+        settings.report("tokenizer", "is a path that does not exist", f"{nearest_entry(path)} A Hub id is owner/name")
 
 
 def _check_quantization(settings: Settings) -> None:

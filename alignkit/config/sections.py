@@ -65,6 +65,12 @@ class ModelSection(Section):
         source=TRL,
         passes_to_trainer=True,
     )
+    tokenizer: str | None = option(
+        None,
+        help="Directory or Hub id of a tokenizer to use in place of the model's, or of that of the adapter that is "
+        "continued.",
+        is_path=True,
+    )
     chat_template: str | None = option(
         None, help="Path of a Jinja file to use in place of the tokenizer's chat template.", is_path=True
     )

@@ -13,6 +13,8 @@ from alignkit.parts.rule import rule_names
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
+KEYWORD = "keyword"
+"""A keyword of a Python call."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Origin:
     """Where something was written.
 
     Attributes:
-        label: ``c.yaml:12`` or ``command line``.
-        order: Sorts problems: the file by line, then the command line, then the rest.
+        label: ``c.yaml:12``, ``command line`` or ``keyword``.
+        order: Sorts problems: the file by line, then the command line or the keywords, then the rest.
     """
 
     label: str
@@ -111,8 +113,8 @@ class Settings:
             self.values[key] = self.keys[key].default
 
     def is_overridden(self, key: str) -> bool:
-        """Whether the command line says what ``key`` is, or takes it back to its default."""
-        return key in self.nulled or self.source(key) == COMMAND_LINE
+        """Whether the command line or a keyword says what ``key`` is, or takes it back to its default."""
+        return key in self.nulled or self.source(key) in (COMMAND_LINE, KEYWORD)
 
     def report(self, key: str, why: str, fix: str) -> None:
         """Add a problem with the value of ``key``."""

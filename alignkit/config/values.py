@@ -36,7 +36,7 @@ def show(value: Any) -> str:
     try:
         text = dump_yaml(value, one_line=True)
     except yaml.YAMLError:  # a Python object, such as a Path, passed to the dataclass
-        text = repr(value)
+        text = " ".join(repr(value).split())
     text = without_secrets(text)  # before it is cut, which may leave half of one
     return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 4]} ..."
 

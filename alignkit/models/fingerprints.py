@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from alignkit.errors import ModelError
@@ -121,8 +121,13 @@ def base_fingerprint(
         types[kind] += 1
         exact.update(f"{name} {shape} {kind}".encode() + raw)
         rounded.update(f"{name} {shape}".encode() + _as_bfloat16(raw, kind))
-    effective = dict(_effective(config.to_dict()))
-    return BaseFingerprint(exact.hexdigest(), rounded.hexdigest(), dict(sorted(types.items())), effective)
+    types_found, effective = dict(sorted(types.items())), computing_config(config)
+    return BaseFingerprint(exact.hexdigest(), rounded.hexdigest(), types_found, effective)
+
+
+def computing_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """Entries of a config that change what the model computes outside training, nested ones as ``a.b``."""
+    return dict(_effective(config.to_dict()))
 
 
 def read_origin(directory: Path) -> dict[str, Any] | None:

@@ -40,7 +40,19 @@ def plot_run(
         marks: Labelled steps, such as the verdicts of the health monitor, drawn as vertical lines.
         panels: What may be drawn, three in a row; the last one always is.
     """
-    entries = [with_ratios_per_token(entry) for entry in read_metrics(metrics_path)]
+    write_whole(output_path, drawn(read_metrics(metrics_path), title=title, marks=marks, panels=panels))
+
+
+def drawn(
+    log: Sequence[Entry], *, title: str | None = None, marks: Mapping[str, int] | None = None, panels: Sequence[Panel]
+) -> bytes:
+    """The figure of a run as PNG.
+
+    Args:
+        log: Lines of ``metrics.jsonl``.
+        title, marks, panels: As for :func:`plot_run`.
+    """
+    entries = [with_ratios_per_token(entry) for entry in log]
     shown = panels_of_log(panels, entries)
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
@@ -59,7 +71,7 @@ def plot_run(
     figure.suptitle("\n".join(filter(None, [title, _legend(entries, marks or {})])), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_whole(output_path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def panels_of_log(panels: Sequence[Panel], entries: Sequence[Entry]) -> list[Panel]:

@@ -118,14 +118,13 @@ def _report(
     )
     page = write_page(directory.path)
     marks = {verdict["name"]: verdict["step"] for verdict in health["verdicts"]}
-    figure = {"title": f"{config.method} on {config.model}", "panels": shapes_by_program()[config.program].panels}
     directory.manifest.claim(directory.plot_path.name, directory.card_path.name)
-    plot_run(directory.metrics_path, directory.plot_path, marks=marks, **figure)
+    plot_run(directory.metrics_path, directory.plot_path, marks=marks, **figure_of(config))
     loads = draw_loads(directory.path)
     location = config.hub_model_id if config.push_to_hub else str(directory.path)
     write_whole(directory.card_path, render_card(content_of_run(directory.sections(), location)))
     directory.record(status="finished")
-    print(_summary(directory, results, samples, best, is_result=config.load_best_model_at_end))
+    print(summary(directory))
     if loads is not None:
         print(f"  tokens by layer and expert: {loads.name}")
     if page is not None:
@@ -136,21 +135,27 @@ def _report(
         print(f"uploaded to {url}")
 
 
+def figure_of(config: Any) -> dict[str, Any]:
+    """Title and panels of the figure of a run."""
+    panels = shapes_by_program()[config.program].panels
+    return {"title": f"{config.method} on {config.model}", "panels": panels}
+
+
 def _evaluate(trainer: Trainer, step: int) -> dict[str, float]:
     """Figures of the held-out rows by the weights of a step, which the model has; computed if they are not logged."""
     if trainer.eval_dataset is None:
         return {}
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
-    return _metrics(logged[-1] if logged else trainer.evaluate())
+    return metrics_of(logged[-1] if logged else trainer.evaluate())
 
 
 def _before_training(trainer: Trainer) -> dict[str, float]:
     """What was found before the first step; empty where no rows are held out."""
     found = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == 0]
-    return _metrics(found[0]) if found else {}
+    return metrics_of(found[0]) if found else {}
 
 
-def _metrics(logged: Mapping[str, float]) -> dict[str, float]:
+def metrics_of(logged: Mapping[str, float]) -> dict[str, float]:
     """An evaluation as it was logged, without prefix, clock times and place in the run."""
     kept = {key.removeprefix("eval_"): value for key, value in logged.items() if not key.endswith(TIMINGS)}
     return {key: value for key, value in kept.items() if key not in ("epoch", "step")}
@@ -223,22 +228,17 @@ def _value(results: Mapping[str, float], key: str) -> str:
     return f"{results[key]:.4g}{interval}"
 
 
-def _summary(
-    directory: RunDirectory,
-    results: Mapping[str, Mapping[str, float]],
-    samples: list[dict[str, Any]],
-    best: Mapping[str, Any] | None,
-    *,
-    is_result: bool,
-) -> str:
-    lines = []
-    if results["after"]:
-        lines.append(held_out_line(results["before"], results["after"]))
-    if best is not None:
+def summary(directory: RunDirectory) -> str:
+    """What a finished run has come to, from its ``run.json``: held-out rows, best checkpoint, samples and files."""
+    recorded, lines = directory.sections(), []
+    if recorded["results"]:
+        lines.append(held_out_line(recorded["results_before"], recorded["results"]))
+    if (best := recorded.get("best")) is not None:
         (metric,) = best.keys() - {"step", "checkpoint"}
+        is_result = recorded["config"]["load_best_model_at_end"]["value"]
         what = f"best {metric}: {best[metric]:.4g} at step {best['step']}, kept as {best['checkpoint']}"
         lines.append(what + (", which is the result" if is_result else ""))
-    for sample in samples:
+    for sample in recorded["samples"]:
         lines.append(f"sample: {sample['prompt']!r}\n     -> {sample['text']!r}{_remarks(sample)}")
     lines.append(f"run directory: {directory.path}")
     lines.append(

@@ -61,21 +61,25 @@ def _has_come_to_nothing(path: Path) -> bool:
     return not is_finished and not any(path.glob("*.safetensors"))
 
 
-def how_to_go_on(directory: RunDirectory, command: Sequence[str], *, resume: bool | str) -> str:
+def how_to_go_on(directory: RunDirectory, command: Sequence[str] | None, *, resume: bool | str) -> str:
     """What to say about a run that was stopped: the command that continues it.
 
     Args:
         directory: The run.
-        command: The words of the program's command line, as in ``sys.argv``.
+        command: The words of the program's command line, as in ``sys.argv``; None where Python called.
         resume: The key of that name, as it was given.
     """
     checkpoint = directory.last_complete_checkpoint()
     launched = "accelerate launch ... " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "python "
     if resume == AUTO:
-        again = f"the same command goes on from {checkpoint}" if checkpoint else "the same command starts it again"
-        return f"{again} (resume: auto):\n  {launched}{shlex.join(command)}"
+        again = f"goes on from {checkpoint}" if checkpoint else "starts it again"
+        if command is None:
+            return f"the same call {again} (resume: auto)"
+        return f"the same command {again} (resume: auto):\n  {launched}{shlex.join(command)}"
     if checkpoint is None:
         return "stopped before the first checkpoint was complete; there is nothing to continue from"
+    if command is None:
+        return f"to continue from {checkpoint}, make the same call with resume=True"
     words = [command[0], *_without(command[1:], {"resume", "overwrite"}), "--resume"]
     return f"to continue from {checkpoint}:\n  {launched}{shlex.join(words)}"
 

@@ -80,25 +80,30 @@ def prepare_rows(
 
 
 def load_tokenizer(config: ProgramConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, or that of the adapter that is continued, with the config's chat template if any.
+    """The tokenizer that the config names, or that of the adapter that is continued, or the model's.
 
-    The adapter's knows the tokens and the template it was trained with.
+    The adapter's knows the tokens and the template it was trained with. The config's chat template is put in its place.
 
     Raises:
         ModelError: There is none, or it has no end-of-sequence token.
     """
     adapter = None if config.adapter is None else read_adapter(config.adapter)
-    from_adapter = adapter is not None and adapter.has_tokenizer
+    if config.tokenizer is not None:
+        source, revision = config.tokenizer, None
+    elif adapter is not None and adapter.has_tokenizer:
+        source, revision = config.adapter, None
+    else:
+        source, revision = config.model, config.model_revision
     tokenizer = loading.load_tokenizer(
-        config.adapter if from_adapter else config.model,
-        revision=None if from_adapter else config.model_revision,
+        source,
+        revision=revision,
         chat_template=None if config.chat_template is None else Path(config.chat_template),
         trust_remote_code=config.trust_remote_code,
     )
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer of {config.model!r} has no eos_token, so the model could never learn to stop. Give it one "
-            f"and save it: tokenizer.eos_token = '</s>'; tokenizer.save_pretrained({config.model!r})"
+            f"the tokenizer of {source!r} has no eos_token, so the model could never learn to stop. Give it one "
+            f"and save it: tokenizer.eos_token = '</s>'; tokenizer.save_pretrained({source!r})"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

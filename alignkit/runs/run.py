@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer
 
@@ -10,7 +13,7 @@ from alignkit.config import LoadedConfig
 from alignkit.config.base import ProgramConfig
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, option_keys
-from alignkit.config.settings import DEFAULT
+from alignkit.config.settings import DEFAULT, KEYWORD
 from alignkit.errors import Stopped
 from alignkit.gradients._hook import chosen_rule
 from alignkit.models.choices import Choice
@@ -28,79 +31,8 @@ from alignkit.runs.resumption import settled
 from alignkit.runs.rows import PreparedData, load_tokenizer, prepare_rows
 from alignkit.shapes._kernel_choice import take_kernels
 
-if TYPE_CHECKING:
-    from alignkit.shapes._candidates import PreferenceTrainer
-    from alignkit.shapes._policy_trainer import OnlineTrainer
-    from alignkit.shapes._routed import RoutedTrainer
-    from alignkit.shapes._tokens import SupervisedTrainer
-    from alignkit.shapes.candidates import PreferenceConfig
-    from alignkit.shapes.policy import OnlineConfig
-    from alignkit.shapes.routed import RouterConfig
-    from alignkit.shapes.tokens import SupervisedConfig
-
-
-def train_preference(config: PreferenceConfig | LoadedConfig) -> PreferenceTrainer:
-    """Train on preferences as the configuration says.
-
-    Args:
-        config: A :class:`~alignkit.shapes.candidates.PreferenceConfig`, or a loaded one; see :func:`train`.
-
-    Returns:
-        The trainer after training.
-
-    Raises:
-        AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
-    """
-    trainer: PreferenceTrainer = train(config)
-    return trainer
-
-
-def train_sft(config: SupervisedConfig | LoadedConfig) -> SupervisedTrainer:
-    """Train on supervised rows as the configuration says.
-
-    Args:
-        config: A :class:`~alignkit.shapes.tokens.SupervisedConfig`, or a loaded one; see :func:`train`.
-
-    Returns:
-        The trainer after training.
-
-    Raises:
-        AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
-    """
-    trainer: SupervisedTrainer = train(config)
-    return trainer
-
-
-def train_online(config: OnlineConfig | LoadedConfig) -> OnlineTrainer:
-    """Train on completions that are drawn and rewarded while training, as the configuration says.
-
-    Args:
-        config: An :class:`~alignkit.shapes.policy.OnlineConfig`, or a loaded one; see :func:`train`.
-
-    Returns:
-        The trainer after training.
-
-    Raises:
-        AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
-    """
-    trainer: OnlineTrainer = train(config)
-    return trainer
-
-
-def train_router(config: RouterConfig | LoadedConfig) -> RoutedTrainer:
-    """Train on completions and on the routing of their prompts, as the configuration says.
-
-    Args:
-        config: A :class:`~alignkit.shapes.routed.RouterConfig`, or a loaded one; see :func:`train`.
-
-    Returns:
-        The trainer after training.
-
-    Raises:
-        AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
-    """
-    trainer: RoutedTrainer = train(config)
-    return trainer
+PYTHON = "python"
+"""Source of a value that stands in a configuration made in Python."""
 
 
 def train(given: ProgramConfig | LoadedConfig) -> Any:
@@ -118,43 +50,101 @@ def train(given: ProgramConfig | LoadedConfig) -> Any:
     Raises:
         AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
     """
-    loaded = given if isinstance(given, LoadedConfig) else _from_python(given)
-    resume = loaded.config.resume
-    loaded = settled(loaded)
-    config: Any = loaded.config
-    shape = shapes_by_program()[config.program]
-    bridge = load_bridge(shape)
-    ranks = Ranks.join(config.ddp_timeout)
-    ranks.compare("launched with", lambda: launched_with(loaded))
-    with StopRequest().heard() as request:
-        directory = steps.open_run_directory(loaded)
-        failures = steps.failures_recorded(directory, resume=resume)
-        with failures, ranks.losses_named(lambda status: directory.record(status=status)):
-            ranks.connect(use_cpu=config.use_cpu)
-            choices = steps.choices_before(directory, ranks, resume=bool(config.resume))
-            config = fitted(config, choices)
-            preparation = load_method(config.method).preparation(config)
-            args = training_arguments(config, bridge, choices)
-            preparation.check_launch()
-            check_metric(config, {**bridge.METRICS, **load_method(config.method).metrics})
-            ranks.check_world_size(args.world_size)
-            tokenizer = load_tokenizer(config)
-            others = bridge.other_models(config)
-            for key, path in others.items():
-                check_other(config, tokenizer, key, path)
-            data = prepare_rows(config, args, tokenizer, bridge, preparation, directory)
-            check_length(config, args, data.train, bridge)
-            origin.record_origin(config, tokenizer, data, others, directory, ranks)
-            trainer = _trainer(config, args, tokenizer, data, preparation, directory, choices)
-            trainer.add_callback(StopWhenAsked(request))
-            try:
-                steps.train(config, trainer, directory)
-            finally:
-                request.training = False
-            if request.signal is not None:
-                raise Stopped(request.signal)
-            results.finish(loaded, trainer, data.prompts, directory)
-    return trainer
+    run = RunSteps(loaded_from(given))
+    run.take_all()
+    return run.trainer
+
+
+class RunSteps:
+    """The steps of a run: :meth:`open`, :meth:`load`, :meth:`train` and :meth:`finish`, each once and in this order.
+
+    All but the first are taken inside :meth:`recorded`. The processes of a launch meet when it is made.
+
+    Args:
+        given: The configuration.
+    """
+
+    directory: RunDirectory
+    tokenizer: PreTrainedTokenizerBase
+    preparation: Preparation
+    data: PreparedData
+    trainer: Any
+
+    def __init__(self, given: LoadedConfig) -> None:
+        self._resume = given.config.resume
+        self.loaded = settled(given)
+        self.config: Any = self.loaded.config
+        self.bridge = load_bridge(shapes_by_program()[self.config.program])
+        self._ranks = Ranks.join(self.config.ddp_timeout)
+        self._ranks.compare("launched with", lambda: launched_with(self.loaded))
+
+    def take_all(self) -> None:
+        """A run from top to bottom."""
+        with StopRequest().heard() as request:
+            self.open()
+            with self.recorded():
+                self.load()
+                self.train(request)
+                self.finish()
+
+    def open(self) -> None:
+        """Make the run directory, or open it again."""
+        self.directory = steps.open_run_directory(self.loaded)
+
+    @contextlib.contextmanager
+    def recorded(self, *, goes_on: bool = False) -> Iterator[None]:
+        """Errors and signals inside are left in run.json, and end the run.
+
+        Args:
+            goes_on: Whether more steps are to come after the block.
+        """
+        directory = self.directory
+        called = any(source.startswith((KEYWORD, PYTHON)) for source in self.loaded.sources.values())
+        command = None if called else sys.argv
+        failures = steps.failures_recorded(directory, command, resume=self._resume, goes_on=goes_on)
+        with failures, self._ranks.losses_named(lambda status: directory.record(status=status)):
+            yield
+
+    def load(self) -> None:
+        """Look at the data, load the models, and put the trainer together."""
+        ranks, directory, bridge = self._ranks, self.directory, self.bridge
+        ranks.connect(use_cpu=self.config.use_cpu)
+        choices = steps.choices_before(directory, ranks, resume=bool(self.config.resume))
+        self.config = config = fitted(self.config, choices)
+        self.preparation = load_method(config.method).preparation(config)
+        args = training_arguments(config, bridge, choices)
+        self.preparation.check_launch()
+        check_metric(config, {**bridge.METRICS, **load_method(config.method).metrics})
+        ranks.check_world_size(args.world_size)
+        self.tokenizer = load_tokenizer(config)
+        others = bridge.other_models(config)
+        for key, path in others.items():
+            check_other(config, self.tokenizer, key, path)
+        self.data = prepare_rows(config, args, self.tokenizer, bridge, self.preparation, directory)
+        check_length(config, args, self.data.train, bridge)
+        origin.record_origin(config, self.tokenizer, self.data, others, directory, ranks)
+        self.trainer = _trainer(config, args, self.tokenizer, self.data, self.preparation, directory, choices)
+
+    def train(self, request: StopRequest) -> None:
+        """Take the steps of the optimizer.
+
+        Args:
+            request: Hears the signals that ask to stop.
+
+        Raises:
+            Stopped: One did; the step under way has been saved.
+        """
+        self.trainer.add_callback(StopWhenAsked(request))
+        try:
+            steps.train(self.config, self.trainer, self.directory)
+        finally:
+            request.training = False
+        if request.signal is not None:
+            raise Stopped(request.signal)
+
+    def finish(self) -> None:
+        """Save, evaluate and report."""
+        results.finish(self.loaded, self.trainer, self.data.prompts, self.directory)
 
 
 def _trainer(
@@ -191,9 +181,17 @@ def _trainer(
     return trainer
 
 
-def _from_python(config: ProgramConfig) -> LoadedConfig:
+def loaded_from(given: ProgramConfig | LoadedConfig) -> LoadedConfig:
+    """A configuration with the source of every value; one that was made in Python is checked.
+
+    Raises:
+        ConfigError: Lists everything wrong with it.
+    """
+    if isinstance(given, LoadedConfig):
+        return given
+    config = given
     config.validate()
     keys = {**base_keys(config.program), **option_keys(config.method, config.gradient_rule)}
     values = flatten(config)
     unchanged = {name for name in values if not keys[name].required and values[name] == keys[name].default}
-    return LoadedConfig(config, {name: DEFAULT if name in unchanged else "python" for name in values})
+    return LoadedConfig(config, {name: DEFAULT if name in unchanged else PYTHON for name in values})

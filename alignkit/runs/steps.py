@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from alignkit.runs.best import ChecksMetric, EarlyStopping, Ranking
 from alignkit.runs.checkpoints import CheckpointGuard
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.health import HealthMonitor
+from alignkit.runs.live_plot import LivePlot, is_notebook
 from alignkit.runs.origin import OriginRecord
 from alignkit.runs.pickles import check_deepspeed_shards, check_sharded_model, refused_pickle
 from alignkit.runs.process_layout import ProcessLayoutRecorder
@@ -83,22 +83,28 @@ def open_run_directory(loaded: LoadedConfig) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def failures_recorded(directory: RunDirectory, *, resume: bool | str) -> Iterator[None]:
+def failures_recorded(
+    directory: RunDirectory, command: Sequence[str] | None, *, resume: bool | str, goes_on: bool = False
+) -> Iterator[None]:
     """Leave ``status: failed`` in run.json when the run ends with an error, ``stopped`` when a signal ends it.
 
     Args:
-        directory: The run.
+        directory: The run; its lock is given back at the end.
+        command: The words of the command line, as in ``sys.argv``; None where Python called.
         resume: The key of that name as it was given, for the command that goes on.
+        goes_on: Keep the lock where the block ends without an error: the run has more steps to take.
     """
     reserve = Reserve(directory.path, is_main=directory.is_main)
     reserve.hold()
+    keeps_lock = False
     try:
         yield
+        keeps_lock = goes_on
     except Stopped as stopped:
         reserve.release()
         name = signal.Signals(stopped.signal).name
         directory.record(status=f"stopped: {name}")
-        go_on = how_to_go_on(directory, sys.argv, resume=resume) if directory.is_main else ""
+        go_on = how_to_go_on(directory, command, resume=resume) if directory.is_main else ""
         raise Stopped(stopped.signal, go_on and f"stopped by {name}; {go_on}") from None
     except BaseException as error:
         told = storage_error(error, directory.path) or error
@@ -112,7 +118,8 @@ def failures_recorded(directory: RunDirectory, *, resume: bool | str) -> Iterato
         raise
     finally:
         reserve.release()
-        directory.lock.release()
+        if not keeps_lock:
+            directory.lock.release()
 
 
 def choices_before(directory: RunDirectory, ranks: Ranks, *, resume: bool) -> dict[str, Choice]:
@@ -122,13 +129,14 @@ def choices_before(directory: RunDirectory, ranks: Ranks, *, resume: bool) -> di
 
 
 def run_callbacks(config: ProgramConfig, directory: RunDirectory, data: PreparedData) -> list[TrainerCallback]:
-    """The log and the health monitor."""
+    """The log, the health monitor and, in a notebook, the figure."""
     values = in_force(config)
     advised = {key: values[key] for key in ("learning_rate", "router_layers") if key in values}
     settings = asdict(config.method_options) | advised
     if isinstance(data.evaluation, Dataset):
         settings["eval_rows"] = len(data.evaluation)
-    return [MetricsLog(directory.metrics_path), HealthMonitor(settings)]
+    shown = [LivePlot(config, directory)] if is_notebook() else []
+    return [MetricsLog(directory.metrics_path), HealthMonitor(settings), *shown]
 
 
 def introduce(

@@ -18,7 +18,7 @@ from alignkit.models.loading import ModelSource, load_model, load_tokenizer
 from alignkit.parts.method import load_method
 from alignkit.parts.reward import Sample
 from alignkit.rewards.arithmetic import GSM8KAnnotations, GSM8KAnswer
-from alignkit.runs.run import train_online
+from alignkit.runs.python import train_online
 from alignkit.shapes.policy import OnlineConfig
 from gsm8k_pairs import MODEL, SHARED
 
@@ -106,7 +106,7 @@ def train(arm: Arm, seed: int, budget: Budget, directory: Path) -> dict[str, flo
             num_samples=0,
             use_cpu=True,
         )
-    )
+    ).trainer
     return {**measure(trainer.model, budget), **clipping(trainer.state.log_history)}
 
 

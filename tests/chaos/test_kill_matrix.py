@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from alignkit.config import load_config
 from alignkit.parts.method import load_method
-from alignkit.runs.run import train_online, train_preference, train_sft
+from alignkit.runs.python import train_online, train_preference, train_sft
 from alignkit.storage.durability import checkpoint_step, complete_checkpoints
 from tests.chaos import drawing
 from tests.chaos.architectures import ARCHITECTURES, MIXTURES, save_base

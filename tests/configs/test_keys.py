@@ -95,8 +95,8 @@ TRAITS = {
     "success_threshold keep_best bank_dir bank_batch_size gradient_ratio_steps "
     "run_name load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience "
     "early_stopping_threshold",
-    "is_path": "model reference_model helpful_reference_model adapter chat_template output_dir reference_cache "
-    "bank_dir bank_embedder teacher",
+    "is_path": "model tokenizer reference_model helpful_reference_model adapter chat_template output_dir "
+    "reference_cache bank_dir bank_embedder teacher",
 }
 """What each trait means for a run is decided key by key, so a change shows here."""
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from alignkit.errors import AlignkitError, DataError
 from alignkit.objectives._d2o import checked_lists
 from alignkit.objectives.d2o import D2OOptions
-from alignkit.runs.run import train_preference
+from alignkit.runs.python import train_preference
 from alignkit.sampling.engines import HuggingFaceEngine, Request
 from alignkit.sampling.generation import Sample
 from alignkit.shapes.candidates import PreferenceConfig
@@ -41,7 +41,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
 
 def run(config: Mapping[str, Any], **options: Any) -> Any:
     chosen = D2OOptions(**{"num_samples_per_prompt": 2, "sampling_max_new_tokens": 6, **options})
-    return train_preference(PreferenceConfig(**config, method_options=chosen))
+    return train_preference(PreferenceConfig(**config, method_options=chosen)).trainer
 
 
 @pytest.fixture

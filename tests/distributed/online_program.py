@@ -38,7 +38,7 @@ def half_without_spread(prompts: list[str], completions: list[str], **columns: A
 def main() -> None:
     """One run, and what this process has to say of it."""
     loaded = parse_program_arguments("online", sys.argv[1:])
-    from alignkit.runs.run import train_online
+    from alignkit.runs.python import train_online
     from alignkit.shapes._policy_trainer import OnlineTrainer
 
     draw, drawn = OnlineTrainer._generate_single_turn, []
@@ -49,7 +49,7 @@ def main() -> None:
         return stand_ins(prompt_ids, self.num_generations), logps
 
     OnlineTrainer._generate_single_turn = drawn_and_replaced
-    trainer = train_online(loaded)
+    trainer = train_online(loaded).trainer
     found = {
         "drawn": drawn,
         "logged": [entry for entry in trainer.state.log_history if "loss" in entry],

@@ -14,7 +14,7 @@ from alignkit.config import load_config
 from alignkit.models.saved_weights import verify_weights
 from alignkit.parts.method import load_method
 from alignkit.runs import results
-from alignkit.runs.run import train_preference
+from alignkit.runs.python import train_preference
 from tests.programs.conftest import CONFIG, save_model, write_rows
 from tests.programs.launching import Ended, Launcher, read_lines, run_json, write_config
 

@@ -21,7 +21,7 @@ from alignkit.parts.method import load_method
 from alignkit.references import _cache, choosing
 from alignkit.references._reference import Reference
 from alignkit.references.choosing import LEAST_GAIN, RunData
-from alignkit.runs.run import train_preference
+from alignkit.runs.python import train_preference
 from tests.programs.conftest import pairs, save_model
 from tests.shapes.building import build, config_of
 from tests.trainers import flat_weights, logged
@@ -297,12 +297,12 @@ def test_a_run_says_what_it_took_and_takes_it_again_when_resumed(
     keys = {**LORA, **TWICE, "method": "dpo", "data": str(tmp_path / "rows.jsonl"), "save_strategy": "steps"}
     keys |= {"save_steps": 2, "num_samples": 0, "output_dir": str(tmp_path / "out")}
     (tmp_path / "a").mkdir()
-    trainer = train_preference(config_of("preference", models[1], tmp_path / "a", **keys))
+    trainer = train_preference(config_of("preference", models[1], tmp_path / "a", **keys)).trainer
     out = capsys.readouterr().out
     assert ", reference precomputed (2 epochs would score every row 2 times)" in out
     assert f"; reference: log-probs of {models[1]}, precomputed; " in out
     for file in _cache.default_cache_dir().iterdir():
         file.unlink()
-    again = train_preference(config_of("preference", models[1], tmp_path / "a", **keys, resume=True))
+    again = train_preference(config_of("preference", models[1], tmp_path / "a", **keys, resume=True)).trainer
     assert ", reference precomputed (as this run began)" in capsys.readouterr().out
     assert again.state.log_history[-2]["loss"] == trainer.state.log_history[-2]["loss"]

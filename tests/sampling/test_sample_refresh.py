@@ -21,7 +21,7 @@ from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.tokenization import CANDIDATE_FEATURES
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.objectives.d2o import METHOD, D2OOptions
-from alignkit.runs.run import train_preference
+from alignkit.runs.python import train_preference
 from alignkit.sampling.candidates import SampleSettings
 from alignkit.sampling.refresh import ROWS_FILE, SampleRefresh
 from alignkit.sampling.resampling import Resampled, Resampler
@@ -348,7 +348,7 @@ def config(tmp_path: Path) -> Mapping[str, Any]:
 def run(config: Mapping[str, Any], output_dir: Path, **options: Any) -> Any:
     sampling = {"num_samples_per_prompt": 2, "sampling_max_new_tokens": 6, "sampling_instruction": "Be brief."}
     options = D2OOptions(**sampling, **options)
-    return train_preference(PreferenceConfig(**config, output_dir=str(output_dir), method_options=options))
+    return train_preference(PreferenceConfig(**config, output_dir=str(output_dir), method_options=options)).trainer
 
 
 def test_the_program_refreshes_training_rows_alone(

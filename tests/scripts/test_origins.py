@@ -294,5 +294,5 @@ def test_the_same_under_another_name_is_resumed(stopped: Path) -> None:
     """The file was written again: another time and size, the same rows."""
     rows = (stopped / "rows.jsonl").read_text()
     (stopped / "rows.jsonl").write_text(rows + "\n")
-    trainer = train_sft(settings(stopped, resume=True))
+    trainer = train_sft(settings(stopped, resume=True)).trainer
     assert trainer.state.global_step == 4
