@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from alignkit.gradients.sagm import SAGMOptions as SAGMOptions
     from alignkit.gradients.sam import SAMOptions as SAMOptions
     from alignkit.losses.adpo import adpo_loss as adpo_loss
+    from alignkit.losses.bradley_terry import bradley_terry_loss as bradley_terry_loss
     from alignkit.losses.d2o import d2o_loss as d2o_loss
     from alignkit.losses.dpo import dpo_loss as dpo_loss
     from alignkit.losses.flex_dpo import flex_dpo_loss as flex_dpo_loss
     from alignkit.losses.grpo import grpo_loss as grpo_loss
+    from alignkit.losses.plackett_luce import plackett_luce_loss as plackett_luce_loss
     from alignkit.losses.roma import roma_loss as roma_loss
     from alignkit.losses.sft import sft_loss as sft_loss
     from alignkit.losses.treg import treg_loss as treg_loss
@@ -44,13 +46,16 @@ if TYPE_CHECKING:
     from alignkit.losses.types import LossTerm as LossTerm
     from alignkit.losses.types import Metric as Metric
     from alignkit.losses.types import PolicyBatch as PolicyBatch
+    from alignkit.losses.types import RewardBatch as RewardBatch
     from alignkit.losses.types import RoutedBatch as RoutedBatch
     from alignkit.losses.types import TokenBatch as TokenBatch
     from alignkit.objectives.adpo import ADPOOptions as ADPOOptions
+    from alignkit.objectives.bradley_terry import BradleyTerryOptions as BradleyTerryOptions
     from alignkit.objectives.d2o import D2OOptions as D2OOptions
     from alignkit.objectives.dpo import DPOOptions as DPOOptions
     from alignkit.objectives.flex_dpo import FlexDPOOptions as FlexDPOOptions
     from alignkit.objectives.grpo import GRPOOptions as GRPOOptions
+    from alignkit.objectives.plackett_luce import PlackettLuceOptions as PlackettLuceOptions
     from alignkit.objectives.roma import RomaOptions as RomaOptions
     from alignkit.objectives.sft import SFTOptions as SFTOptions
     from alignkit.objectives.treg import TREGOptions as TREGOptions
@@ -64,14 +69,17 @@ if TYPE_CHECKING:
     from alignkit.runs.python import prepare as prepare
     from alignkit.runs.python import train_online as train_online
     from alignkit.runs.python import train_preference as train_preference
+    from alignkit.runs.python import train_reward as train_reward
     from alignkit.runs.python import train_router as train_router
     from alignkit.runs.python import train_sft as train_sft
     from alignkit.shapes._candidates import PreferenceTrainer as PreferenceTrainer
     from alignkit.shapes._policy_trainer import OnlineTrainer as OnlineTrainer
+    from alignkit.shapes._reward import RewardModelTrainer as RewardModelTrainer
     from alignkit.shapes._routed import RoutedTrainer as RoutedTrainer
     from alignkit.shapes._tokens import SupervisedTrainer as SupervisedTrainer
     from alignkit.shapes.candidates import PreferenceConfig as PreferenceConfig
     from alignkit.shapes.policy import OnlineConfig as OnlineConfig
+    from alignkit.shapes.reward import RewardConfig as RewardConfig
     from alignkit.shapes.routed import RouterConfig as RouterConfig
     from alignkit.shapes.tokens import SupervisedConfig as SupervisedConfig
 
@@ -100,10 +108,12 @@ _PUBLIC = {
     "alignkit.gradients.sagm": ("SAGMOptions",),
     "alignkit.gradients.sam": ("SAMOptions",),
     "alignkit.losses.adpo": ("adpo_loss",),
+    "alignkit.losses.bradley_terry": ("bradley_terry_loss",),
     "alignkit.losses.d2o": ("d2o_loss",),
     "alignkit.losses.dpo": ("dpo_loss",),
     "alignkit.losses.flex_dpo": ("flex_dpo_loss",),
     "alignkit.losses.grpo": ("grpo_loss",),
+    "alignkit.losses.plackett_luce": ("plackett_luce_loss",),
     "alignkit.losses.roma": ("roma_loss",),
     "alignkit.losses.sft": ("sft_loss",),
     "alignkit.losses.treg": ("treg_loss",),
@@ -113,29 +123,42 @@ _PUBLIC = {
         "LossTerm",
         "Metric",
         "PolicyBatch",
+        "RewardBatch",
         "RoutedBatch",
         "TokenBatch",
     ),
     "alignkit.shapes.policy": ("OnlineConfig",),
     "alignkit.shapes.candidates": ("PreferenceConfig",),
+    "alignkit.shapes.reward": ("RewardConfig",),
     "alignkit.shapes.routed": ("RouterConfig",),
     "alignkit.shapes.tokens": ("SupervisedConfig",),
     "alignkit.shapes._policy_trainer": ("OnlineTrainer",),
     "alignkit.shapes._candidates": ("PreferenceTrainer",),
+    "alignkit.shapes._reward": ("RewardModelTrainer",),
     "alignkit.shapes._routed": ("RoutedTrainer",),
     "alignkit.shapes._tokens": ("SupervisedTrainer",),
     "alignkit.objectives.adpo": ("ADPOOptions",),
+    "alignkit.objectives.bradley_terry": ("BradleyTerryOptions",),
     "alignkit.objectives.d2o": ("D2OOptions",),
     "alignkit.objectives.dpo": ("DPOOptions",),
     "alignkit.objectives.flex_dpo": ("FlexDPOOptions",),
     "alignkit.objectives.grpo": ("GRPOOptions",),
+    "alignkit.objectives.plackett_luce": ("PlackettLuceOptions",),
     "alignkit.objectives.roma": ("RomaOptions",),
     "alignkit.objectives.sft": ("SFTOptions",),
     "alignkit.objectives.treg": ("TREGOptions",),
     "alignkit.parts.method": ("Method", "load_method", "method_names"),
     "alignkit.reports.held_out": ("pass_at_k",),
     "alignkit.rewards": ("ChosenReward", "load_rewards"),
-    "alignkit.runs.python": ("Run", "prepare", "train_online", "train_preference", "train_router", "train_sft"),
+    "alignkit.runs.python": (
+        "Run",
+        "prepare",
+        "train_online",
+        "train_preference",
+        "train_reward",
+        "train_router",
+        "train_sft",
+    ),
 }
 _FORMER = {"SFTConfig": "SupervisedConfig"}
 """Names that were public once, and what they are called now."""

@@ -23,6 +23,8 @@ class ProgramConfig:
     """
 
     program: ClassVar[str]
+    gives_rewards: ClassVar[bool] = False
+    """Whether what is trained gives a whole answer a number, and no next-token probabilities."""
 
     method: str
     method_options: Any = None

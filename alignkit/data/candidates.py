@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data import conversion
 from alignkit.data.candidate_report import EQUAL_AFTER_CUT, NO_ROOM, ConversionReport
-from alignkit.data.columns import PREFERENCE_FORMS, columns_of
+from alignkit.data.columns import MARGIN_COLUMN, PREFERENCE_FORMS, columns_of
 from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
 from alignkit.data.recognition import said_formats
-from alignkit.data.reward_rows import reward_problems
+from alignkit.data.reward_rows import margin_problems, reward_problems
 from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.sources import SOURCE_COLUMN, SourceCounts, source_counts
 from alignkit.data.templates import require_template
@@ -46,6 +46,7 @@ def to_candidate_rows(
     stop_token_ids: Sequence[int] = (),
     contrast: ContrastPrompts | None = None,
     lost: Mapping[str, int] | None = None,
+    with_margin: bool = False,
 ) -> tuple[Dataset | IterableDataset, ConversionReport]:
     """Validate and tokenise rows. Of streamed rows the first are checked and counted now, the others when read.
 
@@ -62,6 +63,7 @@ def to_candidate_rows(
         contrast: Also tokenise the contrast prompts of every completion (columns ``better_prompt_ids`` and
             ``worse_prompt_ids``, each [K], and ``SOURCE_COLUMNS``); not done for rows that carry token rewards.
         lost: Rows that were dropped while samples were drawn, by cause; they count as read and as dropped.
+        with_margin: Keep the margin of each row where there is a column of that name.
 
     Returns:
         Candidate rows, with ``token_rewards`` [K][tokens] where the rows carry them, and what happened on the way.
@@ -81,7 +83,8 @@ def to_candidate_rows(
         raise DataError(
             f"{name}: streamed rows have no token rewards", [f"they are computed before training: {advice}"]
         )
-    steps = _conversion(Settings(kind, max_length, num_candidates, frozenset(stops), contrast))
+    margin = with_margin and MARGIN_COLUMN in columns
+    steps = _conversion(Settings(kind, max_length, num_candidates, frozenset(stops), contrast, margin))
     if isinstance(dataset, IterableDataset):
         rows, counts = conversion.convert_stream(dataset, head, columns, tokenizer, steps, name)
     else:
@@ -108,7 +111,8 @@ def _conversion(settings: Settings) -> conversion.Conversion:
 
 
 def _find_problems(row: Mapping[str, Any], settings: Settings) -> list[Problem]:
-    return [*row_problems(row, settings.kind, settings.num_candidates), *reward_problems(row, settings.kind)]
+    margin = margin_problems(row[MARGIN_COLUMN]) if settings.margin else []
+    return [*row_problems(row, settings.kind, settings.num_candidates), *reward_problems(row, settings.kind), *margin]
 
 
 def _summarise(
@@ -119,6 +123,7 @@ def _summarise(
     columns: Sequence[str],
 ) -> ConversionReport:
     kept = counts[counts["cause"] == ""]
+    known = (*columns_of(PREFERENCE_FORMS), SOURCE_COLUMN, *([MARGIN_COLUMN] if settings.margin else []))
     sizes = kept["completion_lengths"].map(len)
     total = counts["prompt_length"] + counts["completion_lengths"].map(max)
     return ConversionReport(
@@ -135,9 +140,7 @@ def _summarise(
         candidates_per_row={int(k): int(count) for k, count in sizes.value_counts().sort_index().items()},
         mean_score_gap=float(kept["score_gap"].mean()) if len(kept) else 0.0,
         recommended_max_length=conversion.recommended_length(total, counts["needed_length"], max_dropped_fraction),
-        ignored_columns=tuple(
-            column for column in columns if column not in (*columns_of(PREFERENCE_FORMS), SOURCE_COLUMN)
-        ),
+        ignored_columns=tuple(column for column in columns if column not in known),
         num_cut_prompts=int((counts["cut_prompt_end"] != "").sum()),
         cut_prompt_end=conversion.first_text(counts["cut_prompt_end"]),
         num_whole_completions=int((sizes - kept["num_truncated"]).sum()),

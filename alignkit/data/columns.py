@@ -14,6 +14,7 @@ COMPLETION_COLUMNS = ("prompt", "completion")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 PAIR_REWARD_COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
 LIST_REWARD_COLUMNS = ("token_rewards",)
+MARGIN_COLUMN = "margin"
 _LISTED = 50
 
 
@@ -33,6 +34,10 @@ class Form(NamedTuple):
 
 LIST_FORM = Form(LIST_COLUMNS, beside=LIST_REWARD_COLUMNS)
 PREFERENCE_FORMS = (Form(PAIR_COLUMNS, optional=("prompt",), beside=PAIR_REWARD_COLUMNS), LIST_FORM)
+REWARD_FORMS = (
+    Form(PAIR_COLUMNS, optional=("prompt",), beside=(MARGIN_COLUMN,)),
+    Form(LIST_COLUMNS, beside=(MARGIN_COLUMN,)),
+)
 PROMPT_FORM = Form(("prompt",))
 NEGATIVE_FORMS = (Form(("prompt", "rejected"), beside=("chosen",)), LIST_FORM)
 ROUTED_COLUMNS = ("choices", "task", "success")

@@ -1,4 +1,4 @@
-"""Rows that carry a reward for every completion token: what can be wrong with them before they are tokenised.
+"""Numbers that rows carry beside their texts, a reward for every completion token or a margin: what can be wrong.
 
 Whether a list is as long as its completion has tokens is known after tokenisation: :mod:`alignkit.data.candidates`.
 """
@@ -31,6 +31,17 @@ def reward_problems(row: Mapping[str, Any], kind: RowKind) -> list[Problem]:
         shown = f"{len(completions)} completions, {len(rewards)} lists"
         return [Problem(f"{column} and completions differ in number: give each completion one list", shown)]
     return [problem for vector in rewards for problem in _vector_problems(column, vector)]
+
+
+def margin_problems(margin: Any) -> list[Problem]:
+    """Everything wrong with the margin of one row; empty where there is nothing.
+
+    Args:
+        margin: The value of its column.
+    """
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        return [Problem("margin is not a number: give every row one, or remove the column", shorten(margin))]
+    return [] if is_finite(margin) else [Problem("margin is NaN or infinite: it must be finite", repr(margin))]
 
 
 def _vector_problems(column: str, rewards: Any) -> list[Problem]:

@@ -32,6 +32,7 @@ from alignkit.data.columns import (
     PAIR_COLUMNS,
     PAIR_REWARD_COLUMNS,
     PREFERENCE_FORMS,
+    REWARD_FORMS,
     RowFamily,
     misnamed_prompt,
     missing_columns,
@@ -146,6 +147,16 @@ def preference_rows(num_candidates: int | None = None) -> RowFamily:
         "Expected prompt, chosen, rejected; or chosen, rejected with a shared beginning; or prompt, completions, scores"
     )
     return RowFamily(PREFERENCE_FORMS, expected, partial(detect_kind, num_candidates=num_candidates), _prompt_of)
+
+
+def reward_model_rows(num_candidates: int | None = None) -> RowFamily:
+    """The rows of reward models on answers: those of preference methods, which may carry a margin.
+
+    Args:
+        num_candidates: What the method takes, as in :func:`detect_kind`.
+    """
+    expected = preference_rows().expected
+    return RowFamily(REWARD_FORMS, expected, partial(detect_kind, num_candidates=num_candidates), _prompt_of)
 
 
 def _prompt_of(row: Mapping[str, Any]) -> Any:

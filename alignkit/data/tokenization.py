@@ -26,6 +26,7 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.candidate_report import EQUAL_AFTER_CUT, EQUAL_SCORES, IDENTICAL, LOST_PROMPT, NO_ROOM, NO_TOKENS
+from alignkit.data.columns import MARGIN_COLUMN
 from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.conversion import MISFIT_FEATURES, common_prefix_length, misfit_row, rows_of
 from alignkit.data.problems import Problem
@@ -86,6 +87,7 @@ class Settings:
         num_candidates: Exact number of candidates the method takes, or None.
         stop_token_ids: Ids at which generation stops.
         contrast: Templates of the contrast prompts, or None for none.
+        margin: Whether rows carry a margin that is kept.
     """
 
     kind: RowKind
@@ -93,12 +95,14 @@ class Settings:
     num_candidates: int | None
     stop_token_ids: frozenset[int]
     contrast: ContrastPrompts | None = None
+    margin: bool = False
 
     @property
     def features(self) -> Features:
         """The candidate columns that rows get."""
         rewards = REWARD_FEATURES if self.kind.token_rewards else {}
-        return Features({**CANDIDATE_FEATURES, **rewards, **(CONTRAST_FEATURES if self.contrast else {})})
+        margin = {MARGIN_COLUMN: Value("float64")} if self.margin else {}
+        return Features({**CANDIDATE_FEATURES, **rewards, **(CONTRAST_FEATURES if self.contrast else {}), **margin})
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class TextRow:
         token_rewards: One list a completion, or None.
         score_gap: Highest minus lowest score given.
         template: Keyword arguments of the chat template.
+        margin: By how much the best is better than the worst, where rows say so.
     """
 
     prompt: Any
@@ -118,6 +123,7 @@ class TextRow:
     token_rewards: list[list[float]] | None
     score_gap: float
     template: dict[str, Any]
+    margin: float | None = None
 
 
 def convert_batch(
@@ -210,7 +216,8 @@ def _text_row(row: Mapping[str, Any], settings: Settings) -> TextRow:
     order = by_descending_score(scores)
     scores = [1.0, 0.0] if settings.num_candidates == 2 and gap > 0 else [scores[k] for k in order]
     rewards = None if rewards is None else [rewards[k] for k in order]
-    return TextRow(prompt, [completions[k] for k in order], scores, rewards, gap, template)
+    margin = float(row[MARGIN_COLUMN]) if settings.margin else None
+    return TextRow(prompt, [completions[k] for k in order], scores, rewards, gap, template, margin)
 
 
 def by_descending_score(scores: Sequence[float]) -> list[int]:
@@ -281,7 +288,9 @@ def _convert_row(
         "score_gap": row.score_gap,
     }
     untruncated = [completion for completion in whole if 0 < len(completion) <= room]
-    kept = dict.fromkeys(candidates, []) if cause else candidates
+    kept: dict[str, Any] = dict.fromkeys(candidates, []) if cause else candidates
+    if row.margin is not None:
+        kept[MARGIN_COLUMN] = row.margin
     return kept | counts | endings(untruncated, tokenizer, settings.stop_token_ids)
 
 

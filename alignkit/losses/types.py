@@ -23,6 +23,9 @@ POLICY_ITEM_KINDS = ("completion", "completion_token", "micro_batch")
 ROUTED_ITEM_KINDS = ("token", "row")
 """The same for a ``RoutedBatch``: trained tokens, and rows with at least one."""
 
+REWARD_ITEM_KINDS = ("group", "candidate")
+"""The same for a ``RewardBatch``: rows with at least one scored candidate, and these candidates."""
+
 
 def sequence_logps(token_logps: Float[Tensor, "*N T"], mask: Bool[Tensor, "*N T"]) -> Float[Tensor, "*N"]:
     """Sum token log-probs over the unmasked positions of T, accumulating in at least float32."""
@@ -235,6 +238,31 @@ def count_routed_items(label_mask: Bool[Tensor, "B T"]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class RewardBatch:
+    """What a reward model says of the candidates of each row. What stands where there is none is never read.
+
+    A candidate is whatever gets a number of its own: an answer, whose score says how good it is beside the others of
+    its row, or one step of a solution, whose score says whether it is right.
+
+    Attributes:
+        rewards: What the model says, with gradient.
+        candidate_mask: True where the candidate exists (ragged K).
+        scores: What the data say: scores or ranks of answers, of which a pair carries (1, 0); labels of steps.
+        margin: By how much the reward of the chosen answer shall exceed that of the rejected one; None is 0.
+    """
+
+    rewards: Float[Tensor, "B K"]
+    candidate_mask: Bool[Tensor, "B K"]
+    scores: Float[Tensor, "B K"]
+    margin: Float[Tensor, " B"] | None = None
+
+
+def count_reward_items(candidate_mask: Bool[Tensor, "B K"]) -> dict[str, Tensor]:
+    """Local number of items of every kind in ``REWARD_ITEM_KINDS``; a row without candidates is none."""
+    return {"group": candidate_mask.any(1).sum(), "candidate": candidate_mask.sum()}
+
+
+@dataclass(frozen=True)
 class LossTerm:
     """One additive part of an objective.
 
@@ -246,7 +274,8 @@ class LossTerm:
         values: Unreduced contributions; they add up to the numerator.
         num_items: Local number of items the term is averaged over.
         item: What an item is: one of ``ITEM_KINDS`` for candidates, of ``POLICY_ITEM_KINDS`` for completions that a
-            policy wrote, of ``ROUTED_ITEM_KINDS`` for routed rows, ``token`` for supervised rows.
+            policy wrote, of ``ROUTED_ITEM_KINDS`` for routed rows, of ``REWARD_ITEM_KINDS`` for rewards, ``token`` for
+            supervised rows.
         weight: Coefficient of the term in the loss.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -71,6 +73,23 @@ FROM_CONTENT = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+REWARD_HEAD = "score"
+"""What transformers calls the head of a decoder that gives a sequence numbers in place of next-token logits."""
+
+
+@dataclass(frozen=True)
+class RewardHead:
+    """The head of a reward model.
+
+    Attributes:
+        width: How many numbers it gives.
+        seed: What a new one is drawn from, where the checkpoint has none.
+    """
+
+    width: int = 1
+    seed: int = 42
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Which model is loaded, and how.
@@ -82,6 +101,7 @@ class ModelSource:
         quantization: ``none``, ``nf4`` or ``int8``.
         attn_implementation: Attention kernel, or None for transformers' choice.
         trust_remote_code: Run Python code that comes with the model.
+        reward_head: Of a reward model; None is a causal language model.
     """
 
     model: str
@@ -90,10 +110,11 @@ class ModelSource:
     quantization: Literal["none", "nf4", "int8"] = "none"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    reward_head: RewardHead | None = None
 
 
 def load_model(source: ModelSource, device: torch.device | str | None = None) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode.
+    """Load a causal language model, or a reward model, in evaluation mode.
 
     Args:
         source: Which and how.
@@ -116,24 +137,12 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
         # bitsandbytes quantises while moving weights to their device, so they must be sent there one by one.
         options["device_map"] = {"": PartialState().device if device is None else device}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.model,
-            dtype=dtype or "auto",
-            attn_implementation=source.attn_implementation,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        model, report = _from_pretrained(source, dtype=dtype or "auto", **options)
     except FROM_CONTENT as error:
         raise ModelError(f"the model {source.model!r} cannot be loaded: {_cause(source.model, error)}") from error
     except (UnpicklingError, EOFError) as error:
         raise ModelError(_refused_pickle(source.model)) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"the checkpoint of {source.model!r} lacks {len(missing)} weights, such as {missing[0]}; they would be "
-            "random. Give a causal language model with all its weights."
-        )
+    _refuse_missing_weights(source, report["missing_keys"])
     folder = Path(source.model)
     is_of_a_run = any((folder / mark).is_file() for mark in RUN_MARKS)
     if is_of_a_run and quantization == "none" and (difference := model_difference(model, folder)):
@@ -142,6 +151,43 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
         keep_trainable_on_cpu(model)
     is_placed = device is None or quantization != "none"
     return model.eval() if is_placed else model.to(device).eval()
+
+
+def _from_pretrained(source: ModelSource, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers has to say of its weights."""
+    options |= {
+        "attn_implementation": source.attn_implementation,
+        "trust_remote_code": source.trust_remote_code,
+        "output_loading_info": True,
+    }
+    head = source.reward_head
+    if head is None:
+        found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(source.model, **options)
+        return found
+    told = logging.getLogger("transformers.modeling_utils")
+    level = told.level
+    with torch.random.fork_rng([]):
+        # A new head is drawn while the model is loaded, the same one in every process.
+        torch.manual_seed(head.seed)
+        try:
+            told.setLevel(logging.ERROR)  # That it is new is meant, and said below in one line.
+            found = AutoModelForSequenceClassification.from_pretrained(source.model, num_labels=head.width, **options)
+        finally:
+            told.setLevel(level)
+    if f"{REWARD_HEAD}.weight" in found[1]["missing_keys"] and PartialState().is_main_process:
+        print(f"{source.model}: a new head of rewards, drawn from seed {head.seed}")
+    return found
+
+
+def _refuse_missing_weights(source: ModelSource, names: Iterable[str]) -> None:
+    """Refuse a checkpoint without all weights of the model, but for a head that is to be new."""
+    new = () if source.reward_head is None else (f"{REWARD_HEAD}.weight",)
+    if missing := sorted(set(names).difference(new)):
+        kind = "causal language model" if source.reward_head is None else "decoder"
+        raise ModelError(
+            f"the checkpoint of {source.model!r} lacks {len(missing)} weights, such as {missing[0]}; they would be "
+            f"random. Give a {kind} with all its weights."
+        )
 
 
 def quantization_of(source: ModelSource, *, in_full: bool = False) -> str | None:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.bounded import slow_pattern
 from alignkit.errors import ModelError
+from alignkit.models.loading import REWARD_HEAD
 
 _SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")
 _SCAN_AND_OUT = ("conv1d", "out_proj")
@@ -51,7 +52,10 @@ def prepare(config: Any, model: PreTrainedModel) -> LoraConfig:
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        modules_to_save=config.lora_modules_to_save,
+        modules_to_save=list(
+            dict.fromkeys([*config.lora_modules_to_save, *([REWARD_HEAD] if config.gives_rewards else [])])
+        ),
+        gives_rewards=config.gives_rewards,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         exclude=list(left_out),
@@ -76,8 +80,9 @@ def lora_config(
     use_rslora: bool = False,
     use_dora: bool = False,
     exclude: Sequence[str] = (),
+    gives_rewards: bool = False,
 ) -> LoraConfig:
-    """A PEFT configuration for a causal language model.
+    """A PEFT configuration for a causal language model, or a reward model.
 
     Args:
         r: Rank of the update.
@@ -88,9 +93,10 @@ def lora_config(
         use_rslora: Rank-stabilised scaling.
         use_dora: Weight-decomposed LoRA.
         exclude: Modules that ``all-linear`` leaves out.
+        gives_rewards: Whether it is a reward model, whose head is new and so among ``modules_to_save``.
     """
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if gives_rewards else "CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,

@@ -33,6 +33,7 @@ def model_source(config: Any, path: str, revision: str | None = None) -> loading
         quantization=config.quantization,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        reward_head=loading.RewardHead(seed=config.seed) if config.gives_rewards else None,
     )
 
 

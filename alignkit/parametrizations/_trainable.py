@@ -76,7 +76,7 @@ def _block_kind(parameter_name: str, *, has_experts: bool) -> str:
     if has_experts and _module_kind(parameter_name) in ROUTERS:
         return "router"
     kinds = {
-        "head": ("lm_head", "embed_out", "output_projection"),
+        "head": ("lm_head", "embed_out", "output_projection", "score"),
         "experts": ("expert",),
         "attention": ("attn", "attention"),
         "mlp": ("mlp", "feed_forward", "ffn", "fc1", "fc2"),

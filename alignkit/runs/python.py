@@ -208,6 +208,11 @@ def train_router(config: Given = None, /, **keywords: Any) -> Run:
     return _trained("router", config, keywords)
 
 
+def train_reward(config: Given = None, /, **keywords: Any) -> Run:
+    """Train a reward model; otherwise as :func:`train_preference`."""
+    return _trained("reward", config, keywords)
+
+
 def _trained(program: str, config: Given, keywords: Mapping[str, Any]) -> Run:
     steps = RunSteps(_loaded(program, config, keywords))
     steps.take_all()

@@ -164,7 +164,7 @@ def metrics_of(logged: Mapping[str, float]) -> dict[str, float]:
 def _sample_answers(loaded: LoadedConfig, trainer: Trainer, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Answers to held-out prompts; sharded models cannot generate here and say so."""
     config = loaded.config
-    if config.num_samples == 0 or not prompts:
+    if not prompts or config.num_samples == 0:
         return []
     if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3):
         if trainer.is_world_process_zero():
@@ -202,7 +202,10 @@ def _ended_early(trainer: Trainer) -> int | None:
     return step if step < trainer.state.max_steps else None
 
 
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen", "logratio/rejected", "mean_token_accuracy")
+SHOWN = (
+    *("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen", "logratio/rejected", "mean_token_accuracy"),
+    *("accuracy", "margin"),
+)
 SHOWN_ONLINE = ("reward", *(f"pass@{2**power}" for power in range(17)), "completions/mean_length")
 """What a summary says of held-out rows: of online runs, whose loss is relative to one another, no loss."""
 

@@ -50,6 +50,11 @@ REFUSED_FOR_SUPERVISED: Mapping[str, str] = _BOTH | {
     ),
     "assistant_only_loss": _TOKENISED,
 }
+REFUSED_FOR_REWARDS: Mapping[str, str] = _BOTH | {
+    "center_rewards_coefficient": _METHOD,
+    "max_length": "rows come tokenised and cut. Cut them where they are converted, and write max_length: None",
+    **dict.fromkeys(("chat_template_path", "eos_token", "dataset_num_proc"), _TOKENISED),
+}
 _UPDATE = "say it in UpdateSettings"
 REFUSED_FOR_ONLINE: Mapping[str, str] = _BOTH | {
     **dict.fromkeys(("beta", "epsilon", "epsilon_high", "delta", "loss_type", "importance_sampling_level"), _METHOD),

@@ -1,0 +1,72 @@
+"""Batches for a reward model: one row of tokens a sequence, and where in them its numbers are read off.
+
+transformers reads the score of a padded sequence off its last token that is not the padding token, so that a model
+whose padding token is its EOS is read at the last token before that. The same is done here, without looking at the
+model: what is saved gives everyone else the rewards it was trained for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.data.columns import MARGIN_COLUMN
+from alignkit.data.filling import REPEATED
+
+
+def scored_position(ids: Sequence[int], pad_token_id: int) -> int:
+    """Position of the last token that is not the padding token; 0 where all are."""
+    return next((t for t in range(len(ids) - 1, -1, -1) if ids[t] != pad_token_id), 0)
+
+
+@dataclass(frozen=True)
+class RewardCollator:
+    """Collates candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) for a reward model.
+
+    A batch holds ``candidate_mask`` [B, K] bool, ``scores`` [B, K] float32, ``sequence`` and ``position`` [B, K] int64
+    (where among ``input_ids`` the reward of a candidate is read off), ``margin`` [B] float32 where rows carry one, and
+    ``input_ids`` and ``attention_mask`` [R, L], padded on the right. All first candidates come first, then all second
+    ones, as in TRL. The mask of a row that only fills up a stream (``is_repeated``) is False throughout.
+
+    Args:
+        pad_token_id: The model's padding token.
+        pad_to_multiple_of: Pads the row length up to a multiple of this, or None.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate candidate rows."""
+        shape = (len(rows), max(len(row["completion_ids"]) for row in rows))
+        candidate_mask = torch.zeros(shape, dtype=torch.bool)
+        scores = torch.zeros(shape, dtype=torch.float32)
+        sequence, position = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        sequences: list[list[int]] = []
+        for k in range(shape[1]):
+            for b, row in enumerate(rows):
+                if k < len(row["completion_ids"]):
+                    ids = [*row["prompt_ids"], *row["completion_ids"][k]]
+                    sequence[b, k], position[b, k] = len(sequences), scored_position(ids, self.pad_token_id)
+                    scores[b, k], candidate_mask[b, k] = row["scores"][k], not row.get(REPEATED)
+                    sequences.append(ids)
+        batch = {"candidate_mask": candidate_mask, "scores": scores, "sequence": sequence, "position": position}
+        if MARGIN_COLUMN in rows[0]:
+            batch[MARGIN_COLUMN] = torch.tensor([row[MARGIN_COLUMN] for row in rows], dtype=torch.float32)
+        # candidate_mask comes first: transformers reads the batch size off the first tensor.
+        return batch | self.padded(sequences)
+
+    def padded(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` of sequences of token ids."""
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-max(map(len, sequences)) // multiple) * multiple
+        input_ids = torch.full((len(sequences), length), self.pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for r, ids in enumerate(sequences):
+            input_ids[r, : len(ids)] = torch.tensor(ids)
+            attention_mask[r, : len(ids)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,39 @@
+"""What the methods that train reward models share. No upstream names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from alignkit.parts.options import Conflict, Ignored
+
+ORDER_METRICS: Mapping[str, str] = MappingProxyType(
+    {
+        "accuracy": "share of the pairs of one prompt whose better answer has the higher reward",
+        "margin": "reward of the better minus that of the worse answer, mean over these pairs",
+        "mean_reward": "mean reward of all answers, the centre; a drift of it changes no order",
+        "rewards/chosen": "mean reward of the best answer of each row",
+        "rewards/rejected": "mean reward of the worst answer of each row",
+    }
+)
+
+TRAINABLE = ("full", "lora")
+REWARD_CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
+        "a reward model under another parametrization than full or lora",
+        ("parametrization",),
+        lambda c: c.parametrization not in TRAINABLE,
+        "the head of a reward model is new and trains in full beside the adapter, which is made and tested for these "
+        "two alone",
+        "Write parametrization: lora or parametrization: full",
+    ),
+)
+REWARD_IGNORED: tuple[Ignored, ...] = (
+    Ignored(
+        "load-balancing loss of a reward model",
+        ("router_aux_loss_coef",),
+        lambda c: True,
+        "transformers computes none beside a head of numbers",
+        "train a language model",
+    ),
+)
