@@ -203,6 +203,7 @@ WRITE: Mapping[str, str] = {
     "wandb_mode": "report_to: wandb, and set the variable WANDB_MODE",
     "push_to_hub_model_id": "hub_model_id",
     "hub_private_repo": "hub_private",
+    "reward_model": "method: bradley_terry, which trains one (trainers/reward.py)",
     "config_file": "--config FILE; a config_file for the launcher goes before the script's name",
 }  # fmt: skip
 """Name elsewhere to what to write here, which begins with the key."""
@@ -218,8 +219,7 @@ ABSENT: Mapping[str, str] = {
     "use_weighting": "weighted preference optimisation (WPO)",
     "discopop_tau": "DiscoPOP",
     "scale_parameter": "options of Adafactor",
-    # --- online RL and reward models ---
-    **dict.fromkeys(("reward_model", "trl"), "reward models"),
+    "trl": "a section of that name; its keys stand beside the others",
     # --- what PEFT and axolotl have beside LoRA ---
     **dict.fromkeys(
         ("use_galore", "galore_rank", "use_badam", "use_apollo", "loraplus_lr_ratio", "loraplus_lr_embedding",
@@ -314,6 +314,9 @@ METHODS: Mapping[str, str] = {
     **dict.fromkeys(("slic", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "aot", "aot_pair",
                      "aot_unpaired", "apo_zero", "apo_down", "discopop", "sppo_hard", "chunked_nll", "wpo"),
                     "alignkit has no such loss; dpo and flex_dpo are nearest"),
-    **dict.fromkeys(("rm", "reward", "prm", "gkd", "distillation"), "alignkit has no reward models, no distillation"),
+    **dict.fromkeys(("rm", "reward", "reward_modeling"), "Write method: bradley_terry (trainers/reward.py)"),
+    **dict.fromkeys(("prm", "process_reward_model"), "alignkit has no process rewards; method: bradley_terry trains a "
+                    "reward model on whole answers"),
+    **dict.fromkeys(("gkd", "distillation"), "Write method: distill, which learns from a teacher on given rows"),
 }  # fmt: skip
 """Methods and loss types elsewhere, and what to do here."""

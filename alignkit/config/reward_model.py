@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignkit.config.sections import TRL, DataSection
-from alignkit.config.training import HardwareSection, OptimizationSection
+from alignkit.config.training import HardwareSection, OptimizerSection
 from alignkit.parts.options import DerivedDefault, option
 from alignkit.parts.parametrization import parametrizations
 
@@ -37,7 +37,7 @@ class RewardDataSection(DataSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptimizationSection(OptimizationSection):
+class RewardOptimizationSection(OptimizerSection):
     """Length of training, batch size and optimizer, of reward models."""
 
     learning_rate: float | None = option(

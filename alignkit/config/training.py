@@ -67,8 +67,8 @@ class RunSection(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizationSection(Section):
-    """Length of training, batch size and optimizer."""
+class OptimizerSection(Section):
+    """Length of training, batch size and optimizer, of any model."""
 
     title: ClassVar[str] = "Optimization"
 
@@ -133,15 +133,21 @@ class OptimizationSection(Section):
         0.999, ge=0, lt=1, help="AdamW decay of the variance.", source=TRANSFORMERS, passes_to_trainer=True
     )
     adam_epsilon: float = option(1e-8, gt=0, help="AdamW epsilon.", source=TRANSFORMERS, passes_to_trainer=True)
+    max_grad_norm: float = option(
+        1.0, ge=0, help="Clip the gradient norm to this; 0 is off.", source=TRANSFORMERS, passes_to_trainer=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSection(OptimizerSection):
+    """Length of training, batch size and optimizer, of language models."""
+
     router_aux_loss_coef: float | None = option(
         None,
         ge=0,
         help="Weight of the load-balancing loss of a mixture of experts; null takes the model's own, 0 is off.",
         source=TRL,
         passes_to_trainer=True,
-    )
-    max_grad_norm: float = option(
-        1.0, ge=0, help="Clip the gradient norm to this; 0 is off.", source=TRANSFORMERS, passes_to_trainer=True
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from alignkit.parts.options import Conflict, Ignored
+from alignkit.parts.options import Conflict
 
 ORDER_METRICS: Mapping[str, str] = MappingProxyType(
     {
@@ -18,22 +18,21 @@ ORDER_METRICS: Mapping[str, str] = MappingProxyType(
 )
 
 TRAINABLE = ("full", "lora")
-REWARD_CONFLICTS: tuple[Conflict, ...] = (
-    Conflict(
-        "a reward model under another parametrization than full or lora",
-        ("parametrization",),
-        lambda c: c.parametrization not in TRAINABLE,
-        "the head of a reward model is new and trains in full beside the adapter, which is made and tested for these "
-        "two alone",
-        "Write parametrization: lora or parametrization: full",
-    ),
-)
-REWARD_IGNORED: tuple[Ignored, ...] = (
-    Ignored(
-        "load-balancing loss of a reward model",
-        ("router_aux_loss_coef",),
-        lambda c: True,
-        "transformers computes none beside a head of numbers",
-        "train a language model",
-    ),
-)
+
+
+def reward_conflicts(method: str) -> tuple[Conflict, ...]:
+    """What no method that trains a reward model can be combined with.
+
+    Args:
+        method: Its name.
+    """
+    return (
+        Conflict(
+            f"{method} under another parametrization than full or lora",
+            ("parametrization",),
+            lambda c: c.parametrization not in TRAINABLE,
+            "the head of a reward model is new and trains in full beside the adapter, which is made and tested for "
+            "these two alone",
+            "Write parametrization: lora or parametrization: full",
+        ),
+    )

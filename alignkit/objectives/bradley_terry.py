@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.objectives._reward_model import ORDER_METRICS, REWARD_CONFLICTS, REWARD_IGNORED
+from alignkit.objectives._reward_model import ORDER_METRICS, reward_conflicts
 from alignkit.parts.method import Method, Paper, always
 from alignkit.parts.options import option
 
@@ -57,6 +57,5 @@ METHOD = Method(
     "operation as TRL 1.16's RewardTrainer",
     program="reward",
     needs=always(),
-    conflicts=REWARD_CONFLICTS,
-    ignored=REWARD_IGNORED,
+    conflicts=reward_conflicts("bradley_terry"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.objectives._reward_model import ORDER_METRICS, REWARD_CONFLICTS, REWARD_IGNORED
+from alignkit.objectives._reward_model import ORDER_METRICS, reward_conflicts
 from alignkit.parts.method import Method, Paper, always
 from alignkit.parts.options import option
 
@@ -55,7 +55,6 @@ METHOD = Method(
     "and the centring are ours",
     program="reward",
     needs=always(),
-    conflicts=REWARD_CONFLICTS,
-    ignored=REWARD_IGNORED,
+    conflicts=reward_conflicts("plackett_luce"),
     num_candidates=None,
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -47,19 +47,28 @@ def prepare(config: Any, model: PreTrainedModel) -> LoraConfig:
         for reason in dict.fromkeys(left_out.values()):
             names = ", ".join(sorted(name for name, why in left_out.items() if why == reason))
             print(f"lora_target_modules: all-linear leaves out {names}, which {reason}")
-    return lora_config(
+    adapter = lora_config(
         r=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        modules_to_save=list(
-            dict.fromkeys([*config.lora_modules_to_save, *([REWARD_HEAD] if config.gives_rewards else [])])
-        ),
-        gives_rewards=config.gives_rewards,
+        modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         exclude=list(left_out),
     )
+    return of_reward_model(adapter) if config.gives_rewards else adapter
+
+
+def of_reward_model(adapter: LoraConfig) -> LoraConfig:
+    """The adapter of a model with a head of numbers, which is trained in full and saved beside it.
+
+    Args:
+        adapter: That of a causal language model; changed.
+    """
+    adapter.task_type = TaskType.SEQ_CLS
+    adapter.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or ()), REWARD_HEAD]))
+    return adapter
 
 
 def go_on(config: Any, model: PeftModel) -> None:
@@ -80,9 +89,8 @@ def lora_config(
     use_rslora: bool = False,
     use_dora: bool = False,
     exclude: Sequence[str] = (),
-    gives_rewards: bool = False,
 ) -> LoraConfig:
-    """A PEFT configuration for a causal language model, or a reward model.
+    """A PEFT configuration for a causal language model.
 
     Args:
         r: Rank of the update.
@@ -93,10 +101,9 @@ def lora_config(
         use_rslora: Rank-stabilised scaling.
         use_dora: Weight-decomposed LoRA.
         exclude: Modules that ``all-linear`` leaves out.
-        gives_rewards: Whether it is a reward model, whose head is new and so among ``modules_to_save``.
     """
     return LoraConfig(
-        task_type="SEQ_CLS" if gives_rewards else "CAUSAL_LM",
+        task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,

@@ -194,9 +194,7 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> RewardConfig:
         config: A :class:`~alignkit.shapes.reward.RewardConfig`.
         common: The arguments that all trainers share.
     """
-    # RewardConfig has no coefficient for a loss that is not computed.
-    known = {name: value for name, value in common.items() if name != "router_aux_loss_coef"}
-    return RewardConfig(**known, disable_dropout=config.disable_dropout, max_length=None)
+    return RewardConfig(**common, disable_dropout=config.disable_dropout, max_length=None)
 
 
 def other_models(config: Any) -> dict[str, str]:

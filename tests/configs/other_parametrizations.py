@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import permutations
 from typing import Any
 
+from alignkit.config.keys import program_methods
 from alignkit.parts.parametrization import parametrizations
 
 OF_PEFT = {"parametrization": "peft", "peft_type": "ia3"}
@@ -65,6 +66,17 @@ def under_another() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         f"{owner.label} options with {other.label}": _case(owner.name, other.name)
         for owner, other in permutations(parametrizations(), 2)
         if OPTIONS.get(owner.name) and owner.name not in other.takes
+    }
+
+
+def of_reward_models() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """The same of methods that train reward models, which not every parametrisation can."""
+    return {
+        f"{method} under another parametrization than full or lora": (
+            {"method": method, **OF_PEFT},
+            {"parametrization": "full", "peft_type": None},
+        )
+        for method in program_methods("reward")
     }
 
 

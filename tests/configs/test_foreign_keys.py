@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
 from alignkit.config.foreign_keys import ABSENT, METHODS, SETTLED, WRITE
 from alignkit.config.keys import base_keys, method_keys, program_methods
@@ -58,6 +58,7 @@ def test_known_keys_are_looked_up(name: str) -> None:
         ("slic", "alignkit has no such loss"),
         ("RLOO", "method: grpo learns from completions it draws"),
         ("kto", "alignkit has no KTO"),
+        ("rm", "Write method: bradley_terry"),
         ("dpo_", "Did you mean dpo?"),
     ],
 )
@@ -93,7 +94,7 @@ def test_no_key_of_ours_is_called_foreign() -> None:
     assert named and named <= set(ALL_METHODS)
 
 
-@pytest.mark.parametrize("config", [DPOConfig, SFTConfig, ModelConfig, ScriptArguments], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("config", [DPOConfig, SFTConfig, RewardConfig, ModelConfig, ScriptArguments], ids=lambda c: c.__name__)
 def test_every_key_of_trl_is_known(config: Any) -> None:
     """Ours, the launcher's, or in the table."""
     names = {field.name for field in dataclasses.fields(config)}

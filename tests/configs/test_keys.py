@@ -116,7 +116,7 @@ def test_programs_agree_on_the_traits_of_a_key(trait: str) -> None:
 
 @pytest.mark.parametrize("program", shapes_by_program())
 def test_what_passes_to_the_trainer_is_an_argument_of_it(program: str) -> None:
-    from trl import DPOConfig, GRPOConfig, SFTConfig
+    from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
-    arguments = {"preference": DPOConfig, "sft": SFTConfig, "online": GRPOConfig, "router": SFTConfig}[program]
+    arguments = {"preference": DPOConfig, "online": GRPOConfig, "reward": RewardConfig}.get(program, SFTConfig)
     assert keys_that("passes_to_trainer") & set(base_keys(program)) <= {field.name for field in fields(arguments)}

@@ -16,7 +16,7 @@ from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
 from tests.configs import loss_refusals, switches
 from tests.configs.cases import ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
-from tests.configs.other_parametrizations import LORA, under_another
+from tests.configs.other_parametrizations import LORA, of_reward_models, under_another
 
 FULL = {"parametrization": "full"}
 ROUTERS = {"parametrization": "routers"}
@@ -73,6 +73,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "guard of completions at level token": (GUARD | {"scale": "sqrt_length"}, {"scale": "pooled"}),
     "guard by the old policy's whole distribution": (GUARD | {"center": "exact_kl"}, {"center": "k3"}),
     "inverse_kappa in mode gate": (GUARD | {"reweight": "inverse_kappa"}, {"mode": "full"}),
+    **of_reward_models(),
     "quantization with full fine-tuning": (FULL | {"quantization": "nf4"}, {"parametrization": "lora"}),
     "adapter with full fine-tuning": (FULL | {"adapter": "lora"}, {"adapter": None}),
     "LoRA on the output head": (

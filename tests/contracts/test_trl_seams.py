@@ -33,10 +33,10 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils.output_capturing import OutputRecorder
-from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, RewardTrainer, SFTTrainer
 from trl.models import utils as model_utils
 from trl.trainer import sft_trainer
 from trl.trainer import utils as trainer_utils
@@ -44,6 +44,7 @@ from trl.trainer import utils as trainer_utils
 from alignkit.models import _kernels, _routers, _segments
 from alignkit.shapes._candidates import PreferenceTrainer
 from alignkit.shapes._policy_trainer import OnlineTrainer
+from alignkit.shapes._reward import RewardModelTrainer
 from alignkit.shapes._tokens import SupervisedTrainer
 
 
@@ -115,6 +116,7 @@ BUDGET_HOOKS = {"get_train_dataloader", "training_step", "floating_point_ops", "
 OWN_HOOKS = {
     PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"} | BUDGET_HOOKS,
     SupervisedTrainer: {"_set_signature_columns_if_needed"} | BUDGET_HOOKS,
+    RewardModelTrainer: {"_prepare_dataset", "_set_signature_columns_if_needed", "prediction_step"} | BUDGET_HOOKS,
     OnlineTrainer: {
         "_get_train_sampler",
         "_calculate_rewards",
@@ -140,7 +142,13 @@ def test_signature_of_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [(PreferenceTrainer, DPOTrainer), (SupervisedTrainer, SFTTrainer), (OnlineTrainer, GRPOTrainer)]
+    ("ours", "theirs"),
+    [
+        (PreferenceTrainer, DPOTrainer),
+        (SupervisedTrainer, SFTTrainer),
+        (OnlineTrainer, GRPOTrainer),
+        (RewardModelTrainer, RewardTrainer),
+    ],
 )
 def test_every_override_has_something_to_override(ours: type, theirs: type) -> None:
     """A renamed hook upstream would leave ours uncalled, without an error."""
@@ -323,6 +331,13 @@ def test_completions_are_drawn_and_kept_as_the_online_trainer_takes_them_to_be()
     assert "torch.randperm(self.num_samples, generator=self.generator)" in inspect.getsource(
         trainer_utils.RepeatSampler.__iter__
     )
+
+
+def test_rewards_are_read_off_the_last_token_that_is_no_padding_under_a_head_called_score() -> None:
+    source = inspect.getsource(inspect.unwrap(GenericForSequenceClassification.forward))
+    assert "logits = self.score(hidden_states)" in source and "(token_indices * non_pad_mask).argmax(-1)" in source
+    trl = inspect.getsource(RewardTrainer.__init__)
+    assert "model.config.get_text_config().pad_token_id = processing_class.pad_token_id" in trl
 
 
 def test_routers_are_recorded_as_the_bridge_to_them_reads_it() -> None:
