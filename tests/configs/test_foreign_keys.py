@@ -94,7 +94,9 @@ def test_no_key_of_ours_is_called_foreign() -> None:
     assert named and named <= set(ALL_METHODS)
 
 
-@pytest.mark.parametrize("config", [DPOConfig, SFTConfig, RewardConfig, ModelConfig, ScriptArguments], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "config", [DPOConfig, SFTConfig, RewardConfig, ModelConfig, ScriptArguments], ids=lambda c: c.__name__
+)
 def test_every_key_of_trl_is_known(config: Any) -> None:
     """Ours, the launcher's, or in the table."""
     names = {field.name for field in dataclasses.fields(config)}
