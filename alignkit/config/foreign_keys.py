@@ -163,6 +163,7 @@ WRITE: Mapping[str, str] = {
     "gradient_clipping": "max_grad_norm",
     "gradient_clip_val": "max_grad_norm",
     "max_grad": "max_grad_norm",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
     "beta1": "adam_beta1",
     "beta2": "adam_beta2",
     # --- hardware, logging, saving, Hub ---
@@ -210,7 +211,6 @@ WRITE: Mapping[str, str] = {
 
 ABSENT: Mapping[str, str] = {
     # --- regularisers and losses ---
-    **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha"), "noise on embeddings (NEFTune)"),
     **dict.fromkeys(("label_smoothing_factor", "dpo_label_smoothing"), "label smoothing for every loss; method cpo "
                     "and simpo have label_smoothing"),
     **dict.fromkeys(("f_divergence_type", "f_alpha_divergence_coef"), "f-divergences; its losses use the reverse KL"),

@@ -178,6 +178,22 @@ class DropoutSection(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingNoiseSection(Section):
+    """Noise on what is read, which keeps a model from learning rows by heart."""
+
+    title: ClassVar[str] = OptimizationSection.title
+
+    neftune_noise_alpha: float | None = option(
+        None,
+        gt=0,
+        help="Add noise to the policy's embeddings while training (NEFTune, arXiv 2310.05914), as large for a short "
+        "example as for a long one: 5 to 15 in the paper; null is off.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SupervisedOptimizationSection(OptimizationSection):
     """Length of training, batch size and optimizer, of supervised rows."""
 

@@ -61,6 +61,7 @@ REFUSED_FOR_ONLINE: Mapping[str, str] = _BOTH | {
     **dict.fromkeys(("use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg"), _METHOD),
     **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), _METHOD),
     **dict.fromkeys(("entropy_coef", "use_adaptive_entropy"), _METHOD),
+    "neftune_noise_alpha": "completions are drawn without noise, and would be trained on by another policy",
     **dict.fromkeys(("top_entropy_quantile", "off_policy_mask_threshold"), _UPDATE),
     **dict.fromkeys(
         ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), "the reference is the policy as it was"

@@ -41,6 +41,7 @@ from alignkit.models._forward import compute_precision
 from alignkit.models.adapter_casts import leave_casts_to_autocast
 from alignkit.models.attachment import Attachment
 from alignkit.models.choices import Choice
+from alignkit.models.embedding_noise import disturb_embeddings
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.full_rank import settle
 from alignkit.models.metric_sums import MetricSums
@@ -72,6 +73,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
     # The loss is divided by the item counts of the whole accumulation window.
     loss_is_scaled_for_ga = True
 
+    neftune_noise_alpha: float | None
     aux_loss_enabled: bool
     router_aux_loss_coef: float
     _metrics: dict[str, dict[str, list[float]]]
@@ -104,6 +106,9 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         """
         settle(self.model)
         equip(self.model)
+        if self.neftune_noise_alpha is not None:
+            disturb_embeddings(self.model, self.neftune_noise_alpha)
+            self.neftune_noise_alpha = None  # transformers would add noise of its own, which goes by the layout
         self.router_watch = watch_adapter(self.model)
         if self.is_deepspeed_enabled:
             keep_sums_whole(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)

@@ -18,6 +18,7 @@ from alignkit.config.sections import (
 )
 from alignkit.config.training import (
     DropoutSection,
+    EmbeddingNoiseSection,
     HardwareSection,
     HubSection,
     LoggingSection,
@@ -112,6 +113,7 @@ class PreferenceConfig(
     OptimizationSection,
     TokenBudgetSection,
     DropoutSection,
+    EmbeddingNoiseSection,
     HardwareSection,
     LoggingSection,
     ProbeSection,

@@ -15,6 +15,7 @@ from alignkit.config.sections import (
     SupervisedDataSection,
 )
 from alignkit.config.training import (
+    EmbeddingNoiseSection,
     HardwareSection,
     HubSection,
     LoggingSection,
@@ -47,6 +48,7 @@ class SupervisedConfig(
     RunSection,
     SupervisedOptimizationSection,
     TokenBudgetSection,
+    EmbeddingNoiseSection,
     HardwareSection,
     LoggingSection,
     ReportSection,

@@ -30,7 +30,7 @@ CASES = {
     "micro_batch_size": (4, "Write per_device_train_batch_size"),
     "rpo_alpha": (1.0, "Write method: {dpo: 1.0, sft: 0.2}"),
     "cutoff_len": (512, "Write max_length"),
-    "neftune_noise_alpha": (5.0, "alignkit has no noise on embeddings (NEFTune). Remove it"),
+    "noisy_embedding_alpha": (5.0, "Write neftune_noise_alpha"),
     "sync_ref_model": (True, "anchor: ema or periodic (method: adpo)"),
     "ref_model_mixup_alpha": (0.6, "anchor_decay, which is 1 minus it"),
     "ref_model_sync_steps": (64, "Write anchor_steps (method: adpo, anchor: periodic)"),

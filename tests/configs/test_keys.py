@@ -82,6 +82,7 @@ TRAITS = {
     "optim adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile "
     "dataloader_num_workers logging_steps eval_strategy eval_steps save_strategy save_steps report_to use_cpu "
     "ddp_timeout pad_to_multiple_of trust_remote_code router_aux_loss_coef lr_scheduler_kwargs run_name "
+    "neftune_noise_alpha "
     "scale_rewards multi_objective_aggregation num_generations num_generations_eval max_completion_length "
     "steps_per_generation num_iterations temperature top_p top_k min_p repetition_penalty generation_kwargs "
     "chat_template_kwargs mask_truncated_completions max_tool_calling_iterations use_transformers_continuous_batching "
