@@ -23,12 +23,14 @@ examples:
   alignkit train run.yaml --beta_neg 0.05
   alignkit config run.yaml --beta_neg 0.05
   alignkit evaluate --adapter runs/first --data heldout.jsonl --compare_base
+  alignkit chat runs/first
   alignkit merge --adapter runs/first --output runs/first-merged
   alignkit prune --model Qwen/Qwen3-0.6B --output pruned --ffn 0.25 --criterion activation --data rows.jsonl
   accelerate launch --config_file zero2.yaml -m alignkit train run.yaml
 """
 _PROGRAMS = {
     "evaluate": "evaluate a model or an adapter on held-out preference rows",
+    "chat": "talk to a model in the terminal, tuned and base side by side",
     "merge": "merge an adapter into its base model",
     "prune": "make a model smaller so that stock code loads it, from a plan, a criterion or an adapter",
     "push": "publish an adapter or a model with its card on the Hugging Face Hub",

@@ -12,7 +12,7 @@ from alignkit.config import LoadedConfig, load_config
 from alignkit.config.base import ProgramConfig
 from alignkit.config.program import program_of
 from alignkit.config.settings import KEYWORD
-from alignkit.errors import ConfigError, RunDirectoryError
+from alignkit.errors import ConfigError, ModelError, RunDirectoryError
 from alignkit.reports.metrics_log import read_metrics
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.in_memory import IN_MEMORY, in_memory_keys, kept_inputs
@@ -20,6 +20,8 @@ from alignkit.runs.live_plot import Picture, picture
 from alignkit.runs.preemption import StopRequest
 from alignkit.runs.results import metrics_of, summary
 from alignkit.runs.run import RunSteps, loaded_from
+from alignkit.sampling.conversation import Conversation, base_and_tuned
+from alignkit.sampling.generation import Sampling
 
 Given = ProgramConfig | LoadedConfig | str | Path | None
 
@@ -43,6 +45,7 @@ class Run:
         self.config, self.sources = steps.config, steps.loaded.sources
         self.trainer, self.tokenizer = steps.trainer, steps.tokenizer
         self._give_up: Any = None
+        self._conversations: dict[str, Conversation] = {}
 
     @property
     def model(self) -> Any:
@@ -111,6 +114,43 @@ class Run:
         if (status := self._status()) != "finished":
             raise RunDirectoryError(f"{self.directory} has not finished (status: {status}). Train it first.")
         return summary(self._steps.directory)
+
+    def chat(self, text: str, *, base: bool = False, **sampling: Any) -> str:
+        """The answer of the model as it is now; what was said before is part of the conversation.
+
+        Args:
+            text: A turn; or, where the tokenizer has no chat template, a text to continue.
+            base: Ask the base in place of the model, which takes an adapter to tell them apart. It has a conversation
+                of its own.
+            **sampling: ``temperature`` (0 takes the likeliest token, as is done unless said otherwise), ``top_p``,
+                ``max_new_tokens`` and ``seed``, see :class:`~alignkit.sampling.generation.Sampling`.
+
+        Raises:
+            ModelError: The model cannot answer this, or there is no base to ask.
+        """
+        speakers = self._speakers()
+        if base and "base" not in speakers:
+            raise ModelError(f"{self.directory} trains every weight: the base is not there any more. Leave base out.")
+        speaker = speakers["base" if base else next(reversed(speakers))]
+        speaker.sampling = Sampling(**{"max_new_tokens": 256, **sampling})
+        return speaker.answer(text)
+
+    def new_chat(self, system: str | None = None) -> None:
+        """Forget what was said in :meth:`chat`.
+
+        Args:
+            system: System message to begin with.
+
+        Raises:
+            ModelError: The chat template takes none.
+        """
+        for speaker in self._speakers().values():
+            speaker.begin(system)
+
+    def _speakers(self) -> dict[str, Conversation]:
+        if not self._conversations:
+            self._conversations = base_and_tuned(self.model, self.tokenizer, Sampling())
+        return self._conversations
 
     def save(self, folder: str | Path) -> Path:
         """Write the model as it is now, or its adapter, with the tokenizer.

@@ -272,6 +272,16 @@ def test_what_is_saved_is_what_was_trained(saved: Path, tmp_path: Path) -> None:
             run.save(folder)
 
 
+def test_the_trained_model_answers_and_so_does_its_base(saved: Path, tmp_path: Path) -> None:
+    with prepared(saved, tmp_path, learning_rate=0.1) as run:
+        before = run.chat("Hello", max_new_tokens=6)
+        assert run.chat("Hello", base=True, max_new_tokens=6) == before  # a new adapter changes nothing
+        assert run.chat("More", max_new_tokens=6) and len(run._speakers()["tuned"].messages) == 4
+        run.train()
+        run.new_chat()
+        assert run.chat("Hello", base=True, max_new_tokens=6) == before != run.chat("Hello", max_new_tokens=6)
+
+
 def test_a_cell_that_prepares_can_be_executed_again(saved: Path, tmp_path: Path) -> None:
     first = prepare(**DPO, model=str(saved), data=PAIRS, output_dir=tmp_path / "run")
     with prepared(saved, tmp_path) as second:
