@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from alignkit.losses.types import RewardBatch as RewardBatch
     from alignkit.losses.types import RoutedBatch as RoutedBatch
     from alignkit.losses.types import TokenBatch as TokenBatch
+    from alignkit.models.reward_model import RewardModel as RewardModel
+    from alignkit.models.reward_model import load_reward_model as load_reward_model
     from alignkit.objectives.adpo import ADPOOptions as ADPOOptions
     from alignkit.objectives.bradley_terry import BradleyTerryOptions as BradleyTerryOptions
     from alignkit.objectives.d2o import D2OOptions as D2OOptions
@@ -127,6 +129,7 @@ _PUBLIC = {
         "RoutedBatch",
         "TokenBatch",
     ),
+    "alignkit.models.reward_model": ("RewardModel", "load_reward_model"),
     "alignkit.shapes.policy": ("OnlineConfig",),
     "alignkit.shapes.candidates": ("PreferenceConfig",),
     "alignkit.shapes.reward": ("RewardConfig",),

@@ -172,6 +172,29 @@ def with_eos(text: str, eos: str) -> str:
     return text if text.endswith(eos) else text + eos
 
 
+def answered_ids(
+    prompt: Any,
+    completions: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of a prompt with each of some completions behind it, as candidate rows have them, uncut.
+
+    Args:
+        prompt: A text, or messages.
+        completions: Texts, or lists of messages behind messages.
+        template: Keyword arguments of the chat template.
+
+    Raises:
+        RenderingError: The chat template refuses the messages.
+    """
+    if isinstance(prompt, str):
+        return text_ids([prompt + with_eos(text, tokenizer.eos_token) for text in completions], tokenizer)
+    turns = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+    wholes = [render([*prompt, *turn], tokenizer, template or {}, part="prompt + completion") for turn in turns]
+    return rendered_ids(wholes, tokenizer)
+
+
 def rendered_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of what a chat template wrote, its special tokens included."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, **_IDS_ALONE)["input_ids"]

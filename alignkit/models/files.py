@@ -89,6 +89,25 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     return AdapterFiles(path, config.get("base_model_name_or_path"), config.get("revision"), peft_type)
 
 
+def is_reward_adapter(adapter: AdapterFiles) -> bool:
+    """Whether a saved adapter is that of a model with a head of numbers, which is saved with it."""
+    return bool(read_json(adapter.directory / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS")
+
+
+def is_reward_model(model: str, adapter: AdapterFiles | None = None) -> bool:
+    """Whether a folder, with an adapter on it if there is one, holds a reward model; a Hub id is taken for none.
+
+    Args:
+        model: A folder or a Hub id.
+        adapter: What is put on it.
+    """
+    if adapter is not None:
+        return is_reward_adapter(adapter)
+    config = Path(model).expanduser() / MODEL_CONFIG
+    kinds = read_json(config).get("architectures") if config.is_file() else None
+    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or ())
+
+
 def module_patterns(adapter: AdapterFiles) -> list[str]:
     """What in a saved adapter's config may be a regular expression, which PEFT matches with the names of modules.
 

@@ -83,11 +83,13 @@ class RewardHead:
 
     Attributes:
         width: How many numbers it gives.
-        seed: What a new one is drawn from, where the checkpoint has none.
+        seed: What a new one is drawn from where the checkpoint has none; None refuses such a checkpoint.
+        from_adapter: Whether an adapter that is put on the model brings it.
     """
 
     width: int = 1
-    seed: int = 42
+    seed: int | None = None
+    from_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,22 +170,29 @@ def _from_pretrained(source: ModelSource, **options: Any) -> tuple[PreTrainedMod
     level = told.level
     with torch.random.fork_rng([]):
         # A new head is drawn while the model is loaded, the same one in every process.
-        torch.manual_seed(head.seed)
+        torch.manual_seed(head.seed or 0)
         try:
             told.setLevel(logging.ERROR)  # That it is new is meant, and said below in one line.
             found = AutoModelForSequenceClassification.from_pretrained(source.model, num_labels=head.width, **options)
         finally:
             told.setLevel(level)
-    if f"{REWARD_HEAD}.weight" in found[1]["missing_keys"] and PartialState().is_main_process:
+    is_new = head.seed is not None and f"{REWARD_HEAD}.weight" in found[1]["missing_keys"]
+    if is_new and PartialState().is_main_process:
         print(f"{source.model}: a new head of rewards, drawn from seed {head.seed}")
     return found
 
 
 def _refuse_missing_weights(source: ModelSource, names: Iterable[str]) -> None:
     """Refuse a checkpoint without all weights of the model, but for a head that is to be new."""
-    new = () if source.reward_head is None else (f"{REWARD_HEAD}.weight",)
+    head, own = source.reward_head, f"{REWARD_HEAD}.weight"
+    new = (own,) if head is not None and (head.seed is not None or head.from_adapter) else ()
     if missing := sorted(set(names).difference(new)):
-        kind = "causal language model" if source.reward_head is None else "decoder"
+        if head is not None and missing == [own]:
+            raise ModelError(
+                f"{source.model!r} is no reward model: it has no head of rewards ({own}). Give one that "
+                "trainers/reward.py has made, or train one from this model (method: bradley_terry)."
+            )
+        kind = "causal language model" if head is None else "decoder"
         raise ModelError(
             f"the checkpoint of {source.model!r} lacks {len(missing)} weights, such as {missing[0]}; they would be "
             f"random. Give a {kind} with all its weights."

@@ -1,19 +1,41 @@
-"""Reward models: a decoder whose head gives numbers, read off at the last token of each sequence."""
+"""Reward models: a decoder whose head gives numbers, read off at the last token of each sequence.
+
+Used from Python, as the scorer of samples and as a reward of online training::
+
+    rewards = alignkit.load_reward_model("runs/reward")
+    rewards("2 + 2 =", [" 4", " 5"])  # one number an answer
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.data.lengths import RowLengths
+from alignkit.data.rendering import RenderingError
 from alignkit.data.reward_batch import RewardCollator, scored_position
-from alignkit.errors import ModelError
+from alignkit.data.tokenization import answered_ids
+from alignkit.errors import DataError, ModelError
 from alignkit.models._comparison import ScoringRun, agreed
 from alignkit.models._forward import LOGP_TOLERANCE
-from alignkit.models.loading import REWARD_HEAD
+from alignkit.models.files import AdapterFiles, find_model, is_reward_adapter
+from alignkit.models.loading import (
+    REWARD_HEAD,
+    ModelSource,
+    RewardHead,
+    check_base,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+)
 from alignkit.models.wrapping import base_model
 
 
@@ -96,3 +118,137 @@ def _rewards(run: ScoringRun, sequences: Sequence[Sequence[int]], pad_token_id: 
         own = run.model(**inputs, use_cache=False).logits
     positions = [scored_position(ids, pad_token_id) for ids in sequences]
     return outputs[0][range(len(sequences)), positions].float(), own.float()
+
+
+# --- a reward model in use -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model, loaded; :func:`load_reward_model` makes one.
+
+    Called with a prompt and some completions, as they are written, it gives each completion a number.
+
+    Attributes:
+        model: The model, in evaluation mode on its device.
+        tokenizer: Its tokenizer, with the chat template it was trained with.
+        batch_size: Sequences a forward pass.
+        max_length: Tokens of prompt + completion that are read; what is longer is cut at its end, as in training.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 8
+    max_length: int | None = None
+
+    def __call__(self, prompt: Any, completions: Sequence[Any]) -> list[float]:
+        """The rewards of some completions of a prompt: texts, or messages."""
+        (found,) = self.score([(prompt, completions)])
+        return found
+
+    def score(self, rows: Sequence[tuple[Any, Sequence[Any]]]) -> list[list[float]]:
+        """The rewards of the completions of every row.
+
+        Args:
+            rows: Each a prompt and its completions, texts or messages.
+
+        Raises:
+            DataError: The chat template cannot render one.
+        """
+        sequences: list[list[int]] = []
+        for number, (prompt, completions) in enumerate(rows):
+            try:
+                sequences += answered_ids(prompt, completions, self.tokenizer)
+            except RenderingError as error:
+                told = f"row {number}: {error.problem.kind} ({error.problem.shown})"
+                raise DataError("the rows to be given rewards", [told]) from error
+        rewards = iter(self.score_ids(sequences))
+        return [[next(rewards) for _ in completions] for _, completions in rows]
+
+    @torch.no_grad()
+    def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The rewards of sequences of token ids, the longest first in a batch of their like.
+
+        Args:
+            sequences: Prompt and completion behind one another.
+        """
+        cut = [list(ids[: self.max_length]) for ids in sequences]
+        order = sorted(range(len(cut)), key=lambda i: -len(cut[i]))
+        device, found = next(self.model.parameters()).device, [0.0] * len(cut)
+        collator = RewardCollator(self.pad_token_id)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            inputs = {name: value.to(device) for name, value in collator.padded([cut[i] for i in batch]).items()}
+            rewards = self.model(**inputs, use_cache=False).logits[:, 0].float()
+            for i, reward in zip(batch, rewards.tolist(), strict=True):
+                found[i] = reward
+        return found
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that pads a batch, and that no reward is read off."""
+        pad: int = self.tokenizer.pad_token_id
+        return pad
+
+
+def load_reward_model(
+    model: str,
+    *,
+    base: str | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    dtype: str = "auto",
+) -> RewardModel:
+    """Load a reward model with its tokenizer.
+
+    Args:
+        model: Folder of a reward model or of its adapter, or Hub id of a reward model.
+        base: The model an adapter was trained on, where it does not name it.
+        device: Where to; None is this process's accelerator, or the CPU.
+        batch_size: Sequences a forward pass.
+        max_length: Tokens of prompt + completion that are read; None reads all of them.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
+
+    Raises:
+        ModelError: It is no reward model, or cannot be loaded.
+    """
+    name, revision, adapter = find_model(base, model) if base is not None else find_model(model, None)
+    source = ModelSource(name, revision, dtype)
+    if adapter is not None and adapter.has_tokenizer:
+        tokenizer = load_tokenizer(str(adapter.directory))
+    else:
+        tokenizer = load_tokenizer(name, revision=revision)
+    where = PartialState().device if device is None else device
+    return RewardModel(load_for_rewards(source, adapter, tokenizer, where), tokenizer, batch_size, max_length)
+
+
+def load_for_rewards(
+    source: ModelSource, adapter: AdapterFiles | None, tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+) -> nn.Module:
+    """Load a reward model to be used, in evaluation mode, reading off rewards where it did in training.
+
+    Args:
+        source: The model.
+        adapter: Put on it, or None.
+        tokenizer: Says what pads rows; gets its EOS for that where it has nothing.
+        device: Where to.
+
+    Raises:
+        ModelError: It is no reward model, cannot be loaded, or the adapter was trained on another base.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ModelError(f"{source.model!r}: ZeRO-3 would split a reward model that is only used. Take ZeRO-2 or DDP.")
+    if adapter is not None:
+        if not is_reward_adapter(adapter):
+            raise ModelError(
+                f"the adapter {str(adapter.directory)!r} is that of a language model, not of a reward model"
+            )
+        check_base(adapter, source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded = load_model(replace(source, reward_head=RewardHead(from_adapter=adapter is not None)), device)
+    check_head(loaded)
+    # Without it transformers reads the last position of a padded row, which is padding.
+    loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return loaded if adapter is None else load_adapter(loaded, adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,20 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
+from alignkit.data.reward_batch import RewardCollator
+from alignkit.errors import ConfigError, ModelError
+from alignkit.losses.types import LossOutput, RewardBatch
+from alignkit.models.modes import evaluating
+from alignkit.models.reward_model import head_outputs, load_reward_model
+from alignkit.parametrizations._policy import load_policy
 from alignkit.parts.method import load_method
 from alignkit.shapes._reward import RewardModelTrainer
+from tests.programs.conftest import save_model
+from tests.shapes.building import build, config_of, text_rows
 from tests.trainers import SHORT_RUN, flat_weights, logged
 
 SHARED_METRICS = ("accuracy", "margin", "mean_reward", "num_tokens")
@@ -93,3 +103,97 @@ def test_bradley_terry_is_bitwise_trl(
     assert torch.equal(flat_weights(trainer.model), flat_weights(theirs.model))
     for key in SHARED_METRICS:
         assert logged(trainer, key) == pytest.approx(logged(theirs, key), rel=1e-5, abs=1e-6), key
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny language model whose tokenizer knows words."""
+    folder = tmp_path_factory.mktemp("words")
+    save_model(folder)
+    return str(folder)
+
+
+def rewards_of(trainer: Any) -> list[list[float]]:
+    """What the model of a trainer says of its training rows, batch by batch as it trains."""
+    found: list[list[float]] = []
+    method = trainer.method
+
+    def objective(batch: RewardBatch, options: Any) -> LossOutput:
+        found.extend(batch.rewards.tolist())
+        return method.objective(batch, options)
+
+    trainer.method, collator = replace(method, objective=objective), trainer.data_collator
+    with torch.no_grad(), evaluating(trainer.model):
+        for start in range(0, len(trainer.train_dataset), 4):
+            batch = collator([trainer.train_dataset[i] for i in range(start, start + 4)])
+            trainer.evaluate_objective(trainer.model, batch)
+    trainer.method = method
+    return found
+
+
+@pytest.mark.parametrize("parametrization", ["full", "lora"])
+def test_what_is_saved_gives_texts_the_rewards_it_was_trained_to_give(
+    parametrization: str, words: str, tmp_path: Path
+) -> None:
+    config = config_of("reward", words, tmp_path, parametrization=parametrization, learning_rate=1.0e-2)
+    rows = text_rows(config, 12)
+    trainer = build(config, rows)
+    before = rewards_of(trainer)
+    trainer.train()
+    trained = rewards_of(trainer)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = load_reward_model(str(tmp_path / "saved"), base=words if parametrization == "lora" else None, batch_size=5)
+    found = loaded.score([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows])
+    assert [value for row in found for value in row] == pytest.approx(sum(trained, []), abs=1e-5)
+    assert loaded(rows[3]["prompt"], [rows[3]["rejected"]]) == pytest.approx([trained[3][1]], abs=1e-5)
+    assert (
+        max(abs(a - b) for one, other in zip(before, trained, strict=True) for a, b in zip(one, other, strict=True))
+        > 0.01
+    )
+    if parametrization == "lora":
+        assert all(
+            parameter.requires_grad == ("lora_" in name or "modules_to_save" in name)
+            for name, parameter in trainer.model.named_parameters()
+        )
+        stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+        assert [name for name in stored if name.endswith("score.weight")]
+
+
+def test_a_language_model_gives_no_rewards(words: str) -> None:
+    with pytest.raises(ModelError, match="is no reward model: it has no head of rewards"):
+        load_reward_model(words)
+
+
+def test_the_head_is_drawn_from_the_seed(words: str, tmp_path: Path) -> None:
+    heads = [load_policy(config_of("reward", words, tmp_path, seed=seed)).score.weight for seed in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_a_reward_is_read_off_where_transformers_reads_it_off(pad: str, model_path: str, tokenizer: Any) -> None:
+    """Also of rows that end in the padding token, as all do where that is the EOS."""
+    model, pad_token_id = model_of(model_path), tokenizer.convert_tokens_to_ids(pad)
+    model.config.pad_token_id = pad_token_id
+    rows = [{"prompt_ids": [5, 9], "completion_ids": [[7, 8, 3, 1], [7, 1]], "scores": [1.0, 0.0]}]
+    batch = RewardCollator(pad_token_id)(rows)
+    with torch.no_grad(), head_outputs(model) as outputs:
+        own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    found = outputs[0][batch["sequence"], batch["position"], 0]
+    assert torch.equal(found[0], own)
+    assert batch["position"].tolist() == [[5, 3] if pad == "<pad>" else [4, 2]]
+
+
+def test_what_is_given_to_the_trainer_of_trl_and_would_change_nothing_is_refused(
+    tmp_path: Path, model_path: str, tokenizer: Any, rows: Dataset
+) -> None:
+    method = load_method("bradley_terry")
+    arguments = RewardConfig(str(tmp_path), **SHORT_RUN, center_rewards_coefficient=0.1)
+    with pytest.raises(ConfigError, match="center_rewards_coefficient=0.1"):
+        RewardModelTrainer(
+            model_of(model_path),
+            arguments,
+            method=method,
+            options=method.options(),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
