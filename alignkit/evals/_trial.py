@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from accelerate import PartialState
@@ -13,87 +13,24 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignkit.data.candidate_report import ConversionReport
-from alignkit.data.candidates import to_candidate_rows
-from alignkit.data.checks import check_template
 from alignkit.data.lengths import RowLengths
-from alignkit.data.load import load_rows
-from alignkit.data.messages import as_messages
 from alignkit.data.prefix import Layout
 from alignkit.environment import environment
 from alignkit.errors import ConfigError
+from alignkit.evals._data import EvaluationData
 from alignkit.models._comparison import compare_with_itself
-from alignkit.models._forward import use_packed_attention
+from alignkit.models._forward import TrainedScore, use_packed_attention
 from alignkit.models._layouts import Requested, choose_layout, confirmed
 from alignkit.models.files import AdapterFiles, sha256
 from alignkit.models.loading import ModelSource
 from alignkit.models.positions import positions_of
-from alignkit.models.sharding import score_over_ranks
-from alignkit.models.vocabulary import check_token_ids
+from alignkit.models.sharding import score_over_ranks, score_trained_over_ranks
+from alignkit.models.vocabulary import Tokens, check_token_ids
 from alignkit.references._cache import token_ids_fingerprint
-from alignkit.sampling.generation import Sampling
+from alignkit.sampling.generation import Answer, Sampling, generate_answers
 
 TokenLogps = Sequence[Sequence[float]]
 """Token log-probs of the candidates of one row, nats."""
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EvaluationData:
-    """What a model is evaluated on.
-
-    Attributes:
-        rows: Held-out candidate rows.
-        probe: Candidate rows of which every response is a probe, or None.
-        prompts: Token ids of the prompts to answer.
-        reports: What happened to the rows on the way, by name.
-    """
-
-    rows: Dataset
-    probe: Dataset | None
-    prompts: list[list[int]]
-    reports: dict[str, ConversionReport]
-
-
-def prepare_data(
-    sources: Mapping[str, Sequence[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    column_map: Mapping[str, str],
-    max_rows: int | None,
-    max_length: int,
-    num_samples: int,
-    apply_chat_template: bool,
-    state: PartialState,
-) -> EvaluationData:
-    """Load, check and tokenise the rows; the first process first, so that the others read its cache.
-
-    Args:
-        sources: Files or Hub ids under ``held-out`` and, if there are probe rows, ``probe``.
-        column_map: Our column names to those of the data.
-        max_rows: Keep at most so many rows of each, or None.
-        max_length: Limit on prompt + completion, tokens.
-        num_samples: Distinct prompts to answer, the first ones of the held-out rows.
-        apply_chat_template: Turn plain prompts and answers into messages.
-        state: This process among the others.
-
-    Raises:
-        DataError: The rows cannot be used; every kind of problem.
-    """
-    rows, reports = {}, {}
-    with state.main_process_first():
-        for name, paths in sources.items():
-            loaded = load_rows(list(paths), column_map=column_map, max_rows=max_rows)
-            loaded = as_messages(loaded, tokenizer, name) if apply_chat_template else loaded
-            rows[name], reports[name] = to_candidate_rows(
-                loaded, tokenizer, max_length=max_length, num_candidates=None, name=name
-            )
-    check = check_template(tokenizer, conversational=reports["held-out"].conversational)
-    if state.is_main_process and check.status != "ok":
-        logger.warning("held-out: %s: %s", check.name, check.message)
-    distinct = {tuple(row["prompt_ids"]): None for row in rows["held-out"]}
-    prompts = [list(ids) for ids in distinct][:num_samples]
-    return EvaluationData(rows["held-out"], rows.get("probe"), prompts, reports)
 
 
 def check_positions(model: PreTrainedModel | PeftModel, data: EvaluationData, max_new_tokens: int) -> None:
@@ -106,8 +43,8 @@ def check_positions(model: PreTrainedModel | PeftModel, data: EvaluationData, ma
     Raises:
         ConfigError: A prompt and its answer can be longer than the model is made for.
     """
-    positions, longest = positions_of(model.config), max(map(len, data.prompts), default=0)
-    if data.prompts and positions is not None and longest + max_new_tokens > positions:
+    positions, longest = positions_of(model.config), max(map(len, data.asked), default=0)
+    if data.asked and positions is not None and longest + max_new_tokens > positions:
         problem = (
             f"--max_new_tokens: {max_new_tokens} behind a prompt of {longest} tokens is more than the {positions} "
             f"positions of the model. Write at most {positions - longest}, or --num_samples 0 for no answers"
@@ -128,7 +65,7 @@ def check_vocabulary(
     Raises:
         ModelError: Names the token.
     """
-    used = {"a held-out row": data.rows, "a probe row": data.probe, "a prompt": data.prompts}
+    used: dict[str, Tokens] = {"a held-out row": data.rows, "a probe row": data.probe, "a prompt": data.asked}
     check_token_ids(model, tokenizer, used, name=repr(model.name_or_path))
 
 
@@ -139,7 +76,7 @@ def prepare_scoring(
     *,
     batch_size: int,
     name: str,
-) -> Layout:
+) -> Layout | None:
     """Compare a model's scores with its own logits, and choose how its rows are laid out; a collective.
 
     Args:
@@ -149,10 +86,18 @@ def prepare_scoring(
         batch_size: Rows a forward pass.
         name: What the model is called in messages, without an article.
 
+    Returns:
+        The layout, or None where nothing is scored.
+
     Raises:
         ModelError: Its scores would not be its own, or it cannot run the layout asked for.
     """
-    lengths = RowLengths.of(*(rows for rows in (data.rows, data.probe) if rows is not None))
+    asked = [] if data.questions is None else data.questions.prompts
+    if not data.scored and not asked:
+        return None
+    # What will be answered is not known; that a confidence is the model's own shows on its questions.
+    questions = [{"prompt_ids": ids, "completion_ids": [ids[-1:]]} for ids in asked]
+    lengths = RowLengths.of(*(data.scored.values() or [questions]))
     run = compare_with_itself(model, lengths, f"the {name}", together=batch_size > 1)
     choice = confirmed(choose_layout(requested, model, lengths), [run], lengths)
     if choice.layout == "packed":
@@ -169,20 +114,24 @@ class Trial:
         tokenizer: Decodes answers.
         data: What on.
         sampling: How answers are generated.
-        layout: ``padded`` or ``packed``.
+        layout: ``padded`` or ``packed``; None where no row is scored.
         batch_size: Rows a forward pass.
         state: This process among the others.
         name: What the model is called in progress bars.
+        reference: What another model made of the held-out rows, for the log-ratios of an implicit reward; or None.
+        beta: What a nat of these log-ratios is worth.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     data: EvaluationData
     sampling: Sampling
-    layout: Layout
+    layout: Layout | None
     batch_size: int
     state: PartialState
     name: str
+    reference: list[TokenLogps] | None = None
+    beta: float | None = None
     _scored: dict[str, list[TokenLogps]] = field(default_factory=dict, repr=False)
 
     def token_logps(self, rows: Literal["held-out", "probe"]) -> list[TokenLogps]:
@@ -192,18 +141,44 @@ class Trial:
             rows: Which; probe rows only where there are some.
         """
         if rows not in self._scored:
-            pad = self.tokenizer.pad_token_id
-            scored = {"held-out": self.data.rows, "probe": self.data.probe}[rows]
+            assert self.layout is not None
+            progress = f"{self.name}: {rows} rows"
             self._scored[rows] = score_over_ranks(
-                self.model,
-                scored,
-                pad_token_id=(self.tokenizer.eos_token_id if pad is None else pad) or 0,
-                layout=self.layout,
-                batch_size=self.batch_size,
-                state=self.state,
-                progress=f"{self.name}: {rows} rows",
+                self.model, self.data.scored[rows], layout=self.layout, progress=progress, **self._how
             )
         return self._scored[rows]
+
+    def trained_scores(self) -> list[TrainedScore]:
+        """Sums over the trained tokens of every supervised row."""
+        assert self.data.rows is not None and self.layout is not None
+        progress = f"{self.name}: rows"
+        return score_trained_over_ranks(self.model, self.data.rows, layout=self.layout, progress=progress, **self._how)
+
+    @cached_property
+    def answers(self) -> list[Answer]:
+        """The model's answer to every question, generated on first use."""
+        assert self.data.questions is not None
+        asked, progress = self.data.questions.prompts, f"{self.name}: answers"
+        return generate_answers(self.model, self.tokenizer, asked, self.sampling, state=self.state, progress=progress)
+
+    @cached_property
+    def answer_logps(self) -> list[list[float]]:
+        """Log-probs of the tokens of every answer, its stop token included, at temperature 1."""
+        assert self.data.questions is not None
+        rows = [
+            {"prompt_ids": ids, "completion_ids": [answer.ids]}
+            for ids, answer in zip(self.data.questions.prompts, self.answers, strict=True)
+        ]
+        scored = score_over_ranks(
+            self.model, Dataset.from_list(rows), layout="padded", progress=f"{self.name}: confidence", **self._how
+        )
+        return [row[0] for row in scored]
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        pad = self.tokenizer.pad_token_id
+        pad_token_id = (self.tokenizer.eos_token_id if pad is None else pad) or 0
+        return {"pad_token_id": pad_token_id, "batch_size": self.batch_size, "state": self.state}
 
 
 def provenance(
@@ -225,8 +200,7 @@ def provenance(
     """
     template = tokenizer.chat_template
     weights = {} if adapter is None else {"directory": str(adapter.directory), "sha256": sha256(adapter.weights)}
-    first = data.rows[0]["prompt_ids"]
-    splits = {"held-out": data.rows} if data.probe is None else {"held-out": data.rows, "probe": data.probe}
+    first = next(iter(data.asked), []) if data.rows is None else data.rows[0]["prompt_ids"]
     return {
         "environment": environment(),
         "processes": {"world_size": state.num_processes, "device": state.device.type},
@@ -242,13 +216,20 @@ def provenance(
             "begins_with_bos": tokenizer.bos_token_id is not None and first[:1] == [tokenizer.bos_token_id],
             "first_prompt": tokenizer.decode(first),
         },
-        "data": {
-            name: {
-                "rows": len(rows),
-                "dropped": data.reports[name].dropped,
-                "cut_at_max_length": data.reports[name].num_truncated_rows,
-                "token_ids_blake2b": token_ids_fingerprint(rows),
-            }
-            for name, rows in splits.items()
-        },
+        "data": _data_record(data),
+    }
+
+
+def _data_record(data: EvaluationData) -> dict[str, Any]:
+    if data.rows is None:
+        asked = [{"prompt_ids": ids, "completion_ids": []} for ids in data.asked]
+        return {"held-out": {"rows": len(data.texts), "token_ids_blake2b": token_ids_fingerprint(asked)}}
+    return {
+        name: {
+            "rows": len(rows),
+            "dropped": data.reports[name].dropped,
+            "cut_at_max_length": data.reports[name].num_truncated_rows,
+            "token_ids_blake2b": token_ids_fingerprint(rows),
+        }
+        for name, rows in data.scored.items()
     }

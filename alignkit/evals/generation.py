@@ -11,7 +11,7 @@ generation/tokens      mean length of an answer, tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -33,31 +33,32 @@ def _compute(trial: Trial) -> Found:
     samples = generate_samples(
         trial.model, trial.tokenizer, prompts, trial.sampling, state=trial.state, progress=progress
     )
-    return Found(generation_sums(samples), examples=samples)
+    sums = generation_sums(samples)
+    return Found(sums, examples=samples, elsewhere=frozenset(sums))
 
 
-def _render(prompts: Sequence[str], found: Found, base: Found | None) -> str:
+def _render(prompts: Sequence[str], found: Found, before: Mapping[str, Found]) -> str:
     lines = []
     for index, prompt in enumerate(prompts):
         shown = prompt if len(prompt) <= PROMPT_SHOWN else f"... {prompt[-PROMPT_SHOWN:]}"
-        lines += [f"prompt {index + 1}", _indented(shown)]
-        for name, results in (("base", base), ("model", found)):
-            if results is not None:
-                sample = results.examples[index]
-                end = "finished" if sample.finished else "not finished"
-                lines += [f"{name} ({sample.num_tokens} tokens, {end}, repetition {sample.repetition:.2f})"]
-                lines += [_indented(sample.text)]
+        lines += [f"prompt {index + 1}", indented(shown)]
+        for name, results in {**before, "model": found}.items():
+            sample = results.examples[index]
+            end = "finished" if sample.finished else "not finished"
+            lines += [f"{name} ({sample.num_tokens} tokens, {end}, repetition {sample.repetition:.2f})"]
+            lines += [indented(sample.text)]
     return "\n".join(lines)
 
 
-def _record(prompts: Sequence[str], found: Found, base: Found | None) -> dict[str, Any]:
+def _record(prompts: Sequence[str], found: Found, before: Mapping[str, Found]) -> dict[str, Any]:
     samples = [{"prompt": p, "model": asdict(s)} for p, s in zip(prompts, found.examples, strict=True)]
-    if base is not None:
-        samples = [{**sample, "base": asdict(b)} for sample, b in zip(samples, base.examples, strict=True)]
+    for name, results in before.items():
+        samples = [{**sample, name: asdict(s)} for sample, s in zip(samples, results.examples, strict=True)]
     return {"samples": samples}
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
+    """A text as it stands below a line that says what it is."""
     return "\n".join(f"    {line}" for line in text.rstrip("\n").split("\n"))
 
 

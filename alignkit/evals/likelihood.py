@@ -58,10 +58,9 @@ def likelihood_sums(token_logps: Sequence[TokenLogps], side: str) -> dict[str, R
 
 
 def _compute(trial: Trial) -> Found:
-    sums = side_sums(trial.data.rows, trial.token_logps("held-out"))
-    if trial.data.probe is not None:
-        sums |= likelihood_sums(trial.token_logps("probe"), "probe")
-    return Found(sums)
+    sums = side_sums(trial.data.held_out, trial.token_logps("held-out"))
+    probed = {} if trial.data.probe is None else likelihood_sums(trial.token_logps("probe"), "probe")
+    return Found(sums | probed, elsewhere=frozenset(probed))
 
 
 EVALUATION = Evaluation(

@@ -69,7 +69,7 @@ def _top1(scores: Sequence[float], likelihoods: Sequence[float]) -> tuple[float,
 
 
 def _compute(trial: Trial) -> Found:
-    rows = trial.data.rows
+    rows = trial.data.held_out
     sums = preference_sums(rows, trial.token_logps("held-out"))
     has_lists = any(len(scores) > 2 for scores in rows["scores"])
     return Found(sums, repeated=frozenset(() if has_lists else ("top1/logps", "top1/mean_logps")))

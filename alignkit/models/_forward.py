@@ -9,9 +9,9 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakSet
 
 import torch
@@ -100,13 +100,17 @@ def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
     return _MIXED_PRECISION.get(mixed_precision, str(base.dtype).removeprefix("torch."))
 
 
-def add_completion_head(model: nn.Module, temperature: float = 1.0) -> None:
-    """Give ``model`` (plain or PEFT) TRL's fused head, log-probs alone at a temperature, and the packed layout.
+def add_completion_head(model: nn.Module, temperature: float = 1.0, *, top1: bool = False) -> None:
+    """Give ``model`` (plain or PEFT) TRL's fused head, log-probs at a temperature, and the packed layout.
 
     The preference trainer does not need this: TRL adds the head there.
+
+    Args:
+        temperature: What logits are divided by.
+        top1: Whether it also says which tokens are the most likely ones, for :func:`score_trained`.
     """
     base = base_model(model)
-    add_fused_lm_head(base, temperature=temperature)
+    add_fused_lm_head(base, temperature=temperature, outputs=("log_probs", "is_top1") if top1 else ("log_probs",))
     support_packed_rows(base)
 
 
@@ -234,6 +238,57 @@ def score_rows(
     return results
 
 
-def _to_score(prompt_ids: Sequence[int], completions: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+class TrainedScore(NamedTuple):
+    """What a model makes of the trained tokens of one row.
+
+    Attributes:
+        nll: Sum of their negative log-likelihoods, nats.
+        hits: How many of them are the most likely token.
+        tokens: How many there are.
+    """
+
+    nll: float
+    hits: float
+    tokens: float
+
+
+@torch.no_grad()
+def score_trained(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    layout: Layout,
+    batch_size: int,
+    device: torch.device | str,
+    progress: str | None = None,
+) -> list[TrainedScore]:
+    """Score supervised rows without gradient.
+
+    Args:
+        model: Model with a completion head that says which tokens are the most likely; its mode is left alone.
+        rows: Rows of one completion each, of which ``is_trained`` says which tokens count.
+        pad_token_id: See :class:`~alignkit.data.prefix.CandidateCollator`.
+        layout: ``padded`` or ``packed``.
+        batch_size: Rows a forward pass, cut in this order.
+        device: Where the model's inputs go.
+        progress: Title of a progress bar, or None for none.
+    """
+    collator = CandidateCollator(pad_token_id, layout)
+    results: list[TrainedScore] = []
+    for start in tqdm(range(0, len(rows), batch_size), desc=progress, **hidden_unless(progress is not None)):
+        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        inputs = collator([_to_score(row["prompt_ids"], map(tuple, row["completion_ids"])) for row in batch])
+        output = completion_forward(model, on_device(inputs, device))
+        assert output.is_top1 is not None
+        for b, row in enumerate(batch):
+            counted = torch.tensor(row["is_trained"], dtype=torch.bool, device=output.token_logps.device)
+            scored = inputs["completion_mask"][b, 0].to(counted.device)
+            logps, hits = (values[b, 0][scored][counted] for values in (output.token_logps, output.is_top1))
+            results.append(TrainedScore(-float(logps.double().sum()), float(hits.sum()), float(counted.sum())))
+    return results
+
+
+def _to_score(prompt_ids: Sequence[int], completions: Iterable[tuple[int, ...]]) -> dict[str, Any]:
     ids = [list(completion) for completion in completions]
     return {"prompt_ids": prompt_ids, "completion_ids": ids, "scores": [0.0] * len(ids)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from alignkit.data.prefix import Layout
 from alignkit.errors import ModelError
-from alignkit.models._forward import score_rows
+from alignkit.models._forward import TrainedScore, score_rows, score_trained
 
 Result = TypeVar("Result")
 
@@ -85,14 +86,50 @@ def score_over_ranks(
         )
 
     scores = map_batches(length_batches([_length(row) for row in rows], batch_size), score, state)
-    broken = [i for i, row in enumerate(scores) if not all(abs(x) < float("inf") for tokens in row for x in tokens)]
+    _refuse_broken([all(math.isfinite(x) for tokens in row for x in tokens) for row in scores])
+    return scores
+
+
+def score_trained_over_ranks(
+    model: nn.Module,
+    rows: Dataset,
+    *,
+    pad_token_id: int,
+    layout: Layout,
+    batch_size: int,
+    state: PartialState,
+    progress: str,
+) -> list[TrainedScore]:
+    """Sums over the trained tokens of all rows, on every process; arguments as for :func:`score_over_ranks`.
+
+    Raises:
+        ModelError: The model gives log-probs that are not finite.
+    """
+
+    def score(batches: list[list[int]]) -> list[TrainedScore]:
+        return score_trained(
+            model,
+            rows.select([index for batch in batches for index in batch]),
+            pad_token_id=pad_token_id,
+            layout=layout,
+            batch_size=batch_size,
+            device=state.device,
+            progress=progress if state.is_main_process else None,
+        )
+
+    scores = map_batches(length_batches([_length(row) for row in rows], batch_size), score, state)
+    _refuse_broken([math.isfinite(row.nll) for row in scores])
+    return scores
+
+
+def _refuse_broken(finite: Sequence[bool]) -> None:
+    broken = [index for index, is_finite in enumerate(finite) if not is_finite]
     if broken:
         shown = ", ".join(map(str, broken[:3]))
         raise ModelError(
-            f"the model gives log-probs that are NaN or infinite on {len(broken)} of {len(scores)} rows (row {shown}). "
+            f"the model gives log-probs that are NaN or infinite on {len(broken)} of {len(finite)} rows (row {shown}). "
             "Its weights are broken, or overflow in this precision: try --dtype float32."
         )
-    return scores
 
 
 def _length(row: Mapping[str, Any]) -> int:

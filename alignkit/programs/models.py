@@ -56,7 +56,7 @@ def tokenizer_for(
 
 
 def load_for_scoring(
-    source: ModelSource, adapter: AdapterFiles | None, device: torch.device
+    source: ModelSource, adapter: AdapterFiles | None, device: torch.device, *, top1: bool = False
 ) -> PreTrainedModel | PeftModel:
     """Load a model with the head that gives the log-probs of given tokens.
 
@@ -64,6 +64,7 @@ def load_for_scoring(
         source: The model.
         adapter: Put on it, or None.
         device: Where to.
+        top1: Whether the head also says which tokens are the most likely ones.
 
     Raises:
         ModelError: It cannot be loaded, or the adapter was trained on another base.
@@ -72,5 +73,5 @@ def load_for_scoring(
         check_base(adapter, source)
     model = load_model(source, device)
     # The head goes on before PEFT wraps the model.
-    add_completion_head(model)
+    add_completion_head(model, top1=top1)
     return model if adapter is None else load_adapter(model, adapter)

@@ -66,6 +66,14 @@ class RowSums:
         error = math.sqrt(len(pairs) / (len(pairs) - 1) * squares) / total
         return Estimate(mean, error, total, len(pairs))
 
+    def among(self, rows: Sequence[int]) -> RowSums:
+        """The same figure of some of the rows.
+
+        Args:
+            rows: Their numbers.
+        """
+        return RowSums(tuple(self.numerators[i] for i in rows), tuple(self.denominators[i] for i in rows))
+
     def minus(self, other: RowSums) -> RowSums:
         """The difference of two models on the same rows; its error is that of the paired difference.
 

@@ -34,7 +34,9 @@ def reliability_diagram(items: Mapping[str, Items], *, title: str) -> bytes:
     grid["bins"].plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
     grid["bins"].set(ylabel="share that is right", ylim=(0, 1.02), xlim=(0, 1))
     grid["counts"].set(xlabel="confidence", ylabel="items", xlim=(0, 1))
-    grid["risk"].set(xlabel="coverage: share answered, the most confident first", ylabel="accuracy", xlim=(0, 1))
+    grid["risk"].set(
+        xlabel="coverage: share answered, the most confident first", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02)
+    )
     for ax in grid.values():
         ax.grid(True, color="#E4E4E4", linewidth=0.7)
         ax.set_axisbelow(True)

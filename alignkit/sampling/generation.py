@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -67,6 +68,28 @@ class Sample:
     repetition: float
 
 
+class Answer(NamedTuple):
+    """The tokens of a generated answer.
+
+    Attributes:
+        ids: Its tokens, the stop token included.
+        finished: Whether the last of them is a stop token.
+    """
+
+    ids: list[int]
+    finished: bool
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
+        """As text, without the stop token.
+
+        Args:
+            tokenizer: Decodes it.
+        """
+        ids = self.ids[:-1] if self.finished else self.ids
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return Sample(text, len(ids), self.finished, repetition(ids))
+
+
 def generate_samples(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,11 +99,25 @@ def generate_samples(
     state: PartialState,
     progress: str | None = None,
 ) -> list[Sample]:
+    """Answer every prompt as text; arguments as for :func:`generate_answers`."""
+    answers = generate_answers(model, tokenizer, prompts, sampling, state=state, progress=progress)
+    return [answer.sample(tokenizer) for answer in answers]
+
+
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    state: PartialState,
+    progress: str | None = None,
+) -> list[Answer]:
     """Answer every prompt, on all processes together.
 
     Args:
         model: A causal language model with ``generate``, plain or PEFT, on the device of ``state``.
-        tokenizer: Decodes the answers; its EOS stops them, as do the stop tokens of the model's generation config.
+        tokenizer: Its EOS stops the answers, as do the stop tokens of the model's generation config.
         prompts: Token ids, rendered with the chat template and the generation prompt where there is one.
         sampling: How.
         state: This process among the others.
@@ -91,17 +128,16 @@ def generate_samples(
     tell_unused_settings(model.generation_config, state)
     extra = forward_options(model)
 
-    def answer(batches: list[list[int]]) -> list[Sample]:
-        samples: list[Sample] = []
+    def answer(batches: list[list[int]]) -> list[Answer]:
+        answers: list[Answer] = []
         for batch in tqdm(batches, desc=progress, **hidden_unless(progress is not None and state.is_main_process)):
             padded = left_padded([prompts[i] for i in batch], config.pad_token_id)
             inputs = {name: tensor.to(state.device) for name, tensor in padded.items()}
             # Each batch has a seed of its own: its draws do not depend on which process it falls to.
             torch.manual_seed(sampling.seed + batch[0])
             output = model.generate(**inputs, generation_config=config, **extra)
-            answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-            samples += [_sample(ids, stops, tokenizer) for ids in answers]
-        return samples
+            answers += [_up_to_stop(ids, stops) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        return answers
 
     devices = [state.device] if state.device.type == "cuda" else []
     with torch.no_grad(), evaluating(model), own_settings_alone(model), torch.random.fork_rng(devices):
@@ -233,8 +269,6 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def _sample(ids: list[int], stops: list[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
+def _up_to_stop(ids: list[int], stops: list[int]) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
-    answer = ids if end is None else ids[:end]
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    return Sample(text, len(answer), end is not None, repetition(answer))
+    return Answer(ids, False) if end is None else Answer(ids[: end + 1], True)

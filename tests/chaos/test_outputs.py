@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from alignkit.errors import ConfigError, RunDirectoryError
 from scripts import quickstart
 
-OPTIONS = {"evaluate": ("output",), "score": ("output", "heatmap"), "sample": ("output",)}
+OPTIONS = {"evaluate": ("output", "reliability"), "score": ("output", "heatmap"), "sample": ("output",)}
 """Options of every program that name a file to write."""
 FOLDERS = {"merge", "prune", "quickstart"}
 """Programs whose output is a folder."""

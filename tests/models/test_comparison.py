@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from alignkit.data.lengths import SAMPLED_ROWS, RowLengths
 from alignkit.errors import ModelError
-from alignkit.evals._trial import EvaluationData, prepare_scoring
+from alignkit.evals._data import EvaluationData
+from alignkit.evals._trial import prepare_scoring
 from alignkit.models._comparison import ScoringRun, disagreement, length_dependence, refuse_other_scores
 from alignkit.models._forward import add_completion_head
 from alignkit.models._layouts import choose_layout, confirmed

@@ -8,7 +8,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from PIL import Image
+from matplotlib.image import imread
 
 from alignkit.reports.calibration import (
     area_under_risks,
@@ -141,9 +141,9 @@ def test_what_the_rows_do_not_tell_has_no_figure() -> None:
 def test_the_diagram_shows_every_model() -> None:
     items = {name: arrays(GOLDEN if name == "base" else TIED) for name in ("base", "model")}
     pages = [
-        Image.open(io.BytesIO(reliability_diagram(shown, title="confidence"))).convert("RGB")
+        np.rint(imread(io.BytesIO(reliability_diagram(shown, title="confidence")), format="png")[..., :3] * 255)
         for shown in (items, {"model": items["model"]})
     ]
-    colours = [{colour for _, colour in page.getcolors(1 << 24)} for page in pages]
+    colours = [set(map(tuple, np.unique(page.reshape(-1, 3), axis=0).astype(int).tolist())) for page in pages]
     blue, red = (0, 0x72, 0xB2), (0xC0, 0x39, 0x2B)
     assert {blue, red} <= colours[0] and blue in colours[1] and red not in colours[1]
