@@ -47,6 +47,7 @@ def to_candidate_rows(
     contrast: ContrastPrompts | None = None,
     lost: Mapping[str, int] | None = None,
     with_margin: bool = False,
+    numbered: bool = False,
 ) -> tuple[Dataset | IterableDataset, ConversionReport]:
     """Validate and tokenise rows. Of streamed rows the first are checked and counted now, the others when read.
 
@@ -64,6 +65,7 @@ def to_candidate_rows(
             ``worse_prompt_ids``, each [K], and ``SOURCE_COLUMNS``); not done for rows that carry token rewards.
         lost: Rows that were dropped while samples were drawn, by cause; they count as read and as dropped.
         with_margin: Keep the margin of each row where there is a column of that name.
+        numbered: Also say of every row (``source_row``) which of the rows as given it is; not of streamed ones.
 
     Returns:
         Candidate rows, with ``token_rewards`` [K][tokens] where the rows carry them, and what happened on the way.
@@ -89,7 +91,7 @@ def to_candidate_rows(
         rows, counts = conversion.convert_stream(dataset, head, columns, tokenizer, steps, name)
     else:
         rows, counts = conversion.convert_table(dataset, tokenizer, steps, num_proc, name)
-    if contrast is not None:
+    if numbered or contrast is not None:
         rows = rows.add_column(SOURCE_COLUMNS[0], conversion.kept_rows(counts))
     report = _summarise(counts, steps.settings, max_dropped_fraction, name, columns)
     lost = dict(lost or {})

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.candidates import numbered_candidate_rows
+from alignkit.data.candidates import SOURCE_COLUMNS, to_candidate_rows
 from alignkit.data.checks import check_template
 from alignkit.data.columns import RowFamily, nearest_name
 from alignkit.data.load import load_rows
@@ -238,12 +238,13 @@ def _read_preference(
     name: str = "held-out",
 ) -> EvaluationData:
     loaded = _loaded(sources, tokenizer, replace(reading, answer_column=None), "preference", name)
-    rows, kept, report = numbered_candidate_rows(
-        loaded, tokenizer, max_length=reading.max_length, num_candidates=None, name=name
+    rows, report = to_candidate_rows(
+        loaded, tokenizer, max_length=reading.max_length, num_candidates=None, name=name, numbered=True
     )
     assert isinstance(rows, Dataset)
     prompt_of = preference_rows().prompt_of
-    texts = [prompt_text(prompt_of(loaded[index])) for index in kept.tolist()]
+    texts = [prompt_text(prompt_of(loaded[index])) for index in rows[SOURCE_COLUMNS[0]]]
+    rows = rows.remove_columns(SOURCE_COLUMNS[0])
     return EvaluationData(rows, None, rows["prompt_ids"], {name: report}, texts=texts)
 
 

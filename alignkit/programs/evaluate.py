@@ -101,6 +101,17 @@ def command_line(prog: str | None = None) -> StrictParser:
     )
     parser.add_argument("--max_rows", type=positive_int, help="use only so many rows of each")
     parser.add_argument("--max_length", type=positive_int, default=1024, help="longest prompt + completion, tokens")
+    _add_running(parser)
+    parser.add_argument("--compare_base", nargs="?", const="", metavar="MODEL", help="evaluate the base as well")
+    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, or as a page: x.html")
+    parser.add_argument("--reliability", type=Path, metavar="FILE", help="write a reliability diagram as PNG")
+    add_overwrite(parser)
+    return parser
+
+
+def _add_running(parser: StrictParser) -> None:
+    """How models are loaded, prompts answered and rows run."""
     parser.add_argument("--num_samples", type=non_negative_int, help="prompts to answer; 4, or all of prompts alone")
     parser.add_argument("--max_new_tokens", type=positive_int, default=64, help="longest answer, tokens")
     parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="0 takes the likeliest token")
@@ -113,12 +124,6 @@ def command_line(prog: str | None = None) -> StrictParser:
     parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
     parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    parser.add_argument("--compare_base", nargs="?", const="", metavar="MODEL", help="evaluate the base as well")
-    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, or as a page: x.html")
-    parser.add_argument("--reliability", type=Path, metavar="FILE", help="write a reliability diagram as PNG")
-    add_overwrite(parser)
-    return parser
 
 
 def evaluation_list(text: str) -> tuple[str, ...]:
