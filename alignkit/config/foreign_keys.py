@@ -119,6 +119,8 @@ WRITE: Mapping[str, str] = {
     "rl_loss_weights": "method: {dpo: 1.0, sft: 0.2}, each loss with its weight",
     "pref_beta": "beta",
     "dpo_beta": "beta",
+    "dpo_label_smoothing": "label_smoothing (method: dpo)",
+    "dpo_use_weighting": "use_weighting (method: dpo)",
     "rl_beta": "beta",
     "simpo_gamma": "gamma (method: simpo or alphapo)",
     "simpo_gamma_beta_ratio": "gamma (method: simpo), which is the ratio times beta",
@@ -211,13 +213,8 @@ WRITE: Mapping[str, str] = {
 
 ABSENT: Mapping[str, str] = {
     # --- regularisers and losses ---
-    **dict.fromkeys(("label_smoothing_factor", "dpo_label_smoothing"), "label smoothing for every loss; method cpo "
-                    "and simpo have label_smoothing"),
-    **dict.fromkeys(("f_divergence_type", "f_alpha_divergence_coef"), "f-divergences; its losses use the reverse KL"),
+    "label_smoothing_factor": "label smoothing of tokens; label_smoothing of dpo and robust smooths preferences",
     **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight", "desirable_weight", "undesirable_weight"), "KTO"),
-    "ld_alpha": "length-desensitised DPO; flex_dpo has length_normalize",
-    "use_weighting": "weighted preference optimisation (WPO)",
-    "discopop_tau": "DiscoPOP",
     "scale_parameter": "options of Adafactor",
     "trl": "a section of that name; its keys stand beside the others",
     # --- what PEFT and axolotl have beside LoRA ---
@@ -298,7 +295,16 @@ SETTLED: Mapping[str, str] = {
 """Name elsewhere to what alignkit always does instead."""
 
 METHODS: Mapping[str, str] = {
-    **dict.fromkeys(("sigmoid", "sigmoid_norm"), "Write method: dpo"),
+    **dict.fromkeys(("sigmoid", "cdpo"), "Write method: dpo; label_smoothing makes it conservative (cDPO)"),
+    **dict.fromkeys(("wpo",), "Write method: dpo with use_weighting: true"),
+    **dict.fromkeys(("ld_dpo", "ld-dpo"), "Write method: dpo with ld_alpha, 0.3 for example"),
+    **dict.fromkeys(("slic",), "Write method: hinge"),
+    **dict.fromkeys(("sppo",), "Write method: sppo_hard"),
+    **dict.fromkeys(("nca",), "Write method: nca_pair"),
+    **dict.fromkeys(("exo",), "Write method: exo_pair"),
+    **dict.fromkeys(("rdpo", "robust_dpo"), "Write method: robust"),
+    **dict.fromkeys(("apo",), "Write method: apo_zero, or apo_down where chosen responses are worse than the model"),
+    **dict.fromkeys(("aot_pair",), "Write method: aot"),
     **dict.fromkeys(("nll", "pt", "supervised"), "Write method: sft"),
     "cpo_simpo": "Write method: {simpo: 1.0, sft: 1.0}",
     **dict.fromkeys(("rpo", "dpo_nll"), f"Write {SFT_TERM}"),
@@ -309,11 +315,9 @@ METHODS: Mapping[str, str] = {
     **dict.fromkeys(("gspo",), "Write method: grpo, with importance_sampling_level: sequence"),
     **dict.fromkeys(("ppo", "rloo", "reinforce", "reinforce_plus_plus", "online_dpo", "nash_md", "xpo"),
                     "alignkit has not this one; method: grpo learns from completions it draws"),
-    **dict.fromkeys(("kto", "bco", "bco_pair", "kto_pair"), "alignkit has no KTO or BCO; d2o learns from rejected "
-                    "answers alone"),
-    **dict.fromkeys(("slic", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "aot", "aot_pair",
-                     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sppo_hard", "chunked_nll", "wpo"),
-                    "alignkit has no such loss; dpo and flex_dpo are nearest"),
+    **dict.fromkeys(("kto", "bco", "kto_pair"), "alignkit has no KTO, and BCO on pairs alone (method: bco_pair); d2o "
+                    "learns from rejected answers alone"),
+    "chunked_nll": "alignkit has no such loss; dpo and flex_dpo are nearest",
     **dict.fromkeys(("rm", "reward", "reward_modeling"), "Write method: bradley_terry (trainers/reward.py)"),
     **dict.fromkeys(("prm", "process_reward_model"), "alignkit has no process rewards; method: bradley_terry trains a "
                     "reward model on whole answers"),

@@ -77,6 +77,8 @@ class CandidateBatch:
         scores: Rewards, ranks or labels; a pair carries (1, 0).
         ref_token_logps: The same as ``policy_token_logps`` under the reference, without gradient.
         token_rewards: Per-token rewards, 0 where masked.
+        policy_log_sum_sq_probs: Log of the sum over the vocabulary of the policy's squared probabilities, without
+            gradient, 0 where masked.
         vocabulary_size: V of the policy, or None where nobody asked.
         first_equal: Index of the first candidate of the row with the same tokens, its own where there is none before
             it; None takes all candidates for different ones.
@@ -88,6 +90,7 @@ class CandidateBatch:
     scores: Float[Tensor, "B K"]
     ref_token_logps: Float[Tensor, "B K T"] | None = None
     token_rewards: Float[Tensor, "B K T"] | None = None
+    policy_log_sum_sq_probs: Float[Tensor, "B K T"] | None = None
     vocabulary_size: int | None = None
     first_equal: Int[Tensor, "B K"] | None = None
 

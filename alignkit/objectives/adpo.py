@@ -151,8 +151,9 @@ def objective(batch: CandidateBatch, options: ADPOOptions) -> LossOutput:
 
 
 def needs(options: ADPOOptions) -> frozenset[str]:
-    """A reference, unless the anchor is uniform."""
-    return frozenset() if options.anchor == "uniform" else frozenset({"reference"})
+    """A reference, unless the anchor is uniform; under adaptive_tau the groups that were drawn together."""
+    wanted = {"reference": options.anchor != "uniform", "whole_micro_batch": options.adaptive_tau}
+    return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 
 
 def anchor(options: ADPOOptions) -> AnchorSchedule | None:
@@ -230,6 +231,13 @@ METHOD = Method(
             lambda c: c.adaptive_tau and c.tau_min > c.tau_max,
             "the smallest temperature is above the largest",
             "Write tau_min below tau_max",
+        ),
+        Conflict(
+            "tokens_per_batch with adaptive_tau",
+            ("tokens_per_batch", "adaptive_tau"),
+            lambda c: c.adaptive_tau and c.tokens_per_batch is not None,
+            "the scores of a micro-batch are compared with each other, and which are together would go by their tokens",
+            "Remove one of the two",
         ),
         Conflict(
             "divergence from no anchor",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.objectives._pair_metrics import PAIR_METRICS
+from alignkit.objectives._dpo_family import BETA, LOGISTIC_METRICS, ScoredOptions, label_smoothing
 from alignkit.parts.method import Method, Paper
 from alignkit.parts.options import option
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOOptions:
+class DPOOptions(ScoredOptions):
     """Options of ``dpo``."""
 
-    beta: float = option(
-        0.1,
-        gt=0,
-        help="Strength of the leash to the reference, per nat of log-ratio; larger stays closer.",
-        source="Rafailov et al. 2023, Appendix B; TRL's default",
+    beta: float = option(0.1, gt=0, help=BETA, source="Rafailov et al. 2023, Appendix B; TRL's default")
+    label_smoothing: float = label_smoothing(
+        0.0,
+        help="epsilon, the share of the labels that is taken for flipped (conservative DPO).",
+        source="Rafailov et al. 2023; no smoothing",
     )
 
 
@@ -29,7 +29,7 @@ def objective(batch: CandidateBatch, options: DPOOptions) -> LossOutput:
     """The loss of one batch of pairs."""
     from alignkit.losses.dpo import dpo_loss
 
-    return dpo_loss(batch, beta=options.beta)
+    return dpo_loss(batch, **asdict(options))
 
 
 METHOD = Method(
@@ -37,7 +37,7 @@ METHOD = Method(
     summary="Raises the likelihood of the chosen over the rejected response, both relative to a reference model.",
     options=DPOOptions,
     objective=objective,
-    metrics=PAIR_METRICS,
+    metrics=LOGISTIC_METRICS,
     paper=Paper(
         title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
         arxiv_id="2305.18290",
@@ -51,5 +51,9 @@ METHOD = Method(
   url       = {https://arxiv.org/abs/2305.18290}
 }""",
     ),
-    fidelity="paper text (Eq. 7), operation for operation as TRL 1.16 computes loss_type sigmoid",
+    fidelity=(
+        "paper text (Eq. 7), operation for operation as TRL 1.16 computes loss_type sigmoid; label_smoothing after "
+        "Mitchell's note, the other modifiers as TRL has them"
+    ),
+    needs=ScoredOptions.needs,
 )

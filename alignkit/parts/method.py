@@ -140,9 +140,10 @@ class Method:
         fidelity: Provenance grade: author's code, paper text, secondary source or reconstruction, and what is ours.
         program: Launch program under ``trainers/``, which also fixes the batch shape.
         needs: What the objective needs beside the policy under these options: any of ``reference``,
-            ``token_rewards`` and, of an old policy, ``old_entropies``, ``old_sum_sq_probs`` and ``old_policy_kl``; of
-            completions drawn while training ``every_row`` where those without an advantage count, and
-            ``whole_micro_batch`` where it has a mean or a statistic within one, whose rows must be those drawn for it.
+            ``token_rewards``, ``policy_log_sum_sq_probs`` and, of an old policy, ``old_entropies``,
+            ``old_sum_sq_probs`` and ``old_policy_kl``; of completions drawn while training ``every_row`` where those
+            without an advantage count; ``whole_micro_batch`` where it has a mean or a statistic within one, whose rows
+            must be those drawn for it.
         num_candidates: Exact K the objective takes, or None for any K >= 2.
         row_family: What rows look like, where that is not what the rows of the batch shape look like.
         preparation: What the method does in a run beside its loss, as a subclass of :class:`Preparation`.

@@ -147,7 +147,8 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
         if args.disable_dropout:
             switch_off_dropout(self.model)
         # TRL's own head also computes the mean logits, which nothing here reads.
-        add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1"))
+        more = ("log_sum_sq_probs",) if "policy_log_sum_sq_probs" in self.needs else ()
+        add_fused_lm_head(base_model(self.model), outputs=("log_probs", "entropy", "is_top1", *more))
         self.compare_models()
         self._complete_rows(ahead)
         if (schedule := method.anchor(options)) is not None:
@@ -263,6 +264,7 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
             scores=inputs["scores"],
             ref_token_logps=ref_token_logps,
             token_rewards=inputs.get("token_rewards"),
+            policy_log_sum_sq_probs=output.log_sum_sq_probs,
             vocabulary_size=self._vocabulary_size,
             first_equal=inputs["first_equal"],
         )

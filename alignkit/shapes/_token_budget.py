@@ -139,6 +139,8 @@ class TokenBudget(ObjectiveBridge):
     """
 
     tokens_per_batch: int | None = None
+    needs: frozenset[str] = frozenset()
+    """What the method needs beside the policy."""
     data_collator: Any
     layout: LayoutChoice
     lengths: RowLengths
@@ -191,6 +193,8 @@ class TokenBudget(ObjectiveBridge):
                 "the load-balancing loss is a statistic of a micro-batch. Write router_aux_loss_coef: 0, or remove "
                 "tokens_per_batch"
             )
+        if "whole_micro_batch" in self.needs:
+            return "the loss has a statistic within a micro-batch. Remove tokens_per_batch"
         return None
 
     def _largest(self, longest: int) -> Choice:

@@ -55,7 +55,7 @@ def test_known_keys_are_looked_up(name: str) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("slic", "alignkit has no such loss"),
+        ("slic", "Write method: hinge"),
         ("RLOO", "method: grpo learns from completions it draws"),
         ("kto", "alignkit has no KTO"),
         ("rm", "Write method: bradley_terry"),

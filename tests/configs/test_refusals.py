@@ -14,7 +14,7 @@ from alignkit.parts.method import load_method
 from alignkit.parts.options import Ignored
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
-from tests.configs import loss_refusals, switches
+from tests.configs import dpo_family, loss_refusals, switches
 from tests.configs.cases import ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
 from tests.configs.other_parametrizations import LORA, of_reward_models, under_another
 
@@ -122,6 +122,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "evaluation without held-out rows": ({"eval_strategy": "epoch"}, HELD_OUT),
     "keep_best without evaluations": (ONLINE | {"keep_best": True}, HELD_OUT | {"eval_strategy": "steps"}),
     "gradient rule with fp16": ({"gradient_rule": "glad", "fp16": True}, {"gradient_rule": "decay_to_init"}),
+    **dpo_family.CONFLICTS,
     "tokens_per_batch with a gradient rule": ({"gradient_rule": "sam", "tokens_per_batch": 9}, {"gradient_rule": None}),
     "gradient rule with torch.compile": (
         {"gradient_rule": "perpgrad", "torch_compile": True},
@@ -349,6 +350,7 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ROUTED | {"manifold_coef": 0.0, "manifold_warmup_steps": 5, "regularizer": "l1"},
         {"manifold_coef": 1.0},
     ),
+    **dpo_family.IGNORED,
     # --- flex_dpo and treg ---
     "sft_normalization of flex_dpo without eta": (
         {"method": "flex_dpo", "sft_normalization": "sequence_sum"},

@@ -23,10 +23,12 @@ from tests.oracles import Pair
 PREFERENCE_METHODS = [name for name in method_names() if load_method(name).program == "preference"]
 VOCABULARY = 32
 MOST_VARIANTS = 32
-HELD_CONSTANT = ("detach_weight", "adaptive_tau")
+HELD_CONSTANT = ("detach_weight", "adaptive_tau", "use_weighting")
 """Switches that keep a factor of the loss out of its gradient, which then is no derivative of the loss."""
-LOOK_ACROSS_GROUPS = ("adaptive_tau",)
-"""Switches under which a group's loss depends on the other groups of its micro-batch."""
+PER_TOKEN = {
+    "policy_token_logps", "ref_token_logps", "completion_mask", "token_rewards", "policy_log_sum_sq_probs"
+}  # fmt: skip
+"""Fields of a batch with an axis of tokens."""
 
 
 def random_pairs(seed: int, count: int, max_tokens: int = 6) -> list[Pair]:
@@ -120,8 +122,17 @@ def random_batch(
         candidate_mask=present,
         scores=scores.to(dtype),
         token_rewards=rewards.to(dtype) if "token_rewards" in needs else None,
+        # Between those of one certain token and of V equally likely ones.
+        policy_log_sum_sq_probs=(rewards.abs() * -2 * math.log(VOCABULARY)).to(dtype)
+        if "policy_log_sum_sq_probs" in needs
+        else None,
         vocabulary_size=VOCABULARY,
     )
+
+
+def looks_across_groups(method: Method, options: Any) -> bool:
+    """Whether a group's loss depends on the other groups of its micro-batch, which the method then says."""
+    return "whole_micro_batch" in method.needs(options)
 
 
 def replace(batch: CandidateBatch, function: Callable[[str, Tensor], Tensor]) -> CandidateBatch:
@@ -169,7 +180,7 @@ def _alternatives(item: dataclasses.Field[Any]) -> list[Any]:
         return list(info.choices)
     if isinstance(item.default, bool):
         return [False, True]
-    if item.default is None and info.gt == 0:
+    if item.default is None and 0 in (info.gt, info.ge):
         return [None, 0.5]
     if isinstance(item.default, float) and info.ge == 0:
         return [0.0, item.default or 0.5]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from alignkit.losses.dpo import dpo_loss
 from alignkit.losses.types import CandidateBatch, LossOutput
-from tests import oracles
-from tests.losses.batches import batch_loss, batch_of, gradient, metric_mean, random_pairs
+from tests.losses.batches import batch_loss, batch_of, metric_mean, random_pairs
+from tests.losses.dpo_family import SCORED, check_family
 from tests.oracles import Pair
 
 TIGHT = {"rel": 1e-12, "abs": 1e-12}
@@ -30,22 +31,9 @@ def awkward_pairs(seed: int) -> tuple[list[Pair], list[tuple[bool, bool]], list[
 
 
 def check_loss(loss: Callable[..., LossOutput]) -> None:
-    """Everything the equation says about one batch; the mutation check calls it with broken losses."""
-    pairs, present, trains = awkward_pairs(seed=0)
-    for beta in (0.1, 0.7):
-        batch = batch_of(pairs, present=present)
-        output = loss(batch, beta=beta)
-        (term,) = output.terms
-        assert (term.name, term.item, term.weight, term.num_items.item()) == ("preference", "group", 1.0, len(pairs))
-        expected = [oracles.dpo(p, beta) if real else 0.0 for p, real in zip(pairs, trains, strict=True)]
-        assert term.values.tolist() == pytest.approx(expected, **TIGHT)
-        metrics = oracles.pair_metrics([p for p, real in zip(pairs, trains, strict=True) if real], beta, beta)
-        check_metrics(output, metrics)
-        wanted = [
-            oracles.flex_dpo_gradient(p, beta, beta) if real else (0.0, 0.0)
-            for p, real in zip(pairs, trains, strict=True)
-        ]
-        check_gradient(gradient(output, batch), pairs, [(w / len(pairs), r / len(pairs)) for w, r in wanted])
+    """Everything the equation says; the mutation check calls it with broken losses."""
+    plain = [{"beta": beta, "label_smoothing": epsilon} for beta, epsilon in ((0.1, 0.0), (0.7, 0.0), (0.4, 0.45))]
+    check_family(loss, "dpo", SCORED, *plain)
 
 
 def check_metrics(output: LossOutput, expected: dict[str, float]) -> None:
@@ -90,40 +78,52 @@ def test_gradient_in_probability_space() -> None:
     assert metric_mean(output.metrics["grad_ratio_log"]) == pytest.approx(torch.tensor(25.0).double().log().item())
 
 
-def trl_outcome(batch: CandidateBatch, beta: float) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-    """Loss, gradient and metrics of ``trl.DPOTrainer._compute_loss`` itself, fed with given token log-probs."""
+def trl_outcome(
+    batch: CandidateBatch, beta: float, loss_type: str = "sigmoid", **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Loss, gradient and metrics of ``trl.DPOTrainer._compute_loss`` itself, fed with given token log-probs.
+
+    Args:
+        batch: Pairs whose log-probs are 0 where masked.
+        beta: TRL's.
+        loss_type: TRL's.
+        **settings: Further arguments of TRL that are no default.
+    """
     dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    log_probs = torch.cat([batch.policy_token_logps[:, 0], batch.policy_token_logps[:, 1]]).detach().requires_grad_()
-    completion_mask = torch.cat([batch.completion_mask[:, 0], batch.completion_mask[:, 1]])
-    shifted = torch.nn.functional.pad(completion_mask.long(), (1, 0))
-    ref = torch.cat([batch.ref_token_logps[:, 0], batch.ref_token_logps[:, 1]]).sum(dim=1)
-    ref_chosen, ref_rejected = ref.chunk(2)
-    zeros = torch.zeros_like(log_probs).detach()
+
+    def both(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values[:, 0], values[:, 1]]).detach()
+
+    log_probs, zeros = both(batch.policy_token_logps).requires_grad_(), torch.zeros_like(both(batch.policy_token_logps))
+    shifted = torch.nn.functional.pad(both(batch.completion_mask).long(), (1, 0))
     outputs = SimpleNamespace(
         log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None
     )
+    if batch.policy_log_sum_sq_probs is not None:
+        outputs.log_sum_sq_probs = both(batch.policy_log_sum_sq_probs)
+    known = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False, **settings}
+    model = torch.nn.Module()
+    model.is_gradient_checkpointing = False
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
+        model=model,
+        ref_model=lambda **_: SimpleNamespace(log_probs=both(batch.ref_token_logps)),
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=settings.get("discopop_tau")),
         accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
         aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=["sigmoid"],
+        precompute_ref_logps=False,
+        loss_types=[loss_type],
         loss_weights=[1.0],
         beta=beta,
-        use_weighting=False,
         state=SimpleNamespace(num_input_tokens_seen=0),
         _total_train_tokens=0,
         _tp_size=1,
         _metrics={"train": defaultdict(list)},
+        **known,
     )
     inputs = {
         "input_ids": torch.zeros_like(shifted),
         "attention_mask": torch.ones_like(shifted),
         "completion_mask": shifted,
-        "ref_chosen_logps": ref_chosen,
-        "ref_rejected_logps": ref_rejected,
     }
     loss = dpo_trainer.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
     (grad,) = torch.autograd.grad(loss, log_probs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -124,12 +125,25 @@ def test_ragged_candidate_lists_train_and_split(make_trainer: Any, layout: str) 
     assert weights[0][0][-1] < weights[0][0][0]
 
 
+MEMORABLE: dict[str, dict[str, float]] = {
+    **{name: {"beta": 0.1} for name in ("bco_pair", "nca_pair", "robust")},
+    "apo_down": {"beta": 0.3},
+    "discopop": {"beta": 0.1, "discopop_tau": 1.0},
+}
+"""Options of runs of 30 steps. A small beta asks for margins that these do not reach; and discopop with its small tau
+drives a pair that starts at the reference the wrong way (``test_discopop.py``)."""
+
+LOWEST = {"nca_pair": 1.5 * math.log(3) - math.log(2)}
+"""What a loss falls to at most, where that is not 0: -log(2/3) - 1/2 log(1/3), the chosen reward at log 2."""
+
+
 @pytest.mark.parametrize("name", PREFERENCE_METHODS)
 @pytest.mark.parametrize("parametrization", ["full", "lora"])
 def test_conformance_memorises_eight_rows(make_trainer: Any, rows: Dataset, name: str, parametrization: str) -> None:
     eight = rows_for(name, rows.select(range(8)))
     trainer = make_trainer(
         name,
+        load_method(name).options(**MEMORABLE.get(name, {})),
         arguments={
             "max_steps": 30,
             "learning_rate": 3e-3 if parametrization == "full" else 1e-2,
@@ -140,7 +154,8 @@ def test_conformance_memorises_eight_rows(make_trainer: Any, rows: Dataset, name
     )
     before = flat_weights(trainer.model)
     trainer.train()
-    assert logged(trainer, "loss")[-1] < 0.6 * logged(trainer, "loss")[0]
+    lowest = LOWEST.get(name, 0.0)
+    assert logged(trainer, "loss")[-1] - lowest < 0.6 * (logged(trainer, "loss")[0] - lowest)
     assert logged(trainer, "rewards/accuracies")[-1] == 1.0
     moved = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     if parametrization == "lora":
