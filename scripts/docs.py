@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from alignkit.config.compatibility import REFUSALS
-from alignkit.config.keys import Key, base_keys, method_keys, rule_keys
+from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import AlignkitError
@@ -275,6 +275,25 @@ def compositions() -> str:
     return table(*matrix()) + "\n" + "".join(f"- {line}\n" for line in refusals())
 
 
+def loss_table() -> str:
+    """Losses by what the tests train them on and with."""
+    sys.path.insert(0, str(REPOSITORY))
+    from tests.shapes.loss_table import table as cells
+
+    return table(*cells())
+
+
+def when_table() -> str:
+    """All methods by the rows they take, and when to take them."""
+    rows = []
+    for program, shape in shapes_by_program().items():
+        for method in (load_method(name) for name in program_methods(program)):
+            count = "any number of" if method.num_candidates is None else method.num_candidates
+            page = f"[`{method.name}`](../methods/{method.name}.md)"
+            rows.append([page, f"`{program}`", shape.rows.format(count=count), method.when])
+    return table(["method", "program", "rows", "when"], rows)
+
+
 def wrong_inputs() -> str:
     """How many wrong inputs the tests try, by kind."""
     sys.path.insert(0, str(REPOSITORY))
@@ -307,6 +326,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "evaluations": evaluations,
     "hostile-files": hostile_files,
     "keys": all_keys,
+    "loss-table": loss_table,
     "method-docstring": method_docstring,
     "method-head": method_head,
     "method-metrics": method_metrics,
@@ -329,6 +349,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "refusals": refused_combinations,
     "rules-table": rules_table,
     "supervised-metrics": supervised_metrics,
+    "when-table": when_table,
     "wrong-inputs": wrong_inputs,
 }
 

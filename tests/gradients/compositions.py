@@ -16,7 +16,16 @@ from alignkit.config.refusals import Refusal
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.rule import EditOptions, load_rule, rule_names
 
-METHODS = method_names()
+RELATIVES = (
+    *("alphapo", "cpo", "orpo", "simpo"),  # without a reference
+    *("aot", "aot_unpaired", "apo_down", "apo_zero", "bco_pair", "discopop", "exo_pair", "hinge", "ipo", "nca_pair"),
+    *("robust", "sigmoid_norm", "sppo_hard"),  # of TRL's family
+    *("kto", "lipo", "pro", "dft"),
+    *("bradley_terry", "plackett_luce", "process_reward", "mr_rml"),
+)
+"""Losses that are one more formula over a batch that another of them has: tests/shapes/loss_table.py tries each under a
+rule. All others are tried under every rule."""
+METHODS = [name for name in method_names() if name not in RELATIVES]
 RULES = rule_names()
 PARAMETRIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "full": {"parametrization": "full"},
