@@ -15,7 +15,7 @@ from alignkit.config.model_files import has_similar_entry, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
 from alignkit.data.foreign_rows import recognise_rows, row_as_ours
-from alignkit.data.paths import FORMATS, format_of, is_pattern, matched_files
+from alignkit.data.paths import ENDINGS, format_of, is_pattern, matched_files
 from alignkit.errors import DataError
 from alignkit.parts.shape import shapes_by_program
 from alignkit.places import is_hub_id
@@ -70,11 +70,11 @@ def _open_head(name: str, split: str) -> Head | None:
         if not files:
             advice = "A name with *, ? or [ that no file has is a pattern; write one that matches"
             raise DataFault(f"names {name}, which matches no file", advice)
-        return _head_of(files, name)
+        return _head_of(files)
     if path.is_file():
         if not format_of(path):
-            advice = f"Convert it to one of {', '.join(FORMATS)}, or give it its true ending"
-            raise DataFault(f"names {name}, whose ending is not one of {', '.join(FORMATS)}", advice)
+            advice = f"Convert it to one of {ENDINGS}, or give it its true ending"
+            raise DataFault(f"names {name}, whose ending is not one of {ENDINGS}", advice)
         return peek(path)
     if path.is_dir():
         return _saved_head(path, split) or _folder_head(path)
@@ -86,18 +86,15 @@ def _open_head(name: str, split: str) -> Head | None:
 def _folder_head(folder: Path) -> Head:
     files = sorted(file for file in folder.rglob("*") if format_of(file) and file.is_file())
     if not files:
-        raise DataFault(f"names {folder}, a folder without data files", f"Its files must end in {', '.join(FORMATS)}")
-    return _head_of(files, f"{folder}, a folder")
+        raise DataFault(f"names {folder}, a folder without data files", f"Its files must end in {ENDINGS}")
+    return _head_of(files)
 
 
-def _head_of(files: Sequence[Path], name: str) -> Head:
-    """The beginning of the first of several files, which must be of one format."""
-    formats = sorted({f".{format_of(file)}" if format_of(file) else repr(file.suffix) for file in files})
-    if len(formats) > 1:
-        raise DataFault(f"names {name} that mixes {' and '.join(formats)}", "Name the files one by one")
-    if not format_of(files[0]):
-        advice = f"Convert them to one of {', '.join(FORMATS)}, or give them their true ending"
-        raise DataFault(f"names {files[0]}, whose ending is not one of {', '.join(FORMATS)}", advice)
+def _head_of(files: Sequence[Path]) -> Head:
+    """The beginning of the first of several files."""
+    if unknown := [file for file in files if not format_of(file)]:
+        advice = f"Convert them to one of {ENDINGS}, or give them their true ending"
+        raise DataFault(f"names {unknown[0]}, whose ending is not one of {ENDINGS}", advice)
     return peek(files[0])
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
+import io
 import json
 import re
-import sys
-import zlib
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from alignkit.data.paths import format_of
+from alignkit.data.csv_files import read_csv_rows
+from alignkit.data.opened import BROKEN, Fault, beginning, broken_archive, kind_of, opened
+from alignkit.data.paths import PACKED
 from alignkit.json_text import parse_json
 
 HEAD_ROWS = 16
@@ -57,15 +58,14 @@ def peek(path: Path) -> Head:
     if path.stat().st_size == 0:
         raise DataFault(f"{path} is empty", "Fill it or remove it")
     try:
-        if format_of(path) == "parquet":
-            return _peek_parquet(path)
-        return _peek_csv(path) if format_of(path) == "csv" else _peek_json(path)
+        peeks = {"parquet": _peek_parquet, "arrow": _peek_arrow, "csv": _peek_csv, "json": _peek_json}
+        return peeks[kind_of(path)](path)
     except UnicodeDecodeError as error:
         raise DataFault(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8"
         ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataFault(f"{path} is a broken gzip archive ({error})", "Copy it again") from None
+    except BROKEN as error:
+        raise DataFault(f"{path} is a {broken_archive(error).partition(';')[0]}", "Copy it again") from None
     except OSError as error:
         raise DataFault(
             f"{path} cannot be read: {error.strerror or error}", "Make it readable, or copy it again"
@@ -73,12 +73,9 @@ def peek(path: Path) -> Head:
 
 
 def _peek_json(path: Path) -> Head:
-    with path.open("rb") as packed:
-        is_gzip = packed.read(2) == b"\x1f\x8b"
-    with (gzip.open if is_gzip else open)(path, "rt", encoding="utf-8-sig") as stream:
-        first = stream.read(_CHUNK).lstrip()[:1]
-        stream.seek(0)
-        rows = list(islice(_array_rows(stream.read, path) if first == "[" else _lines(stream, path), HEAD_ROWS))
+    with opened(str(path)) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig") as stream:
+        first = beginning(packed)[:1]
+        rows = list(islice(_array_rows(stream.read, path) if first == b"[" else _lines(stream, path), HEAD_ROWS))
     if not rows:
         raise DataFault(f"{path} holds no row", "Write one JSON object a line")
     return Head(list(dict.fromkeys(name for row in rows for name in row)), rows)
@@ -147,20 +144,15 @@ def _malformed(place: str, error: ValueError, text: str) -> DataFault:
 
 
 def _peek_csv(path: Path) -> Head:
-    csv.field_size_limit(sys.maxsize)  # Otherwise a cell of more than 131,072 characters is an error.
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        try:
-            rows = list(islice(reader, HEAD_ROWS))
-            columns = list(reader.fieldnames or ())
-        except csv.Error as error:
-            raise DataFault(f"{path}:{reader.line_num} is malformed CSV: {error}", "Mend that line") from None
-    repeated = sorted({name for name in columns if columns.count(name) > 1})
-    if repeated:
-        raise DataFault(f"{path} has several columns called {repeated[0]}", "Rename all but one")
+    rows: list[dict[str, Any]] = []
+    for _, row in islice(read_csv_rows(str(path)), HEAD_ROWS):
+        if isinstance(row, Fault):
+            why, _, fix = row.partition("; ")
+            raise DataFault(why, fix[:1].upper() + fix[1:])
+        rows.append(row)
     if not rows:
         raise DataFault(f"{path} holds no row", "Write a header line and at least one row")
-    return Head(columns, rows)
+    return Head(list(rows[0]), rows)
 
 
 def _peek_parquet(path: Path) -> Head:
@@ -168,7 +160,7 @@ def _peek_parquet(path: Path) -> Head:
 
     try:
         # Opened here: pyarrow takes a name such as zip:/rows.parquet for an address.
-        with path.open("rb") as stream:
+        with _unpacked(path) as stream:
             file = parquet.ParquetFile(stream)
             rows: list[dict[str, Any]] = next((b.to_pylist() for b in file.iter_batches(batch_size=HEAD_ROWS)), [])
             names = file.schema_arrow.names
@@ -176,6 +168,36 @@ def _peek_parquet(path: Path) -> Head:
         advice = "Write it again, or give it its true ending"
         raise DataFault(f"{path} is not a parquet file: {error}", advice) from None
     return _head(path, names, rows)
+
+
+def _peek_arrow(path: Path) -> Head:
+    from pyarrow import ArrowInvalid, ipc
+
+    try:
+        with _unpacked(path) as stream:
+            try:
+                table = ipc.open_file(stream)
+                batch = table.get_batch(0) if table.num_record_batches else None
+            except ArrowInvalid:
+                stream.seek(0)
+                table = ipc.open_stream(stream)
+                batch = next(iter(table), None)
+            rows: list[dict[str, Any]] = [] if batch is None else batch.slice(0, HEAD_ROWS).to_pylist()
+            return _head(path, table.schema.names, rows)
+    except ArrowInvalid as error:
+        advice = "Write it again, or give it its true ending"
+        raise DataFault(f"{path} is not an arrow file: {error}", advice) from None
+
+
+def _unpacked(path: Path) -> Any:
+    """The bytes of a file, unpacked into a temporary one where they are packed: tables are read from any place."""
+    if path.suffix not in PACKED:
+        return path.open("rb")
+    plain = tempfile.TemporaryFile()
+    with opened(str(path)) as stream:
+        shutil.copyfileobj(stream, plain)
+    plain.seek(0)
+    return plain
 
 
 def peek_saved(folder: Path) -> Head:

@@ -1,79 +1,37 @@
-"""Rows of JSON files, each exactly what its line says.
+"""Rows of files as tables, each row exactly what its file says; how a file is read is :mod:`alignkit.data.row_files`.
 
-Files are strict JSON, read by Python's own parser: one object a line, or one array of objects; UTF-8 with or without a
-byte order mark, any line ends, packed by gzip or not. What is wrong is said with file and line. No type is guessed:
-"2024-01-10" stays a text, 1 stays 1, and a key that is absent stays absent.
+A table lies in the cache of ``datasets``, or is a stream. A column is text, or holds any JSON value.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, NoReturn
 
 import datasets
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfFileSystem
 
 from alignkit.data.json_values import column_of, features_of
+from alignkit.data.opened import Fault
+from alignkit.data.row_files import read_rows
 from alignkit.errors import DataError
-from alignkit.json_text import finite_number, no_number, unique_keys
 from alignkit.storage.refusals import writing
 
 MALFORMED_SHOWN = 3
 HEAD_ROWS = 64
 """Rows looked at to recognise the form of a source, and checked up front when streaming."""
 
-MOST_OF_A_LINE = 2**26
-MOST_BETWEEN_ROWS = 2**20
-MOST_OF_AN_ARRAY = 2**31
-"""Bytes; an archive of a few kB may unpack to any number of them."""
 _CHUNK_ROWS = 256
-_CHUNK_BYTES = 2**24
 _VERSION = "1"
 """Changes with what a table in the cache holds."""
-_EXPECTED = "write one JSON object a line, or one array of objects"
-
-
-class Fault(str):
-    """What is wrong with a line, and where it is."""
-
-
-def read_json_rows(file: str) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
-    """Read a JSON Lines file, or a file that holds one JSON array; blank lines are skipped.
-
-    Args:
-        file: Path, or ``hf://`` address, of the file.
-
-    Yields:
-        Place of a row, and the row or what is wrong with it.
-    """
-    number = blank = 0
-    try:
-        with _opened(file) as stream:
-            if _first_byte(stream) == b"[":
-                yield from _whole_array(file, stream)
-                return
-            for number, line in enumerate(iter(lambda: stream.readline(MOST_OF_A_LINE + 1), b""), 1):
-                blank = 0 if line.strip() else blank + len(line)
-                if len(line) > MOST_OF_A_LINE or blank > MOST_BETWEEN_ROWS:
-                    long = f"{max(len(line), blank):,} bytes without a row, and there may be more"
-                    yield f"{file}:{number}", Fault(f"{file}:{number}: {long}; {_EXPECTED}")
-                    return
-                if not blank:
-                    yield f"{file}:{number}", _parsed(file, number, line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield f"{file}:{number}", Fault(f"{file}:{number + 1}: broken gzip archive ({error}); copy the file again")
 
 
 def cache_folder() -> Path:
@@ -138,7 +96,7 @@ def json_stream(files: Sequence[str], keep: Collection[str] | None, name: str) -
 def _stream(files: list[str], columns: tuple[str, ...], keep: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
     known = frozenset(columns)
     for file in files:
-        for place, row in read_json_rows(file):
+        for place, row in read_rows(file):
             if isinstance(row, Fault):
                 _refuse(file, [row])
             for name in row.keys() - known:
@@ -150,7 +108,7 @@ def _stream(files: list[str], columns: tuple[str, ...], keep: tuple[str, ...] | 
 
 
 def _rows(file: str) -> Iterator[dict[str, Any]]:
-    for _, row in read_json_rows(file):
+    for _, row in read_rows(file):
         if isinstance(row, Fault):
             _refuse(file, [row])
         yield row
@@ -217,7 +175,7 @@ def _chunks(files: Sequence[str], name: str) -> Iterator[list[dict[str, Any]]]:
     faults: list[str] = []
     chunk: list[dict[str, Any]] = []
     for file in files:
-        for _, row in read_json_rows(file):
+        for _, row in read_rows(file):
             if isinstance(row, Fault):
                 faults.append(row)
             elif not faults:
@@ -229,75 +187,6 @@ def _chunks(files: Sequence[str], name: str) -> Iterator[list[dict[str, Any]]]:
         _refuse(name, faults)
     if chunk:
         yield chunk
-
-
-def _opened(file: str) -> BinaryIO:
-    stream = HfFileSystem().open(file, "rb") if file.startswith("hf://") else open(file, "rb")
-    is_gzip = stream.read(2) == b"\x1f\x8b"
-    stream.seek(0)
-    return cast(BinaryIO, gzip.open(stream) if is_gzip else stream)
-
-
-def _first_byte(stream: BinaryIO) -> bytes:
-    """The first byte that is neither white space nor a byte order mark; the stream is rewound."""
-    start = stream.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    stream.seek(0)
-    return start
-
-
-def _parsed(file: str, number: int, line: bytes) -> dict[str, Any] | Fault:
-    """The object that a line says, or what is wrong with it."""
-    if number == 1:
-        line = line.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = line.decode()
-        row = _decode(text)
-    except UnicodeDecodeError as error:
-        shown = line.decode(errors="replace")
-        return Fault(
-            f"{file}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line): {shown!r:.60}"
-        )
-    except (ValueError, RecursionError) as error:
-        return _fault(file, number, text, error)
-    return row if isinstance(row, dict) else Fault(f"{file}:{number}: got {row!r:.60}; {_EXPECTED}")
-
-
-def _whole_array(file: str, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
-    """The rows of an array, which is read as a whole, unless an archive unpacks to more than that can be."""
-    content = bytearray()
-    while chunk := stream.read(_CHUNK_BYTES):
-        content += chunk
-        if len(content) > MOST_OF_AN_ARRAY:
-            long = f"an array of more than {MOST_OF_AN_ARRAY:,} bytes is not read; write one JSON object a line"
-            yield file, Fault(f"{file}: {long}, which is read line by line")
-            return
-    yield from _array_rows(file, content)
-
-
-def _array_rows(file: str, content: bytearray) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
-    try:
-        text = content.removeprefix(codecs.BOM_UTF8).decode()
-        rows = _decode(text)
-    except UnicodeDecodeError as error:
-        number = content[: error.start].count(b"\n") + 1
-        yield file, Fault(f"{file}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the file)")
-    except (ValueError, RecursionError) as error:
-        number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        yield file, _fault(file, number, text, error)
-    else:
-        for index, row in enumerate(rows):
-            place = f"{file}: row {index} of the array"
-            yield place, row if isinstance(row, dict) else Fault(f"{place}: got {row!r:.60}; {_EXPECTED}")
-
-
-def _fault(file: str, number: int, text: str, error: Exception) -> Fault:
-    if isinstance(error, json.JSONDecodeError):
-        before, after = text[max(0, error.pos - 40) : error.pos], text[error.pos : error.pos + 20].rstrip("\n")
-        return Fault(f"{file}:{number}: malformed JSON ({error.msg}) after {before!r}, at {after!r}; {_EXPECTED}")
-    return Fault(f"{file}:{number}: malformed JSON ({error}): {text!r:.60}; {_EXPECTED}")
-
-
-_decode = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=finite_number, parse_constant=no_number).decode
 
 
 def _state_of(file: str) -> list[Any]:

@@ -216,10 +216,14 @@ def _same(value: Any, index: int, column: str) -> Any:
     return value
 
 
-def _pruned(value: Any, index: int, column: str) -> Any:
-    """The value without null keys."""
+def without_nulls(value: Any) -> Any:
+    """The value without null keys, at any depth."""
     if isinstance(value, list):
-        return [_pruned(item, index, column) for item in value]
+        return [without_nulls(item) for item in value]
     if isinstance(value, dict):
-        return {key: _pruned(item, index, column) for key, item in value.items() if item is not None}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return value
+
+
+def _pruned(value: Any, index: int, column: str) -> Any:
+    return without_nulls(value)

@@ -52,7 +52,7 @@ def load_rows(
 
     Args:
         sources: A path or Hub id, or a mapping ``{path, weight, split, config}``, or a list of these. Paths lead to a
-            jsonl, json, parquet or csv file, a folder of one of these, or a folder written by ``save_to_disk``.
+            file of ``paths.FORMATS``, packed or not, a folder of such files, or a folder written by ``save_to_disk``.
         split: Split of the sources that do not name their own; a single file is one split under any name.
         column_map: Our column name to the one in the data, for instance ``{"chosen": "preferred"}``.
         streaming: Read lazily.

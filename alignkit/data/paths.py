@@ -17,18 +17,24 @@ FORMATS = {
     ".json": "json",
     ".parquet": "parquet",
     ".csv": "csv",
-    ".jsonl.gz": "json",
-    ".json.gz": "json",
+    ".tsv": "csv",
+    ".ndjson": "json",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
-"""File name endings that can be read, and the reader of each."""
+"""File name endings that can be read, and what such a file holds."""
+PACKED = (".gz", ".zst")
+"""What may stand behind one of them."""
+ENDINGS = f"{', '.join(FORMATS)}, each also packed ({' or '.join(PACKED)})"
 
 _SPECIAL = "*?[]{}:"
 """Characters that ``datasets`` and ``fsspec`` read as more than a name."""
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's name ends in, ``json``, ``parquet`` or ``csv``, or nothing."""
-    return next((name for ending, name in FORMATS.items() if path.name.endswith(ending)), "")
+    """What a file's name says it holds, ``json``, ``csv``, ``parquet`` or ``arrow``, or nothing."""
+    name = Path(path.stem if path.suffix.lower() in PACKED else path.name)
+    return FORMATS.get(name.suffix.lower(), "")
 
 
 def is_pattern(name: str) -> bool:
@@ -66,7 +72,7 @@ def plain_path(path: Path, links: Path) -> Path:
     states = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()]
     place = links / hashlib.sha256(repr((target, states)).encode()).hexdigest()[:32]
     if is_file:
-        place = place.with_name(place.name + "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffix))
+        place = place.with_name(place.name + "".join(path.suffixes[-2:] if path.suffix in PACKED else path.suffix))
     for name, file in files.items():
         link = place / name
         link.parent.mkdir(parents=True, exist_ok=True)

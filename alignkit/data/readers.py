@@ -1,8 +1,8 @@
 """Open one source (a file, a folder or a Hub id) as a dataset, with errors that name the place in the file.
 
-JSON is read by :mod:`alignkit.data.json_files`, wherever it lies, so that every row keeps its own types. Other formats
-have types of their own and are left to ``datasets.load_dataset``; what is added is cells of a CSV kept as the text they
-are, and a clear word when a path or a Hub id leads nowhere.
+JSON, wherever it lies, and CSV are read by :mod:`alignkit.data.json_files`, so that every row keeps its own types, and
+so are packed tables and files of several kinds. Parquet and arrow have types of their own and are left to
+``datasets.load_dataset``. What is added is a clear word when a path or a Hub id leads nowhere.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
 from datasets import (
     Dataset,
     DatasetDict,
     DownloadManager,
-    Features,
     IterableDataset,
     ReadInstruction,
-    Value,
     concatenate_datasets,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.json.json import Json as JsonBuilder
 
 from alignkit.data.json_files import HEAD_ROWS, cache_folder, json_stream, json_table
-from alignkit.data.paths import FORMATS, format_of, is_pattern, matched_files, plain_path
+from alignkit.data.opened import kind_of
+from alignkit.data.paths import ENDINGS, PACKED, format_of, is_pattern, matched_files, plain_path
 from alignkit.errors import DataError
 from alignkit.json_text import parse_json
 from alignkit.places import is_hub_id, similar_entry
@@ -93,30 +92,35 @@ def open_source(source: Source, *, streaming: bool, keep: Collection[str] | None
         return _typed(_open_saved(path, source, streaming=streaming), source.path, keep)
     files = sorted(file for file in path.rglob("*") if format_of(file))
     if not files:
-        raise DataError(f"{path}: cannot be read", [f"the folder holds no file ending in {', '.join(FORMATS)}"])
+        raise DataError(f"{path}: cannot be read", [f"the folder holds no file ending in {ENDINGS}"])
     return _open_files(files, source, streaming, keep, folder=path)
 
 
 def _open_files(
     files: list[Path], source: Source, streaming: bool, keep: Collection[str] | None, folder: Path | None = None
 ) -> Opened:
-    """Files of one format, which are one split unless they are the files of a folder."""
-    builder = _one_format(files, source.path)
+    """Files that are one split, unless they are those of a folder."""
+    kinds = _kinds(files, source.path)
     if streaming:
         _refuse_slice(source)
-    if builder == "json":
-        splits = {_split_names(source)[0]: list(map(str, files))} if folder is None else _splits_of_folder(folder)
-        return _open_json(splits, source, streaming, keep)
+    if not _is_typed(files, kinds, folder):
+        splits = (
+            {_split_names(source)[0]: list(map(str, files))} if folder is None else _splits_of_folder(folder, kinds)
+        )
+        return _open_rows(splits, source, streaming, keep)
     options: dict[str, Any] = {"split": source.split, "streaming": streaming}
     if folder is None:
         options["data_files"] = {source.split.partition("[")[0]: [_plain(file) for file in files]}
     try:
-        if builder == "csv":
-            # Every cell is text: "007" stays "007", "NA" and "" are not turned into nulls.
-            options |= {"features": Features(dict.fromkeys(_csv_columns(files), Value("string"))), "na_filter": False}
-        return _typed(load_dataset(builder if folder is None else _plain(folder), **options), source.path, keep)
+        return _typed(load_dataset(_plain(folder) if folder else next(iter(kinds)), **options), source.path, keep)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
         raise DataError(f"{source.path}: cannot be read", [_cause(error)]) from error
+
+
+def _is_typed(files: Sequence[Path], kinds: set[str], folder: Path | None) -> bool:
+    """Whether files are tables with types of their own, which ``datasets`` reads where they lie."""
+    alone = kinds == {"parquet"} or (kinds == {"arrow"} and folder is None)
+    return alone and all({format_of(file)} == kinds and file.suffix not in PACKED for file in files)
 
 
 def first_rows(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -136,15 +140,14 @@ def first_rows(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict
 
 
 def is_csv(path: str) -> bool:
-    """Whether a source is a CSV file or a folder of them.
+    """Whether a source is a table of texts, or a folder that holds one.
 
     Args:
         path: Path, pattern or Hub id of the source.
     """
     place = Path(path).expanduser()
-    if is_pattern(path):
-        return any(file.suffix == ".csv" for file in matched_files(path))
-    return place.suffix == ".csv" or (place.is_dir() and any(place.rglob("*.csv")))
+    files = matched_files(path) if is_pattern(path) else place.rglob("*") if place.is_dir() else [place]
+    return any(format_of(file) == "csv" for file in files)
 
 
 def _matched(pattern: str) -> list[Path]:
@@ -161,17 +164,19 @@ def _plain(path: Path) -> str:
     return str(plain_path(path, cache_folder() / "links"))
 
 
-def list_of_cell(text: str, index: int, column: str, name: str) -> Any:
+def list_of_cell(text: Any, index: int, column: str, name: str) -> Any:
     """The list that a cell of a CSV holds as JSON.
 
     Args:
-        text: The cell.
+        text: The cell; a list that stands in a file of another kind is taken as it is.
         index: Number of its row.
         name: What the file is called in an error.
 
     Raises:
         DataError: The cell holds no JSON.
     """
+    if not isinstance(text, str):
+        return text
     try:
         return parse_json(text)
     except ValueError as error:
@@ -188,8 +193,8 @@ def _typed(rows: Dataset | IterableDataset, name: str, keep: Collection[str] | N
     )
 
 
-def _open_json(files: dict[str, list[str]], source: Source, streaming: bool, keep: Collection[str] | None) -> Opened:
-    """The asked split, or slices of splits, of JSON files by split."""
+def _open_rows(files: dict[str, list[str]], source: Source, streaming: bool, keep: Collection[str] | None) -> Opened:
+    """The asked split, or slices of splits, of files by split."""
     wanted = _split_names(source)
     if unknown := [name for name in wanted if name not in files]:
         found = f"unknown split {unknown[0]!r}; there are {list(files)}"
@@ -216,11 +221,11 @@ def _open_hub(source: Source, streaming: bool, keep: Collection[str] | None) -> 
     addresses = {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
     if streaming:
         _refuse_slice(source)
-        return _open_json(addresses, source, True, keep)
+        return _open_rows(addresses, source, True, keep)
     manager = DownloadManager(dataset_name=builder.dataset_name)
     wanted = {split: addresses[split] for split in _split_names(source) if split in addresses}
     local = {split: list(manager.iter_files(manager.download_and_extract(found))) for split, found in wanted.items()}
-    return _open_json({**addresses, **local}, source, False, keep)
+    return _open_rows({**addresses, **local}, source, False, keep)
 
 
 def _split_names(source: Source) -> list[str]:
@@ -228,12 +233,18 @@ def _split_names(source: Source) -> list[str]:
     return list(dict.fromkeys(part.partition("[")[0] for part in source.split.split("+")))
 
 
-def _splits_of_folder(path: Path) -> dict[str, list[str]]:
-    """Files of a folder by split, which ``datasets`` tells by their names, or by what a README says."""
+def _splits_of_folder(path: Path, kinds: set[str]) -> dict[str, list[str]]:
+    """Files of a folder by split, which ``datasets`` tells by their names; for one kind of file a README may say it."""
     plain = Path(_plain(path)).absolute()
-    found = load_dataset_builder(str(plain)).config.data_files
-    named = lambda file: str(path / Path(file).relative_to(plain.resolve()))  # noqa: E731
-    return {str(split): list(map(named, files)) for split, files in found.items()}
+    if len(kinds) == 1:
+        found = load_dataset_builder(str(plain)).config.data_files
+    else:
+        found = DataFilesDict.from_patterns(get_data_patterns(str(plain)), base_path=str(plain))
+    named = lambda file: path / Path(file).relative_to(plain.resolve())  # noqa: E731
+    splits = {
+        str(split): [str(file) for file in map(named, files) if format_of(file)] for split, files in found.items()
+    }
+    return {split: files for split, files in splits.items() if files}
 
 
 def _refuse_slice(source: Source) -> None:
@@ -273,37 +284,21 @@ def _open_saved(path: Path, source: Source, *, streaming: bool) -> Dataset | Ite
     return saved.to_iterable_dataset() if streaming else saved
 
 
-def _one_format(files: Sequence[Path], name: str) -> str:
-    """The one format of files, none of them empty."""
+def _kinds(files: Sequence[Path], name: str) -> set[str]:
+    """What files hold, none of them being empty."""
     unknown = [file for file in files if not format_of(file)]
     if unknown:
-        expected = f"expected one of {', '.join(FORMATS)}"
+        expected = f"expected one of {ENDINGS}"
         raise DataError(f"{name}: cannot be read", [f"{unknown[0]} ends in {unknown[0].suffix!r}; {expected}"])
-    formats = sorted({format_of(file) for file in files})
-    if len(formats) > 1:
-        advice = f"it mixes formats ({', '.join(formats)}); name the files one by one"
-        raise DataError(f"{name}: cannot be read", [advice])
     empty = [f"{file} is empty" for file in files if _is_blank_file(file)]
     if empty:
         raise DataError(f"{name}: no rows", empty)
-    return formats[0]
+    return set(map(kind_of, files))
 
 
 def _is_blank_file(path: Path) -> bool:
     with path.open("rb") as stream:
         return not any(chunk.strip() for chunk in iter(lambda: stream.read(1 << 16), b""))
-
-
-def _csv_columns(files: Sequence[Path]) -> list[str]:
-    """The header of the first file, after a look that every file has a row below its header."""
-    headers = []
-    for file in files:
-        # Not Python's csv, which takes no cell above 131,072 characters.
-        head = pd.read_csv(file, nrows=1, dtype=str, na_filter=False)
-        if head.empty:
-            raise DataError(f"{file}: no rows", ["the file holds a header alone"])
-        headers.append(list(head.columns))
-    return headers[0]
 
 
 def _refuse_missing_path(given: str, path: Path) -> None:

@@ -318,28 +318,28 @@ ROWS: Mapping[str, tuple[str, str | bytes, str | None]] = {
     "a CSV with a quote left open": (
         "r.csv",
         'prompt,chosen,rejected\na,b,c\n"' + "x,y\n" * 10_000,
-        "EOF inside string",
+        "a quote is opened and never closed",
     ),
     "a CSV with more cells than columns": (
         "r.csv",
         "prompt,chosen,rejected\n" + "a,b,c,d\n" * 30,
-        "candidates are identical",
+        "r.csv:2: 4 cells, and the header names 3 columns",
     ),
     "a CSV with fewer cells than columns": (
         "r.csv",
         "prompt,chosen,rejected\n" + "a,b,c\n" * 30 + "a\n",
-        "chosen is empty",
+        "r.csv:32: 1 cells, and the header names 3 columns",
     ),
     "a CSV of many columns": (
         "r.csv",
         ",".join(f"c{n}" for n in range(20_000)) + "\n" + "1," * 19_999 + "1\n",
         "column 'chosen' is missing",
     ),
-    "a CSV in UTF-16": ("r.csv", "prompt,chosen,rejected\na,b,c\n".encode("utf-16"), "is not UTF-8"),
+    "a CSV in UTF-16": ("r.csv", "prompt,chosen,rejected\na,b,c\n".encode("utf-16"), "r.csv:1: not UTF-8"),
     "a CSV in Latin-1 further down": (
         "r.csv",
         b"prompt,chosen,rejected\n" + b"a,b,c\n" * 30 + b"\xe9,b,c\n",
-        "is not UTF-8",
+        "r.csv:32: not UTF-8",
     ),
     "a CSV with formulas": ("r.csv", "prompt,chosen,rejected\n" + "=cmd|'/C calc'!A0 ,w1 ,w2 \n" * 8, None),
     "a CSV with a list that is code": (

@@ -127,9 +127,6 @@ def test_paths_that_lead_nowhere(write_jsonl: Write, tmp_path: Path) -> None:
     assert "does not exist" in message_of(str(tmp_path / "nowhere" / "deep" / "x.jsonl"))
     (tmp_path / "nothing").mkdir()
     assert "holds no file ending in" in message_of(str(tmp_path / "nothing"))
-    write_jsonl("mixed/a.jsonl", PAIRS)
-    (tmp_path / "mixed" / "b.csv").write_text("prompt,chosen,rejected\na,b,c\n")
-    assert "mixes formats (csv, json)" in message_of(str(tmp_path / "mixed"))
 
 
 def test_hub_id_that_cannot_be_reached() -> None:
