@@ -8,9 +8,12 @@ guessed: "2024-01-10" stays a text, 1 stays 1, and a key that is absent stays ab
 from __future__ import annotations
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
+
+from huggingface_hub import HfFileSystem
 
 from alignkit.data.opened import (
     BROKEN,
@@ -20,6 +23,7 @@ from alignkit.data.opened import (
     beginning,
     broken_archive,
     opened,
+    unpacked,
 )
 from alignkit.json_text import finite_number, no_number, unique_keys
 
@@ -40,7 +44,7 @@ def read_json_rows(file: str) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     """
     number = blank = 0
     try:
-        with opened(file) as stream:
+        with _opened(file) as stream:
             if beginning(stream)[:1] == b"[":
                 yield from _whole_array(file, stream)
                 return
@@ -55,6 +59,12 @@ def read_json_rows(file: str) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
                     yield f"{file}:{number}", _parsed(file, number, line)
     except BROKEN as error:
         yield f"{file}:{number}", Fault(f"{file}:{number + 1}: {broken_archive(error)}")
+
+
+def _opened(file: str) -> io.BufferedReader:
+    if file.startswith("hf://"):
+        return unpacked(io.BufferedReader(HfFileSystem().open(file, "rb")))
+    return opened(file)
 
 
 def _parsed(file: str, number: int, line: bytes) -> dict[str, Any] | Fault:

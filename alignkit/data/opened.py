@@ -41,17 +41,16 @@ def broken_archive(error: BaseException) -> str:
 
 
 def opened(file: str) -> io.BufferedReader:
-    """The unpacked bytes of a file; one packed by gzip or zstd is known by its first bytes, whatever it is called.
+    """The unpacked bytes of a file.
 
     Args:
-        file: Path, or ``hf://`` address.
+        file: Path.
     """
-    if file.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
+    return unpacked(open(file, "rb"))
 
-        packed = io.BufferedReader(HfFileSystem().open(file, "rb"))
-    else:
-        packed = open(file, "rb")
+
+def unpacked(packed: io.BufferedReader) -> io.BufferedReader:
+    """The bytes of a stream, unpacked where its first bytes say that gzip or zstd packed it, whatever it is called."""
     start = packed.peek(4)
     if start.startswith(_GZIP):
         return io.BufferedReader(cast(Any, gzip.open(packed)))
