@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from alignkit.losses.lists import existing_candidates, last_of, masked_log_softmax, masked_mean
+from alignkit.losses.lists import candidate_metrics, existing_candidates, masked_log_softmax, masked_mean, pick, roles
 from alignkit.losses.pairs import masked_metric
 from alignkit.losses.sft import sft_term
 from alignkit.losses.targets import TARGETS, Choices
@@ -124,7 +124,7 @@ def adpo_loss(
         terms.append(sft_term(batch, eta=eta, sft_normalization=sft_normalization))
     metrics = {
         **_target_metrics(choices, log_p, values, exists),
-        **_candidate_metrics(batch, scores, exists, u),
+        **candidate_metrics(batch, scores, exists, u),
         **_anchor_metrics(batch, exists, logratio),
         "adpo/tau": masked_metric(temperature, exists.sum(-1) > 1),
     }
@@ -208,41 +208,6 @@ def _target_metrics(
 
 
 @torch.no_grad()
-def _candidate_metrics(
-    batch: CandidateBatch, scores: Float[Tensor, "B K"], exists: Bool[Tensor, "B K"], u: Float[Tensor, "B K"]
-) -> dict[str, Metric]:
-    """Likelihoods and rewards of the first and of the last candidate, and how many pairs are ordered right."""
-    trains, tokens = exists.sum(-1) > 1, batch.completion_mask.sum(-1)
-    rewards, metrics = {}, {}
-    for role, is_it in _roles(exists).items():
-        rewards[role] = _pick(u, is_it)
-        logps = _pick(batch.policy_logps, is_it)
-        metrics[f"rewards/{role}"] = masked_metric(rewards[role], trains)
-        metrics[f"logps/{role}"] = masked_metric(logps, trains)
-        metrics[f"mean_logps/{role}"] = masked_metric(logps, trains, _pick(tokens, is_it))
-    metrics["rewards/margins"] = masked_metric(rewards["chosen"] - rewards["rejected"], trains)
-    right, possible = _ordered_pairs(u, scores, exists, batch.first_equal)
-    metrics["rewards/accuracies"] = masked_metric(right, trains, possible)
-    return metrics
-
-
-def _ordered_pairs(
-    u: Float[Tensor, "B K"],
-    scores: Float[Tensor, "B K"],
-    exists: Bool[Tensor, "B K"],
-    first_equal: Int[Tensor, "B K"] | None,
-) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """How many pairs of unequal score u orders as the scores do, a tie counting half; and how many there are."""
-    if first_equal is not None:
-        # The same tokens computed in two places differ in their last digits, which would decide.
-        u = u.gather(1, first_equal)
-    pairs = exists.unsqueeze(2) & exists.unsqueeze(1) & (scores.unsqueeze(2) > scores.unsqueeze(1))
-    gap = u.unsqueeze(2) - u.unsqueeze(1)
-    right = (0.5 * (1 + gap.sign())).masked_fill(~pairs, 0.0)
-    return right.flatten(1).sum(-1), pairs.flatten(1).sum(-1).to(u.dtype)
-
-
-@torch.no_grad()
 def _anchor_metrics(
     batch: CandidateBatch, exists: Bool[Tensor, "B K"], logratio: Float[Tensor, "B K"]
 ) -> dict[str, Metric]:
@@ -253,15 +218,6 @@ def _anchor_metrics(
     gaps = batch.policy_logps - sequence_logps(batch.ref_token_logps, batch.completion_mask)
     drift = logratio.abs().masked_fill(~exists, 0.0).sum(-1)
     return {
-        **{f"logratio/{role}": masked_metric(_pick(gaps, is_it), trains) for role, is_it in _roles(exists).items()},
+        **{f"logratio/{role}": masked_metric(pick(gaps, is_it), trains) for role, is_it in roles(exists).items()},
         "adpo/anchor_drift": masked_metric(drift, trains, exists.sum(-1)),
     }
-
-
-def _roles(exists: Bool[Tensor, "B K"]) -> dict[str, Bool[Tensor, "B K"]]:
-    """Where the first and the last existing candidate of every group are."""
-    return {"chosen": last_of(exists.flip(-1)).flip(-1), "rejected": last_of(exists)}
-
-
-def _pick(values: Num[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Num[Tensor, " B"]:
-    return values.masked_fill(~mask, 0).sum(-1)

@@ -9,7 +9,7 @@ from alignkit.objectives._pair_metrics import PAIR_METRICS
 from alignkit.parts.mixture import components_of
 from alignkit.parts.options import Conflict
 
-WITHOUT_REFERENCE = ("alphapo", "cpo", "orpo", "simpo", "sft")
+WITHOUT_REFERENCE = ("alphapo", "cpo", "orpo", "pro", "simpo", "sft")
 """Methods that need no reference and are refused one, and the term on the likelihood."""
 
 REFERENCE_FREE_METRICS: Mapping[str, str] = MappingProxyType(
@@ -29,7 +29,7 @@ def reads_no_reference(name: str) -> Conflict:
         f"reference of {name}",
         ("reference", "reference_model"),
         lambda c: _answers(name, c.method) and (c.reference != "auto" or c.reference_model is not None),
-        f"{name} compares the two responses with each other, and nothing with a reference",
+        f"{name} compares responses with each other, and nothing with a reference",
         "Remove reference and reference_model, or write method: dpo",
     )
 

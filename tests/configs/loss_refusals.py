@@ -8,9 +8,13 @@ Examples = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
 CONFLICTS: Examples = {
     f"reference of {name}": ({"method": name, "reference": "copy"}, {"reference": "auto"})
-    for name in ("alphapo", "cpo", "orpo", "simpo")
+    for name in ("alphapo", "cpo", "orpo", "pro", "simpo")
 }
 IGNORED: Examples = {
+    "sft_normalization of pro without eta": (
+        {"method": "pro", "eta": 0.0, "sft_normalization": "sequence_sum"},
+        {"eta": 0.1},
+    ),
     "label_smoothing of cpo without form: sigmoid": (
         {"method": "cpo", "form": "hinge", "label_smoothing": 0.1},
         {"form": "sigmoid"},
