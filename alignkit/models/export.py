@@ -28,10 +28,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.errors import ModelError
 from alignkit.models.adapter_config import is_sparse_kind
 from alignkit.models.card_file import read_card
-from alignkit.models.files import CARD_OF_THE_ADAPTER, AdapterFiles
+from alignkit.models.files import CARD_OF_THE_ADAPTER, AdapterFiles, is_reward_adapter
 from alignkit.models.loading import (
     DTYPES,
     ModelSource,
+    RewardHead,
     check_base,
     is_quantized,
     load_adapter,
@@ -97,7 +98,9 @@ class MergeReport:
                 f"(tolerance {self.tolerance:g}).{advice}"
             )
         # With a quantised reference, the error holds the rounding of its kernels, which loses nothing.
-        lost = self.error.max_abs > _EXACT and self.error.kl >= self.effect.kl
+        # Rewards have no distribution, and are compared as they are.
+        error, effect = ((found.kl, found.max_abs) for found in (self.error, self.effect))
+        lost = self.error.max_abs > _EXACT and error >= effect
         if lost and self.quantization == "none":
             return (
                 f"rounding to {self.dtype} swallows the adapter: it moves the base by {self.effect.kl:.2g} nats (KL), "
@@ -139,14 +142,20 @@ def merge_adapter(
     quantization = quantization_of(source) or source.quantization
     if tolerance is None:
         tolerance = TOLERANCES[dtype] if quantization == "none" else QUANTIZED_TOLERANCE
-    exact = replace(source, dtype="float32")
+    gives_rewards = is_reward_adapter(adapter)
+    exact = replace(source, dtype="float32", reward_head=RewardHead(from_adapter=True) if gives_rewards else None)
     tuned, effect = _reference_logits(adapter, exact, tokenizer, prompts, device)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         draft = Path(folder) / output.name
-        _save_compared(_merged(adapter, exact, device).to(DTYPES[dtype]), draft)
+        merged = _merged(adapter, exact, device)
+        if gives_rewards:
+            merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # by which rewards are read off
+        _save_compared(merged.to(DTYPES[dtype]), draft)
         # Tokenizers and configs of remote code stay with the base; only the weights are compared here.
-        written = load_model(replace(exact, model=str(draft), revision=None, quantization="none"), device)
+        head = RewardHead() if gives_rewards else None
+        again = replace(exact, model=str(draft), revision=None, quantization="none", reward_head=head)
+        written = load_model(again, device)
         _refuse_difference(written, draft)
         error = logits_difference(tuned, logits_of(written, prompts, device))
         report = MergeReport(error, effect, dtype, quantization, tolerance)
@@ -205,10 +214,10 @@ def checkpoint_dtype(source: ModelSource) -> str:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device | str) -> list[Tensor]:
-    """Logits [T, V] of each text, float32 on the CPU.
+    """Logits [T, V] of each text, or the reward [1], float32 on the CPU.
 
     Args:
-        model: A causal language model in evaluation mode.
+        model: A causal language model or a reward model, in evaluation mode.
         prompts: Token ids.
         device: Where the model is.
     """
@@ -226,7 +235,7 @@ def logits_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Logi
     divergences = []
     for a, b in zip(first, second, strict=True):
         ours, theirs = a.double().log_softmax(-1), b.double().log_softmax(-1)
-        divergences.append((ours.exp() * (ours - theirs)).sum(-1))
+        divergences.append((ours.exp() * (ours - theirs)).sum(-1).reshape(-1))
     divergence = torch.cat(divergences)
     return LogitsDifference(largest, float(divergence.mean()), divergence.numel())
 
@@ -274,7 +283,8 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     # Into a new model: one read from a quantised checkpoint would be saved in the form of that checkpoint.
     plain = type(dense)(dense.config)
     plain.load_state_dict(dense.state_dict())
-    plain.generation_config = dense.generation_config
+    if dense.can_generate():
+        plain.generation_config = dense.generation_config
     return plain.to(dense.device).eval()
 
 
@@ -321,10 +331,11 @@ def _write_card(directory: Path, adapter: AdapterFiles, source: ModelSource, rep
     data = ModelCardData(
         base_model=None if is_local(source.model) else source.model,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if is_reward_adapter(adapter) else "text-generation",
         tags=["alignkit", *method_tags(inherited.get("tags") or [])],
         **{key: inherited[key] for key in ("license", "language", "datasets") if key in inherited},
     )
+    auto_class = "AutoModelForSequenceClassification" if is_reward_adapter(adapter) else "AutoModelForCausalLM"
     error, effect = report.error, report.effect
     quantised = "" if report.quantization == "none" else f", {report.quantization} as in training and then dequantised"
     body = f"""
@@ -338,9 +349,9 @@ def _write_card(directory: Path, adapter: AdapterFiles, source: ModelSource, rep
 | the base alone | {effect.max_abs:.2g} | {effect.kl:.2g} |
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({json.dumps(directory.name)}, dtype="auto")
+model = {auto_class}.from_pretrained({json.dumps(directory.name)}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(directory.name)})
 ```
 """

@@ -25,6 +25,8 @@ class Shape:
         rows: What a method is given, in the words of its page; ``{count}`` stands for the number of candidates.
         verb: What a run does to a model, in the words of a model card: "tuned on preferences with" a method.
         panels: Panels of the figure that a run draws.
+        auto_class: Class of transformers that loads the result.
+        pipeline: What the Hub calls its task.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Shape:
     rows: str
     verb: str
     panels: tuple[Any, ...]
+    auto_class: str = "AutoModelForCausalLM"
+    pipeline: str = "text-generation"
 
     @property
     def program(self) -> str:

@@ -166,7 +166,7 @@ def _metadata(content: CardContent) -> ModelCardData:
     return ModelCardData(
         base_model=hub_id(content.base_model),
         library_name="peft" if content.parametrization.has_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=shapes_by_program()[content.method.program].pipeline,
         datasets=datasets or None,
         tags=[
             "alignkit",
@@ -196,10 +196,12 @@ def _introduction(content: CardContent) -> str:
 
 
 def _loading(content: CardContent) -> str:
-    location = content.location
+    location, shape = content.location, shapes_by_program()[content.method.program]
+    load = f"{shape.auto_class}.from_pretrained"
+    used = _REWARDS_READ if shape.config.gives_rewards else ()
     if not content.parametrization.has_adapter:
-        model = f"model = AutoModelForCausalLM.from_pretrained({json.dumps(location)})"
-        return _python(["from transformers import AutoModelForCausalLM, AutoTokenizer", ""], model, location)
+        imports = [f"from transformers import {shape.auto_class}, AutoTokenizer", ""]
+        return _python(imports, [f"model = {load}({json.dumps(location)})"], location, used)
     base = hub_id(content.base_model)
     note = f"{content.parametrization.serving}\n\n" if content.parametrization.serving else ""
     if base is None:
@@ -209,15 +211,25 @@ def _loading(content: CardContent) -> str:
     if quantization != "none":
         note += f"The base was held in {quantization} while training; loaded in another precision it answers slightly "
         note += "differently.\n\n"
-    imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    imports += [f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})"]
-    return note + _python(imports, f"model = PeftModel.from_pretrained(base, {json.dumps(location)})", location)
+    imports = ["from peft import PeftModel", f"from transformers import {shape.auto_class}, AutoTokenizer", ""]
+    head = ", num_labels=1" if shape.config.gives_rewards else ""
+    model = [
+        f"base = {load}({json.dumps(base)}{head})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(location)})",
+    ]
+    return note + _python(imports, model, location, used)
 
 
-def _python(lines: Sequence[str], model: str, location: str) -> str:
-    return "\n".join(
-        ["```python", *lines, model, f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(location)})", "```"],
-    )
+_REWARDS_READ = (
+    "model.config.pad_token_id = tokenizer.pad_token_id",
+    "# The reward of one text, prompt and answer as the tokenizer's chat template writes them:",
+    'reward = model.eval()(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, 0]',
+)
+
+
+def _python(imports: Sequence[str], model: Sequence[str], location: str, used: Sequence[str]) -> str:
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(location)})"
+    return "\n".join(["```python", *imports, *model, tokenizer, *used, "```"])
 
 
 def _citations(content: CardContent) -> str:

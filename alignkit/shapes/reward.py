@@ -89,4 +89,6 @@ SHAPE = Shape(
     rows="{count} completions a row",
     verb="made a reward model with",
     panels=PANELS,
+    auto_class="AutoModelForSequenceClassification",
+    pipeline="text-classification",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from trl import RewardConfig, RewardTrainer
 from alignkit.data.reward_batch import RewardCollator
 from alignkit.errors import ConfigError, ModelError
 from alignkit.losses.types import LossOutput, RewardBatch
+from alignkit.models.export import merge_adapter
+from alignkit.models.files import read_adapter
+from alignkit.models.loading import ModelSource
 from alignkit.models.modes import evaluating
 from alignkit.models.reward_model import head_outputs, load_reward_model
 from alignkit.parametrizations._policy import load_policy
 from alignkit.parts.method import load_method
+from alignkit.reports.card import content_of_run, render_card
 from alignkit.shapes._reward import RewardModelTrainer
 from tests.programs.conftest import save_model
 from tests.shapes.building import build, config_of, text_rows
@@ -150,13 +155,45 @@ def test_what_is_saved_gives_texts_the_rewards_it_was_trained_to_give(
         max(abs(a - b) for one, other in zip(before, trained, strict=True) for a, b in zip(one, other, strict=True))
         > 0.01
     )
-    if parametrization == "lora":
-        assert all(
-            parameter.requires_grad == ("lora_" in name or "modules_to_save" in name)
-            for name, parameter in trainer.model.named_parameters()
-        )
-        stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")
-        assert [name for name in stored if name.endswith("score.weight")]
+    answers = [f"{rows[0]['prompt']}{rows[0][side]}<eos>" for side in ("chosen", "rejected")]
+    assert snippet_rewards(tmp_path / "saved", words, parametrization, answers) == pytest.approx(trained[0], abs=1e-5)
+
+
+def snippet_rewards(saved: Path, base: str, parametrization: str, answers: list[str]) -> list[float]:
+    """Rewards of texts by the lines that a card shows."""
+    values = {"model": base, "method": "bradley_terry", "data": "rows.jsonl", "parametrization": parametrization}
+    config = {key: {"value": value, "source": "run.yaml:1"} for key, value in values.items()}
+    (snippet,) = re.findall(
+        r"```python\n(.*?)```", render_card(content_of_run({"config": config}, str(saved))), flags=re.DOTALL
+    )
+    found = []
+    for text in answers:
+        names = {"text": text}
+        exec(compile(snippet, "card", "exec"), names)
+        found.append(names["reward"].item())
+    return found
+
+
+def test_an_adapter_is_merged_with_its_head_and_nothing_else_of_the_base_trains(words: str, tmp_path: Path) -> None:
+    config = config_of("reward", words, tmp_path, learning_rate=1.0e-2, max_steps=2)
+    trainer = build(config, text_rows(config, 8))
+    trains = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "score.modules_to_save" in name for name in trains)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert [name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors") if "score" in name]
+    prompts = [[5, 9, 12], [4, 3]]
+    merge_adapter(
+        read_adapter(tmp_path / "saved"),
+        ModelSource(words),
+        tmp_path / "merged",
+        tokenizer=trainer.processing_class,
+        prompts=prompts,
+    )
+    whole = load_reward_model(str(tmp_path / "merged"))
+    beside = load_reward_model(str(tmp_path / "saved"), base=words)
+    assert whole.score_ids(prompts) == pytest.approx(beside.score_ids(prompts), abs=1e-5)
+    assert "AutoModelForSequenceClassification" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_language_model_gives_no_rewards(words: str) -> None:
