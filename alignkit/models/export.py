@@ -142,21 +142,15 @@ def merge_adapter(
     quantization = quantization_of(source) or source.quantization
     if tolerance is None:
         tolerance = TOLERANCES[dtype] if quantization == "none" else QUANTIZED_TOLERANCE
-    gives_rewards = is_reward_adapter(adapter)
-    exact = replace(source, dtype="float32", reward_head=RewardHead(from_adapter=True) if gives_rewards else None)
+    head = RewardHead(from_adapter=True) if is_reward_adapter(adapter) else None
+    exact = replace(source, dtype="float32", reward_head=head)
     tuned, effect = _reference_logits(adapter, exact, tokenizer, prompts, device)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         draft = Path(folder) / output.name
-        merged = _merged(adapter, exact, device)
-        if gives_rewards:
-            merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # by which rewards are read off
-        _save_compared(merged.to(DTYPES[dtype]), draft)
+        _save_compared(_merged(adapter, exact, tokenizer, device).to(DTYPES[dtype]), draft)
         # Tokenizers and configs of remote code stay with the base; only the weights are compared here.
-        head = RewardHead() if gives_rewards else None
-        again = replace(exact, model=str(draft), revision=None, quantization="none", reward_head=head)
-        written = load_model(again, device)
-        _refuse_difference(written, draft)
+        written = _loaded_back(exact, draft, device)
         error = logits_difference(tuned, logits_of(written, prompts, device))
         report = MergeReport(error, effect, dtype, quantization, tolerance)
         if report.problem is not None:
@@ -257,7 +251,18 @@ def _reference_logits(
         return tuned, logits_difference(tuned, logits_of(wrapped, prompts, device))
 
 
-def _merged(adapter: AdapterFiles, source: ModelSource, device: torch.device | str) -> PreTrainedModel:
+def _loaded_back(source: ModelSource, folder: Path, device: torch.device | str) -> PreTrainedModel:
+    """The merged model from its files, which are compared with it; ``source`` says how its base was loaded."""
+    head = None if source.reward_head is None else RewardHead()
+    own = replace(source, model=str(folder), revision=None, quantization="none", reward_head=head)
+    written = load_model(own, device)
+    _refuse_difference(written, folder)
+    return written
+
+
+def _merged(
+    adapter: AdapterFiles, source: ModelSource, tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+) -> PreTrainedModel:
     """Base with the adapter merged in, float32."""
     # Always loaded afresh: a forward pass on the CPU makes bitsandbytes repack 4-bit weights, and transformers then
     # dequantises them wrongly.
@@ -274,6 +279,9 @@ def _merged(adapter: AdapterFiles, source: ModelSource, device: torch.device | s
         raise ModelError(f"the adapter {str(adapter.directory)!r} cannot be merged: {error}") from error
     if was_tied:
         tie_if_equal(merged)
+    if source.reward_head is not None:
+        # By which rewards are read off.
+        merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return merged
 
 
