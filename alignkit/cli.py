@@ -31,6 +31,7 @@ examples:
 _PROGRAMS = {
     "evaluate": "evaluate a model or an adapter on held-out preference rows",
     "chat": "talk to a model in the terminal, tuned and base side by side",
+    "serve": "serve a run over an OpenAI-compatible API, through vLLM or transformers",
     "merge": "merge an adapter into its base model",
     "prune": "make a model smaller so that stock code loads it, from a plan, a criterion or an adapter",
     "push": "publish an adapter or a model with its card on the Hugging Face Hub",
