@@ -3,7 +3,8 @@
 ==============  ==============================================  ========================================================
 kind            columns                                         what can be evaluated (``Evaluation.reads``)
 ==============  ==============================================  ========================================================
-preference      those of :mod:`alignkit.data.schema`            ``held-out``, ``prompts``; ``probe`` where there is one
+preference      those of :mod:`alignkit.data.schema`            ``held-out``, ``prompts``; ``probe`` where there are
+                                                                some; of a reward model ``rewards`` alone
 supervised      those of :mod:`alignkit.data.supervised_schema` ``supervised``, and where rows have a prompt ``prompts``
                                                                 and ``answers``
 prompts         ``prompt`` and no answer                        ``prompts``; with an answer column ``answers``
@@ -13,7 +14,8 @@ prompts         ``prompt`` and no answer                        ``prompts``; wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -151,7 +153,8 @@ def kind_of_rows(sources: Sequence[str], column_map: Mapping[str, str]) -> Kind:
     errors: dict[Kind, DataError] = {}
     for kind in KINDS:
         try:
-            rows = load_rows(list(sources), column_map=column_map, streaming=True, family=family_of(kind))
+            with _in_silence():  # What a kind has no use for says nothing of the rows.
+                rows = load_rows(list(sources), column_map=column_map, streaming=True, family=family_of(kind))
         except DataError as error:
             errors[kind] = error
             continue
@@ -168,13 +171,27 @@ def kind_of_rows(sources: Sequence[str], column_map: Mapping[str, str]) -> Kind:
     raise DataError(f"{', '.join(sources)}: of which kind the rows are is not clear", found)
 
 
-def readable(kind: Kind, reading: Reading, *, has_probe: bool) -> frozenset[str]:
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    reader = logging.getLogger("alignkit.data")
+    level = reader.level
+    reader.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reader.setLevel(level)
+
+
+def readable(kind: Kind, reading: Reading, *, has_probe: bool, gives_rewards: bool) -> frozenset[str]:
     """What evaluations may read of rows of a kind; of texts, which have no prompt, that is known once they are read.
 
     Args:
         reading: How they are read.
         has_probe: Whether there are probe rows.
+        gives_rewards: Whether the model is a reward model, which writes nothing.
     """
+    if gives_rewards:
+        return frozenset({"rewards"} if kind == "preference" else ())
     if kind == "preference":
         return frozenset({"held-out", "prompts", *(["probe"] if has_probe else [])})
     if kind == "supervised":

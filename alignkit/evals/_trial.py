@@ -18,13 +18,14 @@ from alignkit.data.prefix import Layout
 from alignkit.environment import environment
 from alignkit.errors import ConfigError
 from alignkit.evals._data import EvaluationData
-from alignkit.models._comparison import compare_with_itself
-from alignkit.models._forward import TrainedScore, use_packed_attention
+from alignkit.models._comparison import ScoringRun, compare_with_itself
+from alignkit.models._forward import TrainedScore, compute_precision, use_packed_attention
 from alignkit.models._layouts import Requested, choose_layout, confirmed
 from alignkit.models.files import AdapterFiles, sha256
 from alignkit.models.loading import ModelSource
 from alignkit.models.positions import positions_of
-from alignkit.models.sharding import score_over_ranks, score_trained_over_ranks
+from alignkit.models.reward_model import RewardModel, refuse_other_rewards
+from alignkit.models.sharding import length_batches, map_batches, score_over_ranks, score_trained_over_ranks
 from alignkit.models.vocabulary import Tokens, check_token_ids
 from alignkit.references._cache import token_ids_fingerprint
 from alignkit.sampling.generation import Answer, Sampling, generate_answers
@@ -76,6 +77,7 @@ def prepare_scoring(
     *,
     batch_size: int,
     name: str,
+    gives_rewards: bool = False,
 ) -> Layout | None:
     """Compare a model's scores with its own logits, and choose how its rows are laid out; a collective.
 
@@ -85,6 +87,7 @@ def prepare_scoring(
         requested: The layout asked for.
         batch_size: Rows a forward pass.
         name: What the model is called in messages, without an article.
+        gives_rewards: Whether it is a reward model, of which the rewards are compared.
 
     Returns:
         The layout, or None where nothing is scored.
@@ -95,6 +98,10 @@ def prepare_scoring(
     asked = [] if data.questions is None else data.questions.prompts
     if not data.scored and not asked:
         return None
+    if gives_rewards:
+        compared = ScoringRun(f"the {name}", model, compute_precision(model))
+        refuse_other_rewards(compared, RowLengths.of(data.held_out), model.config.get_text_config().pad_token_id)
+        return "padded"
     # What will be answered is not known; that a confidence is the model's own shows on its questions.
     questions = [{"prompt_ids": ids, "completion_ids": [ids[-1:]]} for ids in asked]
     lengths = RowLengths.of(*(data.scored.values() or [questions]))
@@ -174,11 +181,30 @@ class Trial:
         )
         return [row[0] for row in scored]
 
+    @cached_property
+    def rewards(self) -> list[list[float]]:
+        """What a reward model gives every candidate of the held-out rows."""
+        rows = self.data.held_out
+        scorer = RewardModel(self.model, self.tokenizer, self.batch_size)
+
+        def score(batches: list[list[int]]) -> list[list[float]]:
+            # All candidates of a batch of rows together: what stands beside a sequence depends on no process.
+            return [rewards for batch in batches for rewards in _rewards_of(scorer, rows.select(batch))]
+
+        lengths = [len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in rows]
+        return map_batches(length_batches(lengths, self.batch_size), score, self.state)
+
     @property
     def _how(self) -> dict[str, Any]:
         pad = self.tokenizer.pad_token_id
         pad_token_id = (self.tokenizer.eos_token_id if pad is None else pad) or 0
         return {"pad_token_id": pad_token_id, "batch_size": self.batch_size, "state": self.state}
+
+
+def _rewards_of(scorer: RewardModel, rows: Dataset) -> list[list[float]]:
+    sequences = [[row["prompt_ids"] + ids for ids in row["completion_ids"]] for row in rows]
+    found = iter(scorer.score_ids([ids for row in sequences for ids in row]))
+    return [[next(found) for _ in row] for row in sequences]
 
 
 def provenance(

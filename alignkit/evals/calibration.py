@@ -65,21 +65,22 @@ def worth(logps: Sequence[TokenLogps], reference: Sequence[TokenLogps] | None, b
     ]
 
 
-def margin_figures(margins: Sequence[Sequence[float]], meaning: str) -> Found:
+def margin_figures(margins: Sequence[Sequence[float]], meaning: str, what: str = "calibration") -> Found:
     """The figures of this evaluation.
 
     Args:
         margins: m of every pair of every row, nats.
         meaning: What the confidence is, in words.
+        what: First part of the keys.
     """
     flat = [(row, m) for row, of_row in enumerate(margins) for m in of_row]
     items = Calibrated(meaning, [_sigma(abs(m)) for _, m in flat], [0.5 if m == 0 else float(m > 0) for _, m in flat])
     means = {"accuracy": _win, "margin": float, "nll": _softplus_of_minus, "confidence": lambda m: _sigma(abs(m))}
     sums: dict[str, Figure] = {
-        f"calibration/{key}": row_sums([(math.fsum(map(of, row)), float(len(row))) for row in margins])
+        f"{what}/{key}": row_sums([(math.fsum(map(of, row)), float(len(row))) for row in margins])
         for key, of in means.items()
     }
-    return Found(sums | calibration_figures("calibration", [row for row, _ in flat], items), calibrated=items)
+    return Found(sums | calibration_figures(what, [row for row, _ in flat], items), calibrated=items)
 
 
 def _sigma(m: float) -> float:

@@ -85,8 +85,9 @@ class Evaluation:
         name: File stem; a word of ``alignkit evaluate --metrics``.
         summary: One sentence.
         reads: What it needs, any of ``held-out`` (preference rows), ``probe`` (preference rows, used where there are
-            some), ``supervised`` (rows of tokens of which some are trained), ``prompts`` (of the rows, a few to be
-            answered) and ``answers`` (every prompt, with the answer that it should get).
+            some), ``rewards`` (those of a reward model, for preference rows), ``supervised`` (rows of tokens of which
+            some are trained), ``prompts`` (of the rows, a few to be answered) and ``answers`` (every prompt, with the
+            answer that it should get).
         compute: ``(trial) -> Found``, called on all processes; see :class:`alignkit.evals._trial.Trial`.
         render: ``(prompts, found, before) -> text``, printed below the table of all figures; ``before`` is what was
             found of the models that this one is compared with, by their names.

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.models.files import AdapterFiles, find_model, model_problem
+from alignkit.models.files import AdapterFiles, find_model, is_reward_model, model_problem
 from alignkit.parts.evaluation import evaluation_names
 from alignkit.programs.arguments import (
     StrictParser,
@@ -45,7 +45,8 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     from alignkit.programs.models import fitting_dtype, start_processes, tokenizer_for
 
     state = start_processes(use_cpu=arguments.use_cpu)
-    kind, evaluations = steps.choose_evaluations(arguments, parser.prog)
+    gives_rewards = is_reward_model(model_name, adapter)
+    kind, evaluations = steps.choose_evaluations(arguments, parser.prog, gives_rewards=gives_rewards)
     how = pick(arguments, "dtype", "quantization", "attn_implementation", "trust_remote_code")
     how["dtype"] = how["dtype"] or fitting_dtype(state.device)
     model = steps.Named(steps.MODEL, ModelSource(model_name, arguments.revision or revision, **how), adapter)
@@ -55,7 +56,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     compared = steps.compared_models(arguments, others, how)
     steps.check_compared(compared, tokenizer)
 
-    comparison = steps.Comparison(arguments, evaluations, tokenizer, data, state)
+    comparison = steps.Comparison(arguments, evaluations, tokenizer, data, state, gives_rewards)
     base = [steps.Named(steps.BASE, ModelSource(arguments.compare_base, **how))] if arguments.compare_base else []
     # The reference of a full model's implicit reward comes before the model; otherwise what may fail comes first.
     for named in base if arguments.beta is not None else []:
@@ -155,11 +156,17 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[Found, list[
         except AlignkitError as error:
             problems.append(f"--compare: {error}")
     problems += _base_problems(arguments, found)
+    gives_rewards = is_reward_model(found[0], found[2])
+    problems += [
+        f"--compare: {name} is {'a' if given else 'no'} reward model, and the model is {'none' if given else 'one'}"
+        for name, _, adapter in others
+        if (given := is_reward_model(name, adapter)) != gives_rewards
+    ]
     if found[0] and arguments.revision is not None and Path(found[0]).expanduser().is_dir():
         problems.append(f"--revision: {found[0]} is a folder, which has one version: leave the option out")
     if arguments.chat_template is not None and not arguments.chat_template.is_file():
         problems.append(f"--chat_template: there is no file {arguments.chat_template}")
-    problems += _calibration_problems(arguments)
+    problems += _calibration_problems(arguments, gives_rewards=gives_rewards)
     problems += output_problems(arguments, "output", "reliability", inputs=[found[0], *(other[0] for other in others)])
     if problems:
         raise ConfigError(prog, problems)
@@ -176,13 +183,16 @@ def _base_problems(arguments: argparse.Namespace, found: Found) -> list[str]:
             problems.append("--compare_base: the base of an adapter is the model it sits on: leave the name out")
         elif problem := model_problem(arguments.compare_base):
             problems.append(f"--compare_base: {problem}")
+    if arguments.compare_base is not None and is_reward_model(found[0], found[2]):
+        problems.append("--compare_base: the base of a reward model gives no rewards; name another one in --compare")
     if arguments.beta is not None and found[0] and not is_adapter and not arguments.compare_base:
         problems.append("--beta: an implicit reward is relative to a reference: write --compare_base MODEL")
     return problems
 
 
-def _calibration_problems(arguments: argparse.Namespace) -> list[str]:
-    sure = {"calibration", "final_answer", "exact_match"}
-    if arguments.reliability is not None and not sure & set(arguments.metrics or ()):
+def _calibration_problems(arguments: argparse.Namespace, *, gives_rewards: bool) -> list[str]:
+    sure = {"calibration", "final_answer", "exact_match", "reward"}
+    by_itself = gives_rewards and arguments.metrics is None
+    if arguments.reliability is not None and not by_itself and not sure & set(arguments.metrics or ()):
         return [f"--metrics: --reliability draws how sure a model is; add one of {', '.join(sorted(sure))}"]
     return []

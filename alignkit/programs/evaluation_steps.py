@@ -22,6 +22,7 @@ from alignkit.evals._novelty import Novelty, find_novelty, novelty_record, novel
 from alignkit.evals._results import MODEL, Results, Table, example_text, result_record, result_table
 from alignkit.models.files import AdapterFiles
 from alignkit.models.loading import ModelSource, check_base
+from alignkit.models.reward_model import load_for_rewards
 from alignkit.parts.evaluation import Calibrated, Evaluation, evaluation_names, load_evaluation
 from alignkit.plain_text import all_without_secrets
 from alignkit.programs.arguments import pick
@@ -32,12 +33,13 @@ from alignkit.sampling.generation import Sampling
 from alignkit.storage.durability import write_whole
 
 BASE = "base"
-DEFAULTS: Mapping[Kind, tuple[str, ...]] = {
+DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "preference": ("preference", "likelihood", "generation"),
     "supervised": ("supervised", "generation"),
     "prompts": ("generation",),
+    "rewards": ("reward",),
 }
-"""Evaluations made of rows of each kind unless others are named; figures and JSON follow this order."""
+"""Evaluations made of rows of each kind, and of reward models, unless others are named; figures follow this order."""
 SAMPLES = 4
 """Prompts answered unless another number is given; of prompts alone all of them."""
 NOTE = "± is 1.96 standard errors over rows; likelihoods and margins in nats"
@@ -68,6 +70,7 @@ class Comparison:
         tokenizer: That of the model in question; all models are given the same tokens.
         data: What on.
         state: This process among the others.
+        gives_rewards: Whether the models are reward models.
         results: By the name of the model.
         layouts: By the name of the model.
         reference: What the base made of the held-out rows, for the implicit rewards of models without an adapter.
@@ -78,6 +81,7 @@ class Comparison:
     tokenizer: PreTrainedTokenizerBase
     data: EvaluationData
     state: PartialState
+    gives_rewards: bool
     results: dict[str, Results] = field(default_factory=dict)
     layouts: dict[str, Any] = field(default_factory=dict)
     reference: list[steps.TokenLogps] | None = None
@@ -93,8 +97,7 @@ class Comparison:
             What the figures depend on, for the record.
         """
         gc.collect()  # A model that is wrapped holds itself.
-        top1 = any("supervised" in evaluation.reads for evaluation in self.evaluations)
-        model = load_for_scoring(named.source, named.adapter, self.state.device, top1=top1)
+        model = self._load(named)
         steps.check_positions(model, self.data, self.arguments.max_new_tokens)
         reference = self.reference
         if isinstance(model, PeftModel) and (with_base or self.arguments.beta is not None):
@@ -105,6 +108,12 @@ class Comparison:
         if named.name == BASE:
             self.reference = own
         return steps.provenance(named.source, named.adapter, model, self.tokenizer, self.data, self.state)
+
+    def _load(self, named: Named) -> Any:
+        if self.gives_rewards:
+            return load_for_rewards(named.source, named.adapter, self.tokenizer, self.state.device)
+        top1 = any("supervised" in evaluation.reads for evaluation in self.evaluations)
+        return load_for_scoring(named.source, named.adapter, self.state.device, top1=top1)
 
     def _evaluate(
         self,
@@ -118,8 +127,10 @@ class Comparison:
         arguments, data = self.arguments, self.data
         sampling = Sampling(**pick(arguments, "max_new_tokens", "temperature", "top_p", "seed", "batch_size"))
         steps.check_vocabulary(model, self.tokenizer, data)
-        batch_size = arguments.batch_size
-        layout = steps.prepare_scoring(model, data, arguments.layout, batch_size=batch_size, name=name)
+        batch_size, rewards = arguments.batch_size, self.gives_rewards
+        layout = steps.prepare_scoring(
+            model, data, arguments.layout, batch_size=batch_size, name=name, gives_rewards=rewards
+        )
         trial = steps.Trial(model, self.tokenizer, data, sampling, layout, batch_size, self.state, name)
         if arguments.beta is not None:
             trial.beta = arguments.beta
@@ -130,8 +141,13 @@ class Comparison:
         return trial.token_logps("held-out") if arguments.beta is not None else None
 
 
-def choose_evaluations(arguments: argparse.Namespace, prog: str) -> tuple[Kind, list[Evaluation]]:
+def choose_evaluations(
+    arguments: argparse.Namespace, prog: str, *, gives_rewards: bool
+) -> tuple[Kind, list[Evaluation]]:
     """Of which kind the rows are, and what is evaluated of them.
+
+    Args:
+        gives_rewards: Whether the model is a reward model.
 
     Raises:
         ConfigError: Evaluations are asked for that such rows do not allow.
@@ -140,12 +156,15 @@ def choose_evaluations(arguments: argparse.Namespace, prog: str) -> tuple[Kind, 
     kind = arguments.rows
     if kind == "auto":
         kind = kind_of_rows(arguments.data, dict(arguments.column_map))
-    given = readable(kind, reading_of(arguments), has_probe=bool(arguments.probe_data))
-    chosen = [load_evaluation(name) for name in arguments.metrics or DEFAULTS[kind]]
+    given = readable(kind, reading_of(arguments), has_probe=bool(arguments.probe_data), gives_rewards=gives_rewards)
+    if not given:
+        raise ConfigError(prog, [f"--data: a reward model is evaluated on preference rows, and these are {kind} rows"])
+    chosen = [load_evaluation(name) for name in arguments.metrics or DEFAULTS["rewards" if gives_rewards else kind]]
     fitting = [name for name in evaluation_names() if load_evaluation(name).applies(given)]
     problems = [
-        f"--metrics: {evaluation.name} needs {' and '.join(sorted(evaluation.reads - given))}, which {kind} rows do "
-        f"not have{_way_to_answers(evaluation, kind)}; of these rows there are {', '.join(fitting)}"
+        f"--metrics: {evaluation.name} needs {' and '.join(sorted(evaluation.reads - given))}, which "
+        f"{'a reward model gives' if gives_rewards else f'{kind} rows have'} "
+        f"not{_way_to_answers(evaluation, kind)}; here there are {', '.join(fitting)}"
         for evaluation in chosen
         if not evaluation.applies(given)
     ]

@@ -281,7 +281,7 @@ def test_an_evaluation_is_one_file(
 def test_an_evaluation_says_what_it_is(name: str) -> None:
     evaluation = load_evaluation(name)
     assert evaluation.name == name and evaluation.summary.endswith(".")
-    assert evaluation.reads and evaluation.reads <= {"held-out", "probe", "prompts", "supervised", "answers"}
+    assert evaluation.reads and evaluation.reads <= {"held-out", "probe", "prompts", "supervised", "answers", "rewards"}
 
 
 def test_what_is_made_by_default_is_there() -> None:

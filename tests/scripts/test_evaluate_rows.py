@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from alignkit import cli
 from alignkit.data.novelty import parts_of, similarities
@@ -23,6 +23,7 @@ from tests.scripts.conftest import Script
 from tests.scripts.test_evaluate import QUICK, check, means, read, token_logps
 from tests.scripts.tiny import chat_pairs, save_adapter, write_rows
 
+SIDES = ("chosen", "rejected")
 COMPLETIONS = [
     {"prompt": f"{i} + {i}?" + " Say it." * (i % 3), "completion": f" It is {2 * i}." + " Yes." * (i % 4)}
     for i in range(9)
@@ -209,6 +210,40 @@ def test_the_margins_of_an_implicit_reward() -> None:
     assert figures["calibration/nll"].estimate().rows == 2  # type: ignore[union-attr]
 
 
+def save_reward_model(base: Path, directory: Path, seed: int) -> Any:
+    """The base with a head of one number, drawn large enough to tell answers apart."""
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32).eval()
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
+    return model
+
+
+def test_reward_models(assets: Path, tokenizer: Any, tmp_path: Path, run_script: Script) -> None:
+    """Against the score of the last token, row by row, and of two models side by side."""
+    models = {name: save_reward_model(assets / "base", tmp_path / name, seed) for seed, name in enumerate("ab")}
+    words = ("--model", tmp_path / "a", "--data", assets / "pairs.jsonl", "--batch_size", "4", "--use_cpu")
+    outputs = ("--output", tmp_path / "e.json", "--reliability", tmp_path / "r.png")
+    assert run_script("evaluate", *words, "--compare", tmp_path / "b", *outputs) == 0
+    found = read(tmp_path / "e.json")
+    expected: dict[str, list[float]] = {"a": [], "b": []}
+    for name, model in models.items():
+        for row in chat_pairs(11):
+            ids = [tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False) for side in SIDES]
+            with torch.no_grad():
+                better, worse = (float(model(torch.tensor([each])).logits) for each in ids)
+            expected[name].append(better - worse)
+    for name, metrics in (("a", found["metrics"]), ("b", found["compared"]["b"]["metrics"])):
+        margins = expected[name]
+        assert metrics["reward/accuracy"]["mean"] == pytest.approx(sum(m > 0 for m in margins) / 11)
+        assert metrics["reward/margin"]["mean"] == pytest.approx(sum(margins) / 11, abs=1e-4)
+        nll = sum(math.log1p(math.exp(-m)) for m in margins) / 11
+        assert metrics["reward/nll"]["mean"] == pytest.approx(nll, abs=1e-4)
+    assert set(found["metrics"]) >= {"reward/ece", "reward/aurc"} and (tmp_path / "r.png").stat().st_size > 1000
+    assert max(map(abs, expected["a"])) > 0.1 and "samples" not in found
+
+
 def test_far_and_near_rows(
     assets: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,7 +304,14 @@ def test_rows_of_no_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--metrics", "preference"], ["preference needs held-out", "there are exact_match, final_answer, generation"]),
+        (
+            ["--metrics", "preference"],
+            ["needs held-out, which supervised rows have not", "there are exact_match, final"],
+        ),
+        (["--model", "{reward}"], ["a reward model is evaluated on preference rows, and these are supervised"]),
+        (["--model", "{reward}", "--data", "{pairs}", "--metrics", "generation"], ["needs prompts, which a reward"]),
+        (["--compare", "{reward}"], ["is a reward model, and the model is none"]),
+        (["--model", "{reward}", "--compare_base", "{base}"], ["the base of a reward model gives no rewards"]),
         (["--metrics", "calibration", "--beta", "1", "--data", "{pairs}"], ["write --compare_base MODEL"]),
         (["--beta", "1", "--compare_base", "{base}"], ["--beta: read by none of --metrics; add calibration"]),
         (["--reliability", "{tmp}/r.png"], ["--reliability", "add one of calibration, exact_match, final_answer"]),
@@ -295,6 +337,9 @@ def test_what_cannot_be_evaluated(
     rows = [{"prompt": f"{name}?", "completion": "no number"} for name in "abc"]
     places = {"tmp": tmp_path, "base": assets / "base", "pairs": assets / "pairs.jsonl"}
     places["texts"] = write_rows(tmp_path / "texts.jsonl", [{"text": "a"}] * 3)
+    if "{reward}" in words:
+        save_reward_model(assets / "base", tmp_path / "reward", 0)
+        places["reward"] = tmp_path / "reward"
     if "{tmp}/strange" in words:
         shutil.copytree(assets / "base", tmp_path / "strange")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "strange")
@@ -302,7 +347,8 @@ def test_what_cannot_be_evaluated(
         tokenizer.save_pretrained(tmp_path / "strange")
     words = [word.format(**places) for word in words]
     data = ["--data", write_rows(tmp_path / "rows.jsonl", rows)] if "--data" not in words else []
-    assert run_script("evaluate", "--model", assets / "base", *data, *words, *QUICK) == 2
+    model = [] if "--model" in words else ["--model", assets / "base"]
+    assert run_script("evaluate", *model, *data, *words, *QUICK) == 2
     err = capsys.readouterr().err
     assert all(part in err for part in expected), err
     assert err.count("error:") == 1 and "Traceback" not in err
