@@ -29,6 +29,7 @@ examples:
   accelerate launch --config_file zero2.yaml -m alignkit train run.yaml
 """
 _PROGRAMS = {
+    "data": "say what rows hold before training on them, and write those that are worth it",
     "evaluate": "evaluate a model or an adapter on held-out preference rows",
     "chat": "talk to a model in the terminal, tuned and base side by side",
     "serve": "serve a run over an OpenAI-compatible API, through vLLM or transformers",

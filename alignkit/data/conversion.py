@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -35,6 +37,23 @@ _PROBLEM_FEATURES = Features(
 )
 MISFIT_FEATURES = Features({"misfit": Value("string"), "misfit_shown": Value("string")})
 """What only the rendering of a row or its tokens show to be wrong, as a problem; empty where nothing is."""
+
+
+_WATCHED: ContextVar[list[pd.DataFrame] | None] = ContextVar("watched", default=None)
+
+
+class MalformedRows(DataError):
+    """Rows that cannot be trained on.
+
+    Args:
+        headline: As for any error that lists problems.
+        problems: As there; rows of the same kind of problem are one.
+        rows: Every such row by its number, with what is wrong; a row may be there twice.
+    """
+
+    def __init__(self, headline: str, problems: Sequence[str], rows: Sequence[tuple[int, Problem]] = ()) -> None:
+        super().__init__(headline, problems)
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,8 @@ def convert_table(
             **options,
         )
     counts = converted.select_columns(list(conversion.counts)).to_pandas()
+    if (watched := _WATCHED.get()) is not None:
+        watched.append(counts)
     _refuse_misfits(counts, range(len(counts)), name)
     return converted.select_columns(list(conversion.output)).select(kept_rows(counts)), counts
 
@@ -137,6 +158,17 @@ def convert_stream(
     counts = pd.DataFrame(conversion.convert(first, tokenizer, conversion.settings))
     _refuse_misfits(counts, range(len(head)), name)
     return rows, counts
+
+
+@contextmanager
+def watched_counts() -> Iterator[list[pd.DataFrame]]:
+    """What every conversion of rows at hand counts meanwhile, a row each: what it drops, and why."""
+    found: list[pd.DataFrame] = []
+    token = _WATCHED.set(found)
+    try:
+        yield found
+    finally:
+        _WATCHED.reset(token)
 
 
 def kept_rows(counts: pd.DataFrame) -> np.ndarray:
@@ -277,7 +309,8 @@ def _find_problems(
 def _refuse_problems(problems: Mapping[str, Sequence[Any]], name: str) -> None:
     """Raise with every problem when one is fatal; rows that merely prefer nothing are dropped later."""
     if any(problems["fatal"]):
-        _refuse(zip(problems["row"], map(Problem, problems["kind"], problems["shown"]), strict=True), name)
+        found = map(Problem, problems["kind"], problems["shown"], problems["fatal"])
+        _refuse(zip(problems["row"], found, strict=True), name)
 
 
 def _refuse_misfits(counts: Mapping[str, Sequence[Any]], indices: Sequence[int], name: str) -> None:
@@ -288,4 +321,6 @@ def _refuse_misfits(counts: Mapping[str, Sequence[Any]], indices: Sequence[int],
 
 
 def _refuse(found: Iterable[tuple[int, Problem]], name: str) -> NoReturn:
-    raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(found))
+    rows = list(found)
+    headline = f"{name}: rows that cannot be trained on (the first row is row 0)"
+    raise MalformedRows(headline, describe_problems(rows), rows)

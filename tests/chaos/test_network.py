@@ -76,6 +76,7 @@ def programs(repository: Path) -> list[list[str]]:
         script("push_to_hub", "--directory", "full", "--repo_id", "me/it", "--dry_run"),
         *([f"alignkit_{name}", "alignkit", name] for name in ("methods", "recipes", "env")),
         ["alignkit_config", "alignkit", "config", "run.yaml"],
+        ["alignkit_data", "alignkit", "data", "rows.parquet", "--model", "model"],
     ]
 
 

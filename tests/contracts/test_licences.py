@@ -50,8 +50,8 @@ READ_BY_HAND = {
     "BSD": "colorama==0.4.6",
     "BSD-2-Clause": "liger-kernel==0.8.5",
     "BSD-3-Clause": (
-        "cloudpickle==3.1.3 joblib==1.6.0 logbook==1.10.1 lxml==6.1.3 portalocker==4.4.2 scikit-learn==1.9.1 "
-        "scipy==1.17.1 threadpoolctl==3.8.0"
+        "cloudpickle==3.1.3 joblib==1.6.0 logbook==1.10.1 lxml==6.1.3 portalocker==4.4.2 py3langid==0.4.0 "
+        "scikit-learn==1.9.1 scipy==1.17.1 threadpoolctl==3.8.0"
     ),
     "LGPL-2.1-or-later": "chardet==6.0.0.post1",
     "LGPL-3.0-or-later": "dominate==2.9.1",
@@ -62,7 +62,8 @@ READ_BY_HAND = {
         "nvidia-nvjitlink==13.5.37 nvidia-nvshmem-cu13==3.4.5"
     ),
     "MIT": (
-        "charset-normalizer==3.5.3 dataproperty==0.37.0 editables==0.6 lm-eval==0.4.13 mbstrdecoder==1.1.5 "
+        "charset-normalizer==3.5.3 dataproperty==0.37.0 datasketch==2.0.0 editables==0.6 lm-eval==0.4.13 "
+        "mbstrdecoder==1.1.5 "
         "more-itertools==11.2.1 msgfy==0.2.1 narwhals==2.29.0 pathvalidate==3.3.1 pytablewriter==0.38.0 pytz==2026.6 "
         "six==1.17.0 tabledata==0.0.26 tabulate==0.10.0 triton==3.7.1 typepy==0.3.1 urllib3==2.8.0 word2number==1.1"
     ),

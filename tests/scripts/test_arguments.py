@@ -109,7 +109,7 @@ def test_script_and_command_answer_alike_without_loading_torch(
 
 def test_every_command_has_its_script(repository: Path) -> None:
     # The scripts keep the old names of commands; these never had another, or take the words of a training.
-    younger = {"chat", "serve", "rewards", "rollouts", "bank", "memory", "translate"}
+    younger = {"chat", "serve", "data", "rewards", "rollouts", "bank", "memory", "translate"}
     assert set(COMMAND_OF.values()) == set(cli._PROGRAMS) - younger
     for script in COMMAND_OF:
         assert len((repository / "scripts" / f"{script}.py").read_text().splitlines()) < 20
