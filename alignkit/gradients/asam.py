@@ -73,4 +73,5 @@ RULE = GradientRule(
         "third-party code: the update of the widely used github.com/davda54/sam with adaptive=True; direction, every_k "
         "and rule_targets are ours"
     ),
+    when="As sam, where layers differ much in scale.",
 )

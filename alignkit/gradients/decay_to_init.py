@@ -56,4 +56,5 @@ RULE = GradientRule(
 }""",
     ),
     fidelity="secondary source: the abstract and code of the same laboratory; decoupled, which is ours",
+    when="Tuning in full that shall not wander far from the model it began with; costs a copy of the weights.",
 )

@@ -126,4 +126,5 @@ RULE = GradientRule(
         "reconstruction: that the reference is the SAM gradient is published, how the two are combined is not; the "
         "rule, its rho and thresholds are those of GCSCoOp (github.com/llcllc1997/GCSCoOp)"
     ),
+    when=("Few rows and LoRA, where the tuned model shall keep what it could do before; costs a second gradient."),
 )

@@ -76,4 +76,5 @@ RULE = GradientRule(
         "author's code: the update and the defaults of its recipes (github.com/zhaoyang-0204/gnp); direction, every_k "
         "and rule_targets are ours"
     ),
+    when="As sam, with a dial between the plain gradient and that of sam.",
 )

@@ -77,4 +77,5 @@ RULE = GradientRule(
         "author's code: the update (github.com/juntang-zhuang/GSAM) with a constant rho; direction, every_k and "
         "rule_targets are ours"
     ),
+    when="As sam, where the loss at displaced weights stays well above the plain loss.",
 )

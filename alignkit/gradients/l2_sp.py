@@ -83,4 +83,5 @@ RULE = GradientRule(
 }""",
     ),
     fidelity="paper text, from memory; the closed form for LoRA is ours",
+    when="As decay_to_init, through the gradient, so that the optimizer sees the pull.",
 )

@@ -74,4 +74,5 @@ RULE = GradientRule(
         "author's code: the projection and rescaling of its class OrthoGrad; per micro-batch, and with a guard against "
         "scaling rounding errors up, which are ours"
     ),
+    when="Training that goes on long after the rows are fitted, where logits grow without end.",
 )

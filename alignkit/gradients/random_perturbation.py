@@ -49,4 +49,5 @@ RULE = GradientRule(
     metrics=TWO_GRADIENT_METRICS,
     paper=SAM.paper,
     fidelity="a control of our own for the sam family, whose paper is cited",
+    when="The control of an experiment with the sam family: what a displacement in any direction does.",
 )

@@ -81,4 +81,5 @@ RULE = GradientRule(
         "author's code: the update and its defaults (github.com/Wang-pengfei/SAGM); its meaning under accumulation, "
         "direction, every_k and rule_targets are ours"
     ),
+    when="As sam, where the two gradients disagree and both losses count.",
 )

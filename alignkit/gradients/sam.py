@@ -55,4 +55,5 @@ RULE = GradientRule(
         "author's code family: the update of the widely used implementation github.com/davda54/sam; direction, "
         "every_k and rule_targets are ours"
     ),
+    when="Flatter minima, at the cost of a second gradient; the plainest of its family.",
 )

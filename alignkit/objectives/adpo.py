@@ -274,4 +274,8 @@ METHOD = Method(
             "Remove reference and reference_model, or write anchor: fixed",
         ),
     ),
+    when=(
+        "Candidates with scores, in pairs or longer lists; labels that are noisy, through soft targets; a "
+        "reference that shall follow the policy."
+    ),
 )

@@ -81,4 +81,5 @@ METHOD = Method(
     ),
     needs=always(),
     conflicts=(reads_no_reference("alphapo"),),
+    when="As simpo, where likelihoods go too far or not far enough: alpha bends the reward.",
 )

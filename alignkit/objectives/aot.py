@@ -55,4 +55,8 @@ METHOD = Method(
     ),
     needs=always("reference", "whole_micro_batch"),
     conflicts=(across_pairs("aot"),),
+    when=(
+        "Pairs whose chosen shall beat the rejected as a distribution and not pair by pair; it wants large "
+        "micro-batches."
+    ),
 )

@@ -62,4 +62,5 @@ METHOD = Method(
     ),
     needs=always("reference", "whole_micro_batch"),
     conflicts=(across_pairs("aot_unpaired"),),
+    when="As aot, where chosen and rejected need not answer the same prompt.",
 )

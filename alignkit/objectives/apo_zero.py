@@ -52,4 +52,5 @@ METHOD = Method(
         "secondary source: operation for operation as TRL 1.16 computes loss_type apo_zero, after the paper's Eq. 7"
     ),
     needs=WeightedOptions.needs,
+    when=("Pairs whose chosen is better than what the model writes by itself: the chosen rises, the rejected falls."),
 )

@@ -53,4 +53,5 @@ METHOD = Method(
         "Section 4, without its shift of the rewards, as there"
     ),
     needs=WeightedOptions.needs,
+    when="Pairs whose responses shall be judged one by one, as a classifier of good and bad would.",
 )

@@ -58,4 +58,5 @@ METHOD = Method(
     program="reward",
     needs=always(),
     conflicts=reward_conflicts("bradley_terry"),
+    when="Pairs, for a model that scores answers: to rank samples, or to reward online training.",
 )

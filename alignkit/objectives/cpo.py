@@ -81,4 +81,5 @@ METHOD = Method(
     fidelity="paper text (Eq. 3 and the term of the likelihood), as the CPO trainer of TRL 1.16 computes it",
     needs=always(),
     conflicts=(reads_no_reference("cpo"),),
+    when="Pairs, without a reference, whose chosen responses are good enough to be imitated too.",
 )

@@ -152,4 +152,5 @@ METHOD = Method(
             "Write streaming: false, or sample_refresh_steps: 0",
         ),
     ),
+    when="Rejected answers alone, such as safety rows without a good answer to each prompt.",
 )

@@ -56,4 +56,8 @@ METHOD = Method(
     needs=always(),
     num_candidates=None,
     of_candidates=chosen_objective,
+    when=(
+        "Answers to imitate, where sft overfits to tokens the model finds unlikely: each token weighs as "
+        "likely as it is."
+    ),
 )

@@ -61,4 +61,5 @@ METHOD = Method(
         "secondary source: operation for operation as TRL 1.16 computes loss_type discopop, after the paper's Eq. 5"
     ),
     needs=ScoredOptions.needs,
+    when="Pairs, once dpo is tried: a form of the loss that was found by search.",
 )

@@ -83,4 +83,5 @@ METHOD = Method(
     needs=always(),
     num_candidates=None,
     teacher=teacher,
+    when="Recovery after pruning, or a small model that shall follow a large one of the same vocabulary.",
 )

@@ -56,4 +56,8 @@ METHOD = Method(
         "Mitchell's note, the other modifiers as TRL has them"
     ),
     needs=ScoredOptions.needs,
+    when=(
+        "Pairs, after a round of sft on rows like them: the first preference loss to try. Where the chosen "
+        "become less likely while margins grow, add their likelihood: method: {dpo: 1.0, sft: 0.2}."
+    ),
 )

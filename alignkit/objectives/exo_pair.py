@@ -57,4 +57,8 @@ METHOD = Method(
         "secondary source: operation for operation as TRL 1.16 computes loss_type exo_pair, after the paper's Eq. 16"
     ),
     needs=ScoredOptions.needs,
+    when=(
+        "Pairs with some noise in the labels, as an alternative to dpo that fits the policy by the reverse "
+        "divergence; it needs label_smoothing."
+    ),
 )

@@ -79,4 +79,8 @@ METHOD = Method(
         "reconstruction: the equation is inferred from the published reviews; the SFT normalisation, eta and "
         "length_normalize are ours"
     ),
+    when=(
+        "Pairs on which dpo makes both responses less likely: a smaller beta_neg slows the fall of the "
+        "rejected, and eta holds the chosen."
+    ),
 )

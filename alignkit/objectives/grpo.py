@@ -122,4 +122,5 @@ METHOD = Method(
             under=("loss_type",),
         ),
     ),
+    when="Prompts whose answers a program, or a reward model, can judge.",
 )

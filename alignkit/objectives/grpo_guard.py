@@ -229,4 +229,5 @@ METHOD = Method(
             under=("scale",),
         ),
     ),
+    when="As grpo, where importance ratios drift between steps and clipping holds only one side.",
 )

@@ -51,4 +51,5 @@ METHOD = Method(
         "2 on log-ratios"
     ),
     needs=ScoredOptions.needs,
+    when="Pairs, where those that are apart by a margin already shall train nothing more.",
 )

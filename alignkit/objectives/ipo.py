@@ -56,4 +56,8 @@ METHOD = Method(
         "the division by the length is TRL's, confirmed to it by the authors"
     ),
     needs=ScoredOptions.needs,
+    when=(
+        "Pairs whose labels are all but certain, and long runs, where dpo would drive margins up without end: "
+        "this one aims at a margin and stops there."
+    ),
 )

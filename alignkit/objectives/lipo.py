@@ -68,4 +68,5 @@ METHOD = Method(
     ),
     fidelity="paper text for the lambda loss and its weights; the scaling of scores and the default of beta are ours",
     num_candidates=None,
+    when="Lists of candidates with graded scores, where the order at the top matters most.",
 )

@@ -52,4 +52,8 @@ METHOD = Method(
         "Section 4.1"
     ),
     needs=WeightedOptions.needs,
+    when=(
+        "Pairs whose chosen responses shall not become less likely: each response is judged by itself against "
+        "the reference."
+    ),
 )

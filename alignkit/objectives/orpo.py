@@ -64,4 +64,5 @@ METHOD = Method(
     ),
     needs=always(),
     conflicts=(reads_no_reference("orpo"),),
+    when="Pairs, without a reference and without a round of sft before: it does both at once.",
 )

@@ -57,4 +57,5 @@ METHOD = Method(
     needs=always(),
     conflicts=reward_conflicts("plackett_luce"),
     num_candidates=None,
+    when="Ranked lists, for a model that scores answers; on pairs it is bradley_terry.",
 )

@@ -74,4 +74,5 @@ METHOD = Method(
     needs=always(),
     num_candidates=None,
     conflicts=(reads_no_reference("pro"),),
+    when="Ranked lists whose best answer is good enough to be imitated, without a reference.",
 )

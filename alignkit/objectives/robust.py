@@ -59,4 +59,5 @@ METHOD = Method(
         "secondary source: operation for operation as TRL 1.16 computes loss_type robust, after the paper's Section 3.1"
     ),
     needs=ScoredOptions.needs,
+    when="Pairs of which a known share is labelled the wrong way round: label_smoothing is that share.",
 )

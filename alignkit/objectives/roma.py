@@ -116,4 +116,5 @@ METHOD = Method(
             "bank_success: choices, column or all",
         ),
     ),
+    when="A mixture of experts and rows whose answers can be checked, where only the routers shall move.",
 )

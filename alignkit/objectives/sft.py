@@ -55,4 +55,7 @@ METHOD = Method(
     needs=always(),
     num_candidates=None,
     of_candidates=chosen_objective,
+    when=(
+        "Answers to imitate: prompts with answers, conversations, or plain text. The round before any preference loss."
+    ),
 )

@@ -60,4 +60,5 @@ METHOD = Method(
         "section on preference tuning"
     ),
     needs=ScoredOptions.needs,
+    when="Pairs whose responses differ much in length: log-ratios are taken per token.",
 )

@@ -74,4 +74,5 @@ METHOD = Method(
     fidelity="paper text (Eq. 6), as TRL 1.16 computes loss_type simpo of its CPO trainer with cpo_alpha 0",
     needs=always(),
     conflicts=(reads_no_reference("simpo"),),
+    when="Pairs, without memory or time for a reference. It is sensitive to the learning rate: begin low.",
 )

@@ -53,4 +53,5 @@ METHOD = Method(
         "4.7, with labels in place of a preference model's probabilities"
     ),
     needs=WeightedOptions.needs,
+    when="Pairs that the model itself has written, in rounds of sampling and training.",
 )

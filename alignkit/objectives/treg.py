@@ -145,4 +145,8 @@ METHOD = Method(
             "Remove reference, or write form: dpo",
         ),
     ),
+    when=(
+        "Pairs whose responses are good in some places and bad in others, where one more pass of the "
+        "reference over the rows can be paid for."
+    ),
 )

@@ -147,4 +147,5 @@ PARAMETRIZATION = Parametrization(
             "Prune with supervised or preference rows first (method: sft, dpo, ...), export the model and train it on",
         ),
     ),
+    when=("A model with fewer feed-forward channels and KV groups for one domain, with the choice learnt beside LoRA."),
 )

@@ -18,4 +18,5 @@ PARAMETRIZATION = Parametrization(
     label="full fine-tuning",
     options=FullOptions,
     has_adapter=False,
+    when="Many rows, new knowledge or a new language, and memory for weights, gradients and optimizer states.",
 )

@@ -98,4 +98,5 @@ PARAMETRIZATION = Parametrization(
             under=("disable_dropout", "parametrization", "adapter"),
         ),
     ),
+    when=("The default: little memory, and adapters of some megabytes."),
 )

@@ -170,4 +170,5 @@ PARAMETRIZATION = Parametrization(
             under=("pat_weights", "parametrization"),
         ),
     ),
+    when="A narrower model, pruned while it is tuned for a task.",
 )

@@ -121,4 +121,5 @@ PARAMETRIZATION = Parametrization(
             "Write anchor: fixed, or parametrization: lora",
         ),
     ),
+    when="Another kind of adapter than LoRA, such as IA3 or VeRA.",
 )

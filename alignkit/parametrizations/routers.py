@@ -47,4 +47,5 @@ PARAMETRIZATION = Parametrization(
             "Remove torch_compile and kernels, or dense_mixer",
         ),
     ),
+    when="A mixture of experts whose experts are good and are chosen badly.",
 )

@@ -97,6 +97,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize("name", method_names())
 def test_everything_of_a_method_is_told(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     method, printed = load_method(name), told(capsys, "methods", name)
+    assert method.when, "when to take it"
     said = [method.summary, method.paper.url, method.fidelity, method.when]
     said += [f"--{key}" for key in method_keys(name)] + [f"{key}: {meaning}" for key, meaning in method.metrics.items()]
     for text in said:
