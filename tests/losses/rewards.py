@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from alignkit.losses.types import LossOutput, RewardBatch
-from tests.reward_oracles import List
+from alignkit.parts.method import Method
+from tests.reward_oracles import List, random_lists
 
 JUNK = float("nan")
 LEAVES = ("rewards",)
+BY_ROW = ("rewards", "candidate_mask", "scores", "margin")
+"""Fields with a row a prompt."""
 TIGHT: dict[str, Any] = {"rel": 1e-12, "abs": 1e-12}
 
 
@@ -29,16 +32,30 @@ def reward_batch(rows: Sequence[List], *, margin: bool = False) -> RewardBatch:
     return RewardBatch(rewards=rewards.requires_grad_(), candidate_mask=mask, scores=scores, margin=margins)
 
 
+def drawn(method: Method, seed: int, count: int) -> RewardBatch:
+    """A random batch that a method takes, whose last row is not there."""
+    rows = random_lists(seed, count, sizes=(2,) if method.num_candidates == 2 else (2, 3, 4), ties=True)
+    gone = [answer._replace(reward=JUNK, score=JUNK, present=False) for answer in rows[-1].answers]
+    return reward_batch([*rows[:-1], rows[-1]._replace(answers=gone)])
+
+
 def changed(batch: RewardBatch, function: Callable[[str, Tensor], Tensor]) -> RewardBatch:
     """The batch with ``function(field name, tensor)`` in place of every tensor, as fresh leaves."""
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     values = {n: function(n, v.detach()).clone() if isinstance(v, Tensor) else v for n, v in values.items()}
     for name in LEAVES:
-        values[name].requires_grad_()
+        if values[name] is not None:
+            values[name].requires_grad_()
     return RewardBatch(**values)
 
 
-def pull(output: LossOutput, batch: RewardBatch) -> Tensor:
-    """Gradient of the loss of this batch alone in its rewards."""
-    (gradient,) = torch.autograd.grad(output.mean(), batch.rewards, retain_graph=True)
-    return gradient
+def pull(output: LossOutput, batch: RewardBatch) -> tuple[Tensor, ...]:
+    """Gradients of the loss of this batch alone in its leaves."""
+    leaves = [getattr(batch, name) for name in leaves_of(batch)]
+    found = torch.autograd.grad(output.mean(), leaves, retain_graph=True, allow_unused=True)
+    return tuple(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True))
+
+
+def leaves_of(batch: RewardBatch) -> list[str]:
+    """Names of what the model puts out."""
+    return [name for name in LEAVES if getattr(batch, name) is not None]
