@@ -206,7 +206,8 @@ WRITE: Mapping[str, str] = {
     "wandb_mode": "report_to: wandb, and set the variable WANDB_MODE",
     "push_to_hub_model_id": "hub_model_id",
     "hub_private_repo": "hub_private",
-    "reward_model": "method: bradley_terry, which trains one (trainers/reward.py)",
+    "reward_model": "rewards, as [{name: reward_model, model: ...}] (trainers/online.py); method: bradley_terry trains "
+                    "one",
     "config_file": "--config FILE; a config_file for the launcher goes before the script's name",
 }  # fmt: skip
 """Name elsewhere to what to write here, which begins with the key."""

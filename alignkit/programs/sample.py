@@ -5,6 +5,8 @@
         --instruction "Answer honestly and harmlessly." --unique
     alignkit sample --model runs/sft --data prompts.jsonl --no_negative --scorer rewards.py:score \\
         --output scored.jsonl
+    alignkit sample --model runs/sft --data prompts.jsonl --no_negative --reward_model runs/reward \\
+        --output scored.jsonl
 
 Rows have a prompt and a rejected answer, which becomes the last candidate with score 0 (the rows of method d2o). An
 interrupted call continues where it stopped when it is repeated. Any number of processes writes the same file.
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
-from alignkit.models.files import AdapterFiles, find_model, sha256
+from alignkit.models.files import AdapterFiles, find_model, is_reward_model, sha256
 from alignkit.programs.arguments import (
     StrictParser,
     column_pair,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from alignkit.models.loading import ModelSource
     from alignkit.sampling.candidates import Prompts, SampleSettings
     from alignkit.sampling.engines import Engine
+    from alignkit.sampling.scorer import Scorer
 
 SETTINGS = (
     "num_samples", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "chunk_size", "instruction",
@@ -59,11 +62,10 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     from alignkit.sampling import candidates as steps
     from alignkit.sampling.candidates import check_room
     from alignkit.sampling.report import SettingNames
-    from alignkit.sampling.scorer import load_scorer
     from alignkit.sampling.store import ChunkStore, on_first_process, write_rows
 
     state = start_processes(use_cpu=arguments.use_cpu)
-    scorer = None if arguments.scorer is None else load_scorer(*arguments.scorer)
+    scorer = chosen_scorer(arguments)
     how = pick(arguments, "dtype", "quantization", "attn_implementation", "trust_remote_code")
     source = ModelSource(model_name, arguments.revision or revision, **how)
     tokenizer = tokenizer_for(source, adapter, arguments.chat_template)
@@ -86,6 +88,17 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
         store.remove()
         print(sampled.report.render())
         print(f"written to {arguments.output}")
+
+
+def chosen_scorer(arguments: argparse.Namespace) -> Scorer | None:
+    """What scores the samples: a function of a file, a reward model, or nothing."""
+    if arguments.reward_model is not None:
+        from alignkit.models.reward_model import load_reward_model
+
+        return load_reward_model(arguments.reward_model, batch_size=arguments.batch_size)
+    from alignkit.sampling.scorer import load_scorer
+
+    return None if arguments.scorer is None else load_scorer(*arguments.scorer)
 
 
 def read_prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, state: PartialState) -> Prompts:
@@ -152,9 +165,13 @@ def what_samples_depend_on(
     arguments: argparse.Namespace, source: ModelSource, adapter: AdapterFiles | None, engine: str
 ) -> dict[str, Any]:
     """Everything besides the prompts and the sampling settings."""
+    from alignkit.models.loading import ModelSource
     from alignkit.sampling.store import source_identity
 
-    scorer = None if arguments.scorer is None else [sha256(arguments.scorer[0]), arguments.scorer[1]]
+    scorer: Any = None if arguments.scorer is None else [sha256(arguments.scorer[0]), arguments.scorer[1]]
+    if arguments.reward_model is not None:
+        judge, commit, judge_adapter = find_model(arguments.reward_model, None)
+        scorer = source_identity(ModelSource(judge, commit), judge_adapter)
     return source_identity(source, adapter) | {
         "engine": engine,
         "no_negative": arguments.no_negative,
@@ -195,7 +212,10 @@ def command_line(prog: str | None = None) -> StrictParser:
     parser.add_argument("--max_resamples", type=non_negative_int, default=3, help="new draws for a discarded sample")
     parser.add_argument("--max_prompt_length", type=positive_int, help="leave out rows with a longer prompt, tokens")
     parser.add_argument("--scorer", type=file_and_function, metavar="FILE.py:FUNCTION", help="gives the scores")
-    parser.add_argument("--no_negative", action="store_true", help="rows have only prompts; needs --scorer")
+    parser.add_argument("--reward_model", metavar="FOLDER", help="gives the scores: a reward model, or its adapter")
+    parser.add_argument(
+        "--no_negative", action="store_true", help="rows have only prompts; needs --scorer or --reward_model"
+    )
     parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto", help="what generates")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="prompts at once, each with its samples")
     parser.add_argument("--chunk_size", type=positive_int, default=256, help="prompts between two writes to disk")
@@ -221,11 +241,7 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[str, str | N
         problems.append(f"--temperature 0 gives the same answer {arguments.num_samples} times: {advice}")
     if arguments.chat_template is not None and not arguments.chat_template.is_file():
         problems.append(f"--chat_template: there is no file {arguments.chat_template}")
-    if arguments.scorer is not None and not arguments.scorer[0].is_file():
-        problems.append(f"--scorer: there is no file {arguments.scorer[0]}")
-    if arguments.no_negative and arguments.scorer is None:
-        advice = "equal scores prefer nothing and cannot be trained on: give --scorer, or rows with rejected"
-        problems.append(f"--no_negative without --scorer would score every sample 1: {advice}")
+    problems += scorer_problems(arguments)
     if arguments.no_negative and arguments.num_samples == 1:
         problems.append("--no_negative: one sample is no list; write --num_samples 2 or more")
     if arguments.output.suffix not in (".jsonl", ".parquet"):
@@ -234,6 +250,27 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[str, str | N
     if problems:
         raise ConfigError(prog, problems)
     return found
+
+
+def scorer_problems(arguments: argparse.Namespace) -> list[str]:
+    """Why samples cannot be scored as asked."""
+    problems = []
+    if arguments.scorer is not None and not arguments.scorer[0].is_file():
+        problems.append(f"--scorer: there is no file {arguments.scorer[0]}")
+    if arguments.reward_model is not None and arguments.scorer is not None:
+        problems.append("--scorer and --reward_model both give scores: keep one of the two")
+    if arguments.reward_model is not None and Path(arguments.reward_model).expanduser().is_dir():
+        try:
+            judge, _, adapter = find_model(arguments.reward_model, None)
+        except AlignkitError as error:
+            return [*problems, f"--reward_model: {error}"]
+        if not is_reward_model(judge, adapter):
+            advice = "name a folder that trainers/reward.py has written"
+            problems.append(f"--reward_model: {arguments.reward_model} is a language model, without rewards: {advice}")
+    if arguments.no_negative and arguments.scorer is None and arguments.reward_model is None:
+        advice = "equal scores prefer nothing and cannot be trained on: give --scorer or --reward_model, or rows with "
+        problems.append(f"--no_negative without --scorer would score every sample 1: {advice}rejected")
+    return problems
 
 
 def engine_problems(arguments: argparse.Namespace) -> list[str]:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from alignkit import load_reward_model
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.load import load_rows
 from alignkit.sampling.engines import HuggingFaceEngine
@@ -143,6 +145,32 @@ def test_prompts_with_a_scorer(assets: Path, data: Path, tmp_path: Path, run_scr
     assert run_script("sample_candidates", *words, "--scorer", f"{scorer}:score", "--output", output) == 0
     _, report = to_candidate_rows(load_rows(str(output)), byte_tokenizer(), max_length=None, num_candidates=None)
     assert report.candidates_per_row == {3: 3} and report.mean_score_gap == 2
+
+
+def test_prompts_with_a_reward_model(
+    assets: Path, data: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    judge = AutoModelForSequenceClassification.from_pretrained(assets / "base", num_labels=1)
+    judge.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(assets / "base").save_pretrained(tmp_path / "judge")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in chat_pairs(2)])
+    words = (
+        "--model",
+        assets / "base",
+        "--data",
+        prompts,
+        "--no_negative",
+        *QUICK,
+        "--output",
+        tmp_path / "rows.jsonl",
+    )
+    assert run_script("sample_candidates", *words, "--reward_model", assets / "base") == 2
+    assert "is a language model, without rewards" in capsys.readouterr().err
+    assert run_script("sample_candidates", *words, "--reward_model", tmp_path / "judge") == 0
+    rewards = load_reward_model(str(tmp_path / "judge"))
+    for row in read(tmp_path / "rows.jsonl"):
+        assert row["scores"] == pytest.approx(rewards(row["prompt"], row["completions"]), abs=1e-4)
 
 
 def test_a_scorer_that_raises_is_named_and_loses_no_sample(
