@@ -213,9 +213,7 @@ def command_line(prog: str | None = None) -> StrictParser:
     parser.add_argument("--max_prompt_length", type=positive_int, help="leave out rows with a longer prompt, tokens")
     parser.add_argument("--scorer", type=file_and_function, metavar="FILE.py:FUNCTION", help="gives the scores")
     parser.add_argument("--reward_model", metavar="FOLDER", help="gives the scores: a reward model, or its adapter")
-    parser.add_argument(
-        "--no_negative", action="store_true", help="rows have only prompts; needs --scorer or --reward_model"
-    )
+    parser.add_argument("--no_negative", action="store_true", help="rows have only prompts; something must score")
     parser.add_argument("--engine", choices=("auto", "hf", "vllm"), default="auto", help="what generates")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="prompts at once, each with its samples")
     parser.add_argument("--chunk_size", type=positive_int, default=256, help="prompts between two writes to disk")
