@@ -30,6 +30,7 @@ from alignkit.programs.arguments import (
     share,
 )
 from alignkit.programs.outputs import add_overwrite, output_problems
+from alignkit.programs.run_values import OF_THE_RUN, take_from_run
 
 DTYPE_HELP = "of the weights; auto takes the checkpoint's; left out, bfloat16 where an accelerator has it, else float32"
 
@@ -74,6 +75,38 @@ def command_line(prog: str | None = None) -> StrictParser:
     parser.add_argument("--model", help="folder of a model or an adapter, or Hub id of a model")
     parser.add_argument("--adapter", help="folder of an adapter; without --model its config names the base")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    _add_rows(parser)
+    parser.add_argument(
+        "--metrics",
+        type=evaluation_list,
+        metavar="NAME,NAME",
+        help=f"evaluations to make, of {', '.join(evaluation_names())}; left out, what such rows allow at little cost",
+    )
+    parser.add_argument(
+        "--compare", nargs="+", action="extend", default=[], metavar="MODEL", help="models or adapters to compare with"
+    )
+    parser.add_argument(
+        "--train_data", nargs="*", help="training rows, or alone those of the run: figures far from and near to them"
+    )
+    parser.add_argument(
+        "--beta",
+        nargs="?",
+        const=OF_THE_RUN,
+        type=beta_value,
+        help="calibration of the implicit reward, relative to the base; alone with the beta of the run",
+    )
+    parser.set_defaults(train_column_map=None)
+    _add_running(parser)
+    parser.add_argument("--compare_base", nargs="?", const="", metavar="MODEL", help="evaluate the base as well")
+    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, or as a page: x.html")
+    parser.add_argument("--reliability", type=Path, metavar="FILE", help="write a reliability diagram as PNG")
+    add_overwrite(parser)
+    return parser
+
+
+def _add_rows(parser: StrictParser) -> None:
+    """What models are evaluated on, and how it is read."""
     parser.add_argument("--data", nargs="+", required=True, help="held-out rows: jsonl, json, csv, parquet, or Hub id")
     parser.add_argument(
         "--rows",
@@ -81,18 +114,9 @@ def command_line(prog: str | None = None) -> StrictParser:
         default="auto",
         help="of which kind they are; auto goes by their columns",
     )
-    parser.add_argument(
-        "--metrics",
-        type=evaluation_list,
-        metavar="NAME,NAME",
-        help=f"evaluations to make, of {', '.join(evaluation_names())}; left out, what such rows allow at little cost",
-    )
     parser.add_argument("--answer_column", metavar="NAME", help="reference of each row; left out, its completion")
-    parser.add_argument(
-        "--compare", nargs="+", action="extend", default=[], metavar="MODEL", help="models or adapters to compare with"
-    )
-    parser.add_argument("--train_data", nargs="+", help="training rows: figures far from and near to their prompts")
-    parser.add_argument("--beta", type=non_negative_float, help="calibration of the implicit reward, to the base")
+    for key in ("completion_only_loss", "assistant_only_loss"):
+        parser.add_argument(f"--{key}", choices=("true", "false"), help="of supervised rows, as in a config")
     parser.add_argument("--probe_data", nargs="+", help="rows whose responses, all of them, are scored as probes")
     parser.add_argument("--column_map", nargs="+", default=[], type=column_pair, metavar="OURS=THEIRS")
     parser.add_argument(
@@ -102,13 +126,6 @@ def command_line(prog: str | None = None) -> StrictParser:
     )
     parser.add_argument("--max_rows", type=positive_int, help="use only so many rows of each")
     parser.add_argument("--max_length", type=positive_int, default=1024, help="longest prompt + completion, tokens")
-    _add_running(parser)
-    parser.add_argument("--compare_base", nargs="?", const="", metavar="MODEL", help="evaluate the base as well")
-    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, or as a page: x.html")
-    parser.add_argument("--reliability", type=Path, metavar="FILE", help="write a reliability diagram as PNG")
-    add_overwrite(parser)
-    return parser
 
 
 def _add_running(parser: StrictParser) -> None:
@@ -125,6 +142,11 @@ def _add_running(parser: StrictParser) -> None:
     parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
     parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+
+
+def beta_value(text: str) -> str | float:
+    """An argparse type: a number from 0, or that of the run."""
+    return text if text == OF_THE_RUN else non_negative_float(text)
 
 
 def evaluation_list(text: str) -> tuple[str, ...]:
@@ -155,7 +177,7 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[Found, list[
             others.append(find_model(path, None))
         except AlignkitError as error:
             problems.append(f"--compare: {error}")
-    problems += _base_problems(arguments, found)
+    problems += take_from_run(arguments) + _base_problems(arguments, found)
     gives_rewards = is_reward_model(found[0], found[2])
     problems += [
         f"--compare: {name} is {'a' if given else 'no'} reward model, and the model is {'none' if given else 'one'}"

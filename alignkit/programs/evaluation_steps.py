@@ -6,7 +6,7 @@ import argparse
 import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,8 @@ def choose_evaluations(
         if not evaluation.applies(given)
     ]
     reads = {name for evaluation in chosen for name in evaluation.reads}
-    for option, part in (("probe_data", "probe"), ("answer_column", "answers")):
+    told = {"completion_only_loss": "supervised", "assistant_only_loss": "supervised"}
+    for option, part in {"probe_data": "probe", "answer_column": "answers", **told}.items():
         readers = [name for name in evaluation_names() if part in load_evaluation(name).reads]
         if getattr(arguments, option) and part not in reads:
             problems.append(f"--{option}: read by none of --metrics; add {' or '.join(readers)}")
@@ -203,11 +204,18 @@ def prepare(
     number = arguments.num_samples
     if number is None and kind != "prompts":
         number = SAMPLES
+    reading = reading_of(arguments)
+    if kind == "supervised":
+        from alignkit.shapes._tokens import trained_tokens  # With all of a trainer, which other rows do not need.
+
+        keys = {"true": True, "false": False, None: None}
+        told = [keys[value] for value in (arguments.completion_only_loss, arguments.assistant_only_loss)]
+        reading = replace(reading, trained=trained_tokens(*told, tokenizer))
     data = prepare_data(
         sources,
         tokenizer,
         kind=kind,
-        reading=reading_of(arguments),
+        reading=reading,
         num_samples=number if "prompts" in reads else 0,
         wants_answers="answers" in reads,
         state=state,
@@ -256,7 +264,10 @@ def novelty_of(arguments: argparse.Namespace, data: EvaluationData, state: Parti
     """How near the rows are to the training rows that are named, or None."""
     if arguments.train_data is None:
         return None
-    return find_novelty(data.texts, arguments.train_data, dict(arguments.column_map), state)
+    if not data.texts or (data.rows is None and data.questions is None):
+        raise ConfigError("no rows to put into thirds", ["--train_data: no figure is one of rows; see --metrics"])
+    column_map = arguments.column_map if arguments.train_column_map is None else arguments.train_column_map
+    return find_novelty(data.texts, arguments.train_data, dict(column_map), state)
 
 
 @dataclass
@@ -270,6 +281,7 @@ class Report:
         results: Of the model.
         before: Of the models it is compared with, by name.
         novelty: How near the rows are to training rows, or None.
+        also_possible: Evaluations that these rows allow as well, where none were named.
     """
 
     arguments: argparse.Namespace
@@ -278,6 +290,7 @@ class Report:
     results: Results
     before: Mapping[str, Results]
     novelty: Novelty | None
+    also_possible: Sequence[str]
 
     @property
     def tables(self) -> dict[str, Table]:
@@ -291,7 +304,10 @@ class Report:
         """Print the tables and what stands below them."""
         figures, *others = self.tables.items()
         print(figures[1])
-        print(NOTE, end="\n\n")
+        print(NOTE)
+        if self.also_possible:
+            print(f"--metrics can also name {', '.join(self.also_possible)}")
+        print()
         for title, table in others:
             print(f"{title}:\n{table}", end="\n\n")
         print(example_text(self.evaluations, self.prompts, self.results, self.before))
@@ -353,6 +369,12 @@ def report(comparison: Comparison, record: dict[str, Any], novelty: Novelty | No
     if BASE in layouts:
         record["base_layout"] = layouts[BASE]
     prompts = [comparison.tokenizer.decode(ids) for ids in comparison.data.prompts]
-    found = Report(comparison.arguments, comparison.evaluations, prompts, results[MODEL], before, novelty)
+    given = readable(
+        comparison.data.kind, reading_of(comparison.arguments), has_probe=False, gives_rewards=comparison.gives_rewards
+    )
+    made = {evaluation.name for evaluation in comparison.evaluations}
+    others = [name for name in evaluation_names() if name not in made and load_evaluation(name).applies(given)]
+    also = [] if comparison.arguments.metrics else others
+    found = Report(comparison.arguments, comparison.evaluations, prompts, results[MODEL], before, novelty, also)
     found.show()
     found.write(record)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,38 @@ def test_the_loss_is_the_eval_loss_of_training(
         logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         loss = [entry["eval_loss"] for entry in logged if "eval_loss" in entry][-1]
         words = ("--adapter", run, "--data", rows, "--layout", "padded", "--output", tmp_path / f"{method}.json")
-        metrics = {"sft": ("--metrics", "supervised"), "dpo": ("--metrics", "calibration", "--beta", "0.1")}[method]
-        assert run_script("evaluate", *words, *metrics, *QUICK) == 0
-        found = read(tmp_path / f"{method}.json")["metrics"]
+        metrics = {"sft": ("--metrics", "supervised", "--train_data"), "dpo": ("--metrics", "calibration", "--beta")}
+        assert run_script("evaluate", *words, *metrics[method], *QUICK) == 0
+        result = read(tmp_path / f"{method}.json")
+        found = result["metrics"]
         key = {"sft": "loss", "dpo": "calibration/nll"}[method]
         assert found[key]["mean"] == pytest.approx(loss, rel=1e-6)
+        if method == "sft":  # The rows it was trained on: nothing is far from them.
+            assert result["novelty"]["similarity"] == pytest.approx([1.0] * 9)
+        else:
+            assert result["options"]["beta"] == 0.1
         assert loss not in (pytest.approx(math.log(2), abs=1e-4), pytest.approx(0, abs=1e-4))
+
+
+def test_which_tokens_count(assets: Path, model: Any, tokenizer: Any, tmp_path: Path, run_script: Script) -> None:
+    """Of a conversation the assistant's turns, as in training, or all of it but its first token."""
+    data = write_rows(tmp_path / "talks.jsonl", TALKS)
+    words = ("--model", assets / "base", "--data", data, "--metrics", "supervised", *QUICK, "--output")
+    assert run_script("evaluate", *words, tmp_path / "turns.json") == 0
+    assert run_script("evaluate", *words, tmp_path / "all.json", "--assistant_only_loss", "false") == 0
+    turns, whole = (read(tmp_path / f"{name}.json")["metrics"]["loss"] for name in ("turns", "all"))
+    nll, tokens, all_tokens = 0.0, 0, 0
+    for talk in TALKS:
+        render = partial(tokenizer.apply_chat_template, return_dict=False)
+        ids = render(talk["messages"])
+        logps = [0.0, *token_logps(model, ids[:1], ids)]
+        all_tokens += len(ids) - 1
+        for turn in (1, 3):
+            start = len(render(talk["messages"][:turn], add_generation_prompt=True))
+            end = len(render(talk["messages"][: turn + 1]))
+            nll, tokens = nll - sum(logps[start:end]), tokens + end - start
+    assert (turns["count"], whole["count"]) == (tokens, all_tokens)
+    assert turns["mean"] == pytest.approx(nll / tokens, rel=1e-5)
 
 
 def test_answers_are_judged(assets: Path, model: Any, tokenizer: Any, tmp_path: Path, run_script: Script) -> None:
@@ -323,6 +350,9 @@ def test_rows_of_no_kind(tmp_path: Path) -> None:
         (["--compare", "{tmp}/strange"], ["strange has another tokenizer"]),
         (["--data", "{texts}", "--metrics", "exact_match"], ["rows of text have no prompt"]),
         (["--train_data", "{tmp}/none.jsonl"], ["none.jsonl: not found"]),
+        (["--train_data"], ["--train_data: without a value it is that of the run", "does not hold a run"]),
+        (["--rows", "prompts", "--train_data", "{tmp}/rows.jsonl"], ["no figure is one of rows"]),
+        (["--assistant_only_loss", "true"], ["needs a chat template that marks"]),
         (["--output", "{tmp}/r.png", "--reliability", "{tmp}/r.png"], ["is the file of --output too"]),
     ],
 )
