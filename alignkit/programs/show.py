@@ -54,8 +54,12 @@ def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
     return f"there is no {name!r} among the {kind}. {advice}"
 
 
+def _lines(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+
 def _wrapped(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return _lines(text, indent, indent)
 
 
 def _heading(text: str) -> list[str]:
@@ -78,7 +82,7 @@ def _methods() -> Iterator[str]:
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(f"{name:<{width}}  {text}", WIDTH, initial_indent="  ", subsequent_indent=" " * (width + 4))
+    return _lines(f"{name:<{width}}  {text}", "  ", " " * (width + 4))
 
 
 def _method(name: str) -> Iterator[str]:
@@ -98,7 +102,7 @@ def _method(name: str) -> Iterator[str]:
     if method.metrics:
         yield from _heading("Logged beside the loss:")
         for key, meaning in method.metrics.items():
-            yield from textwrap.wrap(f"{key}: {meaning}", WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
+            yield from _lines(f"{key}: {meaning}", "  ", " " * 6)
     yield from _heading("To train with it:")
     yield f"  alignkit train --method '{method.name}' --model MODEL --data FILE --output_dir runs/first"
 
