@@ -92,6 +92,8 @@ def template_problems(row: Mapping[str, Any]) -> list[Problem]:
     problems = []
     for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
         value = row.get(column)
+        if isinstance(value, str) and not value.strip():
+            continue
         if isinstance(value, str):
             try:
                 value = parse_json(value)

@@ -5,24 +5,34 @@ on something the row does not say:
 
 - content in parts (``[{"type": "text", "text": ...}]``) that the template does not know, and so writes as Python, as
   nothing, or with an error: the texts of the parts, one behind the other, take its place;
-- a role the template does not know, or tool calls it does not write: the message would be missing, which is refused.
+- arguments of a tool call that are JSON text, as OpenAI writes them, in a template that would write that text as JSON
+  once more: what the text says takes its place;
+- a role the template does not know, tool calls or tools it does not write: they would be missing, which is refused.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.bounded import TEMPLATE_ERRORS
 from alignkit.data.problems import Problem, content_text, is_blank, shorten
+from alignkit.json_text import parse_json
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 """Roles that templates know; what one leaves out of them, a system turn say, it leaves out on purpose."""
 _KNOWN_AS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 
 Messages = Sequence[Mapping[str, Any]]
+
+_NO_TOOLS = (
+    "the chat template leaves out the tools, so the model would be trained without knowing them. Set chat_template to "
+    "a jinja file that writes them, take a model whose template does, or leave the column tools out"
+)
 
 
 class RenderingError(Exception):
@@ -63,6 +73,8 @@ def render(
     for index, message in enumerate(messages):
         if not _is_simple(message) and (why := _left_out(message, text)):
             raise RenderingError(Problem(why, _place(index, message, part)))
+    if how.get("tools") and _leaves_out_tools(messages, tokenizer, how, text):
+        raise RenderingError(Problem(_NO_TOOLS, f"{part}: {shorten(how['tools'])}"))
     return text
 
 
@@ -86,7 +98,7 @@ def render_marked(
         RenderingError: The template refuses the messages, or leaves one of them out.
     """
     how = {"chat_template": chat_template, **arguments}
-    if not all(map(_is_simple, messages)):
+    if how.get("tools") or not all(map(_is_simple, messages)):
         render(messages, tokenizer, arguments, part=part, chat_template=chat_template)
         messages = renderable(messages, tokenizer, how)
     marks = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -98,11 +110,55 @@ def render_marked(
 
 
 def renderable(messages: Messages, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> Messages:
-    """The messages as the template can render them: content in parts joined to one text where it has to be.
+    """The messages as the template can render them: parts of content and arguments of calls changed where they must be.
 
     Args:
         how: Further arguments of ``apply_chat_template``.
     """
+    return _with_joined_parts(_with_parsed_calls(messages, tokenizer, how), tokenizer, how)
+
+
+def _with_parsed_calls(messages: Messages, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> Messages:
+    """The messages with the arguments of tool calls as objects, where the template would quote their text, or fails."""
+    texts = [text for message in messages for text in map(_argument_text, message.get("tool_calls") or ()) if text]
+    if not texts:
+        return messages
+    try:
+        as_given = tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    except TEMPLATE_ERRORS:
+        as_given = None
+    quoted = [json.dumps(text, ensure_ascii=is_ascii) for text in texts for is_ascii in (True, False)]
+    if as_given is not None and not any(text in as_given for text in quoted):
+        return messages
+    calls = [message.get("tool_calls") for message in messages]
+    return [
+        {**message, "tool_calls": list(map(_parsed_call, made))} if made else message
+        for message, made in zip(messages, calls, strict=True)
+    ]
+
+
+def _argument_text(call: Any) -> str | None:
+    """The arguments of a tool call where they are a text that holds a JSON object, else None."""
+    called = call.get("function", call) if isinstance(call, Mapping) else None
+    text = called.get("arguments") if isinstance(called, Mapping) else None
+    if not isinstance(text, str):
+        return None
+    try:
+        return text if isinstance(parse_json(text), dict) else None
+    except ValueError:
+        return None
+
+
+def _parsed_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = _argument_text(call)
+    if text is None:
+        return call
+    if "function" in call:
+        return {**call, "function": {**call["function"], "arguments": parse_json(text)}}
+    return {**call, "arguments": parse_json(text)}
+
+
+def _with_joined_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> Messages:
     if not any(isinstance(message.get("content"), list) for message in messages):
         return messages
     joined = [
@@ -171,6 +227,30 @@ def _left_out(message: Mapping[str, Any], text: str) -> str | None:
         advice = "Set chat_template to a jinja file that does, or leave these rows out"
         return f"the chat template does not write tool calls, so nothing is left of the message. {advice}"
     return None
+
+
+def _leaves_out_tools(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any], text: str
+) -> bool:
+    """Whether a rendered text says nothing of the tools."""
+    if _takes_tools(tokenizer, how.get("chat_template"), str(tokenizer.chat_template)):
+        return False
+    try:
+        return text == tokenizer.apply_chat_template(messages, tokenize=False, **{**how, "tools": None})
+    except TEMPLATE_ERRORS:
+        return False
+
+
+@lru_cache(maxsize=8)
+def _takes_tools(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, own: str) -> bool:
+    """Whether a template writes the name of a tool; ``own``, the tokenizer's, is there to tell its templates apart."""
+    name = "alignkit_probe"
+    about = {"name": name, "description": name, "parameters": {"type": "object", "properties": {}}}
+    given = {"tools": [{"type": "function", "function": about}], "chat_template": chat_template}
+    try:
+        return name in tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, **given)
+    except TEMPLATE_ERRORS:
+        return False
 
 
 def _name_of(call: Any) -> str:

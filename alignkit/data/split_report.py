@@ -62,6 +62,7 @@ class SplitReport:
         unstopped_end: The end of a completion without a stop token; an example.
         num_doubled_tokens: Rows that begin with two BOS or end in two EOS.
         sources: What each source of a mixture contributes; empty for rows of one source.
+        num_rows_with_tools: Rows that bring tools for the chat template, of all that were read.
         formats: What each source was read as, of those that are not written under our names.
         is_sample: True for streamed rows, where all of this describes the first rows only.
     """
@@ -85,6 +86,7 @@ class SplitReport:
     unstopped_end: str
     num_doubled_tokens: int
     sources: tuple[SourceCounts, ...] = ()
+    num_rows_with_tools: int = 0
     formats: tuple[str, ...] = ()
     is_sample: bool = False
 
@@ -112,7 +114,9 @@ class SplitReport:
 
     def notes(self) -> list[str]:
         """What is said below the table of counts."""
-        return [f"columns not used: {listed_columns(self.ignored_columns)}"] if self.ignored_columns else []
+        tools = [f"rows with tools, which the chat template writes: {self.num_rows_with_tools}"]
+        unused = [f"columns not used: {listed_columns(self.ignored_columns)}"]
+        return (tools if self.num_rows_with_tools else []) + (unused if self.ignored_columns else [])
 
     def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
         """The checks of this split.

@@ -162,7 +162,9 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         row: A row as loaded.
     """
-    values = (row.get("tools"), row.get("chat_template_kwargs"))
+    # A table of texts says with an empty cell that there is none.
+    values = [row.get(name) for name in ("tools", "chat_template_kwargs")]
+    values = [None if isinstance(value, str) and not value.strip() else value for value in values]
     tools, kwargs = (json.loads(value) if isinstance(value, str) else value for value in values)
     return {"tools": tools, **(kwargs or {})}
 

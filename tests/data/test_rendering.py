@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data.candidates import to_candidate_rows
+from alignkit.data.json_values import dataset_of
 from alignkit.data.load import load_rows
 from alignkit.data.negatives import check_prompts, prompt_token_ids
 from alignkit.data.supervised import prompts_of, to_supervised_rows
@@ -248,3 +249,64 @@ def test_template_arguments_may_be_json_text(templated: Templated) -> None:
     (ids,), _ = to_supervised_rows(Dataset.from_list([row | stored]), tokenizer, max_length=None)
     expected = tokenizer.apply_chat_template(row["messages"], tools=given["tools"], extra=[1, "2"], tokenize=False)
     assert tokenizer.decode(ids["input_ids"]) == expected
+
+
+TAKES_TOOLS = "{% if tools %}T{{ tools | tojson }}{% endif %}"
+WRITES_CALLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+)
+TEXT_CALLS = WRITES_CALLS.replace("arguments | tojson", "arguments")
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def called(arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [message("user", "q"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def test_tools_that_the_template_leaves_out_are_refused(templated: Templated) -> None:
+    rows = [{"messages": called({"city": "Łódź"}), "tools": tools} for tools in (None, [TOOL], json.dumps([TOOL]))]
+    tokenizer = templated(WRITES_CALLS)
+    with pytest.raises(DataError) as refused:
+        to_supervised_rows(dataset_of(rows), tokenizer, max_length=None)
+    assert "the chat template leaves out the tools" in str(refused.value) and "row 1: " in str(refused.value)
+    pairs = [{"prompt": rows[1]["messages"][:1], "chosen": "a", "rejected": "b", "tools": [TOOL]}]
+    with pytest.raises(DataError, match="leaves out the tools"):
+        to_candidate_rows(dataset_of(pairs), tokenizer, max_length=None, num_candidates=2)
+    tokenizer = templated(TAKES_TOOLS + WRITES_CALLS)
+    found, report = to_supervised_rows(dataset_of(rows), tokenizer, max_length=None)
+    assert [tokenizer.decode(row["input_ids"]).startswith("T[") for row in found] == [False, True, True]
+    assert report.num_rows_with_tools == 2
+    assert "rows with tools, which the chat template writes: 2" in report.notes()
+
+
+def test_a_template_that_says_tools_only_here_is_believed(templated: Templated) -> None:
+    only_with_a_system_prompt = "{% if tools and messages[0].role == 'system' %}T{{ tools | tojson }}{% endif %}"
+    tokenizer = templated(only_with_a_system_prompt + WRITES_CALLS)
+    talk = [message("system", "s"), message("user", "q"), message("assistant", "a")]
+    rows, _ = to_supervised_rows(dataset_of([{"messages": talk, "tools": [TOOL]}]), tokenizer, max_length=None)
+    assert tokenizer.decode(rows[0]["input_ids"]).startswith("T[")
+    with pytest.raises(DataError, match="leaves out the tools"):
+        to_supervised_rows(dataset_of([{"messages": talk[1:], "tools": [TOOL]}]), tokenizer, max_length=None)
+
+
+def test_no_tools_may_be_said_with_nothing(templated: Templated) -> None:
+    talk = [message("user", "q"), message("assistant", "a")]
+    rows = [{"messages": talk, "tools": none} for none in (None, "", " ", "[]")]
+    found, report = to_supervised_rows(dataset_of(rows), templated(WRITES_CALLS), max_length=None)
+    assert len({tuple(row["input_ids"]) for row in found}) == 1 and report.num_rows_with_tools == 0
+
+
+@pytest.mark.parametrize("template", [WRITES_CALLS, TEXT_CALLS])
+def test_arguments_of_a_call_are_not_quoted_twice(templated: Templated, template: str) -> None:
+    tokenizer = templated(template)
+    text = '{"city": "Łódź"}'
+    rows = [{"messages": called(text)}, {"messages": called(json.loads(text))}, {"messages": called("no object")}]
+    found, _ = to_supervised_rows(dataset_of(rows), tokenizer, max_length=None)
+    shown = [
+        tokenizer.decode(row["input_ids"]).partition("weather")[2].removesuffix(tokenizer.eos_token) for row in found
+    ]
+    assert shown[0] == text
+    assert shown[1] == (text if template == WRITES_CALLS else str(json.loads(text)))
+    assert shown[2] == ('"no object"' if template == WRITES_CALLS else "no object")
