@@ -22,10 +22,10 @@ from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
-from alignkit.data.recognition import said_formats
+from alignkit.data.recognition import said_of
 from alignkit.data.reward_rows import margin_problems, reward_problems
 from alignkit.data.schema import detect_kind, row_problems
-from alignkit.data.sources import SOURCE_COLUMN, SourceCounts, rows_with_tools, source_counts
+from alignkit.data.sources import SOURCE_COLUMN, SourceCounts, source_counts
 from alignkit.data.templates import require_template
 from alignkit.data.tokenization import COUNT_FEATURES, Settings, convert_batch
 from alignkit.errors import DataError
@@ -95,9 +95,9 @@ def to_candidate_rows(
         rows = rows.add_column(SOURCE_COLUMNS[0], conversion.kept_rows(counts))
     report = _summarise(counts, steps.settings, max_dropped_fraction, name, columns)
     lost = dict(lost or {})
-    report = replace(report, sources=_sources(dataset, counts, max_length), formats=said_formats(dataset))
-    if kind.conversational:
-        report = replace(report, num_rows_with_tools=rows_with_tools(dataset, len(counts)))
+    report = replace(
+        report, sources=_sources(dataset, counts, max_length), **said_of(dataset, len(counts), kind.conversational)
+    )
     report = replace(report, num_rows_in=len(counts) + sum(lost.values()), dropped=lost | report.dropped)
     _refuse_drops(report, counts, max_dropped_fraction, lost)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))

@@ -75,6 +75,23 @@ def said_formats(dataset: Dataset | IterableDataset) -> tuple[str, ...]:
     return tuple(line.removeprefix(_SAID) for line in lines if line.startswith(_SAID))
 
 
+def said_of(dataset: Dataset | IterableDataset, count: int, conversational: bool) -> dict[str, Any]:
+    """What the report of a split says of its rows as loaded: their formats, and how many bring tools.
+
+    Args:
+        dataset: The rows, a stream from its beginning.
+        count: Rows that the report is on.
+        conversational: Whether they are messages, for which a template writes tools.
+    """
+    found = {"formats": said_formats(dataset), "num_rows_with_tools": 0}
+    if not conversational or (isinstance(dataset, Dataset) and "tools" not in dataset.column_names):
+        return found
+    rows = dataset.select_columns(["tools"]) if isinstance(dataset, Dataset) else dataset
+    given = [row.get("tools") for row in rows.take(count)]
+    tools = sum(bool(value.strip(" []") if isinstance(value, str) else value) for value in given)
+    return found | {"num_rows_with_tools": tools}
+
+
 def say_format(dataset: Dataset | IterableDataset, format_name: str, used: Sequence[str], source: str) -> None:
     """Note with the rows what they were read as.
 

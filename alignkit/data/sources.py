@@ -30,19 +30,6 @@ class SourceCounts:
     num_trained_tokens: int
 
 
-def rows_with_tools(dataset: Dataset | IterableDataset, count: int) -> int:
-    """How many of the first ``count`` rows bring tools for the chat template.
-
-    Args:
-        dataset: Rows as loaded, a stream from its beginning.
-    """
-    if isinstance(dataset, Dataset) and "tools" not in dataset.column_names:
-        return 0
-    rows = dataset.select_columns(["tools"]) if isinstance(dataset, Dataset) else dataset
-    given = [row.get("tools") for row in rows.take(count)]
-    return sum(bool(tools.strip(" []") if isinstance(tools, str) else tools) for tools in given)
-
-
 def source_counts(
     dataset: Dataset | IterableDataset, counts: pd.DataFrame, tokens: Sequence[int], trained: Sequence[int]
 ) -> tuple[SourceCounts, ...]:

@@ -21,9 +21,9 @@ from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
-from alignkit.data.recognition import said_formats
+from alignkit.data.recognition import said_of
 from alignkit.data.schema import describe_problems
-from alignkit.data.sources import SOURCE_COLUMN, rows_with_tools, source_counts
+from alignkit.data.sources import SOURCE_COLUMN, source_counts
 from alignkit.data.supervised_report import CUT_AWAY, NOTHING_TRAINED, SupervisedReport
 from alignkit.data.supervised_schema import detect_supervised_kind, opening, supervised_row_problems
 from alignkit.data.supervised_tokens import (
@@ -109,9 +109,7 @@ def convert_supervised(
     report = _summarise(counts, settings, max_dropped_fraction, name, others)
     tokens = counts["length"].clip(upper=max_length).to_numpy()
     sources = source_counts(dataset, counts, tokens, counts["num_trained_kept"].to_numpy())
-    report = replace(report, sources=sources, formats=said_formats(dataset))
-    if kind.conversational:
-        report = replace(report, num_rows_with_tools=rows_with_tools(dataset, len(counts)))
+    report = replace(report, sources=sources, **said_of(dataset, len(counts), kind.conversational))
     _refuse_drops(report, counts, max_dropped_fraction, settings)
     kept = conversion.kept_rows(counts)
     return rows, kept, replace(report, is_sample=isinstance(dataset, IterableDataset))
