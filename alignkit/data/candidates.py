@@ -24,7 +24,7 @@ from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
 from alignkit.data.recognition import said_of
 from alignkit.data.reward_rows import margin_problems, reward_problems
-from alignkit.data.schema import detect_kind, row_problems
+from alignkit.data.schema import RowKind, detect_kind, row_problems
 from alignkit.data.sources import SOURCE_COLUMN, SourceCounts, source_counts
 from alignkit.data.templates import require_template
 from alignkit.data.tokenization import COUNT_FEATURES, Settings, convert_batch
@@ -95,9 +95,7 @@ def to_candidate_rows(
         rows = rows.add_column(SOURCE_COLUMNS[0], conversion.kept_rows(counts))
     report = _summarise(counts, steps.settings, max_dropped_fraction, name, columns)
     lost = dict(lost or {})
-    report = replace(
-        report, sources=_sources(dataset, counts, max_length), **said_of(dataset, len(counts), kind.conversational)
-    )
+    report = replace(report, sources=_sources(dataset, counts, max_length), **_said(dataset, counts, kind))
     report = replace(report, num_rows_in=len(counts) + sum(lost.values()), dropped=lost | report.dropped)
     _refuse_drops(report, counts, max_dropped_fraction, lost)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
@@ -153,6 +151,10 @@ def _summarise(
         unstopped_end=conversion.first_text(kept["unstopped_end"]),
         num_doubled_tokens=int(kept["doubled"].sum()),
     )
+
+
+def _said(dataset: Dataset | IterableDataset, counts: pd.DataFrame, kind: RowKind) -> dict[str, Any]:
+    return said_of(dataset, len(counts), kind.conversational)
 
 
 def _sources(
