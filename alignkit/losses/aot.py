@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Unpack
 
 from alignkit.losses.pairs import pair_mask
-from alignkit.losses.ranked_pairs import of_equal_rank
-from alignkit.losses.scored_pairs import LengthModifier, response_logps, scored_pairs, smoothed_logistic, smoothed_slope
+from alignkit.losses.scored_pairs import (
+    LengthModifier,
+    of_equal_rank,
+    response_logps,
+    scored_pairs,
+    smoothed_logistic,
+    smoothed_slope,
+)
 from alignkit.losses.types import CandidateBatch, LossOutput
 
 

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from alignkit.losses.pairs import masked_metric, pair_mask, pair_metrics
@@ -198,6 +198,22 @@ def policy_weights(batch: CandidateBatch) -> Float[Tensor, " B"]:
     lengths = batch.completion_mask.sum(-1).clamp(min=1)
     weights = torch.exp(sequence_logps(aligned, batch.completion_mask) / lengths)
     return weights[:, 0] * weights[:, 1]
+
+
+def of_equal_rank(
+    values: Float[Tensor, " B"], others: Float[Tensor, " B"], mask: Bool[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """For each of ``values`` that one of ``others`` which has its rank: the smallest goes with the smallest.
+
+    Args:
+        values: Numbers whose order counts.
+        others: Numbers that are dealt out; they carry the gradient.
+        mask: Rows that count; what the others get is of no use.
+    """
+    last = torch.finfo(values.dtype).max
+    order = values.masked_fill(~mask, last).argsort(stable=True)
+    ascending = others.masked_fill(~mask, last).sort(stable=True).values
+    return torch.zeros_like(values).scatter(0, order, ascending)
 
 
 def response_logps(batch: CandidateBatch, *, ld_alpha: float | None = None) -> tuple[ResponseLogps, ResponseLogps]:
