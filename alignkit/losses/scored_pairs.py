@@ -34,7 +34,7 @@ class Modifiers(LengthModifier, total=False):
 
     Attributes:
         use_weighting: Weigh a pair by how likely the policy is to write it (WPO, Zhou et al. 2024, arXiv 2406.11827,
-            Eq. 2, with the alignment of weights to what the policy would sample).
+            Eq. 2, aligned to what the policy would sample), as TRL 1.16 has it.
     """
 
     use_weighting: bool
@@ -169,6 +169,10 @@ def smoothed_slope(z: Float[Tensor, " B"], label_smoothing: float) -> Float[Tens
 
 def divergence_score(logratio: Float[Tensor, " B"], kind: str, alpha: float) -> Float[Tensor, " B"]:
     """``f'(pi / pi_ref)`` of the f-divergence that ties the policy to the reference, up to a constant.
+
+    With t the ratio: log t (reverse KL), 1 - 1/t (forward KL), log(2t / (t + 1)) (Jensen-Shannon) and
+    (t^(alpha - 1) - 1) / (alpha - 1), each as TRL 1.16 has it, short of ``LARGEST_EXPONENT``: TRL cuts off the last
+    one's exponent at 80 and lets that of the forward KL overflow.
 
     Args:
         logratio: ``log pi - log pi_ref`` of each response, nats.

@@ -14,7 +14,15 @@ _GRADIENT_RATIO = ("grad_ratio_log", "grad_ratio_log_per_token")
 _WEIGHT = ("effective_weight",)
 LOGISTIC_METRICS: Mapping[str, str] = {
     **PAIR_METRICS,
-    **{key: f"{PAIR_METRICS[key]}, and under ld_alpha or another f_divergence_type" for key in _GRADIENT_RATIO},
+    "rewards/chosen": (
+        "implicit reward of the chosen response: beta times its log-ratio, or times what ld_alpha and "
+        "f_divergence_type make of it (mean over pairs)"
+    ),
+    "grad_ratio_log": (
+        "log of the rejected over the chosen gradient in probability space, L_w - L_l; left out under ld_alpha or "
+        "another f_divergence_type, where it has further parts"
+    ),
+    "grad_ratio_log_per_token": "the same with each log-likelihood divided by its length; left out where that is",
 }
 """Of a loss that is a function of z alone and whose gradient fades as z grows."""
 MARGIN_METRICS: Mapping[str, str] = {key: what for key, what in LOGISTIC_METRICS.items() if key not in _WEIGHT}
@@ -22,10 +30,16 @@ MARGIN_METRICS: Mapping[str, str] = {key: what for key, what in LOGISTIC_METRICS
 SEPARATE_METRICS: Mapping[str, str] = {key: what for key, what in MARGIN_METRICS.items() if key not in _GRADIENT_RATIO}
 """Of a loss that sees the rewards of the two responses by themselves."""
 PER_TOKEN: Mapping[str, str] = {
-    "rewards/chosen": "implicit reward of the chosen response: beta times its log-ratio a token (mean over pairs)",
+    "rewards/chosen": (
+        "implicit reward of the chosen response: beta times its log-ratio, or times what ld_alpha and "
+        "f_divergence_type make of it, over its number of tokens (mean over pairs)"
+    ),
     "grad_ratio_log": (
         "log of the rejected over the chosen gradient in probability space, L_w - L_l + log(n_w/n_l); left out under "
-        "ld_alpha or another f_divergence_type"
+        "ld_alpha or another f_divergence_type, where it has further parts"
+    ),
+    "grad_ratio_log_per_token": (
+        "the same with each log-likelihood divided by its length, and without the lengths; left out where that is"
     ),
 }
 """What is another in a loss that divides log-ratios by their numbers of tokens."""
@@ -74,7 +88,8 @@ class ScoredOptions(WeightedOptions):
     f_alpha_divergence_coef: float = option(
         0.5,
         only_with=only_with("f_divergence_type", "alpha_divergence"),
-        help="alpha of the alpha-divergence; 1 is the reverse KL, 0 the forward KL. The paper's alpha is 1 minus it.",
+        help="alpha, f_divergence_type: alpha_divergence only; 1 is the reverse KL, 0 the forward KL. The paper's is 1 "
+        "minus it.",
         source="TRL's default",
     )
 
