@@ -97,7 +97,8 @@ def _kept_model(model: PreTrainedModel, tokenizer: Any) -> str:
         tokenizer = model.name_or_path
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(str(tokenizer))
-    settings = [type(model).__name__, _settled_config(model), model.generation_config.to_dict(), _saved(tokenizer)]
+    generation = model.generation_config.to_dict() if model.can_generate() else None
+    settings = [type(model).__name__, _settled_config(model), generation, _saved(tokenizer)]
     text = json.dumps(settings, sort_keys=True, default=str)
     folder = _folder() / f"model-{_hash([weights_fingerprint(model, None).encode(), text.encode()])}"
     if not folder.exists():
@@ -125,11 +126,12 @@ def _unchanged_since_loaded(model: PreTrainedModel) -> str | None:
     folder = Path(config).parent
     if computing_config(model.config) != computing_config(AutoConfig.from_pretrained(folder)):
         return None
-    stops = model.generation_config.eos_token_id
-    listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if listed != generation_stop_ids(str(folder)) or model_difference(model, folder):
-        return None
-    return name
+    if model.can_generate():
+        stops = model.generation_config.eos_token_id
+        listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        if listed != generation_stop_ids(str(folder)):
+            return None
+    return name if model_difference(model, folder) is None else None
 
 
 def _is_that_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -128,6 +128,8 @@ class Run:
         Raises:
             ModelError: The model cannot answer this, or there is no base to ask.
         """
+        if not self.model.can_generate():
+            raise ModelError(f"{self.config.method} trains a model that gives scores and no answers")
         speakers = self._speakers()
         if base and "base" not in speakers:
             raise ModelError(f"{self.directory} trains every weight: the base is not there any more. Leave base out.")
@@ -199,8 +201,8 @@ def prepare(config: Given = None, /, **keywords: Any) -> Run:
         AlignkitError: Config, data, model or directory cannot be used; the message says what to do.
     """
     recipe = str(config) if isinstance(config, (str, Path)) else None
-    named = [f"--method={keywords['method']}"] if "method" in keywords else []
-    program = "" if isinstance(config, (ProgramConfig, LoadedConfig)) else program_of(recipe, named)
+    is_checked = isinstance(config, (ProgramConfig, LoadedConfig))
+    program = "" if is_checked else program_of(recipe, [], keywords.get("method"))
     steps = RunSteps(_loaded(program, config, keywords))
     place = Path(steps.config.output_dir).absolute()
     if (earlier := _PREPARED.get(place)) is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN_MARK = "<!-- run -->"
+SESSION_MARK = "<!-- one session -->"
+"""On a page whose blocks of Python run one after the other, each with what the ones before it have made."""
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
@@ -44,6 +46,20 @@ def blocks(language: str) -> list[Block]:
                 line = text.count("\n", 0, match.start()) + 1
                 marked = text[: match.start()].rstrip().endswith(RUN_MARK)
                 found.append(Block(f"{page.relative_to(REPOSITORY)}:{line}", language, match["text"], marked))
+    return found
+
+
+def sessions() -> list[Block]:
+    """Blocks of Python as they run: each by itself, those of a page that is one session together."""
+    found = []
+    for block in blocks("python"):
+        page = block.where.partition(":")[0]
+        if SESSION_MARK not in (REPOSITORY / page).read_text():
+            found.append(block)
+        elif found and found[-1].where.partition(":")[0] == page:
+            found[-1] = replace(found[-1], text=f"{found[-1].text}\n{block.text}")
+        else:
+            found.append(block)
     return found
 
 

@@ -22,7 +22,7 @@ from alignkit.parts.shape import shapes_by_program
 from alignkit.shipped import recipe_names, recipe_path
 from alignkit.yaml_text import parse_yaml
 from scripts import docs
-from tests.docs.pages import REPOSITORY, Block, anchors, blocks, commands, links, pages
+from tests.docs.pages import REPOSITORY, Block, anchors, blocks, commands, links, pages, sessions
 
 SHELL_BLOCKS = blocks("bash")
 PROGRAM_OF_CONFIG = {f"trainers/{program}.py": program for program in shapes_by_program()}
@@ -141,7 +141,7 @@ def test_marked_commands_run(block: Block, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=by_place)
+@pytest.mark.parametrize("block", sessions(), ids=by_place)
 def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block.text, block.where, "exec"), {"__name__": "__main__"})

@@ -16,10 +16,15 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    TrainerCallback,
+)
 
 from alignkit import Run, load_config, prepare, train_preference, train_sft
-from alignkit.errors import ConfigError, DataError, RunDirectoryError, Stopped
+from alignkit.errors import ConfigError, DataError, ModelError, RunDirectoryError, Stopped
 from alignkit.reports.plot import drawn
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.in_memory import kept_inputs
@@ -42,6 +47,18 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.fixture
+def draws() -> None:
+    """Asked for by a test whose run draws its figure."""
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take longer than these runs, and are drawn where they are looked at."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr("alignkit.runs.results.plot_run", lambda log, path, **how: path.touch())
+
+
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return tiny_model(seed=3)
@@ -55,10 +72,12 @@ def saved(tmp_path: Path) -> Path:
 # --- in memory is as from files --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def from_files(saved: Path, tmp_path: Path) -> Run:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    words = {**DPO, **FULL, "beta": 0.2, "model": saved, "data": tmp_path / "rows.jsonl", "output_dir": tmp_path / "f"}
+@pytest.fixture(scope="module")
+def from_files(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    place = tmp_path_factory.mktemp("files")
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    words = {**DPO, **FULL, "beta": 0.2, "model": save_model(place / "model", seed=3), "data": place / "rows.jsonl"}
+    words["output_dir"] = place / "run"
     return train_preference(load_config("preference", None, [f"--{key}={value}" for key, value in words.items()]))
 
 
@@ -69,9 +88,9 @@ def test_what_is_in_memory_trains_as_from_files(
     """To the bit; and what was handed over is left as it was."""
     before = weights(model)
     rows: Any = PAIRS if kind == "list" else Dataset.from_list(PAIRS)
-    run = train_preference(
-        model=model, tokenizer=byte_tokenizer(), data=rows, beta=0.2, output_dir=tmp_path / "m", **DPO, **FULL
-    )
+    call = {**DPO, **FULL, "model": model, "tokenizer": byte_tokenizer(), "data": rows, "beta": 0.2}
+    call["output_dir"] = tmp_path / "m"
+    run = train_preference(**call) if kind == "list" else prepare(**call).train()
     assert same(weights(run.model), weights(from_files.model)) and not same(weights(run.model), before)
     assert same(weights(model), before)
     assert run.sources["model"] == run.sources["data"] == "keyword, in memory"
@@ -236,7 +255,7 @@ def prepared(saved: Path, tmp_path: Path, **keys: Any) -> Iterator[Run]:
     run.close()
 
 
-def test_a_run_step_by_step(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_step_by_step(draws: None, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = {**DPO, "learning_rate": 0.1, "model": str(saved), "data": PAIRS, "eval_fraction": 0.25}
     run = prepare(**call, output_dir=tmp_path / "run")
     assert run.metrics == [] and run.best_checkpoint is None and "running" in repr(run)
@@ -255,8 +274,6 @@ def test_a_run_step_by_step(saved: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert run.report() in capsys.readouterr().out and f"run directory: {run.directory}" in run.report()
     assert run.plot()._repr_png_() == (run.directory / "plot.png").read_bytes()
     assert run.best_checkpoint == run.directory / "checkpoint-2"
-    whole = train_preference(**call, output_dir=tmp_path / "whole")
-    assert same(weights(run.model), weights(whole.model))
     with pytest.raises(RunDirectoryError, match="has been trained, or closed"):
         run.train()
 
@@ -270,6 +287,8 @@ def test_what_is_saved_is_what_was_trained(saved: Path, tmp_path: Path) -> None:
         assert (folder / "tokenizer.json").is_file()
         with pytest.raises(RunDirectoryError, match="exists, and is not written over"):
             run.save(folder)
+    with pytest.raises(RunDirectoryError, match="already holds a run .status: finished.*overwrite: true"):
+        prepare(**DPO, model=str(saved), data=PAIRS, output_dir=tmp_path / "run")
 
 
 def test_the_trained_model_answers_and_so_does_its_base(saved: Path, tmp_path: Path) -> None:
@@ -282,16 +301,27 @@ def test_the_trained_model_answers_and_so_does_its_base(saved: Path, tmp_path: P
         assert run.chat("Hello", base=True, max_new_tokens=6) == before != run.chat("Hello", max_new_tokens=6)
 
 
+def test_a_mixture_of_methods_and_a_reward_model(saved: Path, tmp_path: Path) -> None:
+    """The method tells the program, however it is written."""
+    with prepared(saved, tmp_path, method={"ipo": 1.0, "sft": 0.2}) as run:
+        assert run.config.method == "1.0*ipo+0.2*sft" and run.config.program == "preference"
+    settings = tiny_model().config
+    settings.num_labels = 1
+    scores = AutoModelForSequenceClassification.from_config(settings)
+    call = {"use_cpu": True, "max_steps": 1, "model": scores, "tokenizer": byte_tokenizer(), "data": PAIRS}
+    with contextlib.closing(prepare(**call, method="bradley_terry", output_dir=tmp_path / "reward")) as run:
+        assert run.config.program == "reward"
+        with pytest.raises(ModelError, match="gives scores and no answers"):
+            run.chat("Hello")
+
+
 def test_a_cell_that_prepares_can_be_executed_again(saved: Path, tmp_path: Path) -> None:
     first = prepare(**DPO, model=str(saved), data=PAIRS, output_dir=tmp_path / "run")
-    with prepared(saved, tmp_path) as second:
+    with prepared(saved, tmp_path):
         with pytest.raises(RunDirectoryError, match="has been trained, or closed"):
             first.train()
         del first
         assert (tmp_path / "run" / "run.lock").exists()  # the second's
-        assert second.train().report()
-    with pytest.raises(RunDirectoryError, match="already holds a run .status: finished.*overwrite: true"):
-        prepare(**DPO, model=str(saved), data=PAIRS, output_dir=tmp_path / "run")
 
 
 def test_a_run_that_nobody_holds_any_more_gives_its_directory_back(saved: Path, tmp_path: Path) -> None:
