@@ -125,6 +125,9 @@ WRITE: Mapping[str, str] = {
     "simpo_gamma": "gamma (method: simpo or alphapo)",
     "simpo_gamma_beta_ratio": "gamma (method: simpo), which is the ratio times beta",
     "gamma_beta_ratio": "gamma (method: simpo), which is the ratio times beta",
+    "kto_chosen_weight": "desirable_weight (method: kto)",
+    "kto_rejected_weight": "undesirable_weight (method: kto)",
+    "kto_beta": "beta (method: kto)",
     "orpo_alpha": "beta (method: orpo)",
     "orpo_beta": "beta (method: orpo)",
     "reference_free": "method (simpo, cpo, orpo and alphapo compare with no reference)",
@@ -215,7 +218,6 @@ WRITE: Mapping[str, str] = {
 ABSENT: Mapping[str, str] = {
     # --- regularisers and losses ---
     "label_smoothing_factor": "label smoothing of tokens; label_smoothing of dpo and robust smooths preferences",
-    **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight", "desirable_weight", "undesirable_weight"), "KTO"),
     "scale_parameter": "options of Adafactor",
     "trl": "a section of that name; its keys stand beside the others",
     # --- what PEFT and axolotl have beside LoRA ---
@@ -316,8 +318,9 @@ METHODS: Mapping[str, str] = {
     **dict.fromkeys(("gspo",), "Write method: grpo, with importance_sampling_level: sequence"),
     **dict.fromkeys(("ppo", "rloo", "reinforce", "reinforce_plus_plus", "online_dpo", "nash_md", "xpo"),
                     "alignkit has not this one; method: grpo learns from completions it draws"),
-    **dict.fromkeys(("kto", "bco", "kto_pair"), "alignkit has no KTO, and BCO on pairs alone (method: bco_pair); d2o "
-                    "learns from rejected answers alone"),
+    "bco": "alignkit has BCO on pairs alone (method: bco_pair); method: kto learns from labelled answers as well",
+    "kto_pair": "Write method: kto, which reads pairs as two labelled answers each",
+    "apo_zero_unpaired": "Write method: kto with form: apo_zero_unpaired",
     "chunked_nll": "alignkit has no such loss; dpo and flex_dpo are nearest",
     **dict.fromkeys(("rm", "reward", "reward_modeling"), "Write method: bradley_terry (trainers/reward.py)"),
     **dict.fromkeys(("prm", "process_reward_model"), "alignkit has no process rewards; method: bradley_terry trains a "

@@ -38,6 +38,8 @@ REWARD_FORMS = (
     Form(PAIR_COLUMNS, optional=("prompt",), beside=(MARGIN_COLUMN,)),
     Form(LIST_COLUMNS, beside=(MARGIN_COLUMN,)),
 )
+UNPAIRED_COLUMNS = (*COMPLETION_COLUMNS, "label")
+UNPAIRED_FORMS = (Form(UNPAIRED_COLUMNS), Form(PAIR_COLUMNS, optional=("prompt",)))
 PROMPT_FORM = Form(("prompt",))
 NEGATIVE_FORMS = (Form(("prompt", "rejected"), beside=("chosen",)), LIST_FORM)
 ROUTED_COLUMNS = ("choices", "task", "success")
@@ -115,10 +117,9 @@ def _foreign_form(columns: Sequence[str]) -> str | None:
     """What to do with rows of a form that alignkit has not, or None for any other rows."""
     if {*COMPLETION_COLUMNS, "label"} <= set(columns):
         return (
-            "rows of prompt, completion and label are unpaired, as KTO takes them; alignkit compares answers to one "
-            "prompt. Put the answers to each prompt into one row of prompt, completions and scores, with the score 1 "
-            "for label true and 0 for false; prompts with good answers alone can be trained with method sft "
-            "(trainers/sft.py, without the label column), those with bad ones alone with method d2o (prompt, rejected)"
+            "rows of prompt, completion and label are unpaired: write method: kto, which takes them. To compare the "
+            "answers to a prompt, put them into one row of prompt, completions and scores, with the score 1 for label "
+            "true and 0 for false"
         )
     if "input_ids" in columns:
         return (

@@ -34,6 +34,11 @@ def sequence_logps(token_logps: Float[Tensor, "*N T"], mask: Bool[Tensor, "*N T"
     return token_logps.masked_fill(~mask, 0.0).sum(-1)
 
 
+def alone(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """What ``gather`` of a batch does where no other process is."""
+    return values
+
+
 @dataclass(frozen=True)
 class CandidateSide:
     """One candidate of every group: the ``chosen`` or ``rejected`` view of a :class:`CandidateBatch`."""
@@ -82,6 +87,8 @@ class CandidateBatch:
         vocabulary_size: V of the policy, or None where nobody asked.
         first_equal: Index of the first candidate of the row with the same tokens, its own where there is none before
             it; None takes all candidates for different ones.
+        gather: Concatenates values over processes, of which each holds as many. Collective: a loss calls it equally
+            often in every process, whatever they hold.
     """
 
     policy_token_logps: Float[Tensor, "B K T"]
@@ -93,6 +100,7 @@ class CandidateBatch:
     policy_log_sum_sq_probs: Float[Tensor, "B K T"] | None = None
     vocabulary_size: int | None = None
     first_equal: Int[Tensor, "B K"] | None = None
+    gather: Callable[[Tensor], Tensor] = alone
 
     @property
     def policy_logps(self) -> Float[Tensor, "B K"]:
@@ -145,11 +153,6 @@ class TokenBatch:
     label_mask: Bool[Tensor, "B T"]
     teacher_kl: Float[Tensor, "B T"] | None = None
     teacher_agrees: Bool[Tensor, "B T"] | None = None
-
-
-def alone(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """What ``PolicyBatch.gather`` does where no other process is."""
-    return values
 
 
 @dataclass(frozen=True)

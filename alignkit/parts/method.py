@@ -146,6 +146,8 @@ class Method:
             must be those drawn for it.
         num_candidates: Exact K the objective takes, or None for any K >= 2.
         row_family: What rows look like, where that is not what the rows of the batch shape look like.
+        is_unpaired: Whether a row is one labelled answer, to which an answer to another prompt is put; the method then
+            has the options ``desirable_weight`` and ``undesirable_weight``.
         preparation: What the method does in a run beside its loss, as a subclass of :class:`Preparation`.
         negative_reference: Name of the option with the model that scores the last candidate of a row, if any does.
         teacher: Whose distributions the policy's are compared with under these options, or None; of supervised rows.
@@ -169,6 +171,7 @@ class Method:
     needs: Callable[[Any], frozenset[str]] = always("reference")
     num_candidates: int | None = 2
     row_family: Callable[[], RowFamily] | None = None
+    is_unpaired: bool = False
     preparation: Callable[[Any], Preparation] = Preparation
     negative_reference: str | None = None
     teacher: Callable[[Any], TeacherChoice | None] = no_teacher

@@ -30,6 +30,7 @@ from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import RowLengths
 from alignkit.data.prefix import PER_TOKEN_COLUMNS, CandidateCollator, on_device
+from alignkit.data.unpaired import to_unpaired_rows
 from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError, ModelError
 from alignkit.gradients._hook import ChosenRule
@@ -267,6 +268,7 @@ class PreferenceTrainer(TokenBudget, DPOTrainer):
             policy_log_sum_sq_probs=output.log_sum_sq_probs,
             vocabulary_size=self._vocabulary_size,
             first_equal=inputs["first_equal"],
+            gather=self.accelerator.gather,
         )
 
     @property
@@ -373,9 +375,14 @@ def training_arguments(config: Any, common: Mapping[str, Any]) -> DPOConfig:
 
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     """What makes candidate rows of rows of text."""
-    num_candidates = load_method(config.method).num_candidates
-    limits = {"max_length": config.max_length, "num_candidates": num_candidates}
-    return partial(to_candidate_rows, tokenizer=tokenizer, **limits)
+    method = load_method(config.method)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "max_length": config.max_length}
+    if method.is_unpaired:
+        options = config.method_options
+        weights = (options.desirable_weight, options.undesirable_weight)
+        seed = config.seed if config.data_seed is None else config.data_seed
+        return partial(to_unpaired_rows, weights=weights, seed=seed, **common)
+    return partial(to_candidate_rows, num_candidates=method.num_candidates, **common)
 
 
 def prompts(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, converted: Any) -> list[tuple[int, ...]]:

@@ -9,6 +9,11 @@ Examples = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 CONFLICTS: Examples = {
     f"reference of {name}": ({"method": name, "reference": "copy"}, {"reference": "auto"})
     for name in ("alphapo", "cpo", "orpo", "pro", "simpo")
+} | {
+    "answers to other prompts of a stream": (
+        {"method": "kto", "streaming": True, "max_steps": 10},
+        {"streaming": False},
+    ),
 }
 IGNORED: Examples = {
     "sft_normalization of pro without eta": (

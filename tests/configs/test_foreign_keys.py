@@ -57,7 +57,7 @@ def test_known_keys_are_looked_up(name: str) -> None:
     [
         ("slic", "Write method: hinge"),
         ("RLOO", "method: grpo learns from completions it draws"),
-        ("kto", "alignkit has no KTO"),
+        ("bco", "method: kto learns from labelled answers"),
         ("rm", "Write method: bradley_terry"),
         ("dpo_", "Did you mean dpo?"),
     ],

@@ -110,7 +110,10 @@ def random_batch(
 
     scores = torch.rand(size, candidates, generator=gen, dtype=torch.float64)
     scores = (scores + present).sort(-1, descending=True).values * present
-    if method.negative_reference is not None:
+    if method.is_unpaired:
+        labels = torch.arange(size).unsqueeze(1) % 2
+        scores = torch.where(torch.arange(candidates) == 0, labels, -1).to(torch.float64)
+    elif method.negative_reference is not None:
         scores = (torch.arange(candidates) < present.sum(-1, keepdim=True) - 1).to(torch.float64)
     elif method.num_candidates is not None:
         scores = torch.tensor([1.0] + [0.0] * (candidates - 1), dtype=torch.float64).expand(size, candidates)

@@ -174,6 +174,8 @@ def test_bfloat16_is_accumulated_in_float32(name: str, seed: int, variant: int) 
 def test_gradcheck(name: str) -> None:
     method = load_method(name)
     for options in option_variants(method, HELD_CONSTANT):
+        if vars(options).get("form") == "kto":
+            continue  # The divergence that answers are measured against is held constant.
         batch = random_batch(method, seed=0, size=3, options=options)
 
         def loss(logps: Tensor, options: Any = options, batch: CandidateBatch = batch) -> Tensor:
