@@ -59,9 +59,9 @@ def test_parts_of_a_message_that_are_not_text_are_refused(tokenizer: PreTrainedT
         to_supervised_rows(Dataset.from_list([row("image_url")]), tokenizer, max_length=None)
 
 
-def test_unpaired_rows_are_led_to_lists_and_to_sft(write_jsonl: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_unpaired_rows_are_led_to_kto_and_to_lists(write_jsonl: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     text = refusal(write_jsonl("kto.jsonl", KTO), preference_rows(2))
-    assert "unpaired, as KTO takes them" in text and "prompt, completions and scores" in text
+    assert "unpaired: write method: kto" in text and "prompt, completions and scores" in text
     assert "Did you mean" not in text
     # What the advice says, done:
     lists = [{"prompt": "q", "completions": ["good", "bad"], "scores": [1, 0]}]

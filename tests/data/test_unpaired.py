@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from alignkit.data.json_values import dataset_of
+from alignkit.data.load import load_rows
 from alignkit.data.unpaired import UnpairedReport, labelled_answers, to_unpaired_rows, with_mismatches
 from alignkit.data.unpaired_schema import detect_unpaired_kind, unpaired_rows
 from alignkit.errors import DataError
@@ -116,6 +119,27 @@ def test_labels_that_weigh_unequally_get_the_advice_of_the_paper(weights: tuple[
     if weights == (1.0, 1.0):
         assert "0.33 times" in balance.message
         assert "write desirable_weight: 3.5, or undesirable_weight: 0.29, not both" in balance.message
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"instruction": f"q{i}", "input": "", "output": f" a{i}", "kto_tag": i % 2 == 0} for i in range(4)],
+        [{"prompt": f"q{i}", "completion": f" a{i}", "label": i % 2} for i in range(4)],
+        [{"question": f"q{i}", "answer": f" a{i}", "feedback": ("thumbs_up", "thumbs_down")[i % 2]} for i in range(4)],
+    ],
+    ids=["LLaMA-Factory", "labels 1 and 0", "thumbs"],
+)
+def test_rows_as_others_write_them_are_read(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, report = converted_file(str(file))
+    assert (report.num_rows, report.num_desirable) == (4, 2)
+
+
+def converted_file(path: str) -> tuple[Dataset, UnpairedReport]:
+    loaded = load_rows(path, family=unpaired_rows())
+    return to_unpaired_rows(loaded, tokenizer(), weights=(1.0, 1.0), seed=1, max_length=None)
 
 
 def test_other_rows_are_refused_with_what_is_missing() -> None:
