@@ -71,7 +71,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     blocks = blocks_of(found, tokenizer, has_model=has_model, num_examples=arguments.examples, cleaned=cleaned)
     print(as_text(blocks))
     if arguments.output is not None and arguments.output.suffix == ".html":
-        write_whole(arguments.output, as_page(f"Rows of {', '.join(arguments.data)}", blocks))
+        write_whole(arguments.output, as_page(f"Rows of {', '.join(arguments.data)}", [*blocks[-1:], *blocks[:-1]]))
     elif arguments.output is not None:
         content = as_json(found, has_model=has_model)
         write_whole(arguments.output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

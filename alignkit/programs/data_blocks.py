@@ -61,7 +61,7 @@ def as_json(found: Examination, *, has_model: bool) -> dict[str, Any]:
         causes = Counter(split.counts["cause"][split.counts["cause"] != ""])
         splits[name] = {
             "num_rows_in": split.num_rows_in,
-            "num_malformed": len({row for row, _ in split.malformed}),
+            "num_malformed": _num_malformed(split),
             "malformed": describe_problems(split.malformed),
             "dropped": dict(causes),
             "num_rows": len(split.rows),
@@ -78,7 +78,15 @@ def as_json(found: Examination, *, has_model: bool) -> dict[str, Any]:
 
 def _opening(found: Examination) -> Block:
     read = f"{found.kind}: read for trainers/{found.program}.py, method: {found.method}"
-    return Block("form", [f"{read} (--program and --method read them for another one)"])
+    lines = [f"{read} (--program and --method read them for another one)"]
+    for name, split in found.splits.items():
+        if split.malformed:
+            lines.append(f"{name}: malformed rows are shown, and left out of all the rest: {_num_malformed(split)}")
+    return Block("form", lines)
+
+
+def _num_malformed(split: Split) -> int:
+    return len({row for row, _ in split.malformed})
 
 
 def _counts(found: Examination) -> Block:
@@ -88,7 +96,7 @@ def _counts(found: Examination) -> Block:
     causes = dict.fromkeys(cause for counter in dropped for cause in counter)
     rows = [
         ["read", *(f"{split.num_rows_in}" for split in splits)],
-        ["malformed", *(f"{len({row for row, _ in split.malformed})}" for split in splits)],
+        ["malformed", *(f"{_num_malformed(split)}" for split in splits)],
         *([f"dropped: {cause}", *(f"{counter[cause]}" for counter in dropped)] for cause in causes),
         ["kept", *(f"{len(split.rows)}" for split in splits)],
     ]

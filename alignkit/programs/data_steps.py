@@ -129,7 +129,7 @@ def recognise(
         chosen = method or (known or program_methods(program))[0]
         return shapes[program], _method_of_lists(shapes[program], chosen, data, split, column_map, given=method)
     problems = []
-    others = [(name, program_methods(name)[0]) for name in shapes if name not in dict(READERS)]
+    others = [(name, method) for name in shapes if name not in dict(READERS) for method in program_methods(name)[:1]]
     for candidate, reader in (*READERS, *others):
         if reader not in program_methods(candidate):
             continue

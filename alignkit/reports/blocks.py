@@ -6,6 +6,7 @@ The page asks for nothing elsewhere, and what rows hold is only ever text in it.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ def _text_of(block: Block) -> str:
 def _section_of(block: Block) -> str:
     inner = [f"<p>{_escaped(line)}</p>" for line in block.lines]
     if block.text:
-        inner.append(f"<pre>{_escaped(block.text)}</pre>")
+        inner.append(f"<pre>{_STATUS.sub(_coloured, _escaped(block.text))}</pre>")
     if block.header:
         rows = [_row("th", block.header), *(_row("td", row) for row in block.rows)]
         inner.append(f"<table>{''.join(rows)}</table>")
@@ -111,6 +112,10 @@ def _section_of(block: Block) -> str:
     return f"<section><h2>{_escaped(block.title)}</h2>{''.join(inner)}</section>"
 
 
+def _coloured(status: re.Match[str]) -> str:
+    return f'<b class="{status[1]}">{status[0]}</b>'
+
+
 def _row(tag: str, cells: Sequence[str]) -> str:
     return f"<tr>{''.join(f'<{tag}>{_escaped(cell)}</{tag}>' for cell in cells)}</tr>"
 
@@ -119,11 +124,13 @@ def _escaped(text: str) -> str:
     return html.escape(visible(without_secrets(text)))
 
 
+_STATUS = re.compile(r"^ *(ok|warn|fail)(?= +\S)", re.MULTILINE)
+"""How a line of a check begins."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 h3 { font-size: 0.9em; margin: 1em 0 0.2em; color: #666; font-weight: 600; }
-p { margin: 0.3em 0; }
+p { margin: 0.3em 0; white-space: pre-wrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.15em 0.8em; text-align: right; border-bottom: 1px solid #eee; font-weight: 400; }
 tr > :first-child { text-align: left; } th { color: #555; }
@@ -132,4 +139,5 @@ td.bar i { display: inline-block; height: 0.8em; background: #4477aa; margin-rig
 pre { background: #f6f6f6; padding: 0.7em; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
       font: 13px/1.45 ui-monospace, monospace; }
 mark { background: #ffe9a8; }
+b.ok { color: #2a7d2a; } b.warn { color: #a86400; } b.fail { color: #b3261e; }
 """
