@@ -25,7 +25,7 @@ define pip_install
 	printf ' done\n'
 endef
 
-.PHONY: help quickstart test ends chaos trajectories check audit format bench claims docs clean
+.PHONY: help quickstart test ends chaos trajectories check audit format bench claims tutorials docs clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -103,6 +103,9 @@ bench: $(VENV)/.dev  ## Speed: training against trl.DPOTrainer and trl.GRPOTrain
 	@$(PY) scripts/benchmark_token_rewards.py
 	@$(PY) scripts/benchmark_gradients.py
 	@$(PY) scripts/benchmark_startup.py
+
+tutorials: $(VENV)/.dev  ## Translate and run the first commands of other toolkits' tutorials, on a tiny model
+	@OMP_NUM_THREADS=1 $(PY) scripts/tutorials.py
 
 claims: $(VENV)/.dev  ## Repeat the experiments of docs/results
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m experiment

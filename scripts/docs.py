@@ -283,6 +283,20 @@ def loss_table() -> str:
     return table(*cells())
 
 
+def tutorials() -> str:
+    """The first commands of other toolkits' tutorials, and what each is here."""
+    sys.path.insert(0, str(REPOSITORY))
+    from scripts.tutorials import TUTORIALS
+
+    rows = []
+    for one in TUTORIALS:
+        said = [
+            f"{key}: {one.config[key]}" for key in ("stage", "rl", "pref_loss", "quantization_bit") if key in one.config
+        ]
+        rows.append([one.tool, f"`{one.theirs}`" + (f" ({', '.join(said)})" if said else ""), f"`{one.shown}`"])
+    return table(["", "there", "here"], rows)
+
+
 def when_table() -> str:
     """All methods by the rows they take, and when to take them."""
     rows = []
@@ -349,6 +363,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "refusals": refused_combinations,
     "rules-table": rules_table,
     "supervised-metrics": supervised_metrics,
+    "tutorials": tutorials,
     "when-table": when_table,
     "wrong-inputs": wrong_inputs,
 }

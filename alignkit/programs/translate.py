@@ -126,7 +126,11 @@ def translate(entries: Mapping[str, Any]) -> Translation:
         elif name in own:
             found.values[name] = value
         else:
-            _look_up(found, name, value)
+            _look_up(found, name, value, own)
+    if "disable_dropout" in own and found.values.pop("lora_dropout", 0):
+        found.notes.append(
+            "lora_dropout: a policy and its reference are compared without dropout; disable_dropout: false"
+        )
     return found
 
 
@@ -154,15 +158,17 @@ def _program(method: str) -> str:
     return next(program for program in shapes_by_program() if known_method(program, method))
 
 
-def _look_up(found: Translation, name: str, value: Any) -> None:
-    """One key by the table; what the table says in words is a note."""
+def _look_up(found: Translation, name: str, value: Any, own: Mapping[str, Any]) -> None:
+    """One key by the table; what the table says in words is a note, as is what this program has no use for."""
     plain = name.lower().replace("-", "_")
     if is_launcher_key(plain):
         found.notes.append(f"{name}: {show(value)} belongs to the launcher: `accelerate launch --config_file ...`")
     elif advice := foreign_keys.WRITE.get(plain):
         match = _NAME.match(advice)
-        if match is None:
+        if match is None or (match["key"] not in own and value is not False):
             found.notes.append(f"{name}: {show(value)}. Write {advice}")
+        elif match["key"] not in own:
+            return  # switched off, where it is not there at all
         elif match["value"] is None:
             found.values[match["key"]] = value
         elif value is not False:
@@ -179,6 +185,10 @@ def _take(found: Translation, name: str, value: Any, taken: Mapping[str, Any] | 
         found.notes.append(f"{name}: {show(value)} ({taken})")
     else:
         found.values.update(taken)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _sources(value: Any) -> Mapping[str, Any]:
@@ -219,6 +229,8 @@ def _switch(key: str, value: Any) -> Callable[[Any], Mapping[str, Any] | str]:
 
 
 _BY_VALUE: Mapping[str, Callable[[Any], Mapping[str, Any] | str]] = {
+    "reward_funcs": lambda value: {"rewards": [_REWARDS.get(name, name) for name in _as_list(value)]},
+    "lora_target_linear": _switch("lora_target_modules", "all-linear"),
     "template": lambda value: "the tokenizer's own chat template is used; chat_template: FILE names another",
     "dataset_dir": lambda value: "data sets are named by their paths: data",
     "datasets": _sources,
@@ -230,6 +242,7 @@ _BY_VALUE: Mapping[str, Callable[[Any], Mapping[str, Any] | str]] = {
     "lora_target": lambda value: {"lora_target_modules": "all-linear" if value == "all" else str(value).split(",")},
     "load_in_4bit": _switch("quantization", "nf4"),
     "load_in_8bit": _switch("quantization", "int8"),
+    "quantization_method": lambda value: {} if value == "bnb" else "bitsandbytes alone is taken",
     "quantization_bit": lambda value: {"quantization": {4: "nf4", 8: "int8"}.get(value, "none")},
     "flash_attention": _switch("attn_implementation", "flash_attention_2"),
     "flash_attn": lambda value: {} if value == "auto" else {"attn_implementation": _ATTENTION.get(value, value)},
@@ -243,6 +256,7 @@ _BY_VALUE: Mapping[str, Callable[[Any], Mapping[str, Any] | str]] = {
     "optimizer": lambda value: {"optim": {"adamw_8bit": "adamw_bnb_8bit"}.get(value, value)},
 }
 """Keys whose value says what they are here."""
+_REWARDS = {"accuracy_reward": "gsm8k_answer", "get_soft_overlong_punishment": "soft_overlong"}
 _ATTENTION = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "disabled": "eager"}
 
 
