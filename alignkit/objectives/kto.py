@@ -102,4 +102,5 @@ METHOD = Method(
             "Write streaming: false",
         ),
     ),
+    when="Answers marked good or bad, one at a time; also pairs, taken apart.",
 )
