@@ -62,11 +62,11 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     # The reference of a full model's implicit reward comes before the model; otherwise what may fail comes first.
     for named in base if arguments.beta is not None else []:
         comparison.run(named)
-    record = comparison.run(model, with_base=arguments.compare_base == "")
+    comparison.run(model, with_base=arguments.compare_base == "")
     for named in (base if arguments.beta is None else []) + compared:
         comparison.run(named)
     if state.is_main_process:
-        steps.report(comparison, record, novelty)
+        steps.report(comparison, novelty)
 
 
 def command_line(prog: str | None = None) -> StrictParser:

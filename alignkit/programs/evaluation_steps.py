@@ -73,6 +73,7 @@ class Comparison:
         gives_rewards: Whether the models are reward models.
         results: By the name of the model.
         layouts: By the name of the model.
+        records: What the figures depend on, by the name of the model that was loaded.
         reference: What the base made of the held-out rows, for the implicit rewards of models without an adapter.
     """
 
@@ -84,17 +85,15 @@ class Comparison:
     gives_rewards: bool
     results: dict[str, Results] = field(default_factory=dict)
     layouts: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: list[steps.TokenLogps] | None = None
 
-    def run(self, named: Named, *, with_base: bool = False) -> dict[str, Any]:
+    def run(self, named: Named, *, with_base: bool = False) -> None:
         """Evaluate a model, on request its base without the adapter too.
 
         Args:
             named: The model.
             with_base: Whether the base is compared.
-
-        Returns:
-            What the figures depend on, for the record.
         """
         gc.collect()  # A model that is wrapped holds itself.
         model = self._load(named)
@@ -107,7 +106,9 @@ class Comparison:
         own = self._evaluate(model, named.name, reference, is_shown=True)
         if named.name == BASE:
             self.reference = own
-        return steps.provenance(named.source, named.adapter, model, self.tokenizer, self.data, self.state)
+        self.records[named.name] = steps.provenance(
+            named.source, named.adapter, model, self.tokenizer, self.data, self.state
+        )
 
     def _load(self, named: Named) -> Any:
         if self.gives_rewards:
@@ -341,7 +342,8 @@ class Report:
         if arguments.output.suffix == ".html":
             texts = example_text(self.evaluations, self.prompts, self.results, self.before)
             tables = {title: (table.header, table.rows) for title, table in self.tables.items()}
-            page = evaluation_page(tables, note=NOTE, diagram=self.diagram(), examples=texts, record=content)
+            title = str(arguments.adapter or arguments.model)
+            page = evaluation_page(title, tables, note=NOTE, diagram=self.diagram(), examples=texts, record=content)
             write_whole(arguments.output, page)
         else:
             content |= result_record(self.evaluations, self.prompts, self.results, self.before)
@@ -355,17 +357,18 @@ def _meaning(calibrated: Calibrated | None) -> str:
     return "" if calibrated is None else f"confidence is {calibrated.meaning}"
 
 
-def report(comparison: Comparison, record: dict[str, Any], novelty: Novelty | None) -> None:
+def report(comparison: Comparison, novelty: Novelty | None) -> None:
     """Print what was found and write it.
 
     Args:
         comparison: After all models were evaluated.
-        record: What the figures of the model in question depend on.
         novelty: How near the rows are to training rows, or None.
     """
     results, layouts = comparison.results, comparison.layouts
     before = {name: results[name] for name in sorted(results, key=lambda name: name != BASE) if name != MODEL}
-    record |= {"kind": comparison.data.kind, "layout": layouts[MODEL]}
+    records = dict(comparison.records)
+    record = records.pop(MODEL) | {"kind": comparison.data.kind, "layout": layouts[MODEL]}
+    record["compared_models"] = {name: other["model"] for name, other in records.items()}
     if BASE in layouts:
         record["base_layout"] = layouts[BASE]
     prompts = [comparison.tokenizer.decode(ids) for ids in comparison.data.prompts]

@@ -15,18 +15,25 @@ Cells = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def evaluation_page(
-    tables: Mapping[str, Cells], *, note: str, diagram: bytes | None, examples: str, record: Mapping[str, Any]
+    title: str,
+    tables: Mapping[str, Cells],
+    *,
+    note: str,
+    diagram: bytes | None,
+    examples: str,
+    record: Mapping[str, Any],
 ) -> str:
     """The page.
 
     Args:
+        title: What was evaluated.
         tables: By title.
         note: How the figures are to be read.
         diagram: PNG of the calibration, or None.
         examples: What models answered, as text.
         record: What the figures depend on.
     """
-    parts = [f"<h2>{_text(title)}</h2>\n{_table(*cells)}" for title, cells in tables.items()]
+    parts = [f"<h2>{_text(name)}</h2>\n{_table(*cells)}" for name, cells in tables.items()]
     parts.insert(1, f"<p>{_text(note)}</p>")
     if diagram is not None:
         image = base64.b64encode(diagram).decode()
@@ -35,7 +42,7 @@ def evaluation_page(
         parts.append(f"<h2>answers</h2>\n<pre>{_text(examples)}</pre>")
     depends = json.dumps(record, indent=2, ensure_ascii=False)
     parts.append(f"<details><summary>what the figures depend on</summary>\n<pre>{_text(depends)}</pre></details>")
-    return _PAGE.format(title=_text(str(record["model"]["model"])), body="\n".join(parts))
+    return _PAGE.format(title=_text(title), body="\n".join(parts))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -203,6 +203,8 @@ def test_models_side_by_side(
         for key in ("margin/logps", "calibration/nll", "calibration/brier"):
             expected = found["metrics"][key]["mean"] - before[key]["mean"]
             assert differences[key]["mean"] == pytest.approx(expected, abs=1e-12) and abs(expected) > 1e-4
+    assert found["compared_models"]["merged"]["model"] == str(tmp_path / "merged")
+    assert found["compared_models"]["other"]["adapter"]["directory"] == str(other)
     merged = found["compared"]["merged"]["differences"]
     assert found["base_metrics"]["calibration/nll"]["mean"] == pytest.approx(math.log(2), abs=1e-12)
     assert (
@@ -382,3 +384,33 @@ def test_what_cannot_be_evaluated(
     err = capsys.readouterr().err
     assert all(part in err for part in expected), err
     assert err.count("error:") == 1 and "Traceback" not in err
+
+
+def test_the_commands_of_the_page_run(
+    assets: Path, repository: Path, tmp_path: Path, run_script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of docs/howto/evaluate.md that one process can run, on files of the names it has there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(assets / "adapter", "runs/first")
+    config = {key: {"value": value} for key, value in (("beta", 0.1), ("data", "train.jsonl"), ("method", "dpo"))}
+    Path("runs/first/run.json").write_text(json.dumps({"alignkit_run": 1, "config": config}))
+    save_adapter(assets / "base", Path("runs/second"), seed=3)
+    shutil.copytree(assets / "base", "runs/merged")
+    save_reward_model(assets / "base", tmp_path / "runs/reward", 0)
+    for name, rows in {
+        "heldout.jsonl": chat_pairs(4),
+        "train.jsonl": chat_pairs(6),
+        "gsm8k.jsonl": [{"question": row["prompt"], "answer": "#### 4"} for row in COMPLETIONS[:3]],
+        "questions.jsonl": [{"prompt": row["prompt"], "gold": 4} for row in COMPLETIONS[:3]],
+        "prompts.jsonl": [{"prompt": row["prompt"]} for row in COMPLETIONS[:3]],
+    }.items():
+        write_rows(tmp_path / name, rows)
+    page = (repository / "docs" / "howto" / "evaluate.md").read_text()
+    commands = [line.split()[2:] for line in page.splitlines() if line.startswith("alignkit evaluate ")]
+    assert len(commands) == 10
+    for words in commands:
+        words += ["--use_cpu", *([] if "--max_new_tokens" in words else ["--max_new_tokens", "2"])]
+        words = ["3" if word == "300" else word for word in words]
+        assert run_script("evaluate", *words) == 0, words
+    assert {"eval.json", "reliability.png", "answers.png"} <= {path.name for path in tmp_path.iterdir()}
