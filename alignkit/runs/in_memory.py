@@ -31,10 +31,12 @@ from alignkit.models.fingerprints import computing_config
 from alignkit.models.loading import generation_stop_ids, is_quantized, load_tokenizer
 from alignkit.models.saved_comparison import has_model, model_difference
 from alignkit.references._cache import default_cache_dir, weights_fingerprint
+from alignkit.runs.function_source import NotAlone, source_of
 
 SOURCE_KEYS = {"path", "weight", "split", "config"}
 """Keys of a source of ``data``; a mapping with others is a row."""
 DATA_KEYS = ("data", "eval_data")
+REWARDS = "rewards"
 IN_MEMORY = "in memory"
 _HOW_IT_WAS_LOADED = ("is_local", "local_files_only", "name_or_path")
 
@@ -43,7 +45,7 @@ def kept_inputs(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     """Keywords as a configuration takes them, with a place for everything that is in memory.
 
     Args:
-        keywords: Keys of a configuration; a model, a tokenizer and rows may be objects.
+        keywords: Keys of a configuration; models, tokenizers, rows and reward functions may be objects.
 
     Returns:
         The keywords, and which of them were objects.
@@ -56,6 +58,8 @@ def kept_inputs(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
         try:
             if key in DATA_KEYS:
                 kept[key] = _kept_data(key, value)
+            elif key == REWARDS and _holds_functions(value):
+                kept[key] = [_kept_reward(entry) for entry in _listed(value)]
             elif isinstance(value, PreTrainedModel):
                 kept[key] = _kept_model(value, keywords.get("tokenizer"))
         except AlignkitError as error:
@@ -70,10 +74,12 @@ def kept_inputs(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     return kept, {key for key in kept if key in in_memory_keys(keywords)}
 
 
-def in_memory_keys(keywords: Mapping[str, Any]) -> dict[str, str]:
-    """Keywords that are objects, with a text that stands for each while the others are checked."""
+def in_memory_keys(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords that are objects, with what stands for each while the others are checked."""
     objects = (PreTrainedModel, PreTrainedTokenizerBase)
-    found = {key: IN_MEMORY for key, value in keywords.items() if isinstance(value, objects)}
+    found: dict[str, Any] = {key: IN_MEMORY for key, value in keywords.items() if isinstance(value, objects)}
+    if _holds_functions(keywords.get(REWARDS)):
+        found[REWARDS] = [IN_MEMORY]
     return found | {key: IN_MEMORY for key in DATA_KEYS if key in keywords and _holds_rows(keywords[key])}
 
 
@@ -216,6 +222,36 @@ def _kept_table(rows: Dataset) -> str:
     file = _folder() / f"rows-{_hash([draft.read_bytes()])}.parquet"
     _put(draft, file)
     return str(file)
+
+
+# --- reward functions ------------------------------------------------------------------------------------------------
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _holds_functions(value: Any) -> bool:
+    entries = [entry.get("name") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
+    return any(callable(entry) for entry in entries)
+
+
+def _kept_reward(entry: Any) -> Any:
+    """An entry of ``rewards``, with ``file.py:function`` in place of a function."""
+    if isinstance(entry, Mapping):
+        return {**entry, "name": _kept_reward(entry.get("name"))}
+    if not callable(entry):
+        return entry
+    try:
+        content = source_of(entry).encode()
+    except NotAlone as error:
+        raise AlignkitError(str(error)) from error
+    file = _folder() / f"reward_{_hash([content])}.py"
+    if not file.exists():
+        draft = _draft(file)
+        draft.write_bytes(content)
+        _put(draft, file)
+    return f"{file}:{entry.__name__}"
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------

@@ -241,7 +241,10 @@ def train_sft(config: Given = None, /, **keywords: Any) -> Run:
 
 
 def train_online(config: Given = None, /, **keywords: Any) -> Run:
-    """Train on completions that are drawn and rewarded while training; otherwise as :func:`train_preference`."""
+    """Train on completions that are drawn and rewarded while training; otherwise as :func:`train_preference`.
+
+    ``rewards`` may be a function or a list with functions in it: each is written down with what it uses.
+    """
     return _trained("online", config, keywords)
 
 

@@ -23,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from alignkit import Run, load_config, prepare, train_preference, train_sft
+from alignkit import Run, load_config, prepare, train_online, train_preference, train_sft
 from alignkit.errors import ConfigError, DataError, ModelError, RunDirectoryError, Stopped
 from alignkit.reports.plot import drawn
 from alignkit.runs.directory import RunDirectory
@@ -313,6 +313,23 @@ def test_a_mixture_of_methods_and_a_reward_model(saved: Path, tmp_path: Path) ->
         assert run.config.program == "reward"
         with pytest.raises(ModelError, match="gives scores and no answers"):
             run.chat("Hello")
+
+
+LONGEST = 4
+
+
+def brevity(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(completion) < LONGEST) for completion in completions]
+
+
+def test_a_reward_function_in_memory(saved: Path, tmp_path: Path) -> None:
+    call = {"use_cpu": True, "max_steps": 1, "method": "grpo", "model": str(saved), "num_samples": 0}
+    call |= {"data": [{"prompt": f"Say {i}."} for i in range(4)], "num_generations": 2, "max_completion_length": 4}
+    call |= {"per_device_train_batch_size": 2, "logging_steps": 1, "output_dir": tmp_path / "run"}
+    run = train_online(**call, rewards=brevity)
+    assert any("rewards/brevity/mean" in line for line in run.metrics)
+    with pytest.raises(ConfigError, match="`rewards`: only what `def` makes can be written down"):
+        train_online(**call, rewards=lambda completions: [0.0])
 
 
 def test_a_cell_that_prepares_can_be_executed_again(saved: Path, tmp_path: Path) -> None:
