@@ -15,6 +15,7 @@ from alignkit.config.compatibility import REFUSALS as CONFLICTS
 from alignkit.config.refusals import Refusal
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.rule import EditOptions, load_rule, rule_names
+from tests.alike import stands_for_others
 
 RELATIVES = (
     *("alphapo", "cpo", "orpo", "simpo"),  # without a reference
@@ -37,8 +38,6 @@ PARAMETRIZATIONS: Mapping[str, Mapping[str, Any]] = {
 IN_FULL = ("flex_dpo", "sft")
 ON_QLORA = ("glad", "perpgrad")
 OF_ROUTERS = ("dpo", "flex_dpo", "grpo", "roma", "sft")
-EVERY_RULE = {*IN_FULL, *OF_ROUTERS}
-"""Methods that are tried with every rule, with those that nothing in this list runs like."""
 WITHOUT_FACTORS = "gradient rule on LoRA with full fine-tuning"
 """Title of the row of docs/concepts/compatibility.md that refuses a rule of LoRA factors where there are none."""
 
@@ -89,22 +88,9 @@ def _without_factors(method: str, rule: str, parametrization: str) -> list[Compo
     return [every_tensor, Composition(method, rule, parametrization, refused=WITHOUT_FACTORS)]
 
 
-def _runs_as(name: str) -> tuple[Any, ...]:
-    """What of a method reaches beyond its loss: of two that agree in it, a rule sees gradients of one making."""
-    method = load_method(name)
-    options = method.options()
-    return (
-        *(method.program, method.num_candidates, method.preparation, method.row_family, method.negative_reference),
-        *(method.needs(options), method.teacher(options), method.anchor(options)),
-    )
-
-
 def rules_of(method: str) -> list[str]:
     """Rules that a method is tried with on LoRA: all of them, or one where another method that runs alike has all."""
-    alike = [name for name in METHODS if _runs_as(name) == _runs_as(method)]
-    if method in EVERY_RULE or (method == alike[0] and not EVERY_RULE & set(alike)):
-        return RULES
-    return [RULES[METHODS.index(method) % len(RULES)]]
+    return RULES if stands_for_others(method) else [RULES[METHODS.index(method) % len(RULES)]]
 
 
 ALL: tuple[Composition, ...] = (
