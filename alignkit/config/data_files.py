@@ -15,10 +15,13 @@ from alignkit.config.model_files import has_similar_entry, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
 from alignkit.data.foreign_rows import recognise_rows, row_as_ours
+from alignkit.data.opened import ending_of
 from alignkit.data.paths import ENDINGS, format_of, is_pattern, matched_files
 from alignkit.errors import DataError
 from alignkit.parts.shape import shapes_by_program
 from alignkit.places import is_hub_id
+
+_CONVERT = f"Convert it to one of {ENDINGS}, or give it its true ending"
 
 
 def check_data(settings: Settings) -> None:
@@ -73,7 +76,8 @@ def _open_head(name: str, split: str) -> Head | None:
         return _head_of(files)
     if path.is_file():
         if not format_of(path):
-            advice = f"Convert it to one of {ENDINGS}, or give it its true ending"
+            ending = ending_of(path)
+            advice = f"It looks like one of them: give the file the ending {ending}" if ending else _CONVERT
             raise DataFault(f"names {name}, whose ending is not one of {ENDINGS}", advice)
         return peek(path)
     if path.is_dir():
@@ -93,8 +97,7 @@ def _folder_head(folder: Path) -> Head:
 def _head_of(files: Sequence[Path]) -> Head:
     """The beginning of the first of several files."""
     if unknown := [file for file in files if not format_of(file)]:
-        advice = f"Convert them to one of {ENDINGS}, or give them their true ending"
-        raise DataFault(f"names {unknown[0]}, whose ending is not one of {ENDINGS}", advice)
+        raise DataFault(f"names {unknown[0]}, whose ending is not one of {ENDINGS}", _CONVERT)
     return peek(files[0])
 
 

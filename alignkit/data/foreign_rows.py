@@ -103,9 +103,8 @@ def row_as_ours(row: Mapping[str, Any], index: int, form: str, plan: Plan, name:
 
 def _suit(given: Collection[str], family: RowFamily) -> bool:
     """Whether these columns are those of a row of the family."""
-    if family.keeps_others:
-        return any(set(form.columns) <= set(given) for form in family.forms)
-    return set(given) <= set(family.columns)
+    is_whole = any(set(form.columns) - set(form.optional) <= set(given) for form in family.forms)
+    return is_whole and (family.keeps_others or set(given) <= set(family.columns))
 
 
 def _fits(form: DataFormat, plan: Plan, head: Sequence[Mapping[str, Any]], family: RowFamily) -> bool:

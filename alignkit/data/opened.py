@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any, cast
 
-from alignkit.data.paths import format_of
+from alignkit.data.paths import FORMATS, format_of
 
 MOST_OF_A_LINE = 2**26
 MOST_BETWEEN_ROWS = 2**20
@@ -68,17 +68,32 @@ def kind_of(file: Path) -> str:
     Args:
         file: A file whose name ends in one of ``FORMATS``.
     """
+    named, found = format_of(file), ending_of(file)
+    if found in (".parquet", ".arrow"):
+        return FORMATS[found]
+    return "json" if named == "csv" and found in (".json", ".jsonl") else named
+
+
+def ending_of(file: Path) -> str:
+    """The ending that the content of a file calls for, or nothing where that is not clear.
+
+    Args:
+        file: A file of any name.
+    """
     try:
         with opened(str(file)) as stream:
             raw, start = stream.peek(_START)[:8], beginning(stream)
     except BROKEN:
-        return format_of(file)
-    if raw.startswith(b"PAR1"):
-        return "parquet"
-    if raw.startswith(b"ARROW1"):
-        return "arrow"
-    is_json = start.startswith(b"{") or start[:1] == b"[" and start[1:].lstrip()[:1] == b"{"
-    return "json" if format_of(file) == "csv" and is_json else format_of(file)
+        return ""
+    header = next(iter(start.splitlines()), b"")
+    signs = {
+        ".parquet": raw.startswith(b"PAR1"),
+        ".arrow": raw.startswith(b"ARROW1"),
+        ".jsonl": start.startswith(b"{"),
+        ".json": start[:1] == b"[" and start[1:].lstrip()[:1] == b"{",
+        ".csv": (start[:1].isalpha() or start[:1] == b'"') and any(sign in header for sign in (b",", b"\t", b";")),
+    }
+    return next((ending for ending, holds in signs.items() if holds), "")
 
 
 class _Unzstd(io.RawIOBase):

@@ -44,7 +44,7 @@ def value_problems(column: str, value: Any, messages: bool) -> list[Problem]:
         messages: Whether it should be messages.
     """
     if value is None:
-        return [Problem(f"{column} is null: every row needs one", "null")]
+        return [Problem(f"{column} is null: every row needs one. Write it, or remove the row", "null")]
     if messages:
         return _message_problems(column, value)
     if not isinstance(value, str):

@@ -30,7 +30,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.json.json import Json as JsonBuilder
 
 from alignkit.data.json_files import HEAD_ROWS, cache_folder, json_stream, json_table
-from alignkit.data.opened import kind_of
+from alignkit.data.opened import ending_of, kind_of
 from alignkit.data.paths import ENDINGS, PACKED, format_of, is_pattern, matched_files, plain_path
 from alignkit.errors import DataError
 from alignkit.json_text import parse_json
@@ -288,12 +288,17 @@ def _kinds(files: Sequence[Path], name: str) -> set[str]:
     """What files hold, none of them being empty."""
     unknown = [file for file in files if not format_of(file)]
     if unknown:
-        expected = f"expected one of {ENDINGS}"
+        expected = f"expected one of {ENDINGS}{_advised_ending(unknown[0])}"
         raise DataError(f"{name}: cannot be read", [f"{unknown[0]} ends in {unknown[0].suffix!r}; {expected}"])
     empty = [f"{file} is empty" for file in files if _is_blank_file(file)]
     if empty:
         raise DataError(f"{name}: no rows", empty)
     return set(map(kind_of, files))
+
+
+def _advised_ending(file: Path) -> str:
+    ending = ending_of(file)
+    return f". It looks like one of them: give the file the ending {ending}" if ending else ""
 
 
 def _is_blank_file(path: Path) -> bool:

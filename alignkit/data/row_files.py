@@ -15,7 +15,7 @@ from pyarrow import ipc, parquet
 from alignkit.data.csv_files import read_csv_rows
 from alignkit.data.json_lines import read_json_rows
 from alignkit.data.json_values import is_plain, without_nulls
-from alignkit.data.opened import BROKEN, Fault, beginning, broken_archive, kind_of, opened
+from alignkit.data.opened import BROKEN, Fault, beginning, broken_archive, ending_of, kind_of, opened
 
 _BATCH = 256
 
@@ -39,14 +39,10 @@ def read_rows(file: str) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
 
 def _table_in_disguise(file: str) -> str | None:
     """What to say of a file of the name of JSON that begins like a table of cells."""
-    try:
-        with opened(file) as stream:
-            line = next(iter(beginning(stream).splitlines()), b"")
-    except BROKEN:
+    if ending_of(Path(file)) != ".csv":
         return None
-    if not (line[:1].isalpha() or line[:1] == b'"') or not any(sign in line for sign in (b",", b"\t", b";")):
-        return None
-    shown = line.decode(errors="replace")
+    with opened(file) as stream:
+        shown = beginning(stream).splitlines()[0].decode(errors="replace")
     return f"no JSON, but a line like the header of a table, {shown!r:.60}: give the file the ending .csv"
 
 

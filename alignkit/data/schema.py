@@ -265,7 +265,8 @@ def _list_problems(row: Mapping[str, Any], kind: RowKind, num_candidates: int | 
 
 def _count_problems(count: int, num_candidates: int | None) -> list[Problem]:
     if count < 2:
-        return [Problem("fewer than 2 completions: a preference needs at least two", f"{count} completions")]
+        kind = "fewer than 2 completions: a preference needs at least two. Add one, or remove the row"
+        return [Problem(kind, f"{count} completions")]
     if num_candidates is not None and count != num_candidates:
         advice = f"keep {num_candidates} a row (say the best and the worst), or choose a method that takes lists"
         kind = f"the method takes exactly {num_candidates} completions a row: {advice}"

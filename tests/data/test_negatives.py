@@ -73,8 +73,14 @@ def test_what_is_left_out_is_said() -> None:
             [{"prompt": "a", "rejected": ANSWER}],
             "the prompt is text, rejected is messages: write the prompt as messages",
         ),
-        ([TEXT, {**TEXT, "rejected": None}], "rejected is null: every row needs one\n     1 row: row 1: null"),
-        ([TEXT, {"prompt": "a"}], "rejected is null: every row needs one\n     1 row: row 1: null"),
+        (
+            [TEXT, {**TEXT, "rejected": None}],
+            "rejected is null: every row needs one. Write it, or remove the row\n     1 row: row 1: null",
+        ),
+        (
+            [TEXT, {"prompt": "a"}],
+            "rejected is null: every row needs one. Write it, or remove the row\n     1 row: row 1: null",
+        ),
         ([TEXT, {**TEXT, "rejected": math.nan}], "rejected is float, expected text\n     1 row: row 1: nan"),
         ([TEXT, {**TEXT, "rejected": " \n"}], "rejected is empty: it needs at least one character"),
         ([TEXT, {**TEXT, "prompt": 5}], "prompt is int, expected text\n     1 row: row 1: 5"),

@@ -15,6 +15,7 @@ from alignkit.data.formats._reading import (
     most_are,
     named,
     parsed,
+    values_of,
 )
 
 
@@ -33,7 +34,9 @@ def scored_answers(
         text = next(
             (key for key in texts if most_are(rows, column, lambda value, key=key: is_list_of(value, key))), None
         )
-        number = next((key for key in numbers if most_are(rows, column, lambda v, key=key: _all_scored(v, key))), None)
+        scored = [(key, values_of(rows, column)) for key in numbers]
+        number = next((key for key, values in scored if values and all(_all_scored(v, key) for v in values)), None)
+        number = number or next((key for key, values in scored if any(_all_scored(v, key) for v in values)), None)
         if prompts and text and number:
             return {"prompt": prompts[0], "completions": column, "text": text, "score": number}
     return None

@@ -31,13 +31,17 @@ BESIDE = ("context", "passage", "background", "document", "hint", "history")
 
 
 def recognise(columns: Sequence[str], rows: Rows) -> Plan | None:
-    """The columns of prompt and answer, or None.
+    """The columns of prompt and answer, or None: of rows under our names whose answers are all numbers, too.
 
     Raises:
         ValueError: Several columns may be either, or a column would be left out that the question may need.
     """
     labelled = any(all_are(rows, c, lambda v: label_of(v) is not None) for c in named(columns, LABELS))
     if labelled or alpaca.recognise(columns, rows):
+        return None
+    if {"prompt", "completion"} <= set(columns):
+        return {"prompt": "prompt", "completion": "completion"} if all_are(rows, "completion", _is_number) else None
+    if {"prompt", "chosen", "rejected"} <= set(columns):
         return None
     prompts = [c for c in named(columns, PROMPT_NAMES) if all_are(rows, c, lambda v: is_text(v) or is_turns(parsed(v)))]
     pair = [column for column in named(columns, ("chosen", "rejected")) if all_are(rows, column, is_text)]
@@ -73,6 +77,10 @@ def convert(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return {"prompt": prompt, **{ours: answer_of(text) if is_text(text) else text for ours, text in answers.items()}}
 
 
+def _is_number(value: Any) -> bool:
+    return is_text(value) and not isinstance(value, str)
+
+
 def _begins(row: Mapping[str, Any], plan: Plan) -> bool:
     """Whether the answers hold the prompt as well, which is then not needed."""
     prompt, chosen = row.get(plan["prompt"]), row.get(plan["chosen"])
@@ -87,4 +95,5 @@ FORMAT = DataFormat(
     gives=(("prompt", "completion"), ("prompt", "chosen", "rejected")),
     recognise=recognise,
     convert=convert,
+    mends=True,
 )
