@@ -19,6 +19,7 @@ from alignkit.data.prompts_schema import detect_prompt_rows, prompt_row_problems
 from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.supervised_schema import detect_supervised_kind, supervised_row_problems
 from alignkit.parts.shape import shapes_by_program
+from alignkit.programs.translate import _entries, translated
 from alignkit.shipped import recipe_names, recipe_path
 from alignkit.yaml_text import parse_yaml
 from scripts import docs
@@ -75,6 +76,8 @@ def check_command(words: list[str], folder: Path) -> None:
     elif words[0] == "alignkit" and words[1] in ("train", "config") and not words[2].startswith("-"):
         program = program_of(recipe_path(words[2]).read_text()) if words[2] in recipe_names() else "preference"
         check_config(program, words[2], words[3:], folder)
+    elif words[:2] == ["alignkit", "translate"]:
+        assert ".yaml" in words[2] or "# to do" not in translated(_entries(words[2:]))
     elif words[0] == "alignkit" and words[1] in cli._PROGRAMS:
         check_options(("-m", *words[:2]), words[2:])
     elif words[0] == "alignkit":
