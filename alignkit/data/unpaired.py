@@ -28,6 +28,8 @@ from alignkit.data.split_report import Check
 from alignkit.data.unpaired_schema import detect_unpaired_kind, labelled_problems
 from alignkit.errors import DataError
 
+TRAINED = "train"
+"""What the training rows of a run are called."""
 MISMATCHED_SCORE = -1.0
 BALANCE = (1.0, 4 / 3)
 """Between which the paper keeps the ratio of all good answers' weight to all bad ones' (arXiv 2402.01306, Eq. 8)."""
@@ -74,8 +76,10 @@ class UnpairedReport(ConversionReport):
 
     def checks(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> list[Check]:
         """The checks of candidate rows, with the balance of the labels in place of the preference."""
-        before, after = super().checks(tokenizer, rows)[:3], super().checks(tokenizer, rows)[4:]
-        return [*before, self._check_balance(), *after]
+        stop_token, padding, prompt_prefix, _, special_tokens = super().checks(tokenizer, rows)
+        # What held-out answers weigh trains nothing.
+        balance = [self._check_balance()] if self.name == TRAINED else []
+        return [stop_token, padding, prompt_prefix, *balance, special_tokens]
 
     def contents(self, table: pa.Table) -> list[Content]:
         """What each row trains: its own answer, with its label."""
@@ -95,7 +99,7 @@ class UnpairedReport(ConversionReport):
             return Check(name, "ok", found)
         num_bad = self.num_rows - self.num_desirable
         if self.num_desirable == 0 or num_bad == 0:
-            return Check(name, "warn", f"all of them are called {'good' if num_bad == 0 else 'bad'}")
+            return Check(name, "warn", f"all that are left are called {'good' if num_bad == 0 else 'bad'}")
         wanted = (low + high) / 2 * bad * num_bad / self.num_desirable
         or_else = good * self.num_desirable / num_bad / ((low + high) / 2)
         advice = f"write desirable_weight: {wanted:.2g}, or undesirable_weight: {or_else:.2g}, not both"
@@ -127,14 +131,15 @@ def to_unpaired_rows(
         DataError: Rows are malformed, all training rows have one label, or there is no second prompt.
     """
     answers, num_pairs = labelled_answers(dataset, name)
-    if name == "train":
+    if name == TRAINED:
         _refuse_one_label(answers, name)
     rows, report = to_candidate_rows(
         dataset_of(with_mismatches(answers, seed, name)), tokenizer, num_candidates=None, name=name, **how
     )
     assert isinstance(rows, Dataset)
     num_desirable = sum(scores[0] > 0 for scores in rows["scores"])
-    own = {"num_desirable": num_desirable, "num_pairs": num_pairs, "weights": weights, "kind": "labelled answers"}
+    kind = f"{'conversational' if report.conversational else 'standard'} labelled answers"
+    own = {"num_desirable": num_desirable, "num_pairs": num_pairs, "weights": weights, "kind": kind}
     return rows, UnpairedReport(**{**vars(report), **own})
 
 

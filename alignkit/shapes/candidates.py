@@ -93,7 +93,11 @@ PANELS = (
         (Curve("grad_ratio_log_per_token", "gradient ratio", PURPLE),),
         lines=(0.0,),
     ),
-    Panel("Distance from the anchor", "nats", (Curve(ANCHOR_DRIFT, "drift", PURPLE),)),
+    Panel(
+        "Distance from the anchor",
+        "nats",
+        (Curve(ANCHOR_DRIFT, "drift", PURPLE), Curve("kl", "divergence on other answers", BLUE)),
+    ),
     *PARAMETRIZATION_PANELS,
     *RULE_PANELS,
     LOSS_PANEL,

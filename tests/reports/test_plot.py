@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from alignkit.models.router_watch import METRICS as ROUTER_METRICS
 from alignkit.objectives._pair_metrics import PAIR_METRICS
 from alignkit.objectives.adpo import METRICS as ADPO_METRICS
+from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import parametrizations
 from alignkit.parts.rule import TWO_GRADIENT_METRICS
 from alignkit.reports.plot import panels_of_log, plot_run, with_ratios_per_token
@@ -74,6 +75,7 @@ def test_every_curve_is_of_a_metric_that_methods_return() -> None:
     keys = {curve.key for panel in PANELS for curve in panel.curves}
     beside = {"loss", "dispersion", "mean_logps/probe", "log-ratio a token/chosen", "log-ratio a token/rejected"}
     of_parametrizations = {key for record in parametrizations() for key in record.metrics}
+    beside |= set(load_method("kto").metrics)
     assert keys - beside <= {*PAIR_METRICS, *ADPO_METRICS, *TWO_GRADIENT_METRICS, *ROUTER_METRICS, *of_parametrizations}
 
 
