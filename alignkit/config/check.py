@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Protocol
 from alignkit.config.best import check_best
 from alignkit.config.compatibility import REFUSALS
 from alignkit.config.data_files import check_data
+from alignkit.config.kernels import check_attention
 from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule_keys, rules_with
 from alignkit.config.method_value import method_text
 from alignkit.config.model_files import check_model_files, check_packages
 from alignkit.config.names import explain_method, explain_rule_option, explain_unknown
+from alignkit.config.optimizers import check_optimizer
 from alignkit.config.reward_names import check_rewards
 from alignkit.config.schedules import check_schedule
 from alignkit.config.settings import COMMAND_LINE, Entry, Origin, Settings
@@ -60,6 +62,8 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Con
     for refusal in REFUSALS:
         refusal.check(settings)
     check_schedule(settings)
+    check_attention(settings)
+    check_optimizer(settings)
     check_best(settings)
     if check_files:
         check_model_files(settings)

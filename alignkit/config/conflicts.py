@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 from alignkit.config.ignored import EVERY_ROW_COUNTS
+from alignkit.config.kernels import computes_in_half, needs_accelerator
+from alignkit.config.optimizers import is_schedule_free
 from alignkit.config.refusals import Refusal, edits_gradients, no_heldout_rows
 from alignkit.parts.parametrization import load_parametrization
 
@@ -60,7 +62,7 @@ CONFLICTS: tuple[Refusal, ...] = (
         "flash attention in float32",
         ("attn_implementation", "dtype", "bf16", "fp16"),
         lambda c: (
-            c.attn_implementation == "flash_attention_2"
+            computes_in_half(c.attn_implementation)
             and c.dtype in (None, "float32")
             and not c.fp16
             and (c.bf16 is False or (c.bf16 == "auto" and c.dtype == "float32"))
@@ -71,7 +73,7 @@ CONFLICTS: tuple[Refusal, ...] = (
     Refusal(
         "flash or flex attention on the CPU",
         ("attn_implementation", "use_cpu"),
-        lambda c: c.attn_implementation in ("flash_attention_2", "flex_attention") and c.use_cpu,
+        lambda c: needs_accelerator(c.attn_implementation) and c.use_cpu,
         "it has no backward pass on the CPU",
         "Write attn_implementation: sdpa",
     ),
@@ -246,6 +248,27 @@ CONFLICTS: tuple[Refusal, ...] = (
         lambda c: c.dynamic_sampling > 0 and c.environment is not None,
         "an environment has one state for each completion, and would have to begin again",
         "Remove one of the two",
+    ),
+    Refusal(
+        "schedule-free optimizer with a schedule",
+        ("optim", "lr_scheduler_type"),
+        lambda c: is_schedule_free(c.optim) and c.lr_scheduler_type != "constant",
+        "it averages weights in place of a schedule, and would be slowed down twice",
+        "Write lr_scheduler_type: constant; warmup_steps are the optimizer's own then",
+    ),
+    Refusal(
+        "schedule-free optimizer that warms up for a share of the steps",
+        ("optim", "warmup_steps"),
+        lambda c: is_schedule_free(c.optim) and 0 < c.warmup_steps < 1,
+        "the optimizer does not know how many steps there are",
+        "Write warmup_steps as a whole number",
+    ),
+    Refusal(
+        "order of rows of a stream",
+        ("train_sampling_strategy", "streaming"),
+        lambda c: c.train_sampling_strategy != "random" and c.streaming,
+        "the rows of a stream come in its own order",
+        "Write streaming: false",
     ),
     *(
         Refusal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from alignkit.config.optimizers import OPTIMIZERS, is_schedule_free
 from alignkit.config.refusals import IgnoredKeys, edits_gradients, no_heldout_rows
 
 EVERY_ROW_COUNTS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
@@ -127,10 +128,10 @@ IGNORED: tuple[IgnoredKeys, ...] = (
     IgnoredKeys(
         "warm-up with a constant schedule",
         ("warmup_steps",),
-        lambda c: c.lr_scheduler_type == "constant",
+        lambda c: c.lr_scheduler_type == "constant" and not is_schedule_free(c.optim),
         "this schedule has no warm-up",
         "write lr_scheduler_type: constant_with_warmup",
-        under=("lr_scheduler_type",),
+        under=("lr_scheduler_type", "optim"),
     ),
     IgnoredKeys(
         "keep_best with load_best_model_at_end",
@@ -165,9 +166,17 @@ IGNORED: tuple[IgnoredKeys, ...] = (
         under=("report_to",),
     ),
     IgnoredKeys(
-        "Adam options with another optimizer",
-        ("adam_beta1", "adam_beta2", "adam_epsilon"),
-        lambda c: "adam" not in c.optim,
+        "Adam's epsilon with another optimizer",
+        ("adam_epsilon",),
+        lambda c: not OPTIMIZERS[c.optim].epsilon,
+        "this optimizer does not read it",
+        "write optim: adamw_torch",
+        under=("optim",),
+    ),
+    IgnoredKeys(
+        "betas with an optimizer that has none",
+        ("adam_beta1", "adam_beta2"),
+        lambda c: not OPTIMIZERS[c.optim].betas,
         "this optimizer does not read it",
         "write optim: adamw_torch",
         under=("optim",),

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from alignkit.config.kernels import attention_packages
+from alignkit.config.optimizers import OPTIMIZERS
 from alignkit.config.settings import Settings
 from alignkit.json_text import parse_json
 from alignkit.models.adapter_config import config_problem
@@ -192,13 +194,15 @@ def _needed_packages(settings: Settings) -> Iterator[tuple[str, tuple[str, ...],
     bitsandbytes = ("bitsandbytes",), "pip install 'alignkit[quantization]'"
     if values.get("quantization", "none") != "none":
         yield "quantization", *bitsandbytes
-    if "8bit" in values.get("optim", "") or "paged" in values.get("optim", ""):
-        yield "optim", *bitsandbytes
+    optimizer = OPTIMIZERS.get(values.get("optim", ""))
+    if optimizer is not None and optimizer.package is not None:
+        package, command = optimizer.package
+        yield "optim", (package,), command
     trackers = values.get("report_to", "none")
     for tracker in [trackers] if isinstance(trackers, str) else trackers:
         if tracker != "none":
             yield "report_to", (tracker,), f"pip install {tracker}"
     if values.get("kernels") == "liger":
         yield "kernels", ("liger_kernel",), "pip install 'alignkit[fast]'"
-    if values.get("attn_implementation") == "flash_attention_2":
-        yield "attn_implementation", ("flash_attn", "kernels"), "pip install flash-attn"
+    if (needed := attention_packages(values.get("attn_implementation"))) is not None:
+        yield "attn_implementation", *needed

@@ -14,7 +14,6 @@ from alignkit.parts.options import option
 from alignkit.parts.parametrization import parametrizations
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 TRL, TRANSFORMERS = "TRL 1.16", "transformers"
 
 
@@ -57,7 +56,10 @@ class ModelSection(Section):
         source="alignkit (TRL 1.16: float32)",
     )
     attn_implementation: str | None = option(
-        None, choices=ATTENTION, help="Attention kernel; null leaves the choice to transformers.", source=TRANSFORMERS
+        None,
+        help="Attention kernel: eager, sdpa, flash_attention_2, flash_attention_3, flex_attention, or one of the Hub "
+        "such as kernels-community/flash-attn2, whose code then runs; null leaves the choice to transformers.",
+        source=TRANSFORMERS,
     )
     trust_remote_code: bool = option(
         False,

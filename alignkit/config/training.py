@@ -5,20 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from alignkit.config.optimizers import OPTIMIZERS
 from alignkit.config.schedules import SETTINGS
 from alignkit.config.sections import TRANSFORMERS, TRL, Section
 from alignkit.parts.options import DerivedDefault, option
 from alignkit.parts.parametrization import parametrizations
 
-OPTIMIZERS = (
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_bnb_8bit",
-    "paged_adamw_32bit",
-    "paged_adamw_8bit",
-    "adafactor",
-    "sgd",
-)
 SCHEDULERS = tuple(SETTINGS)
 TRACKERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 KERNELS = ("auto", "none", "liger", "compile")
@@ -124,7 +116,20 @@ class OptimizerSection(Section):
         source=TRANSFORMERS,
         passes_to_trainer=True,
     )
-    optim: str = option("adamw_torch", choices=OPTIMIZERS, help="Optimizer.", passes_to_trainer=True)
+    optim: str = option(
+        "adamw_torch",
+        choices=OPTIMIZERS,
+        help="Optimizer: AdamW, Lion or AdEMAMix of torch or, with states of 8 bits or paged ones, of bitsandbytes; "
+        "muon on hidden matrices with AdamW on the rest; Adafactor, SGD, Adagrad, RMSprop; or one that needs no "
+        "schedule (schedulefree).",
+        passes_to_trainer=True,
+    )
+    optim_args: dict[str, Any] | None = option(
+        None,
+        help="Settings of the optimizer that have no key of their own, such as {momentum: 0.9} of sgd and muon or "
+        "{scale_parameter: true} of adafactor.",
+        source=TRANSFORMERS,
+    )
     weight_decay: float = option(0.0, ge=0, help="Decoupled weight decay.", source=TRANSFORMERS, passes_to_trainer=True)
     adam_beta1: float = option(
         0.9, ge=0, lt=1, help="AdamW decay of the mean.", source=TRANSFORMERS, passes_to_trainer=True
@@ -165,6 +170,15 @@ class TokenBudgetSection(Section):
         "per_device_train_batch_size of the longest rows have, doubled while the memory estimate leaves room (where "
         "gradient_checkpointing is auto, too), or 2,048 on a CPU; null keeps "
         "micro-batches of per_device_train_batch_size rows.",
+    )
+
+    train_sampling_strategy: str = option(
+        "random",
+        choices=("random", "group_by_length", "sequential"),
+        help="Order of the rows: random; group_by_length, rows of similar length together, which saves padding and "
+        "makes losses of steps differ; or sequential, as they stand in data.",
+        source=TRANSFORMERS,
+        passes_to_trainer=True,
     )
 
 

@@ -11,13 +11,18 @@ from alignkit.memory.ledger import Block, Leaf, Ledger
 from alignkit.memory.operations import Arithmetic, Machine, Weight
 from alignkit.memory.shape import ModelShape
 
+_EIGHT_BITS = 1 + 4 / 256
+"""A number of 8 bits, and its share of the scale of 32 bits that a block of 256 has."""
 STATE_BYTES = {
-    "adamw_torch": 8.0,
-    "adamw_torch_fused": 8.0,
-    "paged_adamw_32bit": 8.0,
-    # Two numbers of 8 bits, and for each a scale of 32 bits a block of 256.
-    "adamw_bnb_8bit": 2 + 2 * 4 / 256,
-    "paged_adamw_8bit": 2 + 2 * 4 / 256,
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), 8.0),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2 * _EIGHT_BITS),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "adagrad", "rmsprop", "schedule_free_sgd"), 4.0),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), _EIGHT_BITS),
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam"), 8.0),
+    "ademamix": 12.0,
+    "ademamix_8bit": 3 * _EIGHT_BITS,
+    # Of hidden matrices; embeddings and norms, which it leaves to AdamW, are few where adapters train.
+    "muon": 4.0,
     "sgd": 0.0,
 }
 """What an optimizer keeps for every trained number; Adafactor keeps rows and columns."""
@@ -231,7 +236,7 @@ def state_bytes(optimizer: str, weight: Weight) -> int:
     if optimizer == "adafactor":
         return 4 * (weight.sides[0] + weight.sides[1]) if weight.sides else 4 * weight.count
     if optimizer.endswith("8bit") and weight.count < SMALL_FOR_8_BIT:
-        return 8 * weight.count
+        return 4 * round(STATE_BYTES[optimizer]) * weight.count
     return int(STATE_BYTES[optimizer] * weight.count)
 
 

@@ -12,15 +12,17 @@ from alignkit.storage.persistent import Persistent
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with a learning rate of their own, which follows the schedule of the run; nothing decays them.
+    """Parameters with a learning rate of their own, which follows the schedule of the run.
 
     Attributes:
         parameters: Some of those that train.
         learning_rate: At the top of the schedule.
+        decays: Whether weight decay takes of them what it would otherwise; if not, nothing.
     """
 
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+    decays: bool = False
 
 
 class Attachment:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.bounded import slow_pattern
 from alignkit.errors import ModelError
+from alignkit.models.attachment import Attachment, ParameterGroup
 from alignkit.models.loading import REWARD_HEAD
 
 _SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")
@@ -75,8 +76,30 @@ def go_on(config: Any, model: PeftModel) -> None:
     """Nothing: a loaded adapter trains as it is."""
 
 
-def attach(config: Any, trainer: Any) -> None:
-    """Nothing: it trains as the trainer does."""
+def attach(config: Any, trainer: Any) -> Attachment | None:
+    """The learning rate of the factors B, where they have one of their own."""
+    if config.loraplus_lr_ratio is None:
+        return None
+    return LoraPlus(trainer.model, trainer.args.learning_rate * config.loraplus_lr_ratio)
+
+
+class LoraPlus(Attachment):
+    """Trains the factors B faster than the factors A (Hayou et al. 2024, arXiv 2402.12354, section 4).
+
+    Factors of embeddings keep the learning rate of the run.
+
+    Args:
+        model: The PEFT model.
+        learning_rate: Of the factors B, at the top of the schedule.
+    """
+
+    def __init__(self, model: PeftModel, learning_rate: float) -> None:
+        self.model, self.learning_rate = model, learning_rate
+
+    def parameter_groups(self, total: int) -> Sequence[ParameterGroup]:
+        """One group, decayed like other weights."""
+        factors = [weight for name, weight in self.model.named_parameters() if ".lora_B." in name]
+        return [ParameterGroup([weight for weight in factors if weight.requires_grad], self.learning_rate, decays=True)]
 
 
 def lora_config(

@@ -51,6 +51,13 @@ class LoraOptions:
         source="PEFT",
     )
     use_rslora: bool = option(False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).", source="PEFT")
+    loraplus_lr_ratio: float | None = option(
+        None,
+        ge=1,
+        help="How many times as large the learning rate of the factors B is as that of A, through the whole schedule "
+        "(LoRA+, arXiv 2402.12354: 16); null is one rate for both.",
+        source="PEFT",
+    )
     use_dora: bool = option(False, help="Weight-decomposed adapters (arXiv 2402.09353).", source="PEFT")
 
 
@@ -62,6 +69,7 @@ PARAMETRIZATION = Parametrization(
     has_adapter=True,
     goes_on=True,
     has_factors=True,
+    of_any_adapter=("loraplus_lr_ratio",),
     product="A LoRA adapter",
     conflicts=(
         Conflict(
@@ -79,6 +87,13 @@ PARAMETRIZATION = Parametrization(
             lambda c: _bad_pattern(c.lora_target_modules),
             "is not a valid regular expression",
             "Write all-linear, a list of module names such as [q_proj, v_proj], or a valid expression",
+        ),
+        Conflict(
+            "LoRA+ with learnt removal",
+            ("loraplus_lr_ratio", "parametrization"),
+            lambda c: c.loraplus_lr_ratio is not None and _has_lora(c) and c.parametrization != "lora",
+            "it has learning rates of its own",
+            "Remove loraplus_lr_ratio, or write parametrization: lora",
         ),
         Conflict(
             "no LoRA target",

@@ -14,8 +14,10 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 
 from alignkit.config.base import ProgramConfig
 from alignkit.config.check import in_force
+from alignkit.config.kernels import needs_accelerator
 from alignkit.config.keys import base_keys
-from alignkit.environment import launched_precision
+from alignkit.config.optimizers import MUON
+from alignkit.environment import launched_precision, launched_with_deepspeed, launched_with_fsdp
 from alignkit.errors import ConfigError
 from alignkit.gradients._support import RunLayout, check_layout
 from alignkit.models.choices import Choice, pinned
@@ -25,7 +27,6 @@ from alignkit.parts.parametrization import load_half, load_parametrization
 from alignkit.parts.rule import load_rule
 
 MOST_STEPS = 10**9
-ACCELERATOR_ATTENTION = ("flash_attention_2", "flex_attention")
 
 
 def training_arguments(config: ProgramConfig, bridge: ModuleType, choices: dict[str, Choice]) -> Any:
@@ -44,6 +45,7 @@ def training_arguments(config: ProgramConfig, bridge: ModuleType, choices: dict[
     args.accelerator_config.non_blocking = args.dataloader_pin_memory
     check_device(config, args)
     check_gradient_rule(config, args)
+    check_optimizer(config)
     load_half(load_parametrization(config.parametrization)).check(config)
     return args
 
@@ -54,6 +56,7 @@ def common_arguments(config: ProgramConfig) -> dict[str, Any]:
     return {
         **{name: values[name] for name, key in base_keys(config.program).items() if key.info.passes_to_trainer},
         "bf16": mixed_bfloat16(config)[0],
+        **_optimizer(config),
         # auto is settled once the lengths of the rows are known.
         "gradient_checkpointing": config.gradient_checkpointing is True,
         "prediction_loss_only": True,
@@ -64,6 +67,15 @@ def common_arguments(config: ProgramConfig) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "ignore_data_skip": False,
     }
+
+
+def _optimizer(config: ProgramConfig) -> dict[str, Any]:
+    """The optimizer with its settings, as transformers takes them; Muon, which it has not, is told to the bridge."""
+    given = config.optim_args or {}
+    is_muon = config.optim == MUON
+    settings = {MUON: True, **given} if is_muon else given
+    told = ",".join(f"{name}={str(value).lower()}" for name, value in settings.items())
+    return {"optim": "adamw_torch" if is_muon else config.optim, "optim_args": told or None}
 
 
 def fitted(config: Any, choices: dict[str, Choice]) -> Any:
@@ -141,11 +153,25 @@ def check_device(config: ProgramConfig, args: TrainingArguments) -> None:
     if config.kernels == "liger":
         advice = "Write kernels: none or compile"
         problems.append(f"`kernels: liger`: its kernels are written in Triton, which needs a CUDA device. {advice}")
-    if config.attn_implementation in ACCELERATOR_ATTENTION:
+    if needs_accelerator(config.attn_implementation):
         kernel = f"`attn_implementation: {config.attn_implementation}`"
         problems.append(f"{kernel}: it has no backward pass on the CPU. Write attn_implementation: sdpa")
     if problems:
         raise ConfigError("training runs on the CPU: torch finds no accelerator on this machine", problems)
+
+
+def check_optimizer(config: ProgramConfig) -> None:
+    """Refuse an optimizer that reads whole matrices where the launch cuts them up.
+
+    Raises:
+        ConfigError: Says what to write.
+    """
+    if config.optim == MUON and (launched_with_deepspeed() or launched_with_fsdp()):
+        problem = (
+            "`optim: muon`: DeepSpeed and FSDP hand an optimizer parts of weights, and Muon needs whole matrices. "
+            "Write optim: adamw_torch, or launch with DDP (configs/accelerate/ddp.yaml)"
+        )
+        raise ConfigError("the optimizer cannot work in this launch", [problem])
 
 
 def check_length(

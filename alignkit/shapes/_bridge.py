@@ -45,6 +45,7 @@ from alignkit.models.embedding_noise import disturb_embeddings
 from alignkit.models.files import ADAPTER_WEIGHTS
 from alignkit.models.full_rank import settle
 from alignkit.models.metric_sums import MetricSums
+from alignkit.models.optimizers import as_told, average, move_to_own_group
 from alignkit.models.precision import hold_in_float32
 from alignkit.models.router_watch import RouterWatch, watch_adapter
 from alignkit.models.saved_comparison import adapter_difference, load_saved_weights, model_difference
@@ -328,10 +329,9 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, in which parameters with a learning rate of their own have groups of their own."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        self.optimizer = optimizer = as_told(optimizer, base_model(self.model), self.args.optim_args)
         for own in self.attachment.parameter_groups(self.state.max_steps):
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if not any(p is q for q in own.parameters)]
-            optimizer.add_param_group({"params": list(own.parameters), "lr": own.learning_rate, "weight_decay": 0.0})
+            move_to_own_group(optimizer, own)
         return optimizer
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -344,6 +344,11 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
         super()._save_checkpoint(model, trial)
         for state in self.persistent:
             state.save(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model that the optimizer results in; a collective."""
+        average(self.optimizer, self.args.optim)
+        super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights that training goes on from, and compare the model with their files.
@@ -368,6 +373,7 @@ class ObjectiveBridge(StreamResume, GradientRuleHook):
 
     def load_weights(self, checkpoint: Path) -> None:
         """Give the model the weights of a checkpoint of this run, once training is over; a collective."""
+        average(self.optimizer, self.args.optim)
         if self.is_deepspeed_enabled:
             deepspeed_load_checkpoint(
                 self.model_wrapped, str(checkpoint), load_module_strict=not isinstance(self.model, PeftModel)

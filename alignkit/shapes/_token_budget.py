@@ -9,6 +9,7 @@ transformers counts the micro-batches it is given, to know when a step ends. It 
 which all but the last are empty: the last holds those that are really run.
 
 Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
+- transformers ``Trainer._get_train_sampler(train_dataset)``
 - transformers ``Trainer.get_train_dataloader``, which takes ``data_collator`` as it is when it is called
 - transformers ``Trainer._run_epoch``: gradients are exchanged after the last of what ``get_batch_samples`` returns,
   and what each of it is goes to ``training_step``, ``floating_point_ops`` and ``_track_num_input_tokens``
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -35,6 +37,7 @@ from alignkit.errors import ConfigError
 from alignkit.models._layouts import LayoutChoice
 from alignkit.models.choices import Choice, pinned
 from alignkit.shapes._bridge import ObjectiveBridge
+from alignkit.shapes._row_order import LengthGrouped
 
 CPU_TOKENS = 2048
 """What ``auto`` is on a CPU, where larger products are no faster: on GSM8K pairs 1,024 to 4,096 are within 2 %."""
@@ -204,6 +207,15 @@ class TokenBudget(ObjectiveBridge):
         return Choice("tokens_per_batch", longest * rows, f"as many as {rows} of the longest rows have")
 
     # --- the micro-batches of a step -------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the rows; group_by_length goes by the tokens of the longest candidate of each."""
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(self.train_dataset, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        rows_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGrouped(RowLengths.of(self.train_dataset).longest.tolist(), rows_a_step, seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A dataloader of the same rows in the same order, not collated yet."""

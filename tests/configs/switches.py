@@ -17,6 +17,22 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"eval_steps": 1},
     ),
     "save_steps that is neither steps nor a share": ({"save_steps": 7.0}, {"save_steps": 7}),
+    "schedule-free optimizer with a schedule": (
+        {"optim": "schedule_free_adamw"},
+        {"lr_scheduler_type": "constant", "warmup_steps": 10},
+    ),
+    "schedule-free optimizer that warms up for a share of the steps": (
+        {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "warmup_steps": 0.1},
+        {"warmup_steps": 10},
+    ),
+    "order of rows of a stream": (
+        {"train_sampling_strategy": "group_by_length", "streaming": True, "max_steps": 5},
+        {"streaming": False},
+    ),
+    "LoRA+ with learnt removal": (
+        {"parametrization": "pat", "loraplus_lr_ratio": 4.0},
+        {"parametrization": "lora"},
+    ),
     "best or early end without evaluations": (BEST, EVALUATED),
     "best or early end of what is pruned while training": (
         EVALUATED | {"early_stopping_patience": 2, "parametrization": "pat"},
@@ -36,6 +52,11 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "early_stopping_threshold without patience": (
         EVALUATED | {"early_stopping_threshold": 0.1},
         {"early_stopping_patience": 2},
+    ),
+    "Adam's epsilon with another optimizer": ({"optim": "lion_8bit", "adam_epsilon": 1e-6}, {"optim": "muon"}),
+    "betas with an optimizer that has none": (
+        {"optim": "sgd", "adam_beta1": 0.8, "adam_beta2": 0.9},
+        {"optim": "paged_lion_8bit"},
     ),
     "run_name without a tracker": ({"run_name": "first"}, {"report_to": ["tensorboard"]}),
 }

@@ -8,7 +8,8 @@ import pytest
 from alignkit.config.foreign_keys import ABSENT, SETTLED, WRITE
 from alignkit.config.keys import Key, base_keys, keys_that, method_keys, methods_with, program_methods
 from alignkit.config.names import is_launcher_key
-from alignkit.config.training import OPTIMIZERS, SCHEDULERS
+from alignkit.config.optimizers import MUON, OPTIMIZERS
+from alignkit.config.training import SCHEDULERS
 from alignkit.config.values import check_value
 from alignkit.parts.method import load_method, method_names
 from alignkit.parts.shape import shapes_by_program
@@ -55,7 +56,7 @@ def test_choices_are_names_that_transformers_knows() -> None:
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
     from transformers.training_args import OptimizerNames
 
-    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    assert set(OPTIMIZERS) - {MUON} <= {name.value for name in OptimizerNames}
     assert set(SCHEDULERS) <= {name.value for name in SchedulerType}
     intervals = set(base_keys("preference")["eval_strategy"].info.choices or ())
     assert intervals <= {name.value for name in IntervalStrategy} & {name.value for name in SaveStrategy}
@@ -82,7 +83,7 @@ TRAITS = {
     "optim adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing torch_compile "
     "dataloader_num_workers logging_steps eval_strategy eval_steps save_strategy save_steps report_to use_cpu "
     "ddp_timeout pad_to_multiple_of trust_remote_code router_aux_loss_coef lr_scheduler_kwargs run_name "
-    "neftune_noise_alpha "
+    "neftune_noise_alpha train_sampling_strategy "
     "scale_rewards multi_objective_aggregation num_generations num_generations_eval max_completion_length "
     "steps_per_generation num_iterations temperature top_p top_k min_p repetition_penalty generation_kwargs "
     "chat_template_kwargs mask_truncated_completions max_tool_calling_iterations use_transformers_continuous_batching "

@@ -298,10 +298,6 @@ IGNORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"warmup_steps": 5, "lr_scheduler_type": "constant"},
         {"lr_scheduler_type": "constant_with_warmup"},
     ),
-    "Adam options with another optimizer": (
-        {"optim": "sgd", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
-        {"optim": "adamw_torch_fused"},
-    ),
     "gradient rule in a warm-up that there is not": (
         {"gradient_rule": "sam", "rule_in_warmup": True},
         {"warmup_steps": 0.05},

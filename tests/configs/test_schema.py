@@ -43,7 +43,7 @@ def test_defaults_and_bounds_are_said() -> None:
     assert rate["anyOf"] == [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}] and rate["default"] is None
     assert "under lora 1e-05 (10 times full: Schulman et al. 2025" in rate["description"]
     assert "under full 1e-06 (TRL 1.16)" in rate["description"]
-    assert SCHEMA["properties"]["attn_implementation"]["enum"][-1] is None
+    assert SCHEMA["properties"]["dtype"]["enum"][-1] is None
     assert "default" not in SCHEMA["properties"]["model"]
 
 

@@ -112,7 +112,13 @@ def test_attention_function_takes_what_the_packed_one_hands_on() -> None:
 
 
 # Not ours to name: what alignkit/gradients overrides of the Trainer is asserted with its own tests.
-BUDGET_HOOKS = {"get_train_dataloader", "training_step", "floating_point_ops", "_track_num_input_tokens"}
+BUDGET_HOOKS = {
+    "_get_train_sampler",
+    "get_train_dataloader",
+    "training_step",
+    "floating_point_ops",
+    "_track_num_input_tokens",
+}
 OWN_HOOKS = {
     PreferenceTrainer: {"_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"} | BUDGET_HOOKS,
     SupervisedTrainer: {"_set_signature_columns_if_needed"} | BUDGET_HOOKS,
@@ -133,6 +139,7 @@ SHARED_HOOKS = {"compute_loss", "get_batch_samples", "_get_dataloader", "evaluat
     "_save_checkpoint",
     "create_optimizer",
     "predict",
+    "save_model",
 }
 
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import SchedulerType
 
 from alignkit.config.schedules import SETTINGS
 from tests import supervised
@@ -45,11 +47,16 @@ def rows() -> Any:
     return supervised.token_rows(supervised.completions(8))
 
 
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return supervised.make(tmp_path_factory.mktemp("run"), supervised.token_rows(supervised.completions(4)))
+
+
 @pytest.mark.parametrize("schedule", SETTINGS)
-def test_the_rate_follows_the_schedule(schedule: str, tmp_path: Path, rows: Any) -> None:
+def test_the_rate_follows_the_schedule(schedule: str, trainer: Any) -> None:
     given, factor = SCHEDULES[schedule]
-    chosen = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": given or None, "learning_rate": RATE}
-    trainer = supervised.make(tmp_path, rows, **chosen)
+    trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs = SchedulerType(schedule), given or None
+    trainer.lr_scheduler = None
     scheduler = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
     follows = trainer.create_scheduler(STEPS, scheduler)
     rates = []
@@ -71,6 +78,31 @@ def test_shares_of_all_steps(tmp_path: Path, rows: Any) -> None:
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 6, 9, 12]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [4, 8, 12]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
+
+
+def test_rows_of_similar_length_are_together_and_a_resumed_run_keeps_the_order(tmp_path: Path) -> None:
+    """Three passes over eleven rows, resumed in the second, in the order that transformers would make of the seed."""
+    rows = supervised.token_rows(supervised.completions(11))
+    lengths = [len(row["input_ids"]) for row in rows]
+    how = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "data_seed": 5}
+    how |= {"max_steps": 14, "save_strategy": "steps", "save_steps": 8}
+    seen: list[list[int]] = []
+    whole = supervised.make(tmp_path, rows, **how)
+    collate = whole.data_collator
+
+    def watched(batch: list[Any]) -> Any:
+        seen.append([len(row["input_ids"]) for row in batch])
+        return collate(batch)
+
+    whole.data_collator = watched
+    whole.train()
+    for epoch in range(2):
+        order = get_length_grouped_indices(lengths, 2, generator=torch.Generator().manual_seed(5 + epoch))
+        given = [length for batch in seen[6 * epoch : 6 * epoch + 6] for length in batch]
+        assert given == [lengths[i] for i in order]
+    resumed = supervised.make(tmp_path, rows, **how)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert torch.equal(flat_weights(whole.model), flat_weights(resumed.model))
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
