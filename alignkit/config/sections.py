@@ -191,7 +191,7 @@ class SupervisedDataSection(DataSection):
     completion_only_loss: bool | None = option(
         None,
         help="Train the completions alone, or with false the prompts too; null trains the completions where rows have "
-        "prompt and completion, and whole rows elsewhere.",
+        "prompt and completion, and whole texts.",
         source=TRL,
     )
     assistant_only_loss: bool | None = option(

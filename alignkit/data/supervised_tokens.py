@@ -62,7 +62,7 @@ class TrainedTokens:
     Attributes:
         completion_only: The completion alone, where it is told apart; None is True there.
         assistant_only: The assistant's turns alone. None is True for conversations without a prompt of their own, in
-            any template: by its marks, or turn by turn.
+            any template: by its marks, or turn by turn; not where ``completion_only`` is False.
         chat_template: Template with ``{% generation %}`` marks in place of the tokenizer's; None takes its own. Where
             ``assistant_only`` is None, it marks those conversations that it writes as the tokenizer's template does.
     """
@@ -87,7 +87,8 @@ class Settings:
     @property
     def tells_turns_apart(self) -> bool:
         """Whether the assistant's turns are trained without having been asked for."""
-        return self.kind.columns == ("messages",) and self.trained.assistant_only is None
+        asked = self.trained.assistant_only is not None or self.trained.completion_only is False
+        return self.kind.columns == ("messages",) and not asked
 
 
 def convert_batch(

@@ -169,6 +169,12 @@ def test_conversations_without_an_answer_are_refused(tokenizer: Any) -> None:
     assert convert([ASK], without_marks(tokenizer), TrainedTokens(assistant_only=False))[1].num_trained_tokens > 0
 
 
+def test_prompts_that_are_to_be_trained_are(tokenizer: Any) -> None:
+    whole, _ = convert(TALKS["two"], tokenizer, TrainedTokens(assistant_only=False))
+    assert convert(TALKS["two"], tokenizer, TrainedTokens(completion_only=False))[0] == whole
+    assert all(label != -100 for label in whole["labels"])
+
+
 def test_asking_for_marks_that_nobody_makes_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelError, match="Leave the key out, so that they are told apart turn by turn"):
         trained_tokens(None, True, without_marks(tokenizer))
