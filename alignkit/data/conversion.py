@@ -310,17 +310,26 @@ def _refuse_problems(problems: Mapping[str, Sequence[Any]], name: str) -> None:
     """Raise with every problem when one is fatal; rows that merely prefer nothing are dropped later."""
     if any(problems["fatal"]):
         found = map(Problem, problems["kind"], problems["shown"], problems["fatal"])
-        _refuse(zip(problems["row"], found, strict=True), name)
+        refuse_rows(zip(problems["row"], found, strict=True), name)
 
 
 def _refuse_misfits(counts: Mapping[str, Sequence[Any]], indices: Sequence[int], name: str) -> None:
     """Raise with every row that only its rendering or its tokens show to be malformed."""
     columns = zip(indices, counts["misfit"], counts["misfit_shown"], strict=True)
     if found := [(index, Problem(kind, shown)) for index, kind, shown in columns if kind]:
-        _refuse(found, name)
+        refuse_rows(found, name)
 
 
-def _refuse(found: Iterable[tuple[int, Problem]], name: str) -> NoReturn:
+def refuse_rows(found: Iterable[tuple[int, Problem]], name: str) -> NoReturn:
+    """Refuse rows that cannot be trained on.
+
+    Args:
+        found: Every such row by its number, with what is wrong.
+        name: What the rows are called in messages.
+
+    Raises:
+        MalformedRows: In any case.
+    """
     rows = list(found)
     headline = f"{name}: rows that cannot be trained on (the first row is row 0)"
     raise MalformedRows(headline, describe_problems(rows), rows)

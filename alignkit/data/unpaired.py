@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.candidate_report import ConversionReport, Example
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.columns import PAIR_COLUMNS, UNPAIRED_COLUMNS
+from alignkit.data.conversion import refuse_rows
 from alignkit.data.json_values import dataset_of
 from alignkit.data.readers import first_rows
 from alignkit.data.repeats import Content
-from alignkit.data.schema import RowKind, describe_problems, row_problems, split_shared_prefix
+from alignkit.data.schema import RowKind, row_problems, split_shared_prefix
 from alignkit.data.split_report import Check
 from alignkit.data.unpaired_schema import detect_unpaired_kind, labelled_problems
 from alignkit.errors import DataError
@@ -160,7 +161,7 @@ def labelled_answers(dataset: Dataset, name: str) -> tuple[list[dict[str, Any]],
     else:
         problems = [(number, found) for number, row in enumerate(rows) for found in labelled_problems(row, kind)]
     if problems:
-        raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(problems))
+        refuse_rows(problems, name)
     if isinstance(kind, RowKind):
         return [answer for row in rows for answer in _answers_of(row, kind)], len(rows)
     return rows, 0

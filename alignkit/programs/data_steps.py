@@ -34,8 +34,10 @@ from alignkit.data.survey import Survey, survey_rows
 from alignkit.errors import DataError
 from alignkit.parts.shape import Shape, load_bridge, shapes_by_program
 
-READERS = (("preference", "dpo"), ("preference", "kto"), ("sft", "sft"), ("online", "grpo"))
-"""Programs and methods that rows are tried with, in this order; then come all other programs."""
+READERS = (("preference", "dpo"), ("preference", "kto"), ("sft", "sft"))
+"""Programs and methods that rows are tried with, in this order; then come those of the programs not named here."""
+LAST = (("online", "grpo"),)
+"""Those that take any row with a prompt."""
 OF_LISTS = "adpo"
 """The method that rows of any number of answers are read for."""
 EOS = "<|end|>"
@@ -125,14 +127,13 @@ def recognise(
     """
     shapes = shapes_by_program()
     if program is not None:
-        known = [name for where, name in READERS if where == program]
+        known = [name for where, name in READERS + LAST if where == program]
         chosen = method or (known or program_methods(program))[0]
         return shapes[program], _method_of_lists(shapes[program], chosen, data, split, column_map, given=method)
     problems = []
-    others = [(name, method) for name in shapes if name not in dict(READERS) for method in program_methods(name)[:1]]
-    for candidate, reader in (*READERS, *others):
-        if reader not in program_methods(candidate):
-            continue
+    named = dict(READERS + LAST)
+    others = [(name, reader) for name in shapes if name not in named for reader in program_methods(name)]
+    for candidate, reader in (*READERS, *others, *LAST):
         try:
             return shapes[candidate], _method_of_lists(shapes[candidate], reader, data, split, column_map, given=None)
         except DataError as error:
@@ -223,6 +224,9 @@ def _examine_split(rows: Dataset, config: ProgramConfig, convert: Callable[..., 
     while True:
         try:
             converted, report, counts, refusal = _converted(rows, config, convert)
+            if len(counts) != len(rows):
+                made = f"method {config.method} makes {len(counts)} rows of {len(rows)}"
+                raise DataError(f"{name}: rows that are looked at one by one", [f"{made}: leave --method out"])
             break
         except MalformedRows as error:
             wrong = [(index, problem) for index, problem in error.rows if problem.fatal]

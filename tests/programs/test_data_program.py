@@ -139,6 +139,7 @@ ONE = {"role": "user", "content": "q"}
 FORMS = {
     "pairs": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference", "dpo"),
     "lists": ({"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 2, 3]}, "preference", "adpo"),
+    "labels": ({"prompt": "q", "completion": "a", "label": True}, "preference", "kto"),
     "completions": ({"prompt": "q", "completion": "a"}, "sft", "sft"),
     "text": ({"text": "a"}, "sft", "sft"),
     "talks": ({"messages": [ONE, {"role": "assistant", "content": "a"}]}, "sft", "sft"),
@@ -149,10 +150,12 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_the_program_is_seen_by_the_rows(form: str) -> None:
     row, expected, method = FORMS[form]
-    written("rows.jsonl", [row])
+    # An answer is measured against one to another prompt, so that one row alone is none.
+    rows = [row, {"prompt": "r", "completion": "b", "label": False}] if form == "labels" else [row]
+    written("rows.jsonl", rows)
     content = as_json("rows.jsonl")
     assert (content["program"], content["method"]) == (expected, method)
-    assert content["refused"] == [] and content["splits"]["train"]["num_rows"] == 1
+    assert content["refused"] == [] and content["splits"]["train"]["num_rows"] == len(rows)
 
 
 def test_another_program_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,6 +258,21 @@ def test_rows_none_of_which_can_be_trained_on(model: str, capsys: pytest.Capture
     with pytest.raises(DataError, match="--write: no row is left"):
         program.main(["null.jsonl", "--write", "clean.jsonl"])
     assert not Path("clean.jsonl").exists()
+
+
+def test_labelled_answers(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": n % 3 == 0} for n, row in enumerate(pairs(9))
+    ]
+    rows[4]["completion"] = None
+    written("labels.jsonl", rows)
+    content = as_json("labels.jsonl", "--model", model, "--write", "clean.jsonl")
+    assert content["method"] == "kto" and content["splits"]["train"]["num_malformed"] == 1
+    assert content["splits"]["train"]["survey"]["labels"] == {"label 0": 5, "label 1": 3}
+    assert read("clean.jsonl") == [row for index, row in enumerate(rows) if index != 4]
+    written("pairs.jsonl", pairs(4))
+    with pytest.raises(DataError, match="kto makes 8 rows of 4: leave --method out"):
+        program.main(["pairs.jsonl", "--program", "preference", "--method", "kto"])
 
 
 def test_several_files_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
