@@ -49,6 +49,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     from alignkit.programs.data_blocks import as_json, blocks_of
     from alignkit.programs.data_steps import examine, recognise, stand_in
     from alignkit.reports.blocks import as_page, as_text
+    from alignkit.runs.preemption import StopRequest
     from alignkit.runs.rows import load_splits, load_tokenizer
 
     datasets.disable_progress_bars()
@@ -59,7 +60,9 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     config = config_of(shape.config, method, arguments)
     tokenizer = stand_in() if arguments.model is None else load_tokenizer(config)
     stops = [] if arguments.model is None else generation_stop_ids(config.model, config.model_revision)
-    found = examine(config, shape, load_splits(config, tokenizer), tokenizer, stops)
+    # A signal is to end the workers, too.
+    with StopRequest().heard():
+        found = examine(config, shape, load_splits(config, tokenizer), tokenizer, stops)
     has_model = arguments.model is not None
     cleaned = None
     if arguments.write is not None:

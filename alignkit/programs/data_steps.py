@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -216,49 +216,49 @@ def examine(
     )
 
 
+class _Conversion(NamedTuple):
+    """Rows as a run converts them: the rows of tokens, the report and the counts, and why a run would refuse them."""
+
+    converted: Dataset | None
+    report: SplitReport | None
+    counts: pd.DataFrame
+    refusal: str
+
+
 def _examine_split(rows: Dataset, config: ProgramConfig, convert: Callable[..., Any], name: str) -> Split:
     """Convert the rows that can be, taking out those that are malformed, and look at what is left."""
     num_rows_in, numbers = len(rows), np.arange(len(rows))
     malformed: list[tuple[int, Problem]] = []
-    refusals: list[str] = []
-    while True:
+    found = _Conversion(None, None, pd.DataFrame({"cause": []}), "no row is left")
+    while len(rows):
         try:
-            converted, report, counts, refusal = _converted(rows, config, convert)
-            if len(counts) != len(rows):
-                made = f"method {config.method} makes {len(counts)} rows of {len(rows)}"
-                raise DataError(f"{name}: rows that are looked at one by one", [f"{made}: leave --method out"])
+            found = _converted(rows, config, convert, name)
             break
         except MalformedRows as error:
             wrong = [(index, problem) for index, problem in error.rows if problem.fatal]
-            malformed += [(int(numbers[index]), problem) for index, problem in wrong]
-            is_left = np.ones(len(rows), dtype=bool)
-            is_left[[index for index, _ in wrong]] = False
-            rows, numbers = rows.select(np.flatnonzero(is_left)), numbers[is_left]
-        if not len(rows):
-            converted, report, counts, refusal = None, None, pd.DataFrame({"cause": []}), "no row is left"
-            break
-    num_malformed = len({row for row, _ in malformed})
-    if malformed:
-        refusals.append(f"{num_malformed} of {num_rows_in} rows are malformed")
-    refusals += [refusal] if refusal else []
-    kept = kept_rows(counts)
+        malformed += [(int(numbers[index]), problem) for index, problem in wrong]
+        is_left = np.ones(len(rows), dtype=bool)
+        is_left[[index for index, _ in wrong]] = False
+        rows, numbers = rows.select(np.flatnonzero(is_left)), numbers[is_left]
+    said = [f"{len({row for row, _ in malformed})} of {num_rows_in} rows are malformed"] if malformed else []
+    kept = kept_rows(found.counts)
     rows, repeats = rows.select(kept), np.zeros(len(kept), dtype=bool)
     survey, is_like = None, repeats
-    if converted is not None and report is not None:
-        repeats = _repeats_earlier(fingerprints(converted, report.contents).rows)
+    if found.converted is not None and found.report is not None:
+        repeats = _repeats_earlier(fingerprints(found.converted, found.report.contents).rows)
         survey, is_like = survey_rows(rows, repeats_earlier=repeats)
     return Split(
         name=name,
         num_rows_in=num_rows_in,
         malformed=malformed,
-        counts=counts,
+        counts=found.counts,
         rows=rows,
         numbers=numbers[kept],
-        converted=converted,
-        report=report,
+        converted=found.converted,
+        report=found.report,
         survey=survey,
         is_left_out={"duplicates": repeats, "alike": is_like, "overlap": np.zeros(len(rows), dtype=bool)},
-        refusal="; ".join(refusals),
+        refusal="; ".join([*said, *filter(None, [found.refusal])]),
     )
 
 
@@ -271,10 +271,8 @@ def _held_out(train: Split, held_out: Split) -> NDArray[np.bool_]:
     return is_shared
 
 
-def _converted(
-    rows: Dataset, config: ProgramConfig, convert: Callable[..., Any]
-) -> tuple[Dataset | None, SplitReport | None, pd.DataFrame, str]:
-    """Converted rows with their report and counts, and why a run would refuse them, or the empty text.
+def _converted(rows: Dataset, config: ProgramConfig, convert: Callable[..., Any], name: str) -> _Conversion:
+    """Convert rows as a run does; where it would refuse them for those it drops, go on without these.
 
     Raises:
         MalformedRows: Some rows cannot be trained on.
@@ -285,14 +283,18 @@ def _converted(
         with watched_counts() as counted:
             try:
                 converted, report = convert(rows, max_dropped_fraction=fraction)
-                return converted, report, counted[0], refusal
             except MalformedRows:
                 raise
             except DataError as error:
                 if not counted:
                     raise
                 refusal = refusal or error.headline
-    return None, None, counted[0], refusal
+                continue
+        if len(counted[0]) != len(rows):
+            made = f"method {config.method} makes {len(counted[0])} rows of {len(rows)}"
+            raise DataError(f"{name}: rows are looked at one by one", [f"{made}: leave --method out"])
+        return _Conversion(converted, report, counted[0], refusal)
+    return _Conversion(None, None, counted[0], refusal)
 
 
 def _repeats_earlier(hashes: NDArray[np.int64]) -> NDArray[np.bool_]:
