@@ -232,4 +232,4 @@ def _term(method: Method, named: Sequence[Method]) -> Method:
     if method.of_candidates is None or program != "preference":
         one = f"{method.name} trains on the rows of a `{method.program}` run, and {named[0].name} does not"
         raise MixtureError(one, "Take methods of one program")
-    return replace(method, program=program, objective=method.of_candidates, num_candidates=2)
+    return replace(method, program=program, objective=method.of_candidates, num_candidates=None)

@@ -129,7 +129,7 @@ def mixture(components: Sequence[Component], methods: Sequence[Method]) -> Metho
     Raises:
         MixtureError: They do not go together.
     """
-    name = text_of(components)
+    name, prepares = text_of(components), _who_prepares(methods)
     for component, method in zip(components, methods, strict=True):
         if component.options and method.is_special:
             raise MixtureError(f"fixes options of {method.name}, which the run reads too", "Write them beside `method`")
@@ -138,7 +138,7 @@ def mixture(components: Sequence[Component], methods: Sequence[Method]) -> Metho
     if len(exact) > 1:
         raise MixtureError(f"asks for {' and for '.join(map(str, exact))} completions a row", "Take methods that agree")
     return replace(
-        _who_prepares(methods),
+        prepares,
         name=name,
         summary="Adds up " + " and ".join(f"{each.weight:g} x {each.name}" for each in components) + ".",
         options=options,
@@ -156,6 +156,9 @@ def mixture(components: Sequence[Component], methods: Sequence[Method]) -> Metho
 
 def _who_prepares(methods: Sequence[Method]) -> Method:
     """The one method that does more in a run than its loss; the first, where none does."""
+    if len({method.row_family for method in methods}) > 1:
+        own, other = sorted(methods, key=lambda method: method.row_family is None)[:: len(methods) - 1]
+        raise MixtureError(f"{own.name} has rows of its own, which {other.name} does not train on", "Keep one of them")
     special = [method for method in methods if method.is_special]
     if len(special) > 1:
         names = " and ".join(method.name for method in special)

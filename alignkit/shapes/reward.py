@@ -18,7 +18,7 @@ from alignkit.config.training import (
 )
 from alignkit.data.columns import RowFamily
 from alignkit.data.schema import reward_model_rows
-from alignkit.parts.method import load_method, method_names
+from alignkit.parts.method import load_method
 from alignkit.parts.shape import Shape
 from alignkit.reports.panels import (
     BLUE,
@@ -76,7 +76,7 @@ class RewardConfig(
     def row_family(values: Mapping[str, Any]) -> RowFamily:
         """Preference rows, with a margin where they have one; with a method that takes pairs alone, pairs."""
         name = values.get("method")
-        method = load_method(name) if name in method_names() else None
+        method = None if name is None else load_method(name)
         if method is not None and method.row_family is not None:
             return method.row_family()
         return reward_model_rows(None if method is None else method.num_candidates)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -18,6 +19,7 @@ from alignkit.parts.method import load_method
 from alignkit.parts.mixture import Component, components_of, text_of
 from alignkit.shapes.candidates import PreferenceConfig
 from alignkit.yaml_text import parse_yaml
+from tests.losses.batches import random_batch
 
 NEEDED = ["--model", "m", "--data", "d.jsonl", "--output_dir", "o"]
 
@@ -63,6 +65,14 @@ def test_the_config_in_force_loads_to_itself(tmp_path: Path) -> None:
     assert (first.beta, second.beta_pos, second.beta_neg) == (0.3, 0.2, 0.08)
 
 
+def test_the_best_of_a_list_is_what_the_supervised_term_is_of() -> None:
+    method = load_method("1.0*lipo+0.1*sft")
+    assert (method.num_candidates, method.row_family) == (None, None)
+    batch = random_batch(method, seed=0, size=3)
+    values = {term.name: term.values for term in method.objective(batch, method.options()).terms}
+    assert torch.equal(values["sft"], -batch.policy_logps[:, 0])
+
+
 def test_supervised_methods_are_mixed_in_their_own_program() -> None:
     assert loaded("--method", "{sft: 1}", program="sft").config.method == "sft"
     assert "names 'dpo', which is no method of this program" in problem("--method", "{dpo: 1, sft: 1}", program="sft")
@@ -86,7 +96,10 @@ def test_supervised_methods_are_mixed_in_their_own_program() -> None:
         ("{dpo: {beta: x}}", "gives dpo `beta: x`, which must be a number. Write a number."),
         ("{dpo: {beta: -1}}", "which is out of range. Write a value > 0."),
         ("{sft: {eta: 1}, dpo: 1}", "gives sft an option 'eta' that it does not have. It has none."),
-        ("{treg: 1, d2o: 1}", "treg and d2o each have rows or references of their own"),
+        ("{treg: 1, adpo: 1}", "treg and adpo each have rows or references of their own"),
+        ("{treg: 1, d2o: 1}", "d2o has rows of its own, which treg does not train on"),
+        ("{kto: 1, sft: 0.1}", "kto has rows of its own, which sft does not train on"),
+        ("{kto: 1, dpo: 1, ipo: 1}", "kto has rows of its own, which ipo does not train on"),
         ("{treg: {alpha: 1}, dpo: 1}", "fixes options of treg, which the run reads too"),
     ],
 )
