@@ -240,10 +240,14 @@ def _desensitised(side: CandidateSide, shared: Float[Tensor, " B"], ld_alpha: fl
     """Of responses whose tokens after the first ``shared`` ones weigh ``ld_alpha``."""
     mask = side.completion_mask
     is_shared = mask & (mask.cumsum(-1) <= shared.unsqueeze(-1))
-
-    def weighed(token_logps: Float[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        return sequence_logps(token_logps, is_shared) + ld_alpha * sequence_logps(token_logps, mask & ~is_shared)
-
+    parts = (is_shared, mask & ~is_shared, ld_alpha)
     if side.ref_token_logps is None:
         raise ValueError("this batch carries no reference log-probs (ref_token_logps is None)")
-    return ResponseLogps(weighed(side.policy_token_logps), weighed(side.ref_token_logps))
+    return ResponseLogps(_weighed(side.policy_token_logps, *parts), _weighed(side.ref_token_logps, *parts))
+
+
+def _weighed(
+    token_logps: Float[Tensor, "B T"], whole: Bool[Tensor, "B T"], rest: Bool[Tensor, "B T"], share: float
+) -> Float[Tensor, " B"]:
+    """Sum over the ``whole`` positions, and ``share`` of that over the ``rest``."""
+    return sequence_logps(token_logps, whole) + share * sequence_logps(token_logps, rest)
