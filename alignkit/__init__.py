@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from alignkit.losses.dpo import dpo_loss as dpo_loss
     from alignkit.losses.flex_dpo import flex_dpo_loss as flex_dpo_loss
     from alignkit.losses.grpo import grpo_loss as grpo_loss
+    from alignkit.losses.mr_rml import mr_rml_loss as mr_rml_loss
     from alignkit.losses.plackett_luce import plackett_luce_loss as plackett_luce_loss
     from alignkit.losses.roma import roma_loss as roma_loss
     from alignkit.losses.sft import sft_loss as sft_loss
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from alignkit.objectives.dpo import DPOOptions as DPOOptions
     from alignkit.objectives.flex_dpo import FlexDPOOptions as FlexDPOOptions
     from alignkit.objectives.grpo import GRPOOptions as GRPOOptions
+    from alignkit.objectives.mr_rml import MrRmlOptions as MrRmlOptions
     from alignkit.objectives.plackett_luce import PlackettLuceOptions as PlackettLuceOptions
     from alignkit.objectives.roma import RomaOptions as RomaOptions
     from alignkit.objectives.sft import SFTOptions as SFTOptions
@@ -115,6 +117,7 @@ _PUBLIC = {
     "alignkit.losses.dpo": ("dpo_loss",),
     "alignkit.losses.flex_dpo": ("flex_dpo_loss",),
     "alignkit.losses.grpo": ("grpo_loss",),
+    "alignkit.losses.mr_rml": ("mr_rml_loss",),
     "alignkit.losses.plackett_luce": ("plackett_luce_loss",),
     "alignkit.losses.roma": ("roma_loss",),
     "alignkit.losses.sft": ("sft_loss",),
@@ -146,6 +149,7 @@ _PUBLIC = {
     "alignkit.objectives.dpo": ("DPOOptions",),
     "alignkit.objectives.flex_dpo": ("FlexDPOOptions",),
     "alignkit.objectives.grpo": ("GRPOOptions",),
+    "alignkit.objectives.mr_rml": ("MrRmlOptions",),
     "alignkit.objectives.plackett_luce": ("PlackettLuceOptions",),
     "alignkit.objectives.roma": ("RomaOptions",),
     "alignkit.objectives.sft": ("SFTOptions",),

@@ -83,3 +83,66 @@ def random_lists(seed: int, count: int, *, sizes: Sequence[int] = (2,), ties: bo
         return List([Answer(rng.gauss(0.0, 1.5), float(score)) for score in scores], rng.choice([0.0, 0.7]))
 
     return [row() for _ in range(count)]
+
+
+class Judged(NamedTuple):
+    """A pair of displacements and what is said of it along each dimension: 1, -1, or 0 for nothing."""
+
+    first: Sequence[float]
+    second: Sequence[float]
+    labels: Sequence[float]
+
+
+def dot(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of two vectors."""
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def off_the_span(vector: Sequence[float], axes: Sequence[Sequence[float]]) -> list[float]:
+    """What is left of a vector without its part in the span of some axes, by orthogonalising these one by one."""
+    basis: list[list[float]] = []
+    for axis in axes:
+        rest = list(axis)
+        for unit in basis:
+            along = dot(rest, unit)
+            rest = [a - along * b for a, b in zip(rest, unit, strict=True)]
+        length = math.sqrt(dot(rest, rest))
+        if length > 1e-9:
+            basis.append([a / length for a in rest])
+    left = list(vector)
+    for unit in basis:
+        along = dot(left, unit)
+        left = [a - along * b for a, b in zip(left, unit, strict=True)]
+    return left
+
+
+def mr_rml(
+    row: Judged, axes: Sequence[Sequence[float]], *, margin: float, perp: str, small: float = 1e-6
+) -> list[tuple[float, float, float]]:
+    """Rank, axis and perpendicular part of each dimension of a pair; zeros where nothing is said."""
+    said = [k for k, label in enumerate(row.labels) if label]
+    found = []
+    for k, axis in enumerate(axes):
+        if k not in said:
+            found.append((0.0, 0.0, 0.0))
+            continue
+        better, worse = (row.first, row.second) if row.labels[k] > 0 else (row.second, row.first)
+        step = [a - b for a, b in zip(better, worse, strict=True)]
+        rank = math.log(1 + math.exp(-(dot(better, axis) - dot(worse, axis) - margin)))
+        direction = 1 - (dot(step, axis) / math.sqrt(dot(step, step)) if any(step) else 0.0)
+        spanned = axes if perp == "span" or (perp == "auto" and len(said) > 1) else [axis]
+        left = off_the_span(better, spanned)
+        found.append((rank, direction, dot(left, left) / (dot(better, better) + small)))
+    return found
+
+
+def random_judged(seed: int, count: int, *, dimensions: int = 3, width: int = 5) -> list[Judged]:
+    """Pairs of which each dimension is judged or not; every row has a label."""
+    rng = random.Random(seed)
+
+    def labels() -> list[float]:
+        drawn = [float(rng.choice([-1, 0, 1])) for _ in range(dimensions)]
+        return drawn if any(drawn) else [1.0, *drawn[1:]]
+
+    vector = lambda: [rng.gauss(0.0, 1.0) for _ in range(width)]  # noqa: E731
+    return [Judged(vector(), vector(), labels()) for _ in range(count)]

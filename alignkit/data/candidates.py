@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data import conversion
 from alignkit.data.candidate_report import EQUAL_AFTER_CUT, NO_ROOM, ConversionReport
-from alignkit.data.columns import MARGIN_COLUMN, PREFERENCE_FORMS, columns_of
+from alignkit.data.columns import DIMENSIONS_COLUMN, MARGIN_COLUMN, PREFERENCE_FORMS, columns_of
 from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.json_values import without_filled_nulls
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc
 from alignkit.data.readers import first_rows
 from alignkit.data.recognition import said_of
-from alignkit.data.reward_rows import margin_problems, reward_problems
+from alignkit.data.reward_rows import margin_problems, preference_problems, reward_problems
 from alignkit.data.schema import RowKind, detect_kind, row_problems
 from alignkit.data.sources import SOURCE_COLUMN, SourceCounts, source_counts
 from alignkit.data.templates import require_template
@@ -47,6 +47,7 @@ def to_candidate_rows(
     contrast: ContrastPrompts | None = None,
     lost: Mapping[str, int] | None = None,
     with_margin: bool = False,
+    dimensions: Sequence[str] | None = None,
     numbered: bool = False,
 ) -> tuple[Dataset | IterableDataset, ConversionReport]:
     """Validate and tokenise rows. Of streamed rows the first are checked and counted now, the others when read.
@@ -65,6 +66,7 @@ def to_candidate_rows(
             ``worse_prompt_ids``, each [K], and ``SOURCE_COLUMNS``); not done for rows that carry token rewards.
         lost: Rows that were dropped while samples were drawn, by cause; they count as read and as dropped.
         with_margin: Keep the margin of each row where there is a column of that name.
+        dimensions: Give rows ``labels`` along these, from the column ``preferences``; where there are none, one of 1.
         numbered: Also say of every row (``source_row``) which of the rows as given it is; not of streamed ones.
 
     Returns:
@@ -86,7 +88,11 @@ def to_candidate_rows(
             f"{name}: streamed rows have no token rewards", [f"they are computed before training: {advice}"]
         )
     margin = with_margin and MARGIN_COLUMN in columns
-    steps = _conversion(Settings(kind, max_length, num_candidates, frozenset(stops), contrast, margin))
+    if dimensions and DIMENSIONS_COLUMN not in columns:
+        advice = f"each row needs a mapping such as {{{dimensions[0]}: 1}}, or remove the key dimensions"
+        raise DataError(f"{name}: rows are not judged along dimensions", [f"column 'preferences' is missing: {advice}"])
+    labelled = None if dimensions is None else tuple(dimensions)
+    steps = _conversion(Settings(kind, max_length, num_candidates, frozenset(stops), contrast, margin, labelled))
     if isinstance(dataset, IterableDataset):
         rows, counts = conversion.convert_stream(dataset, head, columns, tokenizer, steps, name)
     else:
@@ -113,8 +119,10 @@ def _conversion(settings: Settings) -> conversion.Conversion:
 
 
 def _find_problems(row: Mapping[str, Any], settings: Settings) -> list[Problem]:
-    margin = margin_problems(row[MARGIN_COLUMN]) if settings.margin else []
-    return [*row_problems(row, settings.kind, settings.num_candidates), *reward_problems(row, settings.kind), *margin]
+    beside = margin_problems(row[MARGIN_COLUMN]) if settings.margin else []
+    if settings.dimensions:
+        beside += preference_problems(row[DIMENSIONS_COLUMN], settings.dimensions)
+    return [*row_problems(row, settings.kind, settings.num_candidates), *reward_problems(row, settings.kind), *beside]
 
 
 def _summarise(
@@ -125,7 +133,8 @@ def _summarise(
     columns: Sequence[str],
 ) -> ConversionReport:
     kept = counts[counts["cause"] == ""]
-    known = (*columns_of(PREFERENCE_FORMS), SOURCE_COLUMN, *([MARGIN_COLUMN] if settings.margin else []))
+    beside = {MARGIN_COLUMN: settings.margin, DIMENSIONS_COLUMN: bool(settings.dimensions)}
+    known = (*columns_of(PREFERENCE_FORMS), SOURCE_COLUMN, *(column for column, is_read in beside.items() if is_read))
     sizes = kept["completion_lengths"].map(len)
     total = counts["prompt_length"] + counts["completion_lengths"].map(max)
     return ConversionReport(

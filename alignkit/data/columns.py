@@ -15,6 +15,7 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 PAIR_REWARD_COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
 LIST_REWARD_COLUMNS = ("token_rewards",)
 MARGIN_COLUMN = "margin"
+DIMENSIONS_COLUMN = "preferences"
 _LISTED = 50
 
 
@@ -35,7 +36,7 @@ class Form(NamedTuple):
 LIST_FORM = Form(LIST_COLUMNS, beside=LIST_REWARD_COLUMNS)
 PREFERENCE_FORMS = (Form(PAIR_COLUMNS, optional=("prompt",), beside=PAIR_REWARD_COLUMNS), LIST_FORM)
 REWARD_FORMS = (
-    Form(PAIR_COLUMNS, optional=("prompt",), beside=(MARGIN_COLUMN,)),
+    Form(PAIR_COLUMNS, optional=("prompt",), beside=(MARGIN_COLUMN, DIMENSIONS_COLUMN)),
     Form(LIST_COLUMNS, beside=(MARGIN_COLUMN,)),
 )
 UNPAIRED_COLUMNS = (*COMPLETION_COLUMNS, "label")

@@ -28,9 +28,10 @@ class RewardCollator:
     """Collates candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) for a reward model.
 
     A batch holds ``candidate_mask`` [B, K] bool, ``scores`` [B, K] float32, ``sequence`` and ``position`` [B, K] int64
-    (where among ``input_ids`` the reward of a candidate is read off), ``margin`` [B] float32 where rows carry one, and
-    ``input_ids`` and ``attention_mask`` [R, L], padded on the right. All first candidates come first, then all second
-    ones, as in TRL. The mask of a row that only fills up a stream (``is_repeated``) is False throughout.
+    (where among ``input_ids`` the reward of a candidate is read off), ``prompt_position`` [B, K] (the last prompt
+    token), ``margin`` [B] and ``labels`` [B, D] float32 where rows carry them, and ``input_ids`` and
+    ``attention_mask`` [R, L], padded on the right. All first candidates come first, then all second ones, as in TRL.
+    The mask of a row that only fills up a stream (``is_repeated``) is False throughout.
 
     Args:
         pad_token_id: The model's padding token.
@@ -45,18 +46,26 @@ class RewardCollator:
         shape = (len(rows), max(len(row["completion_ids"]) for row in rows))
         candidate_mask = torch.zeros(shape, dtype=torch.bool)
         scores = torch.zeros(shape, dtype=torch.float32)
-        sequence, position = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        sequence, position, prompt_position = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
         sequences: list[list[int]] = []
         for k in range(shape[1]):
             for b, row in enumerate(rows):
                 if k < len(row["completion_ids"]):
                     ids = [*row["prompt_ids"], *row["completion_ids"][k]]
                     sequence[b, k], position[b, k] = len(sequences), scored_position(ids, self.pad_token_id)
+                    prompt_position[b, k] = len(row["prompt_ids"]) - 1
                     scores[b, k], candidate_mask[b, k] = row["scores"][k], not row.get(REPEATED)
                     sequences.append(ids)
-        batch = {"candidate_mask": candidate_mask, "scores": scores, "sequence": sequence, "position": position}
-        if MARGIN_COLUMN in rows[0]:
-            batch[MARGIN_COLUMN] = torch.tensor([row[MARGIN_COLUMN] for row in rows], dtype=torch.float32)
+        batch = {
+            "candidate_mask": candidate_mask,
+            "scores": scores,
+            "sequence": sequence,
+            "position": position,
+            "prompt_position": prompt_position,
+        }
+        for column in (MARGIN_COLUMN, "labels"):
+            if column in rows[0]:
+                batch[column] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
         # candidate_mask comes first: transformers reads the batch size off the first tensor.
         return batch | self.padded(sequences)
 

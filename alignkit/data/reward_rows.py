@@ -5,7 +5,7 @@ Whether a list is as long as its completion has tokens is known after tokenisati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignkit.data.problems import Problem, is_finite, shorten
@@ -42,6 +42,38 @@ def margin_problems(margin: Any) -> list[Problem]:
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
         return [Problem("margin is not a number: give every row one, or remove the column", shorten(margin))]
     return [] if is_finite(margin) else [Problem("margin is NaN or infinite: it must be finite", repr(margin))]
+
+
+def preference_labels(preferences: Any, dimensions: Sequence[str]) -> list[float]:
+    """Along each dimension 1, -1, or 0 where nothing is said; along one without a name, 1.
+
+    Args:
+        preferences: The value of the column, by dimension.
+        dimensions: Their names.
+    """
+    if not dimensions:
+        return [1.0]
+    return [float(preferences.get(name) or 0) for name in dimensions]
+
+
+def preference_problems(preferences: Any, dimensions: Sequence[str]) -> list[Problem]:
+    """Everything wrong with what a row says along dimensions; empty where there is nothing.
+
+    Args:
+        preferences: The value of its column.
+        dimensions: Their names.
+    """
+    if not isinstance(preferences, Mapping):
+        example = f"{{{dimensions[0]}: 1}}"
+        return [
+            Problem(f"preferences is no mapping of dimensions to 1, -1 or 0, such as {example}", shorten(preferences))
+        ]
+    if wrong := [name for name in dimensions if preferences.get(name) not in (None, -1, 0, 1)]:
+        kind = "preferences holds something other than 1 (chosen is better), -1 (it is worse) and 0 or null (not said)"
+        return [Problem(kind, f"{wrong[0]}: {shorten(preferences[wrong[0]])}")]
+    if not any(preference_labels(preferences, dimensions)):
+        return [Problem("preferences says nothing along any of the dimensions", shorten(preferences), False)]
+    return []
 
 
 def _vector_problems(column: str, rewards: Any) -> list[Problem]:

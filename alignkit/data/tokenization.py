@@ -26,11 +26,12 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.candidate_report import EQUAL_AFTER_CUT, EQUAL_SCORES, IDENTICAL, LOST_PROMPT, NO_ROOM, NO_TOKENS
-from alignkit.data.columns import MARGIN_COLUMN
+from alignkit.data.columns import DIMENSIONS_COLUMN, MARGIN_COLUMN
 from alignkit.data.contrast import ContrastPrompts
 from alignkit.data.conversion import MISFIT_FEATURES, common_prefix_length, misfit_row, rows_of
 from alignkit.data.problems import Problem
 from alignkit.data.rendering import RenderingError, render
+from alignkit.data.reward_rows import preference_labels
 from alignkit.data.schema import RowKind, split_shared_prefix
 from alignkit.data.templates import has_doubled_token, tokens_after_stop
 
@@ -88,6 +89,7 @@ class Settings:
         stop_token_ids: Ids at which generation stops.
         contrast: Templates of the contrast prompts, or None for none.
         margin: Whether rows carry a margin that is kept.
+        dimensions: Along which rows get labels; empty is one without a name, None no labels.
     """
 
     kind: RowKind
@@ -96,13 +98,15 @@ class Settings:
     stop_token_ids: frozenset[int]
     contrast: ContrastPrompts | None = None
     margin: bool = False
+    dimensions: tuple[str, ...] | None = None
 
     @property
     def features(self) -> Features:
         """The candidate columns that rows get."""
         rewards = REWARD_FEATURES if self.kind.token_rewards else {}
-        margin = {MARGIN_COLUMN: Value("float64")} if self.margin else {}
-        return Features({**CANDIDATE_FEATURES, **rewards, **(CONTRAST_FEATURES if self.contrast else {}), **margin})
+        beside = {MARGIN_COLUMN: Value("float64")} if self.margin else {}
+        beside |= {} if self.dimensions is None else {"labels": List(Value("float32"))}
+        return Features({**CANDIDATE_FEATURES, **rewards, **(CONTRAST_FEATURES if self.contrast else {}), **beside})
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class TextRow:
         score_gap: Highest minus lowest score given.
         template: Keyword arguments of the chat template.
         margin: By how much the best is better than the worst, where rows say so.
+        labels: Along each dimension whether the first is better, where there are dimensions.
     """
 
     prompt: Any
@@ -124,6 +129,7 @@ class TextRow:
     score_gap: float
     template: dict[str, Any]
     margin: float | None = None
+    labels: list[float] | None = None
 
 
 def convert_batch(
@@ -242,7 +248,8 @@ def _text_row(row: Mapping[str, Any], settings: Settings) -> TextRow:
     scores = [1.0, 0.0] if settings.num_candidates == 2 and gap > 0 else [scores[k] for k in order]
     rewards = None if rewards is None else [rewards[k] for k in order]
     margin = float(row[MARGIN_COLUMN]) if settings.margin else None
-    return TextRow(prompt, [completions[k] for k in order], scores, rewards, gap, template, margin)
+    labels = None if settings.dimensions is None else preference_labels(row.get(DIMENSIONS_COLUMN), settings.dimensions)
+    return TextRow(prompt, [completions[k] for k in order], scores, rewards, gap, template, margin, labels)
 
 
 def by_descending_score(scores: Sequence[float]) -> list[int]:
@@ -316,6 +323,8 @@ def _convert_row(
     kept: dict[str, Any] = dict.fromkeys(candidates, []) if cause else candidates
     if row.margin is not None:
         kept[MARGIN_COLUMN] = row.margin
+    if row.labels is not None:
+        kept["labels"] = row.labels
     return kept | counts | endings(untruncated, tokenizer, settings.stop_token_ids)
 
 

@@ -11,8 +11,13 @@ from alignkit.losses.types import Metric, RewardBatch
 
 def existing_rewards(batch: RewardBatch) -> Float[Tensor, "B K"]:
     """Rewards in at least float32, 0 where there is no candidate."""
-    rewards = batch.rewards.float() if batch.rewards.dtype in (torch.float16, torch.bfloat16) else batch.rewards
-    return rewards.masked_fill(~batch.candidate_mask, 0.0)
+    return existing(batch.rewards, batch.candidate_mask)
+
+
+def existing(values: Float[Tensor, "B K *E"], candidate_mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K *E"]:
+    """What a model says of candidates in at least float32, 0 where there is none: it is not read, not even times 0."""
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return values.masked_fill(~candidate_mask.view(*candidate_mask.shape, *[1] * (values.dim() - 2)), 0.0)
 
 
 def better_than(batch: RewardBatch) -> Bool[Tensor, "B K K"]:

@@ -1,7 +1,8 @@
 """Batch shapes and loss outputs shared by every objective.
 
 Axis letters: B groups (or rows) in the batch, K candidates of a group, T completion (or row) positions; of a
-``PolicyBatch`` B are completions; of a ``RoutedBatch`` D are the experts of all layers that are looked at. Tensors
+``PolicyBatch`` B are completions; of a ``RoutedBatch`` D are the experts of all layers that are looked at; of a
+``RewardBatch`` D are dimensions that answers are judged along, E the numbers that a head gives. Tensors
 named ``*_token_logps`` are per token and 0 where masked; ``*_logps`` are their sums over T in float32 or wider.
 """
 
@@ -23,8 +24,8 @@ POLICY_ITEM_KINDS = ("completion", "completion_token", "micro_batch")
 ROUTED_ITEM_KINDS = ("token", "row")
 """The same for a ``RoutedBatch``: trained tokens, and rows with at least one."""
 
-REWARD_ITEM_KINDS = ("group", "candidate")
-"""The same for a ``RewardBatch``: rows with at least one scored candidate, and these candidates."""
+REWARD_ITEM_KINDS = ("group", "candidate", "label")
+"""The same for a ``RewardBatch``: rows with a scored candidate, these candidates, and labels along dimensions."""
 
 
 def sequence_logps(token_logps: Float[Tensor, "*N T"], mask: Bool[Tensor, "*N T"]) -> Float[Tensor, "*N"]:
@@ -255,17 +256,37 @@ class RewardBatch:
         candidate_mask: True where the candidate exists (ragged K).
         scores: What the data say: scores or ranks of answers, of which a pair carries (1, 0); labels of steps.
         margin: By how much the reward of the chosen answer shall exceed that of the rejected one; None is 0.
+        displacements: Of a model whose head gives E numbers, those at the last token of the answer less those at the
+            last token of the prompt, with gradient; None where the head gives one.
+        labels: Along each of D dimensions whether the first answer of a pair is better (1) or worse (-1) than the
+            second; 0 where nobody has said.
     """
 
     rewards: Float[Tensor, "B K"]
     candidate_mask: Bool[Tensor, "B K"]
     scores: Float[Tensor, "B K"]
     margin: Float[Tensor, " B"] | None = None
+    displacements: Float[Tensor, "B K E"] | None = None
+    labels: Float[Tensor, "B D"] | None = None
 
 
-def count_reward_items(candidate_mask: Bool[Tensor, "B K"]) -> dict[str, Tensor]:
-    """Local number of items of every kind in ``REWARD_ITEM_KINDS``; a row without candidates is none."""
-    return {"group": candidate_mask.any(1).sum(), "candidate": candidate_mask.sum()}
+def count_reward_items(
+    candidate_mask: Bool[Tensor, "B K"], labels: Float[Tensor, "B D"] | None = None
+) -> dict[str, Tensor]:
+    """Local number of items of every kind in ``REWARD_ITEM_KINDS``; a row without candidates is none.
+
+    Args:
+        candidate_mask: Of a :class:`RewardBatch`.
+        labels: Of the same, of which those of whole pairs count; None is none.
+    """
+    candidates = candidate_mask.sum()
+    labelled = torch.zeros_like(candidates) if labels is None else (labelled_pairs(candidate_mask, labels)).sum()
+    return {"group": candidate_mask.any(1).sum(), "candidate": candidates, "label": labelled}
+
+
+def labelled_pairs(candidate_mask: Bool[Tensor, "B K"], labels: Float[Tensor, "B D"]) -> Bool[Tensor, "B D"]:
+    """Where a whole pair has a label."""
+    return (labels != 0) & candidate_mask.all(1)[:, None]
 
 
 @dataclass(frozen=True)

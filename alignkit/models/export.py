@@ -34,11 +34,13 @@ from alignkit.models.loading import (
     ModelSource,
     RewardHead,
     check_base,
+    head_of_adapter,
     is_quantized,
     load_adapter,
     load_model,
     quantization_of,
 )
+from alignkit.models.reward_model import dimensions_of
 from alignkit.models.saved_comparison import model_difference
 from alignkit.models.vocabulary import check_token_ids
 from alignkit.parts.parametrization import parametrization_names
@@ -142,7 +144,7 @@ def merge_adapter(
     quantization = quantization_of(source) or source.quantization
     if tolerance is None:
         tolerance = TOLERANCES[dtype] if quantization == "none" else QUANTIZED_TOLERANCE
-    head = RewardHead(from_adapter=True) if is_reward_adapter(adapter) else None
+    head = head_of_adapter(adapter) if is_reward_adapter(adapter) else None
     exact = replace(source, dtype="float32", reward_head=head)
     tuned, effect = _reference_logits(adapter, exact, tokenizer, prompts, device)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -282,6 +284,8 @@ def _merged(
     if source.reward_head is not None:
         # By which rewards are read off.
         merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if source.reward_head.width > 1:
+            merged.config.reward_dimensions = dimensions_of(merged, adapter)
     return merged
 
 

@@ -26,17 +26,22 @@ from alignkit.data.tokenization import answered_ids
 from alignkit.errors import DataError, ModelError
 from alignkit.models._comparison import ScoringRun, agreed
 from alignkit.models._forward import LOGP_TOLERANCE
-from alignkit.models.files import AdapterFiles, find_model, is_reward_adapter
+from alignkit.models.files import AdapterFiles, find_model, is_reward_adapter, read_json
 from alignkit.models.loading import (
     REWARD_HEAD,
     ModelSource,
     RewardHead,
     check_base,
+    head_of_adapter,
     load_adapter,
     load_model,
     load_tokenizer,
 )
 from alignkit.models.wrapping import base_model
+from alignkit.storage.manifest import RUN_FILE
+
+OVERALL = "overall"
+"""The dimension of pairs that say no more than which answer is better."""
 
 
 @contextmanager
@@ -134,12 +139,14 @@ class RewardModel:
         tokenizer: Its tokenizer, with the chat template it was trained with.
         batch_size: Sequences a forward pass.
         max_length: Tokens of prompt + completion that are read; what is longer is cut at its end, as in training.
+        dimensions: What the first numbers of a head of several are, whose mean is the reward; empty where it gives one.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 8
     max_length: int | None = None
+    dimensions: tuple[str, ...] = ()
 
     def __call__(self, prompt: Any, completions: Sequence[Any]) -> list[float]:
         """The rewards of some completions of a prompt: texts, or messages."""
@@ -179,7 +186,8 @@ class RewardModel:
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             inputs = {name: value.to(device) for name, value in collator.padded([cut[i] for i in batch]).items()}
-            rewards = self.model(**inputs, use_cache=False).logits[:, 0].float()
+            numbers = self.model(**inputs, use_cache=False).logits[:, : len(self.dimensions) or 1]
+            rewards = numbers.float().mean(1)
             for i, reward in zip(batch, rewards.tolist(), strict=True):
                 found[i] = reward
         return found
@@ -220,7 +228,34 @@ def load_reward_model(
     else:
         tokenizer = load_tokenizer(name, revision=revision)
     where = PartialState().device if device is None else device
-    return RewardModel(load_for_rewards(source, adapter, tokenizer, where), tokenizer, batch_size, max_length)
+    loaded = load_for_rewards(source, adapter, tokenizer, where)
+    return RewardModel(loaded, tokenizer, batch_size, max_length, tuple(dimensions_of(loaded, adapter)))
+
+
+def dimensions_of(model: nn.Module, adapter: AdapterFiles | None) -> list[str]:
+    """What the first numbers of a head of several are; none where the head gives one.
+
+    Args:
+        model: A reward model, loaded.
+        adapter: What is on it, whose run says it.
+
+    Raises:
+        ModelError: Nothing says it.
+    """
+    config = base_model(model).config.to_dict()
+    if "reward_dimensions" in config:
+        return list(config["reward_dimensions"])
+    if base_model(model).get_submodule(REWARD_HEAD).weight.shape[0] == 1:
+        return []
+    folders = [] if adapter is None else [adapter.directory, adapter.directory.parent]
+    for folder in folders:
+        if (folder / RUN_FILE).is_file():
+            entries = read_json(folder / RUN_FILE).get("config", {})
+            return entries.get("dimensions", {}).get("value") or [OVERALL]
+    raise ModelError(
+        "the head of this reward model gives several numbers, and nothing says which of them are rewards: give the "
+        "folder of the run that trained it, or the merged model (alignkit merge)"
+    )
 
 
 def load_for_rewards(
@@ -247,7 +282,8 @@ def load_for_rewards(
         check_base(adapter, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    loaded = load_model(replace(source, reward_head=RewardHead(from_adapter=adapter is not None)), device)
+    head = RewardHead() if adapter is None else head_of_adapter(adapter)
+    loaded = load_model(replace(source, reward_head=head), device)
     check_head(loaded)
     # Without it transformers reads the last position of a padded row, which is padding.
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id

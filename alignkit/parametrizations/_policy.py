@@ -12,6 +12,7 @@ from alignkit.environment import launched_with_deepspeed
 from alignkit.models import loading
 from alignkit.models.files import read_adapter
 from alignkit.models.precision import HALF, mixed_bfloat16
+from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import load_half, load_parametrization
 
 
@@ -33,8 +34,16 @@ def model_source(config: Any, path: str, revision: str | None = None) -> loading
         quantization=config.quantization,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
-        reward_head=loading.RewardHead(seed=config.seed) if config.gives_rewards else None,
+        reward_head=_reward_head(config) if config.gives_rewards else None,
     )
+
+
+def _reward_head(config: Any) -> loading.RewardHead:
+    """The head of a reward model, new where the checkpoint has none."""
+    if config.adapter is not None:
+        return loading.head_of_adapter(read_adapter(config.adapter))
+    judged = load_method(config.method).dimensions(config.method_options)
+    return loading.RewardHead(1 if judged is None else judged.width, seed=config.seed)
 
 
 def weights_dtype(config: Any) -> str:

@@ -80,6 +80,19 @@ class TeacherChoice:
     temperature: float = 1.0
 
 
+@dataclass(frozen=True)
+class RewardDimensions:
+    """Along what a reward model of several dimensions judges.
+
+    Attributes:
+        names: Keys of the column ``preferences``; empty is one dimension, along which chosen is better.
+        width: How many numbers the head gives, at most.
+    """
+
+    names: tuple[str, ...]
+    width: int
+
+
 class Preparation:
     """What a method does in a run beside its loss; this one does nothing.
 
@@ -122,6 +135,10 @@ def no_schedule(options: Any) -> None:
     """``anchor`` of a method whose reference, if it has one, stays what it is."""
 
 
+def one_reward(options: Any) -> None:
+    """``dimensions`` of a method whose model gives an answer one number, or none."""
+
+
 def no_teacher(options: Any) -> None:
     """``teacher`` of a method without one."""
 
@@ -155,6 +172,7 @@ class Method:
         conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
         ignored: Keys without effect under this method and some values, which a user who sets them is told.
         when: When to take it, and when another one: a sentence or two.
+        dimensions: Along what a reward model judges under these options, where its head gives several numbers.
         of_candidates: The objective over the best candidate of a row, of a supervised method that can be a term of a
             preference mixture.
         mixed: The methods that this one adds up, if it is a mixture.
@@ -179,6 +197,7 @@ class Method:
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()
     when: str = ""
+    dimensions: Callable[[Any], RewardDimensions | None] = one_reward
     of_candidates: Callable[[Any, Any], LossOutput] | None = None
     mixed: tuple[Method, ...] = ()
 
@@ -191,7 +210,8 @@ class Method:
     def is_special(self) -> bool:
         """Whether it does more in a run than its loss: has rows, models or a schedule of its own."""
         own_models = self.teacher is not no_teacher or self.anchor is not no_schedule or self.negative_reference
-        return self.preparation is not Preparation or self.row_family is not None or bool(own_models)
+        own_head = self.dimensions is not one_reward
+        return self.preparation is not Preparation or self.row_family is not None or bool(own_models) or own_head
 
 
 MIXING = ("preference", "sft", "reward")

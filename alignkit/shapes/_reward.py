@@ -14,7 +14,8 @@ Upstream names relied on (asserted by tests/contracts/test_trl_seams.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -37,8 +38,9 @@ from alignkit.models._comparison import ScoringRun, length_dependence
 from alignkit.models._layouts import LayoutChoice
 from alignkit.models.choices import Choice
 from alignkit.models.precision import trained_values
-from alignkit.models.reward_model import check_head, head_outputs, refuse_other_rewards
+from alignkit.models.reward_model import OVERALL, check_head, head_outputs, refuse_other_rewards
 from alignkit.models.vocabulary import check_token_ids
+from alignkit.models.wrapping import base_model
 from alignkit.parts.method import Method, load_method
 from alignkit.shapes._arguments import REFUSED_FOR_REWARDS, refuse_unused
 from alignkit.shapes._bridge import batches_an_epoch
@@ -86,6 +88,7 @@ class RewardModelTrainer(TokenBudget, RewardTrainer):
     ) -> None:
         refuse_unused(args, REFUSED_FOR_REWARDS, inherited)
         self.method, self.method_options = method, options
+        self.dimensions = method.dimensions(options)
         self.prepare_bridge(gradient_rule)
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
         check_head(model)
@@ -95,8 +98,12 @@ class RewardModelTrainer(TokenBudget, RewardTrainer):
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = RewardCollator(self.pad_token_id, args.pad_to_multiple_of)
         start = trained_values(model)
-        super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
+        with _taken_for_one_number(model):
+            super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
         self.hold_masters(start)
+        if self.dimensions is not None:
+            # Saved with the model: whoever loads it must know which of its numbers are rewards.
+            base_model(self.model).config.reward_dimensions = list(self.dimensions.names) or [OVERALL]
         for run in self.policy_runs():
             self.compare_policy(run)
         self.compare_once_sharded()
@@ -124,13 +131,23 @@ class RewardModelTrainer(TokenBudget, RewardTrainer):
         """One forward pass over every candidate, and the method's terms."""
         with head_outputs(self.model) as outputs:
             output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        batch = RewardBatch(
-            rewards=outputs[0][inputs["sequence"], inputs["position"], 0],
+        return output, self.method.objective(self._reward_batch(inputs, outputs[0]), self.method_options)
+
+    def _reward_batch(self, inputs: Mapping[str, Tensor], given: Tensor) -> RewardBatch:
+        """What the head gave for every token [R, L, E], as the candidates of rows."""
+        found = given[inputs["sequence"], inputs["position"]]
+        displacements, rewards = None, found[..., 0]
+        if self.dimensions is not None:
+            displacements = found - given[inputs["sequence"], inputs["prompt_position"]]
+            rewards = displacements[..., : inputs["labels"].shape[1]].mean(-1)
+        return RewardBatch(
+            rewards=rewards,
             candidate_mask=inputs["candidate_mask"],
             scores=inputs["scores"],
             margin=inputs.get(MARGIN_COLUMN),
+            displacements=displacements,
+            labels=inputs.get("labels"),
         )
-        return output, self.method.objective(batch, self.method_options)
 
     def prediction_step(
         self,
@@ -146,7 +163,7 @@ class RewardModelTrainer(TokenBudget, RewardTrainer):
 
     def item_counts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Local number of rows and of candidates."""
-        return count_reward_items(inputs["candidate_mask"])
+        return count_reward_items(inputs["candidate_mask"], inputs.get("labels"))
 
     def num_rows(self, inputs: Mapping[str, Tensor]) -> int:
         """Prompts of a batch."""
@@ -181,7 +198,19 @@ class RewardModelTrainer(TokenBudget, RewardTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "completion_ids", "scores", MARGIN_COLUMN, REPEATED]
+        self._signature_columns = ["prompt_ids", "completion_ids", "scores", MARGIN_COLUMN, "labels", REPEATED]
+
+
+@contextmanager
+def _taken_for_one_number(model: Any) -> Iterator[None]:
+    """TRL's constructor takes models with one number alone; nothing in it looks at the head."""
+    config = model.config
+    names = config.id2label
+    config.num_labels = 1
+    try:
+        yield
+    finally:
+        config.num_labels = len(names)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -204,9 +233,16 @@ def other_models(config: Any) -> dict[str, str]:
 
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     """What makes candidate rows of rows of text."""
-    num_candidates = load_method(config.method).num_candidates
-    limits = {"max_length": config.max_length, "num_candidates": num_candidates}
-    return partial(to_candidate_rows, tokenizer=tokenizer, with_margin=num_candidates == 2, **limits)
+    method = load_method(config.method)
+    judged = method.dimensions(config.method_options)
+    return partial(
+        to_candidate_rows,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        num_candidates=method.num_candidates,
+        with_margin=method.num_candidates == 2 and judged is None,
+        dimensions=None if judged is None else judged.names,
+    )
 
 
 def prompts(config: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, converted: Any) -> list[tuple[int, ...]]:

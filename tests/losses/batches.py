@@ -162,7 +162,8 @@ def option_variants(method: Method, without: tuple[str, ...] = ()) -> list[Any]:
 @cache
 def _option_variants(name: str, without: tuple[str, ...]) -> list[Any]:
     method = load_method(name)
-    items = {item.name: item for item in dataclasses.fields(method.options)}
+    fields = dataclasses.fields(method.options)
+    items = {item.name: item for item in fields if item.default_factory is dataclasses.MISSING}
     alternatives = {key: [False] if key in without else _alternatives(item) for key, item in items.items()}
     off = {key: False for key in without if key in items}
     if math.prod(map(len, alternatives.values())) <= MOST_VARIANTS:
@@ -173,8 +174,9 @@ def _option_variants(name: str, without: tuple[str, ...]) -> list[Any]:
         rng = random.Random(0)
         combinations = [off, *({**off, key: value} for key, values in alternatives.items() for value in values)]
         combinations += [{key: rng.choice(values) for key, values in alternatives.items()} for _ in range(2000)]
-    distinct = dict.fromkeys(method.options(**combination) for combination in combinations)
-    return [options for options in distinct if _is_accepted(method, options)][:MOST_VARIANTS]
+    # By what they show: options that are lists have no hash.
+    distinct = {repr(options): options for options in (method.options(**combination) for combination in combinations)}
+    return [options for options in distinct.values() if _is_accepted(method, options)][:MOST_VARIANTS]
 
 
 def _alternatives(item: dataclasses.Field[Any]) -> list[Any]:

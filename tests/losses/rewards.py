@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from alignkit.losses.types import LossOutput, RewardBatch
-from alignkit.parts.method import Method
-from tests.reward_oracles import List, random_lists
+from alignkit.parts.method import Method, one_reward
+from tests.reward_oracles import Judged, List, random_judged, random_lists
 
 JUNK = float("nan")
-LEAVES = ("rewards",)
-BY_ROW = ("rewards", "candidate_mask", "scores", "margin")
+LEAVES = ("rewards", "displacements")
+BY_ROW = ("rewards", "candidate_mask", "scores", "margin", "displacements", "labels")
 """Fields with a row a prompt."""
 TIGHT: dict[str, Any] = {"rel": 1e-12, "abs": 1e-12}
 
@@ -32,8 +32,26 @@ def reward_batch(rows: Sequence[List], *, margin: bool = False) -> RewardBatch:
     return RewardBatch(rewards=rewards.requires_grad_(), candidate_mask=mask, scores=scores, margin=margins)
 
 
+def judged_batch(rows: Sequence[Judged], *, gone: int = 0) -> RewardBatch:
+    """Pairs of displacements with labels, in float64, behind which ``gone`` pairs that are not there."""
+    moved = torch.tensor([[row.first, row.second] for row in rows], dtype=torch.float64)
+    moved = torch.cat([moved, torch.full((gone, *moved.shape[1:]), JUNK, dtype=torch.float64)])
+    labels = torch.tensor([row.labels for row in rows] + [[1.0] * len(rows[0].labels)] * gone, dtype=torch.float64)
+    mask = torch.ones(len(labels), 2, dtype=torch.bool)
+    mask[len(rows) :] = False
+    return RewardBatch(
+        rewards=moved[..., : labels.shape[1]].mean(-1).requires_grad_(),
+        candidate_mask=mask,
+        scores=torch.tensor([[1.0, 0.0]] * len(labels), dtype=torch.float64),
+        displacements=moved.clone().requires_grad_(),
+        labels=labels,
+    )
+
+
 def drawn(method: Method, seed: int, count: int) -> RewardBatch:
     """A random batch that a method takes, whose last row is not there."""
+    if method.dimensions is not one_reward:
+        return judged_batch(random_judged(seed, count - 1), gone=1)
     rows = random_lists(seed, count, sizes=(2,) if method.num_candidates == 2 else (2, 3, 4), ties=True)
     gone = [answer._replace(reward=JUNK, score=JUNK, present=False) for answer in rows[-1].answers]
     return reward_batch([*rows[:-1], rows[-1]._replace(answers=gone)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from alignkit.data.reward_batch import RewardCollator
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.losses.types import LossOutput, RewardBatch
 from alignkit.models.export import merge_adapter
 from alignkit.models.files import read_adapter
@@ -234,3 +235,57 @@ def test_what_is_given_to_the_trainer_of_trl_and_would_change_nothing_is_refused
             train_dataset=rows,
             processing_class=tokenizer,
         )
+
+
+def judged_rows(config: Any, count: int) -> Dataset:
+    """Pairs of which the longer answer is the better one in one dimension and the other in the second."""
+    rows = text_rows(config, count)
+    said = [
+        {"long": 1 if len(r["chosen"]) > len(r["rejected"]) else -1, "short": None if i % 2 else 1}
+        for i, r in enumerate(rows)
+    ]
+    return Dataset.from_list([{**row, "preferences": found} for row, found in zip(rows, said, strict=True)])
+
+
+@pytest.mark.parametrize("parametrization", ["full", "lora"])
+def test_a_model_of_several_dimensions_learns_them_and_gives_their_mean(
+    parametrization: str, words: str, tmp_path: Path
+) -> None:
+    keys = {"method": "mr_rml", "dimensions": ["long", "short"], "projection_dim": 8, "max_steps": 24}
+    config = config_of("reward", words, tmp_path, parametrization=parametrization, learning_rate=1.0e-2, **keys)
+    rows = judged_rows(config, 16)
+    trainer = build(config, rows)
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert set(trainer.state.log_history[0]) >= {"loss/rank", "loss/axis", "loss/perp", *trainer.method.metrics}
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    assert trainer.item_counts(batch)["label"] == 16 + 8
+    trained = rewards_of(trainer)
+    trainer.save_model(str(tmp_path / "saved"))
+    if parametrization == "lora":
+        entry = {"value": ["long", "short"], "source": "run.yaml:1"}
+        (tmp_path / "saved" / "run.json").write_text(json.dumps({"config": {"dimensions": entry}}))
+    loaded = load_reward_model(str(tmp_path / "saved"), base=words if parametrization == "lora" else None)
+    assert loaded.dimensions == ("long", "short")
+    found = loaded.score([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows])
+    # Without the prompt to measure from, every reward of a row is off by the same number.
+    gaps = [(one - other, a - b) for (one, other), (a, b) in zip(trained, found, strict=True)]
+    assert [gap for gap, _ in gaps] == pytest.approx([gap for _, gap in gaps], abs=1e-5)
+
+
+def test_what_is_wrong_with_dimensions_is_told(words: str, tmp_path: Path) -> None:
+    keys = {"method": "mr_rml", "dimensions": ["long", "short"]}
+    config = config_of("reward", words, tmp_path, **keys)
+    with pytest.raises(DataError, match="column 'preferences' is missing"):
+        build(config, text_rows(config, 4))
+    wrong = judged_rows(config, 4).map(
+        lambda row, i: {"preferences": {"long": 2 if i == 1 else 1, "short": 0}}, with_indices=True
+    )
+    with pytest.raises(DataError, match=r"other than 1 \(chosen is better\)(.|\n)*row 1: long: 2"):
+        build(config, wrong)
+    with pytest.raises(ConfigError, match="a dimension is named twice"):
+        config_of("reward", words, tmp_path, method="mr_rml", dimensions=["a", "a"])
+    with pytest.raises(DataError, match="margin is not a number"):
+        plain = config_of("reward", words, tmp_path)
+        build(plain, text_rows(plain, 4).add_column("margin", [0.5, None, 1.0, 0.0]))
