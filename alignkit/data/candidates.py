@@ -87,12 +87,8 @@ def to_candidate_rows(
         raise DataError(
             f"{name}: streamed rows have no token rewards", [f"they are computed before training: {advice}"]
         )
-    margin = with_margin and MARGIN_COLUMN in columns
-    if dimensions and DIMENSIONS_COLUMN not in columns:
-        advice = f"each row needs a mapping such as {{{dimensions[0]}: 1}}, or remove the key dimensions"
-        raise DataError(f"{name}: rows are not judged along dimensions", [f"column 'preferences' is missing: {advice}"])
-    labelled = None if dimensions is None else tuple(dimensions)
-    steps = _conversion(Settings(kind, max_length, num_candidates, frozenset(stops), contrast, margin, labelled))
+    settings = Settings(kind, max_length, num_candidates, frozenset(stops), contrast)
+    steps = _conversion(_beside(settings, columns, name, with_margin=with_margin, dimensions=dimensions))
     if isinstance(dataset, IterableDataset):
         rows, counts = conversion.convert_stream(dataset, head, columns, tokenizer, steps, name)
     else:
@@ -105,6 +101,17 @@ def to_candidate_rows(
     report = replace(report, num_rows_in=len(counts) + sum(lost.values()), dropped=lost | report.dropped)
     _refuse_drops(report, counts, max_dropped_fraction, lost)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
+
+
+def _beside(
+    settings: Settings, columns: Sequence[str], name: str, *, with_margin: bool, dimensions: Sequence[str] | None
+) -> Settings:
+    """The settings with what rows keep beside their tokens."""
+    if dimensions and DIMENSIONS_COLUMN not in columns:
+        advice = f"each row needs a mapping such as {{{dimensions[0]}: 1}}, or remove the key dimensions"
+        raise DataError(f"{name}: rows are not judged along dimensions", [f"column 'preferences' is missing: {advice}"])
+    margin = with_margin and MARGIN_COLUMN in columns
+    return replace(settings, margin=margin, dimensions=None if dimensions is None else tuple(dimensions))
 
 
 def _conversion(settings: Settings) -> conversion.Conversion:

@@ -47,6 +47,10 @@ from alignkit.models.files import (
 )
 from alignkit.models.fingerprints import ORIGIN_FILE, QUANTIZATION, BaseFingerprint, base_fingerprint, read_origin
 from alignkit.models.quantization import keep_trainable_on_cpu, quantization_config
+from alignkit.models.reward_head import REWARD_HEAD as REWARD_HEAD
+from alignkit.models.reward_head import RewardHead as RewardHead
+from alignkit.models.reward_head import head_of_adapter as head_of_adapter
+from alignkit.models.reward_head import head_width
 from alignkit.models.saved_comparison import adapter_difference, model_difference
 from alignkit.models.sparse_adapter import load_sparse_adapter
 
@@ -71,25 +75,6 @@ FROM_CONTENT = (
 )
 """What transformers and PEFT raise over the content of a file: they check little of it, and fail where it is used."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-REWARD_HEAD = "score"
-"""What transformers calls the head of a decoder that gives a sequence numbers in place of next-token logits."""
-
-
-@dataclass(frozen=True)
-class RewardHead:
-    """The head of a reward model.
-
-    Attributes:
-        width: How many numbers it gives, at most as many as the hidden size; one that is there gives what it gives.
-        seed: What a new one is drawn from where the checkpoint has none; None refuses such a checkpoint.
-        from_adapter: Whether an adapter that is put on the model brings it.
-    """
-
-    width: int = 1
-    seed: int | None = None
-    from_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,7 +158,9 @@ def _from_pretrained(source: ModelSource, **options: Any) -> tuple[PreTrainedMod
         torch.manual_seed(head.seed or 0)
         try:
             told.setLevel(logging.ERROR)  # That it is new is meant, and said below in one line.
-            width = _width(source, head)
+            revision = {"revision": source.revision} if source.revision else {}
+            config = AutoConfig.from_pretrained(source.model, trust_remote_code=source.trust_remote_code, **revision)
+            width = head_width(config, head, source.model)
             found = AutoModelForSequenceClassification.from_pretrained(source.model, num_labels=width, **options)
         finally:
             told.setLevel(level)
@@ -181,24 +168,6 @@ def _from_pretrained(source: ModelSource, **options: Any) -> tuple[PreTrainedMod
     if is_new and PartialState().is_main_process:
         print(f"{source.model}: a new head of rewards, drawn from seed {head.seed}")
     return found
-
-
-def _width(source: ModelSource, head: RewardHead) -> int:
-    """How many numbers the head of a model gives, by its checkpoint where that has one.
-
-    Raises:
-        ModelError: The checkpoint has a head of another width than the method asks for.
-    """
-    revision = {"revision": source.revision} if source.revision else {}
-    config = AutoConfig.from_pretrained(source.model, trust_remote_code=source.trust_remote_code, **revision)
-    there = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
-    wanted = min(head.width, int(config.get_text_config().hidden_size))
-    if there and head.seed is not None and config.num_labels != wanted:
-        raise ModelError(
-            f"the model {source.model!r} has a head of {config.num_labels} numbers already, and the method trains one "
-            f"of {wanted}. Give the language model it was made from."
-        )
-    return int(config.num_labels) if there and not head.from_adapter else wanted
 
 
 def _refuse_missing_weights(source: ModelSource, names: Iterable[str]) -> None:
@@ -216,17 +185,6 @@ def _refuse_missing_weights(source: ModelSource, names: Iterable[str]) -> None:
             f"the checkpoint of {source.model!r} lacks {len(missing)} weights, such as {missing[0]}; they would be "
             f"random. Give a {kind} with all its weights."
         )
-
-
-def head_of_adapter(adapter: AdapterFiles) -> RewardHead:
-    """The head that an adapter of a reward model brings."""
-    shapes = tensor_shapes(adapter.weights)
-    widths = [shape[0] for name, shape in shapes.items() if name.endswith(f"{REWARD_HEAD}.weight")]
-    if not widths:
-        raise ModelError(
-            f"the adapter {str(adapter.directory)!r} brings no head of rewards: save it with {REWARD_HEAD!r}"
-        )
-    return RewardHead(widths[0], from_adapter=True)
 
 
 def quantization_of(source: ModelSource, *, in_full: bool = False) -> str | None:
