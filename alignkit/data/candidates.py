@@ -83,10 +83,10 @@ def to_candidate_rows(
     stops = {*stop_token_ids, tokenizer.eos_token_id} - {None}
     contrast = None if kind.token_rewards else contrast
     if contrast is not None and isinstance(dataset, IterableDataset):
-        advice = "write rows that carry them with alignkit score, or write streaming: false"
-        raise DataError(
-            f"{name}: streamed rows have no token rewards", [f"they are computed before training: {advice}"]
+        advice = (
+            "they are computed before training: write rows that carry them with alignkit score, or streaming: false"
         )
+        raise DataError(f"{name}: streamed rows have no token rewards", [advice])
     settings = Settings(kind, max_length, num_candidates, frozenset(stops), contrast)
     steps = _conversion(_beside(settings, columns, name, with_margin=with_margin, dimensions=dimensions))
     if isinstance(dataset, IterableDataset):
