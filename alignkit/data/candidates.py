@@ -82,11 +82,8 @@ def to_candidate_rows(
     require_template(tokenizer, conversational=kind.conversational, name=name)
     stops = {*stop_token_ids, tokenizer.eos_token_id} - {None}
     contrast = None if kind.token_rewards else contrast
-    if contrast is not None and isinstance(dataset, IterableDataset):
-        advice = (
-            "they are computed before training: write rows that carry them with alignkit score, or streaming: false"
-        )
-        raise DataError(f"{name}: streamed rows have no token rewards", [advice])
+    if contrast is not None:
+        _refuse_stream(dataset, name)
     settings = Settings(kind, max_length, num_candidates, frozenset(stops), contrast)
     steps = _conversion(_beside(settings, columns, name, with_margin=with_margin, dimensions=dimensions))
     if isinstance(dataset, IterableDataset):
@@ -101,6 +98,14 @@ def to_candidate_rows(
     report = replace(report, num_rows_in=len(counts) + sum(lost.values()), dropped=lost | report.dropped)
     _refuse_drops(report, counts, max_dropped_fraction, lost)
     return rows, replace(report, is_sample=isinstance(dataset, IterableDataset))
+
+
+def _refuse_stream(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Refuse rows that token rewards are to be computed for but that are read while training."""
+    if isinstance(dataset, IterableDataset):
+        advice = "write rows that carry them with alignkit score, or write streaming: false"
+        told = f"they are computed before training: {advice}"
+        raise DataError(f"{name}: streamed rows have no token rewards", [told])
 
 
 def _beside(
