@@ -1,4 +1,8 @@
-"""Plain prompts and answers as messages, so that the model's chat template is applied to them."""
+"""Plain prompts and answers as messages, so that the model's chat template is applied to them.
+
+A prompt becomes one message of the user; one that is a transcript of Human and Assistant, as HH-RLHF and Nectar write
+it, becomes the turns that it holds.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.columns import plain_prompt_problem
+from alignkit.data.formats.hh_rlhf import transcript_messages
+from alignkit.data.json_values import JsonValue, encode
 from alignkit.data.problems import value_problems
 from alignkit.data.schema import describe_problems
 from alignkit.errors import DataError
@@ -16,6 +22,9 @@ from alignkit.errors import DataError
 ROLES = {"prompt": "user", "completion": "assistant"}
 """Columns that become one message each. The answers of preference rows stay text: beside a prompt of messages each is
 an assistant's message anyway."""
+
+ANSWERS = ("chosen", "rejected")
+"""Columns of answers that stay text."""
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
@@ -41,12 +50,13 @@ def as_messages(
     features = None
     if dataset.features is not None:
         features = Features({**dataset.features, **dict.fromkeys(columns, MESSAGES)})
+    stored = [side for side in ANSWERS if isinstance((dataset.features or {}).get(side), JsonValue)]
     return dataset.map(
         _messages_of_batch,
         batched=True,
         with_indices=True,
         features=features,
-        fn_kwargs={"columns": columns, "name": name},
+        fn_kwargs={"columns": columns, "name": name, "stored": stored},
     )
 
 
@@ -88,8 +98,13 @@ def check_plain_prompts(
 
 
 def _messages_of_batch(
-    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], columns: Sequence[str], name: str
+    batch: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    columns: Sequence[str],
+    name: str,
+    stored: Sequence[str] = (),
 ) -> dict[str, list[Any]]:
+    """Columns of messages; and of answers, those in ``stored`` as a column of JSON values stores them."""
     problems = [
         (index, problem)
         for column in columns
@@ -98,4 +113,18 @@ def _messages_of_batch(
     ]
     if problems:
         raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(problems))
-    return {column: [[{"role": ROLES[column], "content": text}] for text in batch[column]] for column in columns}
+    turned: dict[str, list[Any]] = {
+        column: [[{"role": ROLES[column], "content": text}] for text in batch[column]] for column in columns
+    }
+    found = [transcript_messages(text) for text in batch["prompt"]]
+    if any(found):
+        turned["prompt"] = [messages or plain for messages, plain in zip(found, turned["prompt"], strict=True)]
+        for side in (side for side in ANSWERS if side in batch):
+            sides = [_stripped(text) if turns else text for turns, text in zip(found, batch[side], strict=True)]
+            turned[side] = [None if text is None else encode(text) for text in sides] if side in stored else sides
+    return turned
+
+
+def _stripped(answer: Any) -> Any:
+    """An answer without the space that a transcript has between a speaker and what is said."""
+    return answer.strip() if isinstance(answer, str) else answer

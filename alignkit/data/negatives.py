@@ -15,8 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.columns import (
     LIST_COLUMNS,
+    NEGATIVE_FORMS,
     PREFERENCE_FORMS,
+    PROMPT_FORM,
     TEMPLATE_COLUMNS,
+    RowFamily,
     columns_of,
     listed_columns,
     refused_columns,
@@ -25,6 +28,7 @@ from alignkit.data.json_values import is_plain, without_filled_nulls
 from alignkit.data.load import parse_messages, parse_sources, rename_columns
 from alignkit.data.negative_schema import PromptKind, detect_prompt_kind, prompt_problems
 from alignkit.data.readers import first_rows, open_source
+from alignkit.data.recognition import as_our_rows
 from alignkit.data.rendering import RenderingError, render
 from alignkit.data.schema import describe_problems
 from alignkit.data.templates import require_template
@@ -33,6 +37,14 @@ from alignkit.errors import DataError
 
 SEPARATOR = "\n\n"
 """Stands between the instruction and the text it is put before."""
+
+_ASKED = RowFamily(
+    (NEGATIVE_FORMS[0], PROMPT_FORM),
+    "Expected prompt, perhaps with rejected",
+    detect_prompt_kind,
+    lambda row: row["prompt"],
+    keeps_others=True,
+)
 
 REPLACED_COLUMNS = frozenset(columns_of(PREFERENCE_FORMS)) - frozenset(TEMPLATE_COLUMNS)
 """Columns that a candidate list writes itself, or that would make it ambiguous."""
@@ -62,8 +74,10 @@ def load_prompts(
         if refused := refused_columns(columns):
             raise DataError(f"{source.path}: rows are not text alone", refused)
         known = columns_of(PREFERENCE_FORMS)
-        dataset, _ = rename_columns(dataset, columns, column_map or {}, source.path, known)
-        dataset = parse_messages(without_filled_nulls(dataset, known), source.path)
+        dataset, columns = rename_columns(dataset, columns, column_map or {}, source.path, known)
+        dataset = without_filled_nulls(dataset, known)
+        read = as_our_rows(dataset, columns, _ASKED, source.path)
+        dataset = parse_messages(dataset if read is None else read.rows, source.path)
         carried = [name for name, feature in dataset.features.items() if is_plain(feature)]
         rows += dataset.select_columns(carried).select(range(min(max_rows or len(dataset), len(dataset))))
     return rows[:max_rows]

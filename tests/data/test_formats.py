@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.columns import Form, RowFamily
 from alignkit.data.load import load_rows
+from alignkit.data.negatives import load_prompts
 from alignkit.data.prompts_schema import prompt_rows
 from alignkit.data.recognition import said_formats
 from alignkit.data.schema import preference_rows
 from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
+from alignkit.data.unpaired_schema import unpaired_rows
 from alignkit.errors import DataError
 from alignkit.parts.data_format import format_names, load_format
 from tests.data.rows import message
@@ -27,12 +29,12 @@ Write = Callable[[str, Sequence[Any]], str]
 
 
 def bare_family(*columns: str) -> RowFamily:
-    """Rows of these columns, whatever they hold: the programs that take such rows check them on their own."""
+    """Rows of these columns, whatever they hold."""
     return RowFamily((Form(columns),), "", lambda columns, head, name: None, lambda row: row["prompt"])
 
 
 SUPERVISED, PAIRS = supervised_rows(), preference_rows()
-KTO, STEPS = bare_family("prompt", "completion", "label"), bare_family("prompt", "completions", "labels")
+KTO, STEPS = unpaired_rows(), bare_family("prompt", "completions", "labels")
 Q, A, B = message("user", "2 + 2?"), message("assistant", "4"), message("assistant", "5")
 S = message("system", "Be brief.")
 CALL = {"name": "add", "arguments": {"a": 2}}
@@ -407,3 +409,12 @@ def test_sources_of_several_formats_mix_and_the_report_names_each(
     _, counted = to_candidate_rows(pairs, tokenizer, max_length=None, num_candidates=2)
     assert [said.partition(":")[0] for said in counted.formats] == ["hh_rlhf (chosen, rejected)"]
     assert replace(counted, formats=()).num_rows == 1
+
+
+def test_rows_of_other_formats_are_sampled_for(write_jsonl: Write) -> None:
+    gsm = write_jsonl("gsm.jsonl", [{"question": "2 + 2?", "answer": "4"}])
+    pairs = write_jsonl("hh.jsonl", [{"chosen": hh("q", "a"), "rejected": hh("q", "b")}])
+    ours = write_jsonl("ours.jsonl", [{"prompt": "p", "question": "x"}])
+    rows = load_prompts([gsm, pairs, ours])
+    assert [row["prompt"] for row in rows] == ["2 + 2?", hh("q") + "\n\nAssistant:", "p"]
+    assert (rows[1]["chosen"], rows[1]["rejected"], rows[2]["question"]) == (" a", " b", "x")

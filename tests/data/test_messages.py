@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +107,21 @@ def test_plain_text_beside_a_chat_template_is_said_loudly(tokenizer: PreTrainedT
     )
     quiet = report(rows, bare)
     assert quiet.checks["train"][0].status == "ok" and "TEMPLATE" not in quiet.render().splitlines()[0]
+
+
+def test_a_transcript_becomes_the_turns_that_it_holds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    hh = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: 2 + 2?\n\nAssistant:"
+    rows = [{"chosen": f"{hh} 4", "rejected": f"{hh} 5"}, {"chosen": f"{hh} four", "rejected": f"{hh} five"}]
+    path = tmp_path / "hh.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    turns = [message("user", "Hi"), message("assistant", "Yes?"), message("user", "2 + 2?")]
+    for streaming in (False, True):
+        plain = load_rows(str(path), streaming=streaming)
+        assert next(iter(plain)) == {"prompt": hh, "chosen": " 4", "rejected": " 5"}
+        found = list(as_messages(plain, tokenizer, "train"))
+        assert found[0] == {"prompt": turns, "chosen": "4", "rejected": "5"}
+        assert found[1] == {"prompt": turns, "chosen": "four", "rejected": "five"}
+    mixed = [{"prompt": "What is a Human:?", "chosen": " a", "rejected": "b"}]
+    assert list(as_messages(Dataset.from_list(mixed), tokenizer, "train")) == [
+        {"prompt": [message("user", "What is a Human:?")], "chosen": " a", "rejected": "b"}
+    ]
