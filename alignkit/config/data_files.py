@@ -14,7 +14,7 @@ from alignkit.config.data_peek import DataFault, Head, peek, peek_saved
 from alignkit.config.model_files import has_similar_entry, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
-from alignkit.data.foreign_rows import recognise_rows, row_as_ours
+from alignkit.data.foreign_rows import recognise_rows, row_as_ours, taken_by_others
 from alignkit.data.opened import ending_of
 from alignkit.data.paths import ENDINGS, format_of, is_pattern, matched_files
 from alignkit.errors import DataError
@@ -149,8 +149,10 @@ def _check_columns(
         else:
             family.detect(columns, rows, name=name)
     except DataError as error:
+        others = taken_by_others(columns, rows, family)
         for problem in error.problems:
-            settings.report(key, f"({name}): {problem.rstrip('.')}", family.expected)
+            said = problem.rstrip(".") + (f". {others}" if others else "")
+            settings.report(key, f"({name}): {said}", family.expected)
 
 
 def _renamed(head: Head, column_map: Mapping[str, str]) -> tuple[list[str], list[dict[str, Any]]]:

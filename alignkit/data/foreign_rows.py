@@ -13,6 +13,16 @@ from alignkit.data.columns import RowFamily
 from alignkit.errors import DataError
 from alignkit.parts.data_format import DataFormat, Plan, format_names, load_format
 
+_TAKERS = {
+    ("prompt", "completions", "labels"): "a process reward model (alignkit reward)",
+    ("prompt", "completions", "scores"): "a preference method that takes lists, or a reward model",
+    ("prompt", "chosen", "rejected"): "a preference method such as dpo",
+    ("prompt", "completion", "label"): "method kto",
+    ("prompt", "completion"): "method sft",
+    ("messages",): "method sft",
+}
+"""What trains rows of these columns, the most columns first."""
+
 
 class Found(NamedTuple):
     """The format that rows are written in.
@@ -77,6 +87,29 @@ def recognise_rows(
         return Found(form.name, plan, list(given))
     if unclear and not family.keeps_others:
         raise DataError(f"{name}: columns that are not clear", unclear)
+    return None
+
+
+def taken_by_others(columns: Sequence[str], head: Sequence[Mapping[str, Any]], family: RowFamily) -> str | None:
+    """What rows are that this family has no form for, but others have; None for rows of no format.
+
+    Args:
+        columns: Their columns.
+        head: The first rows.
+        family: What the rows were to be.
+    """
+    for form in map(load_format, format_names()):
+        if form.recognise is None or form.convert is None:
+            continue
+        try:
+            plan = form.recognise(columns, head)
+            given = tuple(form.convert(head[0], plan)) if plan else ()
+        except ValueError:
+            continue
+        takers = [taker for wanted, taker in _TAKERS.items() if set(wanted) <= set(given)]
+        if plan and takers and not _suit(given, family):
+            used = ", ".join(dict.fromkeys(plan.values()))
+            return f"The rows are written as {form.name} ({used}), which {takers[0]} takes"
     return None
 
 

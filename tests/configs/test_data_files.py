@@ -302,3 +302,35 @@ def test_prompts_are_looked_at_before_anything_is_loaded(
     found = problems_of({"method": "sft"} | as_file(rows, "a.jsonl") | changes)
     assert len(found) == len(says), found
     assert all(part in problem for part, problem in zip(says, found, strict=True)), found
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(
+    ("row", "method", "says"),
+    [
+        (
+            {"instruction": "a", "input": "", "output": "b"},
+            "dpo",
+            "written as alpaca (instruction, input, output), which method sft takes",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "dpo",
+            "written as sharegpt (conversations), which method sft takes",
+        ),
+        (
+            {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
+            "sft",
+            "written as nectar (prompt, answers, answer, rank), which a preference method that takes lists",
+        ),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "sft", "such as dpo"),
+        (
+            {"query": "q", "response": "a", "thumbs": "up"},
+            "sft",
+            "written as kto (query, response, thumbs), which method kto",
+        ),
+    ],
+)
+def test_rows_of_another_program_are_sent_there(row: dict[str, Any], method: str, says: str) -> None:
+    found = problems_of({"method": method, **as_file([row], "a.jsonl")})
+    assert found and all(says in problem for problem in found)
