@@ -27,6 +27,7 @@ from tests.scripts import (
     test_arguments,
     test_compare_runs,
     test_evaluate,
+    test_evaluate_rows,
     test_push_to_hub,
     test_sample_candidates,
     test_token_rewards,
@@ -79,6 +80,7 @@ TESTS: Mapping[str, Sequence[Test]] = {
     ),
     "evaluate, sample_candidates, token_rewards, compare_runs": (
         test_evaluate.test_what_cannot_be_evaluated,
+        test_evaluate_rows.test_what_cannot_be_evaluated,
         test_sample_candidates.test_what_cannot_be_sampled,
         test_token_rewards.test_what_cannot_be_scored,
         test_compare_runs.test_unusable_runs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from alignkit.errors import ModelError
 from alignkit.evals.preference import preference_sums
 from alignkit.models import sharding
 from alignkit.models._forward import add_completion_head, use_packed_attention
-from alignkit.models.sharding import length_batches, map_batches, score_over_ranks
+from alignkit.models.sharding import length_batches, map_batches, score_over_ranks, score_trained_over_ranks
 from tests.scripts.tiny import tiny_model
 
 
@@ -109,6 +110,48 @@ def test_equal_completions_tie_in_every_layout(layout: str, batch_size: int) -> 
     assert 0 < right < len(found)
     accuracy = preference_sums(data, found)["accuracy/logps"].estimate()
     assert accuracy is not None and accuracy.mean == (2 * right + 0.5 * len(found)) / (3 * len(found))
+
+
+def supervised_rows(model: Any) -> Dataset:
+    """Five rows of one completion, the first of them the model's own; of each every third token is not counted."""
+    found = rows().map(lambda row: {"completion_ids": row["completion_ids"][:1]})
+    prompt = torch.tensor([found[0]["prompt_ids"]])
+    own = model.generate(prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1] :].tolist()
+    found = found.map(lambda row, index: {"completion_ids": [own]} if index == 0 else {}, with_indices=True)
+    return found.map(lambda row: {"is_trained": [i % 3 != 1 for i in range(len(row["completion_ids"][0]))]})
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_the_trained_tokens_of_supervised_rows(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the logits of each row alone; two processes have the very figures of one."""
+    model = tiny_model()
+    data = supervised_rows(model)
+    expected = []
+    for row in data:
+        ids, start = row["prompt_ids"] + row["completion_ids"][0], len(row["prompt_ids"])
+        with torch.no_grad():
+            logps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        counted = [start + i for i, trained in enumerate(row["is_trained"]) if trained]
+        nll = -sum(float(logps[i - 1, ids[i]]) for i in counted)
+        expected.append((nll, sum(int(logps[i - 1].argmax()) == ids[i] for i in counted), len(counted)))
+    add_completion_head(model, top1=True)
+    if layout == "packed":
+        use_packed_attention(model)
+    how = {"pad_token_id": 0, "layout": layout, "batch_size": 2, "progress": "rows"}
+    found = score_trained_over_ranks(model, data, state=PartialState(), **how)
+    for row, (nll, hits, tokens) in zip(found, expected, strict=True):
+        assert row.nll == pytest.approx(nll, abs=1e-4) and (row.hits, row.tokens) == (hits, tokens)
+    assert any(hits for _, hits, _ in expected)
+    parts: list[Any] = []
+    monkeypatch.setattr(sharding, "gather_object", lambda local: parts.extend(local) or list(parts))
+    for index in range(2):
+        rank = Rank(index, 2)
+        rank.device, rank.is_main_process = torch.device("cpu"), index == 0
+        if index == 0:
+            with suppress(KeyError):  # What the other process has is not there yet.
+                score_trained_over_ranks(model, data, state=rank, **how)
+        else:
+            assert score_trained_over_ranks(model, data, state=rank, **how) == found
 
 
 def test_a_broken_model_is_named_not_averaged() -> None:

@@ -164,7 +164,8 @@ def test_two_processes_give_the_same_figures(
 ) -> None:
     """Eleven rows in batches of 4 on two ranks: unequal shares, and a rank without a share of the samples."""
     words = ("--adapter", assets / "adapter", "--data", assets / "pairs.jsonl", "--compare_base", "--num_samples", "3")
-    words = (*words, "--probe_data", assets / "lists.jsonl", "--temperature", "0.7", *QUICK, "--output")
+    words = (*words, "--probe_data", assets / "lists.jsonl", "--temperature", "0.7", *QUICK)
+    words = (*words, "--metrics", "preference,likelihood,generation,calibration", "--beta", "0.1", "--output")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert run_script("evaluate", *words, tmp_path / "one") == 0
