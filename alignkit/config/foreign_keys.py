@@ -264,8 +264,8 @@ ABSENT: Mapping[str, str] = {
     **dict.fromkeys(("eval_delay", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
                      "bf16_full_eval", "fp16_full_eval", "batch_eval_metrics", "include_for_metrics", "eval_packing"),
                     "this setting of the evaluation"),
-    **dict.fromkeys(("compute_accuracy", "predict_with_generate", "do_predict"), "answers of its own in a training run; "
-                    "alignkit evaluate asks the trained model for them, and judges them"),
+    **dict.fromkeys(("compute_accuracy", "predict_with_generate", "do_predict"), "answers of its own in a training "
+                    "run; alignkit evaluate asks the trained model for them, and judges them"),
     **dict.fromkeys(("logging_strategy", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica",
                      "include_num_input_tokens_seen", "project", "trackio_space_id", "trackio_bucket_id",
                      "trackio_static_space_id", "skip_memory_metrics", "logging_dir", "mlflow_tracking_uri"),
