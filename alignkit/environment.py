@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ RECORDED = (
     "liger-kernel",
 )
 """Distributions whose version can change a result."""
+
+
+_NOTICES = (
+    ".*gradient_checkpointing.* is deprecated",
+    "`torch.jit.script.*` is deprecated",
+    ".*find_unused_parameters=True was specified in DDP constructor",
+)
+"""Warnings about the insides of the dependencies, which a user can do nothing about."""
+
+
+def ignore_notices() -> None:
+    """Show no warnings about the insides of the dependencies, from now on or to the end of ``catch_warnings``."""
+    for message in _NOTICES:
+        warnings.filterwarnings("ignore", message=message)
+    # What a user can do about an adapter is said by our own checks, with the config's words.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
 
 
 def environment() -> dict[str, Any]:

@@ -37,6 +37,7 @@ WRITE: Mapping[str, str] = {
     "tokenizer_name_or_path": "tokenizer",
     "tokenizer_path": "tokenizer",
     "processing_class": "tokenizer",
+    "peft_config": "parametrization: lora, and its values as lora_r, lora_alpha, lora_target_modules and so on",
     "template": "chat_template (the path of a Jinja file; null takes the tokenizer's own)",
     # --- parametrization ---
     "use_peft": "parametrization: lora",
@@ -224,6 +225,13 @@ ABSENT: Mapping[str, str] = {
     # --- regularisers and losses ---
     "label_smoothing_factor": "label smoothing of tokens; label_smoothing of dpo and robust smooths preferences",
     "trl": "a section of that name; its keys stand beside the others",
+    # --- arguments of TRL's trainers ---
+    "args": "object for the arguments; each of its values is a key of its own",
+    "callbacks": "callbacks as a key: run = prepare(...), then run.trainer.add_callback(...), then run.train()",
+    "compute_metrics": "metrics of one's own while training; alignkit evaluate --metrics makes some of a result",
+    "data_collator": "collators from outside; layout says how rows are put together",
+    "formatting_func": "function that makes text of rows; map the rows before, or write column_map",
+    "optimizers": "optimizers from outside; optim names those there are",
     # --- what PEFT and axolotl have beside LoRA ---
     **dict.fromkeys(
         ("use_galore", "galore_rank", "use_badam", "use_apollo", "loraplus_lr_embedding",

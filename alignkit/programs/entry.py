@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from alignkit.environment import ignore_notices
 from alignkit.errors import AlignkitError, RanksDifferError, Stopped
 from alignkit.plain_text import guard_streams, visible, without_secrets
 from alignkit.storage.refusals import storage_error
@@ -39,15 +39,7 @@ def disable_telemetry() -> None:
 
 def quiet_dependencies() -> None:
     """Keep notices about the insides of the dependencies, which a user can do nothing about, out of the output."""
-    notices = (
-        ".*gradient_checkpointing.* is deprecated",
-        "`torch.jit.script.*` is deprecated",
-        ".*find_unused_parameters=True was specified in DDP constructor",
-    )
-    for message in notices:
-        warnings.filterwarnings("ignore", message=message)
-    # What a user can do about an adapter is said by our own checks, with the config's words.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
+    ignore_notices()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # A filter, because DeepSpeed sets the level of its logger when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

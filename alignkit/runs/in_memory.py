@@ -112,7 +112,8 @@ def _kept_model(model: PreTrainedModel, tokenizer: Any) -> str:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         _put(draft, folder)
-        print(f"the model in memory is kept as {folder}; a run that continues it, and its adapter, are looked up there")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"the model in memory is kept as {folder}, which an adapter of it names as its base")
     return str(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from alignkit.config.base import ProgramConfig
 from alignkit.config.check import flatten
 from alignkit.config.keys import base_keys, option_keys
 from alignkit.config.settings import DEFAULT, KEYWORD
+from alignkit.environment import ignore_notices
 from alignkit.errors import Stopped
 from alignkit.gradients._hook import chosen_rule
 from alignkit.models.choices import Choice
@@ -102,7 +104,9 @@ class RunSteps:
         called = any(source.startswith((KEYWORD, PYTHON)) for source in self.loaded.sources.values())
         command = None if called else sys.argv
         failures = steps.failures_recorded(directory, command, resume=self._resume, goes_on=goes_on)
-        with failures, self._ranks.losses_named(lambda status: directory.record(status=status)):
+        named = self._ranks.losses_named(lambda status: directory.record(status=status))
+        with warnings.catch_warnings(), failures, named:
+            ignore_notices()
             yield
 
     def load(self) -> None:

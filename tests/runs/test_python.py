@@ -192,6 +192,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "range": ({"learning_rate": -1.0}, r"keyword: `learning_rate: -1.0` is out of range"),
     "unknown key": ({"betta": 0.1}, r"keyword: `betta: 0.1` is not a known key. Did you mean beta"),
     "their key": ({"num_epochs": 1}, r"keyword: `num_epochs: 1` is not a key of alignkit. Write num_train_epochs"),
+    "arguments of TRL": (
+        {"args": object(), "peft_config": LoraConfig(), "train_dataset": Dataset.from_list(PAIRS)},
+        r"(?s)3 problems.*each of its values is a key of its own.*Write parametrization: lora.*Write data\.",
+    ),
     "type": ({"data": 3}, r"`data`: is a int. Write a path or Hub id, a datasets.Dataset"),
     "splits": ({"data": DatasetDict(train=Dataset.from_list(PAIRS))}, r"Write data=dataset\['train'\]"),
     "stream": (
