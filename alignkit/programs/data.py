@@ -24,7 +24,7 @@ from alignkit.parts.method import method_names
 from alignkit.parts.shape import shapes_by_program
 from alignkit.programs.arguments import StrictParser, column_pair, non_negative_int, positive_int
 from alignkit.programs.outputs import add_overwrite, output_problems
-from alignkit.storage.durability import write_whole
+from alignkit.storage.durability import write_lines, write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,7 +69,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
         rows = found.splits["train"].cleaned(arguments.drop)
         if not len(rows):
             raise DataError("--write: no row is left", found.problems or ["every row is dropped"])
-        write_whole(arguments.write, "".join(lines_of(rows)))
+        write_lines(arguments.write, lines_of(rows))
         cleaned = (str(arguments.write), len(rows))
     blocks = blocks_of(found, tokenizer, has_model=has_model, num_examples=arguments.examples, cleaned=cleaned)
     print(as_text(blocks))

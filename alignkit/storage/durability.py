@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,10 +45,28 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         StorageError: There is no room for it, or no right to write there.
     """
-    partial, data = partial_path(path), content.encode() if isinstance(content, str) else content
+    data = content.encode() if isinstance(content, str) else content
+    _write(path, [data], needed=len(data))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """The same for text that is not held in memory at once.
+
+    Args:
+        path: File to create or replace.
+        lines: Pieces of its text.
+
+    Raises:
+        StorageError: As :func:`write_whole`.
+    """
+    _write(path, (line.encode() for line in lines), needed=None)
+
+
+def _write(path: Path, content: Iterable[bytes], *, needed: int | None) -> None:
+    partial = partial_path(path)
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -55,7 +74,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         told = storage_error(error)
         if error.errno in FULL:
             partial.unlink(missing_ok=True)
-            told = full(error.errno, path, needed=len(data))
+            told = full(error.errno, path, needed=needed)
         raise told or error from error
     _sync(path.parent)
 
