@@ -84,6 +84,15 @@ def methods_table(prefix: str) -> str:
     return table(["method", "what it does", "paper", "fidelity"], rows)
 
 
+def methods_list(prefix: str) -> str:
+    """The names of all methods, by program."""
+    lines = []
+    for program, shape in shapes_by_program().items():
+        links = ", ".join(f"[`{name}`]({prefix}methods/{name}.md)" for name in program_methods(program))
+        lines.append(f"- **{program}**. {shape.summary} {links}\n")
+    return "".join(lines)
+
+
 def parametrizations_table() -> str:
     """All parametrisations, and the keys of each."""
     rows = [
@@ -369,14 +378,18 @@ GENERATORS: dict[str, Callable[..., str]] = {
 }
 
 
+OF_ANY_PAGE: dict[str, Callable[[str], str]] = {"methods-list": methods_list, "methods-table": methods_table}
+"""Blocks with links to pages, which begin elsewhere in README.md."""
+
+
 def regenerate(path: Path) -> str:
     """The text of a page with its generated blocks brought up to date."""
     prefix = "docs/" if path.parent == REPOSITORY else ""
 
     def fill(match: re.Match[str]) -> str:
         name, argument = match["name"], match["argument"]
-        if name == "methods-table":
-            body = methods_table(prefix)
+        if name in OF_ANY_PAGE:
+            body = OF_ANY_PAGE[name](prefix)
         elif name in GENERATORS:
             body = GENERATORS[name](*([argument] if argument else []))
         else:
