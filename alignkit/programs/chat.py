@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
-from alignkit.models.files import AdapterFiles, find_model, model_problem
+from alignkit.models.files import AdapterFiles, find_model, is_reward_model, model_problem
 from alignkit.programs.arguments import (
     StrictParser,
     non_negative_float,
@@ -137,11 +137,9 @@ def named(target: str, base: str | None) -> tuple[str, str | None, AdapterFiles 
         ModelError: They name nothing that can be loaded.
         CheckpointError: The adapter's weights are empty or truncated.
     """
-    if base is None:
-        return find_model(target, None)
-    found = find_model(base, target)
-    if found[2] is None:
-        raise ModelError(f"--model is the base of an adapter, and {target!r} is none: leave the option out")
+    found = find_model(target, None) if base is None else find_model(base, target)
+    if is_reward_model(found[0], found[2]):
+        raise ModelError(f"{target!r} is a reward model, which gives scores and no answers: see alignkit evaluate")
     return found
 
 

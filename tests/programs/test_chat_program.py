@@ -123,15 +123,18 @@ def test_a_full_model_beside_another(
     [
         (["nowhere/at/all"], "the model 'nowhere/at/all' does not exist"),
         (["{base}", "--model", "{base}"], "is not a saved adapter"),
+        (["{reward}"], "is a reward model, which gives scores and no answers"),
         (["{adapter}", "--compare", "{base}"], "the base of an adapter answers beside it as it is"),
         (["{base}", "--compare", "{base}", "--alone"], "--compare asks for a model that would not answer"),
         (["{base}", "--chat_template", "none.jinja"], "there is no file none.jinja"),
         (["{base}", "--temprature", "1"], "unknown option --temprature; did you mean --temperature?"),
     ],
 )
-def test_what_cannot_work(words: list[str], message: str, base: Path, adapter: Path) -> None:
+def test_what_cannot_work(words: list[str], message: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text()) | {"architectures": ["Qwen3ForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
-        chat.main([word.format(base=base, adapter=adapter) for word in words], "alignkit chat")
+        chat.main([word.format(base=base, adapter=adapter, reward=tmp_path) for word in words], "alignkit chat")
 
 
 def test_answers_come_piece_by_piece_and_differ_with_the_seed(base: Path) -> None:
