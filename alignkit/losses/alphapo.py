@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignkit.losses.pairs import masked_metric, pair_mask, pair_metrics
-from alignkit.losses.reference_free import mean_policy_logps, smoothed_logistic
+from alignkit.losses.scored_pairs import smoothed_logistic, smoothed_slope
 from alignkit.losses.types import CandidateBatch, LossOutput, LossTerm, count_items
 
 LARGEST_EXPONENT = 50.0
@@ -50,15 +50,16 @@ def alphapo_loss(
         ratio.
     """
     mask = pair_mask(batch)
-    chosen_rewards = beta * _shaped(mean_policy_logps(batch.chosen), alpha)
-    rejected_rewards = beta * _shaped(mean_policy_logps(batch.rejected), alpha)
-    z = chosen_rewards - rejected_rewards - gamma
-    values = smoothed_logistic(z, label_smoothing).masked_fill(~mask, 0.0)
+    chosen, rejected = (_shaped(side.policy_mean_logps, alpha) for side in (batch.chosen, batch.rejected))
+    margin = chosen - rejected - gamma / beta
+    values = smoothed_logistic(margin, beta, label_smoothing).masked_fill(~mask, 0.0)
     # The slope of the reward varies with the likelihood, so the gradient ratio is not that of pair_metrics.
     metrics = pair_metrics(
-        batch, chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, beta_pos=beta, beta_neg=0.0
+        batch,
+        chosen_rewards=beta * chosen,
+        rejected_rewards=beta * rejected,
     )
-    metrics["effective_weight"] = masked_metric(torch.sigmoid(-z), mask)
+    metrics["effective_weight"] = masked_metric(smoothed_slope(beta * margin, label_smoothing), mask)
     return LossOutput((LossTerm("preference", values, count_items(batch.completion_mask)["group"]),), metrics)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from alignkit.losses.pairs import masked_metric, pair_mask, pair_metrics
-from alignkit.losses.reference_free import smoothed_logistic
+from alignkit.losses.scored_pairs import smoothed_logistic, smoothed_slope
 from alignkit.losses.sft import sft_term
 from alignkit.losses.types import CandidateBatch, LossOutput, LossTerm, count_items
 
@@ -52,21 +50,19 @@ def cpo_loss(
         The terms ``preference`` [B] over pairs and, when ``cpo_alpha`` > 0, ``sft`` [B], in nats; the metrics of
         :func:`pair_metrics`.
     """
-    mask = pair_mask(batch)
-    chosen_rewards, rejected_rewards = beta * batch.chosen.policy_logps, beta * batch.rejected.policy_logps
-    z = chosen_rewards - rejected_rewards
-    values = torch.relu(1 - z) if form == "hinge" else smoothed_logistic(z, label_smoothing)
+    mask, chosen, rejected = pair_mask(batch), batch.chosen.policy_logps, batch.rejected.policy_logps
+    margin = chosen - rejected
+    if form == "hinge":
+        values, slope = torch.relu(1 - beta * margin), (beta * margin < 1).to(margin.dtype)
+    else:
+        values = smoothed_logistic(margin, beta, label_smoothing)
+        slope = smoothed_slope(beta * margin, label_smoothing)
     terms = [
         LossTerm("preference", values.masked_fill(~mask, 0.0), count_items(batch.completion_mask)["group"]),
         *([sft_term(batch, eta=cpo_alpha, sft_normalization="token")] if cpo_alpha > 0 else []),
     ]
     metrics = pair_metrics(
-        batch, chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, beta_pos=beta, beta_neg=beta
+        batch, chosen_rewards=beta * chosen, rejected_rewards=beta * rejected, beta_pos=beta, beta_neg=beta
     )
-    metrics["effective_weight"] = masked_metric(_slope(z, form), mask)
+    metrics["effective_weight"] = masked_metric(slope, mask)
     return LossOutput(tuple(terms), metrics)
-
-
-def _slope(z: Float[Tensor, " B"], form: str) -> Float[Tensor, " B"]:
-    """|dL/dz|, without label smoothing."""
-    return (z < 1).to(z.dtype) if form == "hinge" else torch.sigmoid(-z)

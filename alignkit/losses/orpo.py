@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignkit.losses.pairs import masked_metric, pair_mask, pair_metrics
-from alignkit.losses.reference_free import mean_policy_logps
 from alignkit.losses.sft import sft_term
 from alignkit.losses.types import CandidateBatch, LossOutput, LossTerm, count_items
 
@@ -44,7 +43,7 @@ def orpo_loss(batch: CandidateBatch, *, beta: float) -> LossOutput:
         The terms ``odds_ratio`` [B] over pairs, weighted by ``beta``, and ``sft`` [B], in nats; the metrics of
         :func:`pair_metrics` without the gradient ratio, ``log_odds_chosen`` and ``log_odds_ratio``.
     """
-    mask, chosen, rejected = pair_mask(batch), mean_policy_logps(batch.chosen), mean_policy_logps(batch.rejected)
+    mask, chosen, rejected = pair_mask(batch), batch.chosen.policy_mean_logps, batch.rejected.policy_mean_logps
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
     values = (-F.logsigmoid(log_odds_ratio)).masked_fill(~mask, 0.0)
     terms = (
@@ -53,7 +52,9 @@ def orpo_loss(batch: CandidateBatch, *, beta: float) -> LossOutput:
     )
     # Odds are no power of the likelihood, so the gradient ratio is not that of pair_metrics.
     metrics = pair_metrics(
-        batch, chosen_rewards=beta * chosen, rejected_rewards=beta * rejected, beta_pos=beta, beta_neg=0.0
+        batch,
+        chosen_rewards=beta * chosen,
+        rejected_rewards=beta * rejected,
     )
     metrics["log_odds_chosen"] = masked_metric(log_odds_ratio, mask)
     metrics["log_odds_ratio"] = masked_metric(-values, mask)

@@ -22,8 +22,8 @@ def pair_metrics(
     *,
     chosen_rewards: Float[Tensor, " B"],
     rejected_rewards: Float[Tensor, " B"],
-    beta_pos: float,
-    beta_neg: float,
+    beta_pos: float = 1.0,
+    beta_neg: float = 0.0,
     length_normalized: bool = False,
 ) -> dict[str, Metric]:
     """Likelihoods, implicit rewards and the 3D diagnostics of a batch of pairs, detached.
@@ -42,7 +42,7 @@ def pair_metrics(
         chosen_rewards: Implicit reward of the chosen response [B]; the loss is a function of the difference z.
         rejected_rewards: The same of the rejected response.
         beta_pos: Coefficient of the chosen log-ratio.
-        beta_neg: Coefficient of the rejected log-ratio.
+        beta_neg: Coefficient of the rejected log-ratio; the default leaves the gradient ratio out.
         length_normalized: Whether the rewards are made of log-ratios divided by their numbers of tokens.
     """
     mask, chosen, rejected = pair_mask(batch), batch.chosen, batch.rejected

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from alignkit.losses.pairs import masked_metric, pair_mask, pair_metrics
-from alignkit.losses.reference_free import mean_policy_logps, smoothed_logistic
+from alignkit.losses.scored_pairs import smoothed_logistic, smoothed_slope
 from alignkit.losses.types import CandidateBatch, LossOutput, LossTerm, count_items
 
 
@@ -26,8 +24,8 @@ def simpo_loss(batch: CandidateBatch, *, beta: float, gamma: float, label_smooth
     Deviations: ``label_smoothing`` is TRL's, -(1 - e) log sigma(z) - e log sigma(-z), and off by default. A pair
     without both responses trains nothing.
 
-    Fidelity: paper text. It is TRL 1.16's CPO trainer with ``loss_type="simpo"`` and ``cpo_alpha=0``, which subtracts
-    gamma / beta before it multiplies by beta.
+    Fidelity: paper text. The expression is, operation for operation, that of TRL 1.16's CPO trainer with
+    ``loss_type="simpo"`` and ``cpo_alpha=0``.
 
     Args:
         batch: Pairs [B, 2, T], nats; reference log-probs are not looked at.
@@ -38,17 +36,20 @@ def simpo_loss(batch: CandidateBatch, *, beta: float, gamma: float, label_smooth
     Returns:
         One term, ``preference`` [B] over pairs, in nats, and the metrics of :func:`pair_metrics`.
     """
-    mask, chosen, rejected = pair_mask(batch), batch.chosen, batch.rejected
-    chosen_rewards, rejected_rewards = beta * mean_policy_logps(chosen), beta * mean_policy_logps(rejected)
-    z = chosen_rewards - rejected_rewards - gamma
-    values = smoothed_logistic(z, label_smoothing).masked_fill(~mask, 0.0)
+    mask, chosen_means, rejected_means = (
+        pair_mask(batch),
+        batch.chosen.policy_mean_logps,
+        batch.rejected.policy_mean_logps,
+    )
+    margin = chosen_means - rejected_means - gamma / beta
+    values = smoothed_logistic(margin, beta, label_smoothing).masked_fill(~mask, 0.0)
     metrics = pair_metrics(
         batch,
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
+        chosen_rewards=beta * chosen_means,
+        rejected_rewards=beta * rejected_means,
         beta_pos=beta,
         beta_neg=beta,
         length_normalized=True,
     )
-    metrics["effective_weight"] = masked_metric(torch.sigmoid(-z), mask)
+    metrics["effective_weight"] = masked_metric(smoothed_slope(beta * margin, label_smoothing), mask)
     return LossOutput((LossTerm("preference", values, count_items(batch.completion_mask)["group"]),), metrics)

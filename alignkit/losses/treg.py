@@ -104,7 +104,7 @@ def treg_loss(
 
 def _reward(side: CandidateSide, length_normalized: bool) -> Float[Tensor, " B"]:
     """Implicit reward of a response over beta: its log-ratio, or its mean log-prob a token."""
-    return side.policy_logps / side.num_tokens.clamp(min=1) if length_normalized else side.logratio
+    return side.policy_mean_logps if length_normalized else side.logratio
 
 
 def _token_rewards(side: CandidateSide) -> Float[Tensor, "B T"]:

@@ -55,6 +55,11 @@ class CandidateSide:
         return sequence_logps(self.policy_token_logps, self.completion_mask)
 
     @property
+    def policy_mean_logps(self) -> Float[Tensor, " B"]:
+        """Mean log-prob of a token under the policy, nats; 0 of a completion without any."""
+        return self.policy_logps / self.num_tokens.clamp(min=1)
+
+    @property
     def ref_logps(self) -> Float[Tensor, " B"]:
         """Sequence log-prob under the reference, nats; raises ValueError when the batch carries no reference."""
         if self.ref_token_logps is None:

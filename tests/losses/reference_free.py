@@ -98,5 +98,5 @@ def _metrics(pairs: list[Pair], outcomes: list[Outcome], gradient_ratio: bool) -
         "rewards/rejected": mean([o.reward_l for o in outcomes]),
         "rewards/margins": mean([o.reward_w - o.reward_l for o in outcomes]),
         "rewards/accuracies": mean([float(o.reward_w > o.reward_l) for o in outcomes]),
-        "effective_weight": mean([oracles.sigma(-o.z) for o in outcomes]),
+        "effective_weight": mean([abs(o.slope) for o in outcomes]),
     }

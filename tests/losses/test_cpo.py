@@ -14,7 +14,7 @@ from alignkit.losses.flex_dpo import flex_dpo_loss
 from alignkit.losses.types import LossOutput
 from tests import reference_free_oracles as oracles
 from tests.losses.batches import batch_loss, gradient, random_pairs
-from tests.losses.reference_free import check_against, mean, with_zero_reference, without_reference
+from tests.losses.reference_free import check_against, with_zero_reference, without_reference
 from tests.losses.test_dpo import TIGHT
 from tests.oracles import Pair
 
@@ -33,7 +33,6 @@ def check_loss(loss: Callable[..., LossOutput]) -> None:
         {"beta": 0.2, "cpo_alpha": 0.4, "form": "hinge"},
         more=[AT_THE_KINK],
         likelihood=0.4,
-        metrics=lambda outcomes: {"effective_weight": mean([-o.slope for o in outcomes])},
     )
 
 
