@@ -54,11 +54,7 @@ def alphapo_loss(
     margin = chosen - rejected - gamma / beta
     values = smoothed_logistic(margin, beta, label_smoothing).masked_fill(~mask, 0.0)
     # The slope of the reward varies with the likelihood, so the gradient ratio is not that of pair_metrics.
-    metrics = pair_metrics(
-        batch,
-        chosen_rewards=beta * chosen,
-        rejected_rewards=beta * rejected,
-    )
+    metrics = pair_metrics(batch, chosen_rewards=beta * chosen, rejected_rewards=beta * rejected)
     metrics["effective_weight"] = masked_metric(smoothed_slope(beta * margin, label_smoothing), mask)
     return LossOutput((LossTerm("preference", values, count_items(batch.completion_mask)["group"]),), metrics)
 

@@ -36,17 +36,13 @@ def simpo_loss(batch: CandidateBatch, *, beta: float, gamma: float, label_smooth
     Returns:
         One term, ``preference`` [B] over pairs, in nats, and the metrics of :func:`pair_metrics`.
     """
-    mask, chosen_means, rejected_means = (
-        pair_mask(batch),
-        batch.chosen.policy_mean_logps,
-        batch.rejected.policy_mean_logps,
-    )
-    margin = chosen_means - rejected_means - gamma / beta
+    mask, chosen, rejected = pair_mask(batch), batch.chosen.policy_mean_logps, batch.rejected.policy_mean_logps
+    margin = chosen - rejected - gamma / beta
     values = smoothed_logistic(margin, beta, label_smoothing).masked_fill(~mask, 0.0)
     metrics = pair_metrics(
         batch,
-        chosen_rewards=beta * chosen_means,
-        rejected_rewards=beta * rejected_means,
+        chosen_rewards=beta * chosen,
+        rejected_rewards=beta * rejected,
         beta_pos=beta,
         beta_neg=beta,
         length_normalized=True,
