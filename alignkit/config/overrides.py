@@ -76,6 +76,8 @@ def read_text(text: str, key: Key | None) -> Any:
         return UNSET
     if key is None:
         return value
+    if isinstance(value, bool) and accepts(key.type, bool):
+        return value
     takes_text = accepts(key.type, str)
     if accepts(key.type, list) and isinstance(value, str) and ("," in value or not takes_text):
         return [item.strip() for item in value.split(",")]

@@ -10,12 +10,15 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from alignkit.bounded import slow_pattern
-from alignkit.errors import ModelError
+from alignkit.environment import launched_with_fsdp
+from alignkit.errors import ConfigError, ModelError
 from alignkit.models.attachment import Attachment, ParameterGroup
 from alignkit.models.loading import REWARD_HEAD
+from alignkit.parametrizations._lora_start import start, starting_config
 
 _SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")
 _SCAN_AND_OUT = ("conv1d", "out_proj")
@@ -32,7 +35,18 @@ ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, n
 
 
 def check(config: Any) -> None:
-    """Nothing: all its options are declared, and so checked before."""
+    """Refuse a start on weights of which no process has all.
+
+    Raises:
+        ConfigError: Says what to write.
+    """
+    sharded = is_deepspeed_zero3_enabled() or launched_with_fsdp()
+    if config.adapter is None and isinstance(config.init_lora_weights, str) and sharded:
+        problem = (
+            f"`init_lora_weights: {config.init_lora_weights}`: under ZeRO-3 and FSDP no process has whole weights "
+            "before training. Launch with DDP or ZeRO-2, or write init_lora_weights: true"
+        )
+        raise ConfigError("the factors cannot start there in this launch", [problem])
 
 
 def prepare(config: Any, model: PreTrainedModel) -> LoraConfig:
@@ -58,6 +72,7 @@ def prepare(config: Any, model: PreTrainedModel) -> LoraConfig:
         use_dora=config.use_dora,
         exclude=list(left_out),
     )
+    adapter = starting_config(config, adapter)
     return of_reward_model(adapter) if config.gives_rewards else adapter
 
 
@@ -77,7 +92,9 @@ def go_on(config: Any, model: PeftModel) -> None:
 
 
 def attach(config: Any, trainer: Any) -> Attachment | None:
-    """The learning rate of the factors B, where they have one of their own."""
+    """Put new factors where they start; the learning rate of the factors B, where they have one of their own."""
+    if config.adapter is None and isinstance(config.init_lora_weights, str):
+        start(trainer.model, config.init_lora_weights, trainer.train_dataset)
     if config.loraplus_lr_ratio is None:
         return None
     return LoraPlus(trainer.model, trainer.args.learning_rate * config.loraplus_lr_ratio)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from alignkit.parts.method import load_method
 from alignkit.parts.options import Conflict, Ignored, option
 from alignkit.parts.parametrization import Parametrization, load_parametrization
 
@@ -22,6 +23,14 @@ def names_output_head(modules: str | list[str]) -> bool:
 def _has_lora(config: Any) -> bool:
     """Whether low-rank adapters train, alone or below what another parametrisation puts on them."""
     return "lora" in load_parametrization(config.parametrization).also
+
+
+_STARTS = re.compile(r"gaussian|pissa|pissa_niter_[1-9]\d?|olora|eva")
+
+
+def starts_on_weights(kind: bool | str) -> bool:
+    """Whether factors start at main directions of the weights, rather than where they change nothing."""
+    return isinstance(kind, str) and kind.startswith(("pissa", "olora"))
 
 
 def _bad_pattern(modules: str | list[str]) -> bool:
@@ -48,6 +57,13 @@ class LoraOptions:
     lora_modules_to_save: list[str] = option(
         default_factory=list,
         help="Modules trained in full and saved beside the adapter, such as lm_head.",
+        source="PEFT",
+    )
+    init_lora_weights: bool | str = option(
+        True,
+        help="Where the factors start: true, B at zero; gaussian, the same with a normal A; pissa, pissa_niter_N or "
+        "olora, at main directions of the weights, which saves an adapter of twice the rank on the same base; eva, at "
+        "those of the first rows.",
         source="PEFT",
     )
     use_rslora: bool = option(False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).", source="PEFT")
@@ -87,6 +103,55 @@ PARAMETRIZATION = Parametrization(
             lambda c: _bad_pattern(c.lora_target_modules),
             "is not a valid regular expression",
             "Write all-linear, a list of module names such as [q_proj, v_proj], or a valid expression",
+        ),
+        Conflict(
+            "LoRA that starts nowhere known",
+            ("init_lora_weights",),
+            lambda c: c.init_lora_weights is not True and not _STARTS.fullmatch(str(c.init_lora_weights)),
+            "is no start that leaves the model what it is",
+            "Write true, gaussian, pissa, pissa_niter_16, olora or eva",
+        ),
+        Conflict(
+            "start of LoRA with learnt removal",
+            ("init_lora_weights", "parametrization"),
+            lambda c: c.init_lora_weights is not True and _has_lora(c) and c.parametrization != "lora",
+            "it starts its factors itself",
+            "Write init_lora_weights: true, or parametrization: lora",
+        ),
+        Conflict(
+            "start on weights that are quantised",
+            ("init_lora_weights", "quantization"),
+            lambda c: starts_on_weights(c.init_lora_weights) and c.quantization != "none",
+            "directions of weights of 4 or 8 bits are those of their rounding too",
+            "Write quantization: none, or init_lora_weights: eva or true",
+        ),
+        Conflict(
+            "start on weights with other forms of LoRA",
+            ("init_lora_weights", "use_dora", "use_rslora", "lora_dropout"),
+            lambda c: starts_on_weights(c.init_lora_weights) and bool(c.use_dora or c.use_rslora or c.lora_dropout),
+            "the half that holds the start would be scaled or dropped with the other",
+            "Remove these, or write init_lora_weights: true",
+        ),
+        Conflict(
+            "start on weights with weight decay",
+            ("init_lora_weights", "weight_decay"),
+            lambda c: starts_on_weights(c.init_lora_weights) and c.weight_decay > 0,
+            "half of every factor holds the start and must not decay",
+            "Write weight_decay: 0, or init_lora_weights: true",
+        ),
+        Conflict(
+            "start on weights with a gradient rule",
+            ("init_lora_weights", "gradient_rule"),
+            lambda c: starts_on_weights(c.init_lora_weights) and c.gradient_rule is not None,
+            "a rule would move the half of every factor that holds the start",
+            "Remove gradient_rule, or write init_lora_weights: eva or true",
+        ),
+        Conflict(
+            "start on rows that are not there",
+            ("init_lora_weights", "method", "streaming"),
+            lambda c: c.init_lora_weights == "eva" and (c.streaming or load_method(c.method).program == "online"),
+            "no rows with answers are at hand before the first step",
+            "Write init_lora_weights: pissa or true",
         ),
         Conflict(
             "LoRA+ with learnt removal",

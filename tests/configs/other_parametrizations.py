@@ -16,6 +16,7 @@ LORA: dict[str, Any] = {
     "lora_target_modules": ["q_proj"],
     "lora_modules_to_save": ["embed_tokens"],
     "use_rslora": True,
+    "init_lora_weights": "gaussian",
     "loraplus_lr_ratio": 16.0,
     "use_dora": True,
 }

@@ -7,6 +7,7 @@ from typing import Any
 from tests.configs.cases import ONLINE
 
 EVALUATED = {"eval_fraction": 0.5, "eval_strategy": "steps"}
+PISSA = {"init_lora_weights": "pissa"}
 BEST = {"load_best_model_at_end": True}
 
 # title: (what is refused, what is changed to mend it)
@@ -28,6 +29,19 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "order of rows of a stream": (
         {"train_sampling_strategy": "group_by_length", "streaming": True, "max_steps": 5},
         {"streaming": False},
+    ),
+    "LoRA that starts nowhere known": ({"init_lora_weights": "pisa"}, {"init_lora_weights": "pissa_niter_16"}),
+    "start of LoRA with learnt removal": (
+        {"parametrization": "atp", "init_lora_weights": "gaussian"},
+        {"parametrization": "lora"},
+    ),
+    "start on weights that are quantised": (PISSA | {"quantization": "nf4"}, {"init_lora_weights": "eva"}),
+    "start on weights with other forms of LoRA": (PISSA | {"use_rslora": True}, {"init_lora_weights": True}),
+    "start on weights with weight decay": (PISSA | {"weight_decay": 0.1}, {"weight_decay": 0.0}),
+    "start on weights with a gradient rule": (PISSA | {"gradient_rule": "sam"}, {"init_lora_weights": "eva"}),
+    "start on rows that are not there": (
+        ONLINE | {"init_lora_weights": "eva"},
+        {"init_lora_weights": "pissa"},
     ),
     "LoRA+ with learnt removal": (
         {"parametrization": "pat", "loraplus_lr_ratio": 4.0},

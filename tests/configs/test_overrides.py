@@ -41,6 +41,8 @@ ACCEPTED: list[tuple[list[str], str, Any]] = [
     (["--seed", "7", "--seed", "null"], "seed", 42),
     (["--report_to", "wandb,tensorboard", "--report_to", "none"], "report_to", "none"),
     (["--logging_steps", "0.1"], "logging_steps", 0.1),
+    (["--init_lora_weights", "true"], "init_lora_weights", True),
+    (["--init_lora_weights", "pissa"], "init_lora_weights", "pissa"),
 ]
 
 
