@@ -14,7 +14,7 @@ from alignkit.config.data_peek import DataFault, Head, peek, peek_saved
 from alignkit.config.model_files import has_similar_entry, nearest_entry
 from alignkit.config.settings import Settings
 from alignkit.data.columns import RowFamily, nearest_name, plain_prompt_problem
-from alignkit.data.foreign_rows import recognise_rows, row_as_ours, taken_by_others
+from alignkit.data.foreign_rows import recognise_rows, rows_as_ours, taken_by_others
 from alignkit.data.opened import ending_of
 from alignkit.data.paths import ENDINGS, format_of, is_pattern, matched_files
 from alignkit.errors import DataError
@@ -170,6 +170,9 @@ def _as_ours(
     found = recognise_rows(columns, rows, family, name)
     if found is None:
         return columns, rows
-    read = [row | row_as_ours(row, index, found.form, found.plan, name) for index, row in enumerate(rows)]
+    made = rows_as_ours(rows, found.form, found.plan, name)
+    read = [row | one for row, one in zip(rows, made, strict=True) if one is not None]
+    if not read:
+        raise DataError(name, ["none of the first rows holds anything to train on"])
     unused = set() if family.keeps_others else {*found.plan.values()} - {*family.columns}
     return list(dict.fromkeys([*found.given, *(column for column in columns if column not in unused)])), read

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from alignkit.data.columns import RowFamily
 from alignkit.errors import DataError
-from alignkit.parts.data_format import DataFormat, Plan, format_names, load_format
+from alignkit.parts.data_format import DataFormat, LeftOut, Plan, format_names, load_format
 
 _TAKERS = {
     ("prompt", "completions", "labels"): "a process reward model (alignkit reward)",
@@ -82,8 +82,8 @@ def recognise_rows(
         unclear = [f"the rows may be read as {names}. Write column_map with the columns of one of them"]
     if len(found) == 1:
         form, plan = found[0]
-        rows = (row_as_ours(row, index, form.name, plan, name) for index, row in enumerate(head))
-        given = dict.fromkeys(column for row in rows for column in row if column in family.columns)
+        rows = rows_as_ours(head, form.name, plan, name)
+        given = dict.fromkeys(column for row in rows for column in row or () if column in family.columns)
         return Found(form.name, plan, list(given))
     if unclear and not family.keeps_others:
         raise DataError(f"{name}: columns that are not clear", unclear)
@@ -124,14 +124,41 @@ def row_as_ours(row: Mapping[str, Any], index: int, form: str, plan: Plan, name:
 
     Raises:
         DataError: It is not written like the first rows.
+        LeftOut: It holds nothing to train on, as some rows of such data do.
     """
     convert = load_format(form).convert
     assert convert is not None
     try:
         return convert(row, plan)
+    except LeftOut:
+        raise
     except ValueError as error:
         problem = f"row {index} (the first is row 0): {error}"
         raise DataError(f"{name}: rows that are not written as {form}, like the first", [problem]) from error
+
+
+def rows_as_ours(
+    rows: Sequence[Mapping[str, Any]], form: str, plan: Plan, name: str, first: int = 0
+) -> list[dict[str, Any] | None]:
+    """Rows under our names, None for one that is left out.
+
+    Args:
+        rows: Rows that follow one another.
+        form: The name of the format.
+        plan: What the columns are for it.
+        name: What the rows are called in an error.
+        first: Number of the first of them.
+
+    Raises:
+        DataError: One is not written like the first rows.
+    """
+    found: list[dict[str, Any] | None] = []
+    for index, row in enumerate(rows, first):
+        try:
+            found.append(row_as_ours(row, index, form, plan, name))
+        except LeftOut:
+            found.append(None)
+    return found
 
 
 def _suit(given: Collection[str], family: RowFamily) -> bool:

@@ -18,6 +18,10 @@ Plan = Mapping[str, str]
 """What a format has found in the first rows: what a column is for it, to the name of that column."""
 
 
+class LeftOut(ValueError):
+    """A row that holds nothing to train on, of which such data are known to have some; it is left out and counted."""
+
+
 @dataclass(frozen=True)
 class DataFormat:
     """One data format, discovered by the name of its file.
@@ -34,7 +38,8 @@ class DataFormat:
         recognise: ``(columns, rows) -> plan``: what the columns of the first rows are, or None where they are not
             written so; raises ``ValueError`` with the ``column_map`` to write where that is not clear. None for a
             format of values.
-        convert: ``(row, plan) -> row`` under our names; raises ``ValueError`` with what is wrong with the row.
+        convert: ``(row, plan) -> row`` under our names; raises ``ValueError`` with what is wrong with the row, and
+            :class:`LeftOut` where it is one that such data are known to have some of.
         mends: Whether rows that have our names already are looked at too, for values that are written otherwise.
     """
 

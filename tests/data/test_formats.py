@@ -348,11 +348,6 @@ def test_a_choice_that_is_not_clear_is_one_error_with_the_map_to_write(write_jso
 def test_a_row_unlike_the_first_is_named_with_what_is_wrong(write_jsonl: Write) -> None:
     good = {"chosen": hh("q", "a"), "rejected": hh("q", "b")}
     for rows, family, says in (
-        (
-            [good, {**good, "rejected": hh("other", "b")}],
-            PAIRS,
-            "row 1 (the first is row 0): the transcripts differ before",
-        ),
         ([good, {**good, "chosen": "a"}], PAIRS, "row 1 (the first is row 0): chosen is no transcript"),
         (
             [{"prompt": "q", "completion": "a", "label": 1}] * 70
@@ -418,3 +413,19 @@ def test_rows_of_other_formats_are_sampled_for(write_jsonl: Write) -> None:
     rows = load_prompts([gsm, pairs, ours])
     assert [row["prompt"] for row in rows] == ["2 + 2?", hh("q") + "\n\nAssistant:", "p"]
     assert (rows[1]["chosen"], rows[1]["rejected"], rows[2]["question"]) == (" a", " b", "x")
+
+
+def test_rows_that_hold_nothing_are_left_out_and_counted_while_they_are_few(write_jsonl: Write) -> None:
+    good, bad = {"chosen": hh("q", "a"), "rejected": hh("q", "b")}, {"chosen": hh("q", "a"), "rejected": hh("r", "b")}
+    talk, none = {"conversations": [human("2 + 2?"), gpt("4")]}, {"conversations": []}
+    list_of = lambda *scores: {"instruction": "q", "completions": [{"response": f"{s}", "score": s} for s in scores]}  # noqa: E731
+    for full, empty, family in ((good, bad, PAIRS), (talk, none, SUPERVISED), (list_of(1, 2), list_of(), PAIRS)):
+        path = write_jsonl("few.jsonl", [full] * 9 + [empty] + [full] * 10)
+        rows = load_rows(path, family=family)
+        assert len(rows) == 19 == len(list(load_rows(path, family=family, streaming=True)))
+        assert list(rows) == [load_rows(write_jsonl("one.jsonl", [full]), family=family)[0]] * 19
+        (said,) = said_formats(rows)
+        assert said.endswith(": " + path + ", without 1 row that holds nothing to train on")
+        text = refusal(write_jsonl("many.jsonl", [full] * 9 + [empty] * 5), family)
+        assert "5 of 14 rows hold nothing to train on" in text and "and 2 more rows" in text
+        assert "row 9 (the first is row 0): " in text and "remove the row" in text

@@ -18,6 +18,7 @@ from alignkit.data.formats._reading import (
     with_system,
 )
 from alignkit.data.formats.kto import LABELS, label_of
+from alignkit.parts.data_format import LeftOut
 
 CONVERSATIONS = ("conversations", "conversation", "messages", "chat", "dialogue", "dialog", "turns")
 COLUMNS = (*CONVERSATIONS, "system", "chosen", "rejected", *LABELS)
@@ -52,12 +53,15 @@ def convert_spelled(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The row as messages, or as a prompt of messages with two answers.
 
     Raises:
+        LeftOut: There is no turn.
         ValueError: A turn or the system prompt is not clear.
     """
-    messages = turns_of(row.get(plan["messages"])) if row.get(plan["messages"]) is not None else []
+    if parsed(row.get(plan["messages"])) in (None, []):
+        raise LeftOut("a conversation without a turn: remove the row")
+    messages = turns_of(row.get(plan["messages"]))
     messages = with_system(row.get(plan["system"]) if "system" in plan else None, messages)
     if "chosen" not in plan:
-        return {"messages": messages or None}
+        return {"messages": messages}
     return {"prompt": messages, **{side: answer_of(row.get(plan[side])) for side in ("chosen", "rejected")}}
 
 

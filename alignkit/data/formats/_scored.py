@@ -17,6 +17,7 @@ from alignkit.data.formats._reading import (
     parsed,
     values_of,
 )
+from alignkit.parts.data_format import LeftOut
 
 
 def scored_answers(
@@ -46,10 +47,13 @@ def answers_of(row: Any, plan: Plan) -> tuple[list[Any], list[Any]]:
     """Texts and scores of the answers of a row.
 
     Raises:
+        LeftOut: There is none.
         ValueError: They are no list of such answers.
     """
     column, text, score = plan["completions"], plan["text"], plan["score"]
     answers = parsed(row.get(column))
+    if answers in (None, []):
+        raise LeftOut(f"{column} holds no answer: remove the row")
     if not is_list_of(answers, text, score):
         raise ValueError(f"{column} is not a list of answers that each have {text} and {score}: mend or remove the row")
     return [answer[text] for answer in answers], [as_number(answer[score]) for answer in answers]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignkit.data.formats._reading import Plan, Rows, most_are, named
-from alignkit.parts.data_format import DataFormat
+from alignkit.parts.data_format import DataFormat, LeftOut
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -27,13 +27,14 @@ def convert(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The row as a pair; the prompt ends in the last ``Assistant:``.
 
     Raises:
-        ValueError: The two transcripts differ before the last answer, or one of them is none.
+        LeftOut: The two transcripts differ before the last answer.
+        ValueError: One of them is no transcript.
     """
     sides = [_split(row.get(plan[name]), name) for name in ("chosen", "rejected")]
     (prompt, chosen), (other, rejected) = sides
     if prompt != other:
         same = "the transcripts differ before their last answer, so these answers are not to the same prompt"
-        raise ValueError(f"{same}: remove the row")
+        raise LeftOut(f"{same}: remove the row")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 

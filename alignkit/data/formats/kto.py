@@ -19,7 +19,7 @@ from alignkit.data.formats._reading import (
     parsed,
     turns_of,
 )
-from alignkit.parts.data_format import DataFormat
+from alignkit.parts.data_format import DataFormat, LeftOut
 
 LABELS = (
     "label",
@@ -78,7 +78,8 @@ def convert(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The row under our names, its label true or false.
 
     Raises:
-        ValueError: The label is neither, or a conversation does not end in an answer.
+        LeftOut: A conversation does not end in an answer.
+        ValueError: The label is neither.
     """
     label = label_of(row.get(plan["label"]))
     if label is None:
@@ -86,9 +87,10 @@ def convert(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
             f"{plan['label']} is {row.get(plan['label'])!r}: write true for a good answer, false for a bad"
         )
     if "conversation" in plan:
-        messages = turns_of(row.get(plan["conversation"]))
+        given = parsed(row.get(plan["conversation"]))
+        messages = turns_of(given) if given else []
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError(f"{plan['conversation']} does not end in an answer to be labelled: remove the row")
+            raise LeftOut(f"{plan['conversation']} does not end in an answer to be labelled: remove the row")
         return {"prompt": messages[:-1], "completion": messages[-1:], "label": label}
     prompt, completion = as_text(row.get(plan["prompt"])), as_text(row.get(plan["completion"]))
     if isinstance(given := row.get(plan.get("input", "")), str) and given.strip():

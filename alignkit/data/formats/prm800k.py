@@ -7,7 +7,7 @@ from typing import Any
 
 from alignkit.data.formats._reading import PROMPT_NAMES, Plan, Rows, all_are, is_list_of, most_are, named, values_of
 from alignkit.data.formats.kto import label_of
-from alignkit.parts.data_format import DataFormat
+from alignkit.parts.data_format import DataFormat, LeftOut
 
 STEPS = ("completions", "steps")
 LABELS = ("labels", "label", "ratings", "step_labels")
@@ -33,6 +33,7 @@ def convert(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The row as a problem, the steps of its solution, and whether each is right.
 
     Raises:
+        LeftOut: There is no step.
         ValueError: A step has no label.
     """
     if "question" in plan:
@@ -67,7 +68,7 @@ def _of_tree(row: Mapping[str, Any]) -> dict[str, Any]:
         if chosen is None and written is None:
             break
     if not steps:
-        raise ValueError("label has no step with a completion: remove the row")
+        raise LeftOut("label has no step with a completion: remove the row")
     return {"prompt": row["question"]["problem"], "completions": steps, "labels": labels}
 
 
