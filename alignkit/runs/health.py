@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignkit.errors import AlignkitError
 from alignkit.reports.policy_verdicts import POLICY_CHECKS
+from alignkit.reports.reward_verdicts import REWARD_CHECKS
 from alignkit.reports.router_verdicts import ROUTER_CHECKS
 from alignkit.reports.series import MIN_POINTS, LoggedSeries, Verdict
 from alignkit.reports.verdicts import CHECKS, nonfinite
@@ -100,7 +101,7 @@ class HealthMonitor(TrainerCallback):
 
     def _judge(self) -> list[Verdict]:
         known = {verdict.name for verdict in self.verdicts}
-        checks = (*CHECKS, *POLICY_CHECKS, *ROUTER_CHECKS)
+        checks = (*CHECKS, *POLICY_CHECKS, *ROUTER_CHECKS, *REWARD_CHECKS)
         found = [verdict for check in checks if (verdict := check(self._series)) is not None]
         new = [verdict for verdict in found if verdict.name not in known]
         self.verdicts += new
