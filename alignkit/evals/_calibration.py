@@ -4,7 +4,7 @@
 key                    meaning
 =====================  ===============================================================================================
 <what>/confidence      mean confidence
-<what>/ece             expected calibration error over 15 bins of equal width
+<what>/ece             expected calibration error over 15 bins of equal width; ``mce``: that of the worst bin
 <what>/brier           mean squared difference of confidence and correctness
 <what>/auroc           chance that a right item has the higher confidence than a wrong one
 <what>/aurc            error rate averaged over all coverages, the most confident items first
@@ -27,6 +27,7 @@ from alignkit.reports.calibration import (
     area_under_risks,
     brier_score,
     expected_error,
+    largest_error,
     ranking_quality,
     selective_accuracy,
 )
@@ -55,6 +56,7 @@ def calibration_figures(what: str, rows: Sequence[int], items: Calibrated) -> di
     confidence, right = np.array(items.confidence), np.array(items.right)
     statistics: dict[str, Callable[..., float]] = {
         "ece": expected_error,
+        "mce": largest_error,
         "brier": brier_score,
         "auroc": ranking_quality,
         "aurc": area_under_risks,
@@ -90,6 +92,16 @@ def judged(trial: Trial, what: str, judge: Callable[[str, Any], bool]) -> Found:
     asked = [trial.tokenizer.decode(ids) for ids in questions.prompts[:MOST_RECORDED]]
     shown = [{"prompt": prompt, **example} for prompt, example in zip(asked, examples, strict=False)]
     return Found(sums, examples=shown, calibrated=items)
+
+
+def judged_record(found: Found, before: Mapping[str, Found]) -> list[dict[str, Any]]:
+    """The first answers as JSON has them, with those of other models under their names."""
+    others = {
+        name: [{key: example[key] for key in ("answer", "finished", "right", "confidence")} for example in of.examples]
+        for name, of in before.items()
+    }
+    rows = enumerate(found.examples)
+    return [{**example, **{name: of[index] for name, of in others.items()}} for index, example in rows]
 
 
 def judged_text(prompts: Sequence[str], found: Found, before: Mapping[str, Found]) -> str:

@@ -14,7 +14,7 @@ prompts         ``prompt`` and no answer                        ``prompts``; wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -77,7 +77,8 @@ class EvaluationData:
         reports: What happened to the rows on the way, by name.
         kind: Of which kind they are.
         questions: Prompts with references, where they were asked for.
-        texts: The prompt of each of ``rows``, or of each question, in words.
+        texts: The prompt of each of ``rows``, or of each question, in words, where they were asked for.
+        num_prompt_rows: Rows of prompts alone.
     """
 
     rows: Dataset | None
@@ -87,6 +88,7 @@ class EvaluationData:
     kind: Kind = "preference"
     questions: Questions | None = None
     texts: list[str] = field(default_factory=list)
+    num_prompt_rows: int = 0
 
     @property
     def held_out(self) -> Dataset:
@@ -125,6 +127,21 @@ class Reading:
     apply_chat_template: bool = False
     answer_column: str | None = None
     trained: TrainedTokens = field(default_factory=TrainedTokens)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What evaluations read of the held-out rows besides the rows themselves; nothing else is held in memory.
+
+    Attributes:
+        num_samples: Distinct prompts to answer, the first ones; None for all.
+        answers: Whether the answer to every prompt is judged.
+        texts: Whether the prompt of every row is needed in words.
+    """
+
+    num_samples: int | None
+    answers: bool = False
+    texts: bool = False
 
 
 def family_of(kind: Kind, *, keeps_others: bool = False) -> RowFamily:
@@ -203,10 +220,9 @@ def prepare_data(
     sources: Mapping[str, Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    kind: Kind = "preference",
+    kind: Kind,
     reading: Reading,
-    num_samples: int | None,
-    wants_answers: bool = False,
+    wanted: Wanted,
     state: PartialState,
 ) -> EvaluationData:
     """Load, check and tokenise the rows; the first process first, so that the others read its cache.
@@ -215,8 +231,7 @@ def prepare_data(
         sources: Files or Hub ids under ``held-out`` and, if there are probe rows, ``probe``.
         kind: Of which kind the held-out rows are; probe rows are preference rows.
         reading: How they are read.
-        num_samples: Distinct prompts to answer, the first ones of the held-out rows; None for all.
-        wants_answers: Whether the answer to every prompt is to be judged.
+        wanted: What is read of the held-out rows besides.
         state: This process among the others.
 
     Raises:
@@ -224,16 +239,24 @@ def prepare_data(
     """
     read = {"preference": _read_preference, "supervised": _read_supervised, "prompts": _read_prompts}[kind]
     with state.main_process_first():
-        data = read(sources["held-out"], tokenizer, reading, wants_answers)
+        data = read(sources["held-out"], tokenizer, reading, wanted)
         if "probe" in sources:
-            probe = _read_preference(sources["probe"], tokenizer, reading, wants_answers=False, name="probe")
+            probe = _read_preference(sources["probe"], tokenizer, reading, Wanted(0), name="probe")
             data = replace(data, probe=probe.rows, reports=data.reports | probe.reports)
     if kind != "prompts":
         check = check_template(tokenizer, conversational=data.reports["held-out"].conversational)
         if state.is_main_process and check.status != "ok":
             logger.warning("held-out: %s: %s", check.name, check.message)
-    distinct = list(dict.fromkeys(map(tuple, data.prompts)))
-    return replace(data, prompts=[list(ids) for ids in distinct[:num_samples]])
+    return data
+
+
+def _first_distinct(prompts: Iterable[Sequence[int]], count: int | None) -> list[list[int]]:
+    """The first different prompts, without looking at more of them than it takes."""
+    found: dict[tuple[int, ...], None] = {}
+    remaining = iter(prompts)
+    while (count is None or len(found) < count) and (ids := next(remaining, None)) is not None:
+        found.setdefault(tuple(ids))
+    return [list(ids) for ids in found]
 
 
 def _loaded(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, reading: Reading, kind: Kind, name: str) -> Any:
@@ -251,7 +274,7 @@ def _read_preference(
     sources: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     reading: Reading,
-    wants_answers: bool,
+    wanted: Wanted,
     name: str = "held-out",
 ) -> EvaluationData:
     loaded = _loaded(sources, tokenizer, replace(reading, answer_column=None), "preference", name)
@@ -260,13 +283,14 @@ def _read_preference(
     )
     assert isinstance(rows, Dataset)
     prompt_of = preference_rows().prompt_of
-    texts = [prompt_text(prompt_of(loaded[index])) for index in rows[SOURCE_COLUMNS[0]]]
+    texts = [prompt_text(prompt_of(loaded[i])) for i in rows[SOURCE_COLUMNS[0]]] if wanted.texts else []
     rows = rows.remove_columns(SOURCE_COLUMNS[0])
-    return EvaluationData(rows, None, rows["prompt_ids"], {name: report}, texts=texts)
+    prompts = _first_distinct((row["prompt_ids"] for row in rows), wanted.num_samples)
+    return EvaluationData(rows, None, prompts, {name: report}, texts=texts)
 
 
 def _read_supervised(
-    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, reading: Reading, wants_answers: bool
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, reading: Reading, wanted: Wanted
 ) -> EvaluationData:
     loaded = _loaded(sources, tokenizer, reading, "supervised", "held-out")
     tokens, kept, report = convert_supervised(
@@ -281,28 +305,42 @@ def _read_supervised(
     )
     assert isinstance(tokens, Dataset)
     rows = tokens.map(_scored_batch, batched=True, remove_columns=tokens.column_names, features=_SCORED)
-    raw = [loaded[index] for index in kept.tolist()]
-    texts = [prompt_text(supervised_rows().prompt_of(row)) for row in raw]
+    numbers = kept.tolist()
+    prompt_of = supervised_rows().prompt_of
+    texts = [prompt_text(prompt_of(loaded[i])) for i in numbers] if wanted.texts else []
     data = EvaluationData(rows, None, [], {"held-out": report}, "supervised", texts=texts)
     if "text" in loaded.column_names and not {"prompt", "messages"} & set(loaded.column_names):
-        if wants_answers:
+        if wanted.answers:
             raise DataError("held-out", ["rows of text have no prompt, so that nothing can be answered and judged"])
         return data
-    asked = [_question(row, reading.answer_column) for row in raw]
-    prompts = _prompt_ids([prompt for prompt, _ in asked], raw, tokenizer)
-    questions = Questions(prompts, [answer for _, answer in asked]) if wants_answers else None
-    return replace(data, prompts=prompts, questions=questions)
+    if wanted.answers:
+        raw = [loaded[i] for i in numbers]
+        asked = [_question(row, reading.answer_column) for row in raw]
+        ids = _prompt_ids([prompt for prompt, _ in asked], raw, tokenizer)
+        data = replace(data, questions=Questions(ids, [answer for _, answer in asked]))
+    prompts = _first_distinct(_prompts_one_by_one(loaded, numbers, tokenizer), wanted.num_samples)
+    return replace(data, prompts=prompts)
+
+
+def _prompts_one_by_one(
+    loaded: Dataset, numbers: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    for i in numbers:
+        row = loaded[i]
+        yield from _prompt_ids([_question(row, None)[0]], [row], tokenizer)
 
 
 def _read_prompts(
-    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, reading: Reading, wants_answers: bool
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, reading: Reading, wanted: Wanted
 ) -> EvaluationData:
     raw = list(_loaded(sources, tokenizer, reading, "prompts", "held-out"))
     prompts = _prompt_ids([row["prompt"] for row in raw], raw, tokenizer)
     column = reading.answer_column
-    references = Questions(prompts, [row[column] for row in raw]) if column and wants_answers else None
-    texts = [prompt_text(row["prompt"]) for row in raw]
-    return EvaluationData(None, None, prompts, {}, "prompts", references, texts)
+    references = Questions(prompts, [row[column] for row in raw]) if column and wanted.answers else None
+    texts = [prompt_text(row["prompt"]) for row in raw] if wanted.texts else []
+    return EvaluationData(
+        None, None, _first_distinct(prompts, wanted.num_samples), {}, "prompts", references, texts, len(raw)
+    )
 
 
 def _question(row: Mapping[str, Any], column: str | None) -> tuple[Any, Any]:

@@ -249,7 +249,7 @@ def provenance(
 def _data_record(data: EvaluationData) -> dict[str, Any]:
     if data.rows is None:
         asked = [{"prompt_ids": ids, "completion_ids": []} for ids in data.asked]
-        return {"held-out": {"rows": len(data.texts), "token_ids_blake2b": token_ids_fingerprint(asked)}}
+        return {"held-out": {"rows": data.num_prompt_rows, "token_ids_blake2b": token_ids_fingerprint(asked)}}
     return {
         name: {
             "rows": len(rows),

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alignkit.evals._calibration import judged, judged_text
+from alignkit.evals._calibration import judged, judged_record, judged_text
 from alignkit.parts.evaluation import Evaluation, Found
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def _compute(trial: Trial) -> Found:
 
 
 def _record(prompts: Sequence[str], found: Found, before: Mapping[str, Found]) -> dict[str, Any]:
-    return {"exact_matches": list(found.examples)}
+    return {"exact_matches": judged_record(found, before)}
 
 
 EVALUATION = Evaluation(

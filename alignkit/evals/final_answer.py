@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError
-from alignkit.evals._calibration import judged, judged_text
+from alignkit.evals._calibration import judged, judged_record, judged_text
 from alignkit.parts.evaluation import Evaluation, Found
 from alignkit.rewards.arithmetic import final_number, reference_number
 
@@ -61,7 +61,7 @@ def _compute(trial: Trial) -> Found:
 
 
 def _record(prompts: Sequence[str], found: Found, before: Mapping[str, Found]) -> dict[str, Any]:
-    return {"final_answers": list(found.examples)}
+    return {"final_answers": judged_record(found, before)}
 
 
 EVALUATION = Evaluation(

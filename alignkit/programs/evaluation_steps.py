@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ConfigError, ModelError
 from alignkit.evals import _trial as steps
-from alignkit.evals._data import EvaluationData, Kind, Reading, kind_of_rows, prepare_data, readable
+from alignkit.evals._data import EvaluationData, Kind, Reading, Wanted, kind_of_rows, prepare_data, readable
 from alignkit.evals._novelty import Novelty, find_novelty, novelty_record, novelty_table
 from alignkit.evals._results import MODEL, Results, Table, example_text, result_record, result_table
 from alignkit.models.files import AdapterFiles
@@ -217,8 +217,7 @@ def prepare(
         tokenizer,
         kind=kind,
         reading=reading,
-        num_samples=number if "prompts" in reads else 0,
-        wants_answers="answers" in reads,
+        wanted=Wanted(number if "prompts" in reads else 0, "answers" in reads, arguments.train_data is not None),
         state=state,
     )
     for evaluation in evaluations:

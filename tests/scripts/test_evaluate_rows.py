@@ -78,14 +78,19 @@ def test_supervised_rows(
 def test_the_loss_is_the_eval_loss_of_training(
     assets: Path, tmp_path: Path, run_script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a run with method sft, and of one with method dpo, on the same held-out rows, as their own logs have them."""
+    """Of runs with methods sft, dpo and bradley_terry, on the same held-out rows, as their own logs have them."""
     write_rows(tmp_path / "rows.jsonl", COMPLETIONS)
     common = {"model": str(assets / "base"), "max_steps": 1, "per_device_train_batch_size": 3, "learning_rate": 0.01}
-    common |= {"eval_strategy": "steps", "eval_steps": 1, "use_cpu": True, "bf16": False, "layout": "padded"}
+    common |= {"eval_strategy": "steps", "eval_steps": 1, "use_cpu": True, "bf16": False}
     common |= {"allow_overlap": True, "report_to": "none"}
-    for method, rows in (("sft", tmp_path / "rows.jsonl"), ("dpo", assets / "pairs.jsonl")):
+    for method, rows in (
+        ("sft", tmp_path / "rows.jsonl"),
+        ("dpo", assets / "pairs.jsonl"),
+        ("bradley_terry", assets / "pairs.jsonl"),
+    ):
         run = tmp_path / method
-        config = common | {"method": method, "data": str(rows), "eval_data": str(rows), "output_dir": str(run)}
+        own = {} if method == "bradley_terry" else {"layout": "padded"}
+        config = common | own | {"method": method, "data": str(rows), "eval_data": str(rows), "output_dir": str(run)}
         (tmp_path / f"{method}.yaml").write_text(json.dumps(config))
         monkeypatch.setattr(sys, "argv", ["alignkit", "train", str(tmp_path / f"{method}.yaml")])
         with pytest.raises(SystemExit) as ended:
@@ -95,14 +100,15 @@ def test_the_loss_is_the_eval_loss_of_training(
         loss = [entry["eval_loss"] for entry in logged if "eval_loss" in entry][-1]
         words = ("--adapter", run, "--data", rows, "--layout", "padded", "--output", tmp_path / f"{method}.json")
         metrics = {"sft": ("--metrics", "supervised", "--train_data"), "dpo": ("--metrics", "calibration", "--beta")}
+        metrics["bradley_terry"] = ()
         assert run_script("evaluate", *words, *metrics[method], *QUICK) == 0
         result = read(tmp_path / f"{method}.json")
         found = result["metrics"]
-        key = {"sft": "loss", "dpo": "calibration/nll"}[method]
+        key = {"sft": "loss", "dpo": "calibration/nll", "bradley_terry": "reward/nll"}[method]
         assert found[key]["mean"] == pytest.approx(loss, rel=1e-6)
         if method == "sft":  # The rows it was trained on: nothing is far from them.
             assert result["novelty"]["similarity"] == pytest.approx([1.0] * 9)
-        else:
+        if method == "dpo":
             assert result["options"]["beta"] == 0.1
         assert loss not in (pytest.approx(math.log(2), abs=1e-4), pytest.approx(0, abs=1e-4))
 
