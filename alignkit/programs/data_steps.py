@@ -130,15 +130,20 @@ def recognise(
         known = [name for where, name in READERS + LAST if where == program]
         chosen = method or (known or program_methods(program))[0]
         return shapes[program], _method_of_lists(shapes[program], chosen, data, split, column_map, given=method)
-    problems = []
+    refused: dict[str, list[str]] = {}
     named = dict(READERS + LAST)
     others = [(name, reader) for name in shapes if name not in named for reader in program_methods(name)]
     for candidate, reader in (*READERS, *others, *LAST):
         try:
             return shapes[candidate], _method_of_lists(shapes[candidate], reader, data, split, column_map, given=None)
         except DataError as error:
-            problems.append(f"trainers/{candidate}.py ({reader}): {'; '.join(error.problems)}")
+            refused.setdefault("; ".join(error.problems), []).append(reader)
+            last = error
+    if len(refused) == 1:
+        # It is not what the rows are read for that ails them.
+        raise last
     advice = "Name the program with --program, and columns with --column_map OURS=THEIRS"
+    problems = [f"for {', '.join(readers)}: {problem}" for problem, readers in refused.items()]
     raise DataError(f"{', '.join(data)}: the rows of no program. {advice}", problems)
 
 

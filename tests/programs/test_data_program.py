@@ -164,8 +164,11 @@ def test_another_program_is_asked_for(capsys: pytest.CaptureFixture[str]) -> Non
     assert content["program"] == "online"
     with pytest.raises(DataError, match="column 'completion' is missing"):
         program.main(["rows.jsonl", "--program", "sft"])
+    Path("broken.jsonl").write_text('{"prompt": "q"\n')
+    with pytest.raises(DataError, match=r"^broken.jsonl(?!.*no program)[^\n]*: 1 problem\n[^\n]*broken.jsonl:1"):
+        program.main(["broken.jsonl"])
     written("none.jsonl", [{"foo": 1}])
-    with pytest.raises(DataError, match="the rows of no program(.|\n)*preference.py (.|\n)*sft.py (.|\n)*online.py "):
+    with pytest.raises(DataError, match="the rows of no program(.|\n)*for dpo(.|\n)*for sft(.|\n)*for grpo: "):
         program.main(["none.jsonl"])
 
 
