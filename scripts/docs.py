@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import get_type_hints
 
 from alignkit.config.compatibility import REFUSALS
-from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
+from alignkit.config.keys import Key, base_keys, method_keys, methods_with, program_methods, rule_keys
 from alignkit.config.refusals import IgnoredKeys, Refusal
 from alignkit.config.values import bounds, show, type_name
 from alignkit.errors import AlignkitError
+from alignkit.objectives._dpo_family import ScoredOptions
 from alignkit.parametrizations.peft import KINDS as PEFT_KINDS
 from alignkit.parametrizations.peft import REFUSED, UNMERGEABLE
 from alignkit.parts.catalogue import KINDS
@@ -317,6 +318,18 @@ def when_table() -> str:
     return table(["method", "program", "rows", "when"], rows)
 
 
+def modifiers() -> str:
+    """Options that change a loss of pairs, each with the methods that have it."""
+    options = {field.name: field.metadata["option"].help for field in fields(ScoredOptions) if field.name != "beta"}
+    del options["f_alpha_divergence_coef"]  # It is of no use but with f_divergence_type.
+    options = {"label_smoothing": "Share of the labels that is taken for flipped.", **options}
+    rows = []
+    for key, what in options.items():
+        names = [f"[`{name}`](../methods/{name}.md)" for name in methods_with("preference", key)]
+        rows.append([f"`{key}`", what, " ".join(names)])
+    return table(["key", "what it does", "losses that have it"], rows)
+
+
 def wrong_inputs() -> str:
     """How many wrong inputs the tests try, by kind."""
     sys.path.insert(0, str(REPOSITORY))
@@ -350,6 +363,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "hostile-files": hostile_files,
     "keys": all_keys,
     "loss-table": loss_table,
+    "modifiers": modifiers,
     "method-docstring": method_docstring,
     "method-head": method_head,
     "method-metrics": method_metrics,

@@ -61,5 +61,8 @@ METHOD = Method(
         "secondary source: operation for operation as TRL 1.16 computes loss_type discopop, after the paper's Eq. 5"
     ),
     needs=ScoredOptions.needs,
-    when="Pairs, once dpo is tried: a form of the loss that was found by search.",
+    when=(
+        "Pairs, once dpo is tried: a form of the loss that was found by search. The paper's discopop_tau drives a pair "
+        "that starts at the reference the wrong way at first; 0.2 does not."
+    ),
 )

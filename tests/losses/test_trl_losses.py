@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trl import DPOConfig
 
 from alignkit.objectives._dpo_family import PairOptions, ScoredOptions, WeightedOptions
 from alignkit.parts.method import load_method, method_names
@@ -75,3 +77,15 @@ def test_same_bits_as_trl(name: str, modifier: str) -> None:
     if options == method.options(beta=0.13, **own) and name not in ("ipo", "sigmoid_norm"):
         for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
             assert output.metrics[key].values.mean().item() == pytest.approx(metrics[key], rel=1e-6), key
+
+
+def test_defaults_that_differ_from_those_of_trl_are_those_of_the_page(repository: Path) -> None:
+    """TRL has beta 0.1, no smoothing but where it must be, and a discopop_tau of 0.05 for all."""
+    betas = {name: load_method(name).options().beta for name in LOSSES}
+    others = {name: beta for name, beta in betas.items() if beta != DPOConfig.beta}
+    assert others == {"nca_pair": 0.01, "robust": 0.01, "bco_pair": 0.01, "discopop": 0.05, "sigmoid_norm": 5.0}
+    page = (repository / "docs" / "concepts" / "losses.md").read_text()
+    assert "0.01 for `nca_pair`, `robust` and `bco_pair`, 0.05 for\n  `discopop`, and 5 for `sigmoid_norm`" in page
+    smoothing = {name: load_method(name).options().label_smoothing for name in ("dpo", "robust", "aot", "aot_unpaired")}
+    assert smoothing == {"dpo": 0.0, "robust": 0.1, "aot": 0.0, "aot_unpaired": 0.0}
+    assert load_method("discopop").options().discopop_tau == DPOConfig.discopop_tau
