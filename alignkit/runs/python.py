@@ -8,17 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from alignkit.config import LoadedConfig, load_config
 from alignkit.config.base import ProgramConfig
 from alignkit.config.program import program_of
 from alignkit.config.settings import KEYWORD
 from alignkit.errors import ConfigError, ModelError, RunDirectoryError
+from alignkit.references.choosing import AHEAD
+from alignkit.references.choosing import KEY as REFERENCE
 from alignkit.reports.metrics_log import read_metrics
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.in_memory import IN_MEMORY, in_memory_keys, kept_inputs
 from alignkit.runs.live_plot import Picture, picture
 from alignkit.runs.preemption import StopRequest
 from alignkit.runs.results import metrics_of, summary
+from alignkit.runs.rows import held_out_rows
 from alignkit.runs.run import RunSteps, loaded_from
 from alignkit.sampling.conversation import Conversation, base_and_tuned
 from alignkit.sampling.generation import Sampling
@@ -84,22 +89,40 @@ class Run:
             self._steps.finish()
         return self
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the held-out rows with the model as it is now; nothing of it is recorded.
+    def evaluate(self, data: Any = None) -> dict[str, float]:
+        """Metrics of held-out rows with the model as it is now; nothing of it is recorded.
+
+        Args:
+            data: Other rows than those that the run holds out, as the key ``data`` takes them, or in memory.
 
         Raises:
-            ConfigError: No rows are held out.
+            ConfigError: No rows are given, and none are held out.
+            DataError: The rows cannot be used.
+            ModelError: The reference that they are to be compared with is not there any more.
         """
-        if self.trainer.eval_dataset is None:
-            raise ConfigError("evaluate", ["no rows are held out. Prepare the run with eval_data or eval_fraction."])
+        if data is None and self.trainer.eval_dataset is None:
+            raise ConfigError("evaluate", ["no rows are held out. Write evaluate(rows), or prepare with eval_data."])
+        rows = None if data is None else self._held_out(data)
         handler, history = self.trainer.callback_handler, self.trainer.state.log_history
         callbacks, logged = handler.callbacks, len(history)
         handler.callbacks = []
         try:
-            return metrics_of(self.trainer.evaluate())
+            return metrics_of(self.trainer.evaluate(rows))
         finally:
             handler.callbacks = callbacks
             del history[logged:]
+
+    def _held_out(self, data: Any) -> Any:
+        choice = self.trainer.choices.get(REFERENCE)
+        has_gone = choice is not None and choice.value == AHEAD and not isinstance(self.model, PeftModel)
+        if has_gone and self.trainer.state.global_step > 0:
+            raise ModelError(
+                "every row of the run was scored under the reference ahead of training, which has changed the weights "
+                "since: other rows have none to be compared with. Prepare the run with reference='copy'."
+            )
+        kept, _ = kept_inputs({"data": data})
+        steps = self._steps
+        return held_out_rows(self.config, kept["data"], self.tokenizer, steps.bridge, steps.preparation)
 
     def plot(self) -> Picture:
         """The figure as far as the run has come; a notebook shows it."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -148,6 +149,25 @@ def convert_splits(
     return {
         name: convert(split, name=name, **preparation.for_conversion(name), **shared) for name, split in splits.items()
     }
+
+
+def held_out_rows(
+    config: Any, data: Any, tokenizer: PreTrainedTokenizerBase, bridge: ModuleType, preparation: Preparation
+) -> Rows:
+    """Other rows than those of the run, tokenised as its held-out ones are.
+
+    Args:
+        data: A value of the key of that name.
+        bridge: That of the batch shape.
+        preparation: What the method does with rows of its own.
+
+    Raises:
+        DataError: They cannot be read, or are not what the method takes.
+    """
+    wanted = {"data": data, "eval_data": None, "eval_fraction": 0.0, "streaming": False, "max_rows": None}
+    splits = load_splits(replace(config, **wanted), tokenizer)
+    converted = convert_splits(config, {"held-out": splits["train"]}, bridge.converter(config, tokenizer), preparation)
+    return converted["held-out"][0]
 
 
 def report_data(

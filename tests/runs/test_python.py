@@ -282,6 +282,24 @@ def test_a_run_step_by_step(draws: None, saved: Path, tmp_path: Path, capsys: py
         run.train()
 
 
+@pytest.mark.parametrize("reference", ["adapter_disabled", "precomputed"])
+def test_other_rows_are_evaluated_as_those_held_out(reference: str, saved: Path, tmp_path: Path) -> None:
+    with prepared(saved, tmp_path, data=PAIRS[4:], eval_data=PAIRS[:4], reference=reference) as run:
+        run.train()
+        assert run.evaluate(PAIRS[:4]) == run.evaluate() != run.evaluate(Dataset.from_list(PAIRS[4:]))
+        with pytest.raises(DataError, match="column 'prompt' is missing"):
+            run.evaluate([{"question": "a", "answer": "b"}])
+
+
+def test_rows_without_a_reference_are_not_evaluated(saved: Path, tmp_path: Path) -> None:
+    with prepared(saved, tmp_path, **FULL, reference="precomputed") as run:
+        with pytest.raises(ConfigError, match="no rows are held out. Write evaluate.rows."):
+            run.evaluate()
+        run.train()
+        with pytest.raises(ModelError, match="Prepare the run with reference='copy'"):
+            run.evaluate(PAIRS[:4])
+
+
 def test_what_is_saved_is_what_was_trained(saved: Path, tmp_path: Path) -> None:
     with prepared(saved, tmp_path) as run:
         run.train()
