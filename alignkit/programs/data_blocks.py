@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,8 @@ from alignkit.reports.blocks import Block
 OF_TEXT = ("no row is there twice", "no two rows contradict each other", "held-out rows are not trained on",
            "the candidates of a row differ")  # fmt: skip
 """The checks of a run that need no tokenizer."""
+SHOWN_NUMBERS = 12
+"""Numbers of rows that are said of one cause."""
 
 
 def blocks_of(
@@ -58,12 +59,12 @@ def as_json(found: Examination, *, has_model: bool) -> dict[str, Any]:
     """
     splits = {}
     for name, split in found.splits.items():
-        causes = Counter(split.counts["cause"][split.counts["cause"] != ""])
         splits[name] = {
             "num_rows_in": split.num_rows_in,
             "num_malformed": _num_malformed(split),
             "malformed": describe_problems(split.malformed),
-            "dropped": dict(causes),
+            "dropped": {cause: len(numbers) for cause, numbers in split.dropped.items()},
+            "dropped_rows": dict(split.dropped),
             "num_rows": len(split.rows),
             "survey": None if split.survey is None else split.survey.to_dict(),
         }
@@ -92,12 +93,11 @@ def _num_malformed(split: Split) -> int:
 def _counts(found: Examination) -> Block:
     """Rows read, malformed, dropped and kept."""
     splits = list(found.splits.values())
-    dropped = [Counter(split.counts["cause"][split.counts["cause"] != ""]) for split in splits]
-    causes = dict.fromkeys(cause for counter in dropped for cause in counter)
+    causes = dict.fromkeys(cause for split in splits for cause in split.dropped)
     rows = [
         ["read", *(f"{split.num_rows_in}" for split in splits)],
         ["malformed", *(f"{_num_malformed(split)}" for split in splits)],
-        *([f"dropped: {cause}", *(f"{counter[cause]}" for counter in dropped)] for cause in causes),
+        *([f"dropped: {cause}", *(f"{len(split.dropped.get(cause, ()))}" for split in splits)] for cause in causes),
         ["kept", *(f"{len(split.rows)}" for split in splits)],
     ]
     rows += [
@@ -115,6 +115,8 @@ def _counts(found: Examination) -> Block:
 def _of_split(split: Split, *, has_model: bool) -> Iterator[Block]:
     if split.malformed:
         yield Block(f"malformed rows of {split.name} (the first row is row 0)", describe_problems(split.malformed))
+    if split.dropped:
+        yield Block(f"rows of {split.name} that are dropped", [_some(*each) for each in split.dropped.items()])
     if has_model and len(split.counts):
         yield from _token_lengths(split)
     if split.survey is not None:
@@ -122,6 +124,12 @@ def _of_split(split: Split, *, has_model: bool) -> Iterator[Block]:
         yield from _labels(split.name, split.survey)
         yield _alike(split)
         yield _languages(split.name, split.survey)
+
+
+def _some(cause: str, numbers: Sequence[int]) -> str:
+    """The first numbers of rows, and why they are dropped."""
+    more = f" and {len(numbers) - SHOWN_NUMBERS} more" if len(numbers) > SHOWN_NUMBERS else ""
+    return f"{cause}: row {', '.join(map(str, numbers[:SHOWN_NUMBERS]))}{more}"
 
 
 def _token_lengths(split: Split) -> Iterator[Block]:

@@ -57,6 +57,7 @@ class Split:
         num_rows_in: Rows as loaded.
         malformed: Rows that cannot be trained on by their numbers, with what is wrong.
         counts: What the conversion counted of the others, a row each.
+        dropped: The numbers of those that a run drops, by the cause.
         rows: Those that a run trains on, as loaded.
         numbers: Their numbers among all [N].
         converted: The same as token ids; None where no row is left.
@@ -70,6 +71,7 @@ class Split:
     num_rows_in: int
     malformed: Sequence[tuple[int, Problem]]
     counts: pd.DataFrame
+    dropped: Mapping[str, Sequence[int]]
     rows: Dataset
     numbers: NDArray[np.int64]
     converted: Dataset | None
@@ -257,6 +259,7 @@ def _examine_split(rows: Dataset, config: ProgramConfig, convert: Callable[..., 
         num_rows_in=num_rows_in,
         malformed=malformed,
         counts=found.counts,
+        dropped=_dropped(found.counts, numbers),
         rows=rows,
         numbers=numbers[kept],
         converted=found.converted,
@@ -300,6 +303,14 @@ def _converted(rows: Dataset, config: ProgramConfig, convert: Callable[..., Any]
             raise DataError(f"{name}: rows are looked at one by one", [f"{made}: leave --method out"])
         return _Conversion(converted, report, counted[0], refusal)
     return _Conversion(None, None, counted[0], refusal)
+
+
+def _dropped(counts: pd.DataFrame, numbers: NDArray[np.int64]) -> dict[str, list[int]]:
+    dropped: dict[str, list[int]] = {}
+    for cause, number in zip(counts["cause"], numbers, strict=True):
+        if cause:
+            dropped.setdefault(cause, []).append(int(number))
+    return dropped
 
 
 def _repeats_earlier(hashes: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -79,9 +79,11 @@ def test_rows_that_cannot_be_trained_on_are_said_and_left_out(
     train = content["splits"]["train"]
     assert (train["num_rows_in"], train["num_malformed"], train["num_rows"]) == (20, 2, 17)
     assert train["dropped"] == {"candidates are identical": 1}
+    assert train["dropped_rows"] == {"candidates are identical": [5]}, "as numbered in the file"
     assert content["refused"] == ["train: 2 of 20 rows are malformed"]
     shown = capsys.readouterr().out
-    for said in ("chosen is null: every row needs one", "row 3: null", "prompt is int, expected text", "row 9: 7"):
+    for said in ("chosen is null: every row needs one", "row 3: null", "prompt is int, expected text", "row 9: 7",
+                 "candidates are identical: row 5\n"):  # fmt: skip
         assert said in shown
     assert "a run refuses these rows: train: 2 of 20 rows are malformed" in shown
     assert "written: 17 of 20 rows to clean.jsonl" in shown
