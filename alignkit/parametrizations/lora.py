@@ -147,10 +147,17 @@ PARAMETRIZATION = Parametrization(
             "Remove gradient_rule, or write init_lora_weights: eva or true",
         ),
         Conflict(
-            "start on rows that are not there",
-            ("init_lora_weights", "method", "streaming"),
-            lambda c: c.init_lora_weights == "eva" and (c.streaming or load_method(c.method).program == "online"),
-            "no rows with answers are at hand before the first step",
+            "start on rows of a stream",
+            ("init_lora_weights", "streaming"),
+            lambda c: c.init_lora_weights == "eva" and c.streaming,
+            "no rows are at hand before the first step",
+            "Write streaming: false, or init_lora_weights: pissa or true",
+        ),
+        Conflict(
+            "start on answers that are still to be drawn",
+            ("init_lora_weights", "method"),
+            lambda c: c.init_lora_weights == "eva" and load_method(c.method).program == "online",
+            "no answers are at hand before the first step",
             "Write init_lora_weights: pissa or true",
         ),
         Conflict(

@@ -15,8 +15,8 @@ LORA: dict[str, Any] = {
     "lora_dropout": 0.1,
     "lora_target_modules": ["q_proj"],
     "lora_modules_to_save": ["embed_tokens"],
-    "use_rslora": True,
     "init_lora_weights": "gaussian",
+    "use_rslora": True,
     "loraplus_lr_ratio": 16.0,
     "use_dora": True,
 }

@@ -39,7 +39,11 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "start on weights with other forms of LoRA": (PISSA | {"use_rslora": True}, {"init_lora_weights": True}),
     "start on weights with weight decay": (PISSA | {"weight_decay": 0.1}, {"weight_decay": 0.0}),
     "start on weights with a gradient rule": (PISSA | {"gradient_rule": "sam"}, {"init_lora_weights": "eva"}),
-    "start on rows that are not there": (
+    "start on rows of a stream": (
+        {"init_lora_weights": "eva", "streaming": True, "max_steps": 5},
+        {"streaming": False},
+    ),
+    "start on answers that are still to be drawn": (
         ONLINE | {"init_lora_weights": "eva"},
         {"init_lora_weights": "pissa"},
     ),
