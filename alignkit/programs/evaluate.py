@@ -177,6 +177,8 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[Found, list[
             others.append(find_model(path, None))
         except AlignkitError as error:
             problems.append(f"--compare: {error}")
+    twice = {path for path in arguments.compare if arguments.compare.count(path) > 1}
+    problems += [f"--compare: {path} is given twice" for path in sorted(twice)]
     problems += take_from_run(arguments) + _base_problems(arguments, found)
     gives_rewards = is_reward_model(found[0], found[2])
     problems += [

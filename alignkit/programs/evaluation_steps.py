@@ -33,6 +33,8 @@ from alignkit.sampling.generation import Sampling
 from alignkit.storage.durability import write_whole
 
 BASE = "base"
+RESERVED = (MODEL, BASE, "prompt", "reference", "answer", "finished", "right", "confidence")
+"""What no compared model can be called in a record."""
 DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "preference": ("preference", "likelihood", "generation"),
     "supervised": ("supervised", "generation"),
@@ -226,7 +228,7 @@ def prepare(
 
 
 def compared_models(arguments: argparse.Namespace, found: Sequence[tuple[str, Any, Any]], how: Any) -> list[Named]:
-    """The models of ``--compare``, each by the end of its path, or by all of it where two end alike.
+    """The models of ``--compare``, each by the end of its path, or by all of it where that is taken.
 
     Args:
         found: What :func:`alignkit.models.files.find_model` said of each.
@@ -234,8 +236,9 @@ def compared_models(arguments: argparse.Namespace, found: Sequence[tuple[str, An
     """
     paths = [path.rstrip("/") for path in arguments.compare]
     ends = [Path(path).name for path in paths]
-    taken = [MODEL, BASE, *ends]
-    names = [end if taken.count(end) == 1 else path for end, path in zip(ends, paths, strict=True)]
+    taken = [*RESERVED, *ends]
+    whole = [path if "/" in path else f"./{path}" for path in paths]
+    names = [end if taken.count(end) == 1 else path for end, path in zip(ends, whole, strict=True)]
     return [
         Named(name, ModelSource(model, revision, **how), adapter)
         for name, (model, revision, adapter) in zip(names, found, strict=True)

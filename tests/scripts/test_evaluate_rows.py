@@ -191,7 +191,7 @@ def test_models_side_by_side(
     assets: Path, tmp_path: Path, run_script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An adapter, its base, another adapter and the first one merged, in one call and each by itself."""
-    other = save_adapter(assets / "base", tmp_path / "other", seed=2)
+    other = save_adapter(assets / "base", tmp_path / "prompt", seed=2)
     assert run_script("merge_adapter", "--adapter", assets / "adapter", "--output", tmp_path / "merged") == 0
     rows = ("--data", assets / "pairs.jsonl", "--num_samples", "1", "--metrics", "preference,generation,calibration")
     rows = (*rows, "--beta", "0.1")
@@ -199,18 +199,21 @@ def test_models_side_by_side(
     compared = ("--compare", other, tmp_path / "merged", "--compare_base")
     assert run_script("evaluate", "--model", assets / "adapter", *words, *compared) == 0
     out, found = capsys.readouterr().out, read(tmp_path / "all.json")
-    header = ["metric", "base", "other", "merged", "model"]
+    name = str(other)  # The end of its path is the key of the prompts.
+    header = ["metric", "base", name, "merged", "model"]
     assert any(line.split()[:5] == header for line in out.splitlines()) and "model - merged" in out
-    assert list(found["samples"][0]) == ["prompt", "model", "base", "other", "merged"]
+    assert list(found["samples"][0]) == ["prompt", "model", "base", name, "merged"]
     assert run_script("evaluate", "--model", other, *rows, *QUICK, "--output", tmp_path / "other.json") == 0
-    assert found["compared"]["other"]["metrics"] == read(tmp_path / "other.json")["metrics"]
-    for name, differences in (("other", found["compared"]["other"]["differences"]), ("base", found["differences"])):
-        before = found["base_metrics"] if name == "base" else found["compared"][name]["metrics"]
+    assert found["compared"][name]["metrics"] == read(tmp_path / "other.json")["metrics"]
+    for differences, before in (
+        (found["compared"][name]["differences"], found["compared"][name]["metrics"]),
+        (found["differences"], found["base_metrics"]),
+    ):
         for key in ("margin/logps", "calibration/nll", "calibration/brier"):
             expected = found["metrics"][key]["mean"] - before[key]["mean"]
             assert differences[key]["mean"] == pytest.approx(expected, abs=1e-12) and abs(expected) > 1e-4
     assert found["compared_models"]["merged"]["model"] == str(tmp_path / "merged")
-    assert found["compared_models"]["other"]["adapter"]["directory"] == str(other)
+    assert found["compared_models"][name]["adapter"]["directory"] == str(other)
     merged = found["compared"]["merged"]["differences"]
     assert found["base_metrics"]["calibration/nll"]["mean"] == pytest.approx(math.log(2), abs=1e-12)
     assert (
@@ -355,6 +358,7 @@ def test_rows_of_no_kind(tmp_path: Path) -> None:
         (["--answer_column", "gold"], ["--answer_column: read by none of --metrics; add exact_match or final_answer"]),
         (["--rows", "prompts", "--metrics", "final_answer"], ["needs answers", "without --answer_column"]),
         (["--compare", "{tmp}/none", "{base}"], ["--compare", "does not exist"]),
+        (["--compare", "{base}", "--compare", "{base}"], ["/base is given twice"]),
         (["--compare", "{tmp}/strange"], ["strange has another tokenizer"]),
         (["--data", "{texts}", "--metrics", "exact_match"], ["rows of text have no prompt"]),
         (["--train_data", "{tmp}/none.jsonl"], ["none.jsonl: not found"]),
