@@ -22,7 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 
 from alignkit.config import LoadedConfig
@@ -160,7 +160,8 @@ def introduce(
         **sections: More for ``run.json``.
     """
     trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
+    # In a notebook that is a table of all metrics, most of them of evaluations alone.
+    if trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
         trainer.add_callback(ShortProgress())
     trainer.add_callback(ProcessLayoutRecorder(trainer, lambda layout: directory.record(process_layout=layout)))
     trainer.add_callback(UnmovedWeights(trainer))
