@@ -120,8 +120,7 @@ def peft_kinds() -> str:
 def method_head(name: str) -> str:
     """The opening paragraph of a method's page."""
     method = load_method(name)
-    number = "any number of" if method.num_candidates is None else method.num_candidates
-    rows = shapes_by_program()[method.program].rows.format(count=number)
+    rows = shapes_by_program()[method.program].rows_of(method)
     return (
         f"{method.summary}\n\n"
         f"- Paper: [{method.paper.title}]({method.paper.url})\n"
@@ -312,9 +311,8 @@ def when_table() -> str:
     rows = []
     for program, shape in shapes_by_program().items():
         for method in (load_method(name) for name in program_methods(program)):
-            count = "any number of" if method.num_candidates is None else method.num_candidates
             page = f"[`{method.name}`](../methods/{method.name}.md)"
-            rows.append([page, f"`{program}`", shape.rows.format(count=count), method.when])
+            rows.append([page, f"`{program}`", shape.rows_of(method), method.when])
     return table(["method", "program", "rows", "when"], rows)
 
 

@@ -132,6 +132,8 @@ WRITE: Mapping[str, str] = {
     "gamma_beta_ratio": "gamma (method: simpo), which is the ratio times beta",
     "kto_chosen_weight": "desirable_weight (method: kto)",
     "kto_rejected_weight": "undesirable_weight (method: kto)",
+    "kto_desirable_weight": "desirable_weight (method: kto)",
+    "kto_undesirable_weight": "undesirable_weight (method: kto)",
     "kto_beta": "beta (method: kto)",
     "orpo_alpha": "beta (method: orpo)",
     "orpo_beta": "beta (method: orpo)",

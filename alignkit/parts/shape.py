@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignkit.parts.discovery import load_part, names_in
+
+if TYPE_CHECKING:
+    from alignkit.parts.method import Method
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Shape:
         """Launch program under ``trainers/``, which the methods of this shape name."""
         program: str = self.config.program
         return program
+
+    def rows_of(self, method: Method) -> str:
+        """What a method of this shape is given, in words."""
+        if method.is_unpaired:
+            return "one labelled answer a row"
+        return self.rows.format(count="any number of" if method.num_candidates is None else method.num_candidates)
 
 
 def shape_names() -> list[str]:

@@ -90,7 +90,7 @@ def _method(name: str) -> Iterator[str]:
     yield f"{method.name}: {method.summary}"
     for part in method.mixed:
         yield from _wrapped(f"{part.name}: {part.summary}")
-    rows = shapes_by_program()[method.program].rows.format(count=_count(method))
+    rows = shapes_by_program()[method.program].rows_of(method)
     needs = ", ".join([*(need.replace("_", " ") for need in sorted(method.needs(_defaults(method)))), rows])
     if method.when:
         yield from _wrapped(f"When: {method.when}")
@@ -117,10 +117,6 @@ def _found_method(name: str) -> Method:
     if name.isidentifier():
         raise AlignkitError(_unknown("methods", name, method_names()))
     raise AlignkitError(f"{name!r} {problems[0].why}. {problems[0].fix}")
-
-
-def _count(method: Method) -> str:
-    return "any number of" if method.num_candidates is None else str(method.num_candidates)
 
 
 def _defaults(method: Method) -> Any:

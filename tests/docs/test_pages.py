@@ -18,6 +18,7 @@ from alignkit.data.negative_schema import detect_prompt_kind, prompt_problems
 from alignkit.data.prompts_schema import detect_prompt_rows, prompt_row_problems
 from alignkit.data.schema import detect_kind, row_problems
 from alignkit.data.supervised_schema import detect_supervised_kind, supervised_row_problems
+from alignkit.data.unpaired_schema import LabelledKind, detect_unpaired_kind, labelled_problems
 from alignkit.parts.shape import shapes_by_program
 from alignkit.programs.translate import _entries, translated
 from alignkit.shipped import recipe_names, recipe_path
@@ -164,11 +165,13 @@ def test_json_is_a_valid_row(block: Block) -> None:
         assert prompt_problems(row, detect_prompt_kind(list(row), [row], name=block.where)) == []
     elif {"chosen", "completions"} & set(row):
         assert row_problems(row, detect_kind(list(row), [row], name=block.where)) == []
+    elif "label" in row:
+        kind = detect_unpaired_kind(list(row), [row], name=block.where)
+        assert isinstance(kind, LabelledKind) and labelled_problems(row, kind) == []
     elif "prompt" in row and "completion" not in row:
         assert prompt_row_problems(row, detect_prompt_rows(list(row), [row], name=block.where), []) == []
     else:
-        kind = detect_supervised_kind(list(row), [row], name=block.where)
-        assert supervised_row_problems(row, kind) == []
+        assert supervised_row_problems(row, detect_supervised_kind(list(row), [row], name=block.where)) == []
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(REPOSITORY)))
