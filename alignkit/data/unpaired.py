@@ -23,6 +23,7 @@ from alignkit.data.columns import PAIR_COLUMNS, UNPAIRED_COLUMNS
 from alignkit.data.conversion import refuse_rows
 from alignkit.data.json_values import dataset_of
 from alignkit.data.readers import first_rows
+from alignkit.data.recognition import said_formats
 from alignkit.data.repeats import Content
 from alignkit.data.schema import RowKind, row_problems, split_shared_prefix
 from alignkit.data.split_report import Check
@@ -141,6 +142,7 @@ def to_unpaired_rows(
     num_desirable = sum(scores[0] > 0 for scores in rows["scores"])
     kind = f"{'conversational' if report.conversational else 'standard'} labelled answers"
     own = {"num_desirable": num_desirable, "num_pairs": num_pairs, "weights": weights, "kind": kind}
+    own |= {"formats": said_formats(dataset)}
     return rows, UnpairedReport(**{**vars(report), **own})
 
 

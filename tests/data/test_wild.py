@@ -28,6 +28,8 @@ from alignkit.data.recognition import said_formats
 from alignkit.data.schema import preference_rows
 from alignkit.data.supervised import to_supervised_rows
 from alignkit.data.supervised_schema import supervised_rows
+from alignkit.data.unpaired import to_unpaired_rows
+from alignkit.data.unpaired_schema import unpaired_rows
 from alignkit.errors import DataError
 from alignkit.parts.data_format import format_names
 from alignkit.parts.method import load_method
@@ -38,7 +40,10 @@ from tests.supervised import lora, make, model
 from tests.supervised import tokenizer as tokenizer_of_the_model
 from tests.trainers import SHORT_RUN
 
-BARE = {"labels": ("prompt", "completion", "label"), "steps": ("prompt", "completions", "labels")}
+STEPS = RowFamily(
+    (Form(("prompt", "completions", "labels")),), "", lambda columns, head, name: None, lambda row: row["prompt"]
+)
+METHODS = {"supervised": "sft", "pairs": "dpo", "lists": "lipo", "labels": "kto"}
 TAKES_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 WRITES_CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
 
@@ -60,22 +65,25 @@ def talker() -> PreTrainedTokenizerFast:
 
 
 def family(wild: Wild) -> RowFamily:
-    if wild.rows in BARE:
-        return RowFamily((Form(BARE[wild.rows]),), "", lambda columns, head, name: None, lambda row: row["prompt"])
-    if wild.rows == "supervised":
-        return supervised_rows()
+    if wild.rows in ("steps", "labels", "supervised"):
+        return {"steps": STEPS, "labels": unpaired_rows(), "supervised": supervised_rows()}[wild.rows]
     return preference_rows(2 if wild.rows == "pairs" else None)
 
 
 def converted(wild: Wild, path: Path, config: dict[str, Any], talker: PreTrainedTokenizerFast) -> tuple[Any, Any]:
     """The rows as loaded and, where a program of this suite trains them, as token ids."""
     rows = load_rows(str(path), family=family(wild), **config)
-    if wild.rows in BARE:
+    if wild.rows == "steps":
         return rows, None
-    if wild.rows == "supervised":
-        return rows, to_supervised_rows(rows, talker, max_length=None)[0]
-    wanted = 2 if wild.rows == "pairs" else None
-    return rows, to_candidate_rows(rows, talker, max_length=None, num_candidates=wanted)[0]
+    if wild.rows == "labels":
+        tokens, report = to_unpaired_rows(rows, talker, weights=(1.0, 1.0), seed=0, max_length=None)
+    elif wild.rows == "supervised":
+        tokens, report = to_supervised_rows(rows, talker, max_length=None)
+    else:
+        wanted = 2 if wild.rows == "pairs" else None
+        tokens, report = to_candidate_rows(rows, talker, max_length=None, num_candidates=wanted)
+    assert report.formats == said_formats(rows)
+    return rows, tokens
 
 
 def told_edit(message: str, path: Path, config: dict[str, Any]) -> tuple[str, Path]:
@@ -136,13 +144,13 @@ def test_the_check_before_anything_is_loaded_says_the_same(
     wild: Wild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What can be seen in the first rows is said by the check of the config, in words that lead to the same edit."""
-    if wild.rows in BARE:
+    if wild.rows == "steps":
         return
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         Path("base", name).write_text("{}")
-    method = {"supervised": "sft", "pairs": "dpo", "lists": "lipo"}[wild.rows]
+    method = METHODS[wild.rows]
     path, config = write(wild, Path()), {}
     if found := problems_of({"method": method, "data": str(path)}):
         edit, path = told_edit("\n".join(found), path, config)
