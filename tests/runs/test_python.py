@@ -25,7 +25,6 @@ from transformers import (
 
 from alignkit import Run, load_config, prepare, train_online, train_preference, train_sft
 from alignkit.errors import ConfigError, DataError, ModelError, RunDirectoryError, Stopped
-from alignkit.reports.plot import drawn
 from alignkit.runs.directory import RunDirectory
 from alignkit.runs.in_memory import kept_inputs
 from alignkit.runs.live_plot import is_notebook
@@ -424,10 +423,12 @@ def test_a_notebook_shows_the_figure_while_it_trains(
 ) -> None:
     notebook = Display(monkeypatch, IPKernelApp={})
     monkeypatch.setattr("alignkit.runs.live_plot.SHARE", 1.0)
+    monkeypatch.setattr("alignkit.runs.live_plot.drawn", lambda log, **how: (len(log), sorted(how)))
     with prepared(saved, tmp_path) as run:
         run.train()
-    assert len(notebook.shown) >= 3 and len({picture.png for picture in notebook.shown}) >= 2
-    assert notebook.shown[-1].png == drawn(run.metrics, **figure_of(run.config))
+    lines, last = [picture.png[0] for picture in notebook.shown], len(run.metrics)
+    assert lines == [1, 2, 3, 3] and last == 3  # after every line of the log, and at the end
+    assert notebook.shown[-1].png[1] == sorted([*figure_of(run.config), "marks"])
 
 
 def test_elsewhere_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
