@@ -153,6 +153,8 @@ def lines() -> Iterator[str]:
         try:
             line = input("... " if text else "you> ") if is_typed else next(sys.stdin).rstrip("\r\n")
         except (EOFError, StopIteration):
+            if is_typed:
+                print()  # the line of the prompt has no other end
             break
         text += line
         if text.endswith("\\"):
