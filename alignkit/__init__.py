@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from alignkit.losses.grpo import grpo_loss as grpo_loss
     from alignkit.losses.mr_rml import mr_rml_loss as mr_rml_loss
     from alignkit.losses.plackett_luce import plackett_luce_loss as plackett_luce_loss
+    from alignkit.losses.process_reward import process_reward_loss as process_reward_loss
     from alignkit.losses.roma import roma_loss as roma_loss
     from alignkit.losses.sft import sft_loss as sft_loss
     from alignkit.losses.treg import treg_loss as treg_loss
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from alignkit.objectives.grpo import GRPOOptions as GRPOOptions
     from alignkit.objectives.mr_rml import MrRmlOptions as MrRmlOptions
     from alignkit.objectives.plackett_luce import PlackettLuceOptions as PlackettLuceOptions
+    from alignkit.objectives.process_reward import ProcessRewardOptions as ProcessRewardOptions
     from alignkit.objectives.roma import RomaOptions as RomaOptions
     from alignkit.objectives.sft import SFTOptions as SFTOptions
     from alignkit.objectives.treg import TREGOptions as TREGOptions
@@ -119,6 +121,7 @@ _PUBLIC = {
     "alignkit.losses.grpo": ("grpo_loss",),
     "alignkit.losses.mr_rml": ("mr_rml_loss",),
     "alignkit.losses.plackett_luce": ("plackett_luce_loss",),
+    "alignkit.losses.process_reward": ("process_reward_loss",),
     "alignkit.losses.roma": ("roma_loss",),
     "alignkit.losses.sft": ("sft_loss",),
     "alignkit.losses.treg": ("treg_loss",),
@@ -151,6 +154,7 @@ _PUBLIC = {
     "alignkit.objectives.grpo": ("GRPOOptions",),
     "alignkit.objectives.mr_rml": ("MrRmlOptions",),
     "alignkit.objectives.plackett_luce": ("PlackettLuceOptions",),
+    "alignkit.objectives.process_reward": ("ProcessRewardOptions",),
     "alignkit.objectives.roma": ("RomaOptions",),
     "alignkit.objectives.sft": ("SFTOptions",),
     "alignkit.objectives.treg": ("TREGOptions",),

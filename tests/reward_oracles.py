@@ -85,6 +85,27 @@ def random_lists(seed: int, count: int, *, sizes: Sequence[int] = (2,), ties: bo
     return [row() for _ in range(count)]
 
 
+def process_reward(row: List) -> list[float]:
+    """-log of the chance that each step was given its label; 0 of steps that are not there."""
+    chances = [1 / (1 + math.exp(-answer.reward)) for answer in row.answers]
+    return [
+        -math.log(chance if answer.score else 1 - chance) if answer.present else 0.0
+        for chance, answer in zip(chances, row.answers, strict=True)
+    ]
+
+
+def step_metrics(rows: Sequence[List]) -> dict[str, float]:
+    """What is logged about the steps of solutions."""
+    steps = [step for row in rows for step in row.there]
+    told = lambda label: mean([float((s.reward > 0) == bool(s.score)) for s in steps if s.score in label])  # noqa: E731
+    return {
+        "accuracy": told((0.0, 1.0)),
+        "accuracy/right_steps": told((1.0,)),
+        "accuracy/wrong_steps": told((0.0,)),
+        "mean_reward": mean([step.reward for step in steps]),
+    }
+
+
 class Judged(NamedTuple):
     """A pair of displacements and what is said of it along each dimension: 1, -1, or 0 for nothing."""
 

@@ -343,8 +343,7 @@ METHODS: Mapping[str, str] = {
     "apo_zero_unpaired": "Write method: kto with form: apo_zero_unpaired",
     "chunked_nll": "alignkit has no such loss; dpo and flex_dpo are nearest",
     **dict.fromkeys(("rm", "reward", "reward_modeling"), "Write method: bradley_terry (trainers/reward.py)"),
-    **dict.fromkeys(("prm", "process_reward_model"), "alignkit has no process rewards; method: bradley_terry trains a "
-                    "reward model on whole answers"),
+    **dict.fromkeys(("prm", "process_reward_model"), "Write method: process_reward (trainers/reward.py)"),
     **dict.fromkeys(("gkd", "distillation"), "Write method: distill, which learns from a teacher on given rows"),
 }  # fmt: skip
 """Methods and loss types elsewhere, and what to do here."""

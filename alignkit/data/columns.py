@@ -41,6 +41,7 @@ REWARD_FORMS = (
 )
 UNPAIRED_COLUMNS = (*COMPLETION_COLUMNS, "label")
 UNPAIRED_FORMS = (Form(UNPAIRED_COLUMNS), Form(PAIR_COLUMNS, optional=("prompt",)))
+STEP_FORMS = (Form(("prompt", "completions", "labels")),)
 PROMPT_FORM = Form(("prompt",))
 NEGATIVE_FORMS = (Form(("prompt", "rejected"), beside=("chosen",)), LIST_FORM)
 ROUTED_COLUMNS = ("choices", "task", "success")

@@ -23,6 +23,51 @@ def scored_position(ids: Sequence[int], pad_token_id: int) -> int:
     return next((t for t in range(len(ids) - 1, -1, -1) if ids[t] != pad_token_id), 0)
 
 
+def padded(sequences: Sequence[Sequence[int]], pad_token_id: int, multiple: int | None = None) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` [R, L] of sequences of token ids, padded on the right.
+
+    Args:
+        multiple: What L is rounded up to a multiple of.
+    """
+    length = -(-max(map(len, sequences)) // (multiple or 1)) * (multiple or 1)
+    input_ids = torch.full((len(sequences), length), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for r, ids in enumerate(sequences):
+        input_ids[r, : len(ids)] = torch.tensor(ids)
+        attention_mask[r, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@dataclass(frozen=True)
+class StepCollator:
+    """Collates solutions (``input_ids``, ``labels`` with -100 where no step ends); a step is a candidate.
+
+    A batch holds what one of :class:`RewardCollator` does, but for what speaks of pairs.
+
+    Args:
+        pad_token_id: The model's padding token.
+        pad_to_multiple_of: Pads the row length up to a multiple of this, or None.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate solutions."""
+        ends = [[t for t, label in enumerate(row["labels"]) if label >= 0] for row in rows]
+        shape = (len(rows), max(map(len, ends)))
+        candidate_mask, scores = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.float32)
+        position = torch.zeros(shape, dtype=torch.long)
+        for b, (row, own) in enumerate(zip(rows, ends, strict=True)):
+            for k, end in enumerate(own):
+                # What the model says of the solution up to here, read off where it reads off a whole one.
+                position[b, k] = scored_position(row["input_ids"][: end + 1], self.pad_token_id)
+                scores[b, k], candidate_mask[b, k] = row["labels"][end], not row.get(REPEATED)
+        sequence = torch.arange(len(rows))[:, None].expand(shape)
+        batch = {"candidate_mask": candidate_mask, "scores": scores, "sequence": sequence, "position": position}
+        return batch | padded([row["input_ids"] for row in rows], self.pad_token_id, self.pad_to_multiple_of)
+
+
 @dataclass(frozen=True)
 class RewardCollator:
     """Collates candidate rows (``prompt_ids``, ``completion_ids`` [K], ``scores`` [K]) for a reward model.
@@ -67,15 +112,4 @@ class RewardCollator:
             if column in rows[0]:
                 batch[column] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
         # candidate_mask comes first: transformers reads the batch size off the first tensor.
-        return batch | self.padded(sequences)
-
-    def padded(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` of sequences of token ids."""
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-max(map(len, sequences)) // multiple) * multiple
-        input_ids = torch.full((len(sequences), length), self.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for r, ids in enumerate(sequences):
-            input_ids[r, : len(ids)] = torch.tensor(ids)
-            attention_mask[r, : len(ids)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        return batch | padded(sequences, self.pad_token_id, self.pad_to_multiple_of)

@@ -21,7 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alignkit.data.lengths import RowLengths
 from alignkit.data.rendering import RenderingError
-from alignkit.data.reward_batch import RewardCollator, scored_position
+from alignkit.data.reward_batch import padded, scored_position
 from alignkit.data.tokenization import answered_ids
 from alignkit.errors import DataError, ModelError
 from alignkit.models._comparison import ScoringRun, agreed
@@ -118,7 +118,7 @@ def _problem(run: ScoringRun, lengths: RowLengths, pad_token_id: int) -> str | N
 def _rewards(run: ScoringRun, sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Rewards [R, width] read off here, and those the model itself gives."""
     device = next(run.model.parameters()).device
-    inputs = {name: value.to(device) for name, value in RewardCollator(pad_token_id).padded(sequences).items()}
+    inputs = {name: value.to(device) for name, value in padded(sequences, pad_token_id).items()}
     with head_outputs(run.base) as outputs:
         own = run.model(**inputs, use_cache=False).logits
     positions = [scored_position(ids, pad_token_id) for ids in sequences]
@@ -182,10 +182,11 @@ class RewardModel:
         cut = [list(ids[: self.max_length]) for ids in sequences]
         order = sorted(range(len(cut)), key=lambda i: -len(cut[i]))
         device, found = next(self.model.parameters()).device, [0.0] * len(cut)
-        collator = RewardCollator(self.pad_token_id)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            inputs = {name: value.to(device) for name, value in collator.padded([cut[i] for i in batch]).items()}
+            inputs = {
+                name: value.to(device) for name, value in padded([cut[i] for i in batch], self.pad_token_id).items()
+            }
             numbers = self.model(**inputs, use_cache=False).logits[:, : len(self.dimensions) or 1]
             rewards = numbers.float().mean(1)
             for i, reward in zip(batch, rewards.tolist(), strict=True):

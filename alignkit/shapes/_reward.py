@@ -30,7 +30,8 @@ from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.columns import MARGIN_COLUMN
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import RowLengths
-from alignkit.data.reward_batch import RewardCollator
+from alignkit.data.reward_batch import RewardCollator, StepCollator
+from alignkit.data.step_rows import to_step_rows
 from alignkit.errors import ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import REWARD_ITEM_KINDS, LossOutput, RewardBatch, count_reward_items
@@ -96,7 +97,8 @@ class RewardModelTrainer(TokenBudget, RewardTrainer):
         self.layout = LayoutChoice("padded", "a reward is read off a row of its own")
         tokenizer = inherited["processing_class"]
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        collator = RewardCollator(self.pad_token_id, args.pad_to_multiple_of)
+        made = StepCollator if method.row_family is not None else RewardCollator
+        collator = made(self.pad_token_id, args.pad_to_multiple_of)
         start = trained_values(model)
         with _taken_for_one_number(model):
             super().__init__(model, args=args, data_collator=collator, train_dataset=train_dataset, **inherited)
@@ -198,7 +200,8 @@ class RewardModelTrainer(TokenBudget, RewardTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "completion_ids", "scores", MARGIN_COLUMN, "labels", REPEATED]
+        columns = ("prompt_ids", "completion_ids", "scores", MARGIN_COLUMN, "input_ids", "labels", REPEATED)
+        self._signature_columns = list(columns)
 
 
 @contextmanager
@@ -234,6 +237,15 @@ def other_models(config: Any) -> dict[str, str]:
 def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     """What makes candidate rows of rows of text."""
     method = load_method(config.method)
+    if method.row_family is not None:
+        options = config.method_options
+        return partial(
+            to_step_rows,
+            tokenizer=tokenizer,
+            max_length=config.max_length,
+            separator=options.step_separator,
+            last_only=options.train_on_last_step_only,
+        )
     judged = method.dimensions(config.method_options)
     return partial(
         to_candidate_rows,

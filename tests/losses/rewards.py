@@ -48,11 +48,18 @@ def judged_batch(rows: Sequence[Judged], *, gone: int = 0) -> RewardBatch:
     )
 
 
+def labelled(rows: Sequence[List]) -> list[List]:
+    """Steps, right or wrong, in place of ranked answers."""
+    return [row._replace(answers=[a._replace(score=min(a.score, 1.0)) for a in row.answers]) for row in rows]
+
+
 def drawn(method: Method, seed: int, count: int) -> RewardBatch:
     """A random batch that a method takes, whose last row is not there."""
     if method.dimensions is not one_reward:
         return judged_batch(random_judged(seed, count - 1), gone=1)
     rows = random_lists(seed, count, sizes=(2,) if method.num_candidates == 2 else (2, 3, 4), ties=True)
+    if method.row_family is not None:
+        rows = labelled(rows)
     gone = [answer._replace(reward=JUNK, score=JUNK, present=False) for answer in rows[-1].answers]
     return reward_batch([*rows[:-1], rows[-1]._replace(answers=gone)])
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkit.losses.types import REWARD_ITEM_KINDS, RewardBatch, count_reward_items
-from alignkit.parts.method import Method, load_method, method_names, one_reward
+from alignkit.parts.method import Method, load_method, method_names
 from tests.losses.batches import loss_value, metric_mean, option_variants
 from tests.losses.rewards import BY_ROW, changed, drawn, leaves_of, pull
 
@@ -130,7 +130,7 @@ def test_every_option_changes_something(name: str) -> None:
         return [output.mean().item(), [gradient.tolist() for gradient in pull(output, batch)]]
 
     # What the rows and the head are made of is seen before there is a batch.
-    given = {"dimensions", "projection_dim"} if method.dimensions is not one_reward else set()
+    given = {"dimensions", "projection_dim", "step_separator", "train_on_last_step_only"}
     for item in dataclasses.fields(method.options):
         if item.name in given:
             continue

@@ -62,6 +62,8 @@ def rows_of(method: Method) -> tuple[str, ...]:
     """The kinds of rows that a method is trained on."""
     if method.row_family is not None and "label" in method.row_family().forms[0].columns:
         return ("unpaired",)
+    if method.row_family is not None and "labels" in method.row_family().forms[0].columns:
+        return ("steps",)
     if method.program == "sft":
         return ("text",)
     if method.row_family is not None:

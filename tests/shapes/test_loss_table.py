@@ -45,6 +45,12 @@ def rows(kind: str, method: str, seed: int = 0, count: int = 8) -> Dataset:
             return {"prompt": text(), "completions": [text() for _ in range(3)], "scores": [2.0, 1.0, 0.0]}
         if kind == "unpaired":
             return {"prompt": text(), "completion": text(), "label": index % 2 == 0}
+        if kind == "steps":
+            return {
+                "prompt": text(),
+                "completions": [text() for _ in range(3)],
+                "labels": [True, index % 2 == 0, False],
+            }
         return {"prompt": text(), "completion": text()}
 
     return Dataset.from_list([row(index) for index in range(count)])

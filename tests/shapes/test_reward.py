@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from alignkit.data.reward_batch import RewardCollator
@@ -289,3 +290,70 @@ def test_what_is_wrong_with_dimensions_is_told(words: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match="margin is not a number"):
         plain = config_of("reward", words, tmp_path)
         build(plain, text_rows(plain, 4).add_column("margin", [0.5, None, 1.0, 0.0]))
+
+
+def solutions(count: int) -> Dataset:
+    """Sums of words, of which a step with the word w7 is wrong."""
+    draw = random.Random(0)
+
+    def row() -> dict[str, Any]:
+        steps = [
+            " ".join(f"w{draw.randrange(9)}" for _ in range(draw.randint(1, 3))) for _ in range(draw.randint(1, 4))
+        ]
+        return {"prompt": "w60 w59 ", "completions": steps, "labels": ["w7" not in step for step in steps]}
+
+    return Dataset.from_list([row() for _ in range(count)])
+
+
+def test_every_step_of_a_solution_is_judged_at_its_end(words: str, tmp_path: Path) -> None:
+    config = config_of("reward", words, tmp_path, method="process_reward", learning_rate=1.0e-2, max_steps=40)
+    rows = solutions(16)
+    trainer = build(config, rows)
+    tokenizer = trainer.processing_class
+    for row, converted in zip(rows, trainer.train_dataset, strict=True):
+        labels = [label for label in converted["labels"] if label >= 0]
+        assert labels == [int(label) for label in row["labels"]]
+        ends = [t for t, label in enumerate(converted["labels"]) if label >= 0]
+        text = " ".join(row["completions"])
+        assert [tokenizer.decode([converted["input_ids"][t]]) for t in ends] == [
+            s.split()[-1] for s in row["completions"]
+        ]
+        assert tokenizer.decode(converted["input_ids"][2 : ends[-1] + 1]) == text
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert set(logs[0]) >= {"loss/steps", *trainer.method.metrics}
+    assert sum(e["loss"] for e in logs[-4:]) < 0.7 * sum(e["loss"] for e in logs[:4])
+    trained = rewards_of(trainer)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = load_reward_model(str(tmp_path / "saved"), base=words)
+    prefixes = [
+        converted["input_ids"][: t + 1]
+        for converted in trainer.train_dataset
+        for t, label in enumerate(converted["labels"])
+        if label >= 0
+    ]
+    steps = [reward for row, given in zip(rows, trained, strict=True) for reward in given[: len(row["labels"])]]
+    assert loaded.score_ids(prefixes) == pytest.approx(steps, abs=1e-5)
+
+
+def test_steps_with_a_chat_template_and_what_is_wrong_with_rows(words: str, tmp_path: Path) -> None:
+    config = config_of("reward", words, tmp_path, method="process_reward", train_on_last_step_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(words)
+    turns = "{% for m in messages %}w1 {{ m.content | trim }} <eos> {% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}w1 {% endif %}"
+    prompt = [{"role": "user", "content": "w60"}]
+    rows = Dataset.from_list([{"prompt": prompt, "completions": ["w2 w3", "w4"], "labels": [1, 0]}])
+    (converted,) = build(config, rows, tokenizer=tokenizer).train_dataset
+    at = converted["labels"].index(0)
+    assert (
+        tokenizer.decode([converted["input_ids"][at]]) == "w4"
+        and converted["labels"].count(-100) == len(converted["labels"]) - 1
+    )
+    for broken, told in (
+        ({"labels": [1]}, "no list of one label a step"),
+        ({"labels": [1, 5]}, "a label is neither true nor false"),
+        ({"completions": ["w2", " "]}, "a step is empty"),
+    ):
+        row = {"prompt": "w60", "completions": ["w2", "w4"], "labels": [1, 0], **broken}
+        with pytest.raises(DataError, match=told):
+            build(config, Dataset.from_list([row]))
