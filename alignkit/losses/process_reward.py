@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from alignkit.losses.reward_pairs import existing_rewards
+from alignkit.losses.reward_pairs import existing, existing_rewards
 from alignkit.losses.types import LossOutput, LossTerm, Metric, RewardBatch, count_reward_items
 
 
@@ -32,14 +33,16 @@ def process_reward_loss(batch: RewardBatch) -> LossOutput:
         The term ``steps`` [B * K] over steps, in nats; the metrics named in the method.
     """
     rewards, mask = existing_rewards(batch), batch.candidate_mask
-    labels = batch.scores.to(rewards.dtype).masked_fill(~mask, 0.0)
+    labels = existing(batch.scores.to(rewards.dtype), mask)
     values = F.binary_cross_entropy_with_logits(rewards, labels, reduction="none").masked_fill(~mask, 0.0)
     term = LossTerm("steps", values.flatten(), count_reward_items(mask)["candidate"], "candidate")
     return LossOutput((term,), _metrics(rewards.detach(), labels, mask))
 
 
-def _metrics(rewards: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> dict[str, Metric]:
-    right, wrong = mask & (labels == 1), mask & (labels == 0)
+def _metrics(
+    rewards: Float[Tensor, "B K"], labels: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]
+) -> dict[str, Metric]:
+    right, wrong = labels == 1, mask & (labels == 0)
     said_right = (rewards > 0).to(rewards.dtype)
     per_step = {
         "accuracy": (1 - (said_right - labels).abs(), mask),

@@ -29,7 +29,9 @@ def check_loss(loss: Callable[..., LossOutput]) -> None:
     assert term.values.tolist() == pytest.approx(wanted, **TIGHT)
     metrics = {key: metric_mean(metric) for key, metric in loss(batch).metrics.items()}
     assert metrics == pytest.approx(oracles.step_metrics(rows), **TIGHT)
+    assert not any(metric.values.requires_grad for metric in loss(batch).metrics.values())
     (gradient,) = pull(loss(batch), batch)
+    assert not gradient[~batch.candidate_mask].any()
     for b, row in enumerate(rows):
         for k, step in enumerate(row.answers):
             slope = (1 / (1 + math.exp(-step.reward)) - step.score) / steps if step.present else 0.0
