@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,20 @@ from alignkit.data.tokenization import with_eos
 from alignkit.errors import DataError
 
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+NO_STEP = "no labelled step ends before max_length"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is made of the steps of a solution.
+
+    Attributes:
+        separator: What stands behind each.
+        last_only: Whether the last one alone is judged.
+    """
+
+    separator: str
+    last_only: bool = False
 
 
 def to_step_rows(
@@ -36,8 +50,7 @@ def to_step_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
-    separator: str,
-    last_only: bool = False,
+    steps: Steps,
     max_dropped_fraction: float = 0.1,
     num_proc: NumProc = "auto",
     name: str = "train",
@@ -49,8 +62,7 @@ def to_step_rows(
         dataset: Rows of :mod:`alignkit.data.step_schema`.
         tokenizer: The tokenizer of the model; it must tell which characters a token holds.
         max_length: Limit on a row in tokens, or None; steps behind it are not judged.
-        separator: What stands behind each step.
-        last_only: Label the last step alone.
+        steps: What stands behind them, and which are judged.
         max_dropped_fraction: Highest share of rows that may be dropped.
         num_proc: Worker processes (:mod:`alignkit.data.processes`).
         name: What the rows are called in messages.
@@ -62,17 +74,8 @@ def to_step_rows(
     Raises:
         DataError: Rows are malformed, streamed, or too many or all are dropped; or no step is left of one.
     """
-    if isinstance(dataset, IterableDataset):
-        raise DataError(f"{name}: rows are streamed", ["steps are looked for in all of them: write streaming: false"])
-    if not tokenizer.is_fast:
-        told = "its tokenizer does not tell which characters a token holds. Take a model with a tokenizer.json"
-        raise DataError(f"{name}: where steps end is not known", [told])
-    head, columns = first_rows(dataset, name)
-    conversational = detect_steps(columns, head, name=name)
-    found = [(i, problem) for i, row in enumerate(dataset) for problem in step_problems(row, conversational)]
-    if found:
-        raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(found))
-    flat = Dataset.from_list([_as_supervised(row, separator, conversational) for row in dataset])
+    conversational = _checked(dataset, tokenizer, name)
+    flat = Dataset.from_list([_as_supervised(row, steps.separator, conversational) for row in dataset])
     rows, kept, report = convert_supervised(
         flat,
         tokenizer,
@@ -84,15 +87,31 @@ def to_step_rows(
         stop_token_ids=stop_token_ids,
     )
     assert isinstance(rows, Dataset)
-    mark = partial(_labelled, source=dataset.select(kept), flat=flat.select(kept), tokenizer=tokenizer)
-    marked = rows.map(partial(mark, separator=separator, last_only=last_only), with_indices=True, features=_FEATURES)
+    mark = partial(_labelled, source=dataset.select(kept), flat=flat.select(kept), tokenizer=tokenizer, steps=steps)
+    marked = rows.map(mark, with_indices=True, features=_FEATURES)
     whole = marked.filter(lambda row: max(row["labels"]) >= 0)
-    if len(whole) < (1 - max_dropped_fraction) * len(marked):
-        lost = len(marked) - len(whole)
+    lost = len(marked) - len(whole)
+    if not len(whole) or report.num_dropped + lost > max_dropped_fraction * report.num_rows_in:
         told = f"of {lost} rows no labelled step ends before max_length: {max_length}. Write a larger one"
-        raise DataError(f"{name}: too few steps are left", [told])
-    steps = int(sum(np.sum(np.asarray(row["labels"]) >= 0) for row in whole))
-    return whole, replace(report, num_rows=len(whole), kind="solutions with a label a step", num_trained_tokens=steps)
+        raise DataError(f"{name}: too few rows are left with a step", [told])
+    judged = int(sum(np.sum(np.asarray(row["labels"]) >= 0) for row in whole))
+    kind, dropped = "solutions with a label a step", report.dropped | ({NO_STEP: lost} if lost else {})
+    return whole, replace(report, num_rows=len(whole), kind=kind, num_trained_tokens=judged, dropped=dropped)
+
+
+def _checked(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether prompts are messages, of rows that nothing is wrong with."""
+    if isinstance(dataset, IterableDataset):
+        raise DataError(f"{name}: rows are streamed", ["steps are looked for in all of them: write streaming: false"])
+    if not tokenizer.is_fast:
+        told = "its tokenizer does not tell which characters a token holds. Take a model with a tokenizer.json"
+        raise DataError(f"{name}: where steps end is not known", [told])
+    head, columns = first_rows(dataset, name)
+    conversational = detect_steps(columns, head, name=name)
+    found = [(i, problem) for i, row in enumerate(dataset) for problem in step_problems(row, conversational)]
+    if found:
+        raise DataError(f"{name}: rows that cannot be trained on (the first row is row 0)", describe_problems(found))
+    return conversational
 
 
 def _as_supervised(row: Mapping[str, Any], separator: str, conversational: bool) -> dict[str, Any]:
@@ -109,8 +128,7 @@ def _labelled(
     source: Dataset,
     flat: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    separator: str,
-    last_only: bool,
+    steps: Steps,
 ) -> dict[str, list[int]]:
     """The row with its labels at the last tokens of its steps, as far as these are there."""
     given, text = source[index], flat[index]
@@ -130,11 +148,11 @@ def _labelled(
     kept = content if is_text else content.strip()
     begins = len(prompt) if is_text else whole.rindex(kept)
     place, limit = begins - content.index(kept), begins + len(kept)
-    labels, steps = [IGNORE_INDEX] * len(ids), given["completions"]
-    for number, (step, label) in enumerate(zip(steps, given["labels"], strict=True)):
-        place += len(step + separator)
+    labels, written = [IGNORE_INDEX] * len(ids), given["completions"]
+    for number, (step, label) in enumerate(zip(written, given["labels"], strict=True)):
+        place += len(step + steps.separator)
         token = _token_at(encoded["offset_mapping"], min(place, limit))
-        if token < len(ids) and (number == len(steps) - 1 or not last_only):
+        if token < len(ids) and (number == len(written) - 1 or not steps.last_only):
             labels[token] = int(label)
     return {"input_ids": ids, "labels": labels}
 
