@@ -1,7 +1,7 @@
 """From what the config names to rows: files, folders, Hub ids, and mixtures of them (:mod:`alignkit.data.mixture`).
 
 **CSV.** Cells are text, exactly as written. ``completions`` and ``scores`` are lists written as JSON, for instance
-``["yes", "no"]`` and ``[1, 0]``; messages need jsonl, json or parquet.
+``["yes", "no"]`` and ``[1, 0]``, and so are messages.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset
 
 from alignkit.data.columns import RowFamily
-from alignkit.data.foreign_rows import Found, recognise_rows, row_as_ours
+from alignkit.data.conversion import rows_of
+from alignkit.data.foreign_rows import Found, recognise_rows, row_as_ours, rows_as_ours
 from alignkit.data.json_values import JsonValue, encode
 from alignkit.data.readers import first_rows
 from alignkit.data.schema import EXAMPLES_SHOWN
@@ -60,6 +61,7 @@ def as_our_rows(
     kept = [column for column in columns if family.keeps_others or column in family.columns]
     after = list(dict.fromkeys([*found.given, *kept]))
     options: dict[str, Any] = {
+        "batched": True,
         "with_indices": True,
         "fn_kwargs": {"form": found.form, "plan": dict(found.plan), "name": name, "given": found.given},
         "remove_columns": [column for column in columns if column not in after],
@@ -141,18 +143,18 @@ def _refuse_many(dataset: Dataset, left_out: Sequence[int], found: Found, name: 
     raise DataError(f"{name}: {len(left_out)} of {len(dataset)} rows hold nothing to train on", shown + more)
 
 
-def _given(row: Mapping[str, Any], index: int, given: Sequence[str], **how: Any) -> dict[str, Any]:
-    try:
-        made = row_as_ours(row, index, **how)
-    except LeftOut:
-        made = {}
-    return {column: made.get(column) for column in given}
+def _given(
+    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], given: Sequence[str], **how: Any
+) -> dict[str, list[Any]]:
+    """The given columns of rows that follow one another; null throughout in a row that is left out."""
+    made = rows_as_ours(list(rows_of(batch)), first=indices[0], **how)
+    return {column: [None if row is None else row.get(column) for row in made] for column in given}
 
 
 def _holds_any(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
     return any(row[column] is not None for column in columns)
 
 
-def _stored(row: Mapping[str, Any], index: int, given: Sequence[str], **how: Any) -> dict[str, Any]:
-    made = _given(row, index, given, **how)
-    return {column: None if value is None else encode(value) for column, value in made.items()}
+def _stored(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], **how: Any) -> dict[str, list[Any]]:
+    made = _given(batch, indices, **how)
+    return {column: [None if v is None else encode(v) for v in values] for column, values in made.items()}
