@@ -3,8 +3,8 @@
 ==============  ==============================================  ========================================================
 kind            columns                                         what can be evaluated (``Evaluation.reads``)
 ==============  ==============================================  ========================================================
-preference      those of :mod:`alignkit.data.schema`            ``held-out``, ``prompts``; ``probe`` where there are
-                                                                some; of a reward model ``rewards`` alone
+preference      those of :mod:`alignkit.data.schema`            ``held-out``, ``prompts``, ``reference``, and where
+                                                                there are some ``probe``; of a reward model ``rewards``
 supervised      those of :mod:`alignkit.data.supervised_schema` ``supervised``, and where rows have a prompt ``prompts``
                                                                 and ``answers``
 prompts         ``prompt`` and no answer                        ``prompts``; with an answer column ``answers``
@@ -210,7 +210,7 @@ def readable(kind: Kind, reading: Reading, *, has_probe: bool, gives_rewards: bo
     if gives_rewards:
         return frozenset({"rewards"} if kind == "preference" else ())
     if kind == "preference":
-        return frozenset({"held-out", "prompts", *(["probe"] if has_probe else [])})
+        return frozenset({"held-out", "reference", "prompts", *(["probe"] if has_probe else [])})
     if kind == "supervised":
         return frozenset({"supervised", "prompts", "answers"})
     return frozenset({"prompts", *(["answers"] if reading.answer_column else [])})

@@ -114,8 +114,9 @@ def _record(prompts: Sequence[str], found: Found, before: Mapping[str, Found]) -
 EVALUATION = Evaluation(
     name="calibration",
     summary="Whether the model is as sure of its preferences as it is right, and more sure where it is right.",
-    reads=frozenset({"held-out"}),
+    reads=frozenset({"held-out", "reference"}),
     compute=_compute,
+    gives_confidence=True,
     render=_render,
     record=_record,
 )

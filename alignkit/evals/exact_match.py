@@ -45,6 +45,7 @@ EVALUATION = Evaluation(
     summary="How often the model's own answer is the reference, character by character.",
     reads=frozenset({"answers"}),
     compute=_compute,
+    gives_confidence=True,
     render=judged_text,
     record=_record,
 )

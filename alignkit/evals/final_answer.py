@@ -69,6 +69,7 @@ EVALUATION = Evaluation(
     summary="How often the number that the model's own answer ends in is that of the reference, as for GSM8K.",
     reads=frozenset({"answers"}),
     compute=_compute,
+    gives_confidence=True,
     render=judged_text,
     record=_record,
     check=check_references,

@@ -35,4 +35,5 @@ EVALUATION = Evaluation(
     summary="How often a reward model prefers the better answer, by how much, and whether it is as sure as it may be.",
     reads=frozenset({"rewards"}),
     compute=_compute,
+    gives_confidence=True,
 )

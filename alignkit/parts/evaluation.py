@@ -77,6 +77,10 @@ def _no_entries(prompts: Sequence[str], found: Found, before: Mapping[str, Found
     return {}
 
 
+OPTIONAL = frozenset({"probe", "reference"})
+"""What an evaluation can read and do without."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation, discovered by the name of its file.
@@ -85,7 +89,8 @@ class Evaluation:
         name: File stem; a word of ``alignkit evaluate --metrics``.
         summary: One sentence.
         reads: What it needs, any of ``held-out`` (preference rows), ``probe`` (preference rows, used where there are
-            some), ``rewards`` (those of a reward model, for preference rows), ``supervised`` (rows of tokens of which
+            some), ``reference`` (what a base makes of them, used where ``--beta`` asks for it), ``rewards`` (those of a
+            reward model, for preference rows), ``supervised`` (rows of tokens of which
             some are trained), ``prompts`` (of the rows, a few to be answered) and ``answers`` (every prompt, with the
             answer that it should get).
         compute: ``(trial) -> Found``, called on all processes; see :class:`alignkit.evals._trial.Trial`.
@@ -94,6 +99,7 @@ class Evaluation:
         record: ``(prompts, found, before) -> entries`` of the results as JSON, beside the figures.
         check: ``(data) -> None``, called before a model is loaded; raises
             :class:`~alignkit.errors.DataError` for rows that it cannot be made of.
+        gives_confidence: Whether it finds how sure a model is, for a reliability diagram (``Found.calibrated``).
     """
 
     name: str
@@ -103,6 +109,7 @@ class Evaluation:
     render: Callable[[Sequence[str], Found, Mapping[str, Found]], str] = _no_text
     record: Callable[[Sequence[str], Found, Mapping[str, Found]], dict[str, Any]] = _no_entries
     check: Callable[[Any], None] = _no_check
+    gives_confidence: bool = False
 
     def applies(self, readable: frozenset[str]) -> bool:
         """Whether rows have what it needs.
@@ -110,7 +117,7 @@ class Evaluation:
         Args:
             readable: What can be read of them.
         """
-        return self.reads - {"probe"} <= readable and bool(self.reads & readable)
+        return self.reads - OPTIONAL <= readable and bool(self.reads & readable)
 
 
 def evaluation_names() -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.models.files import AdapterFiles, find_model, is_reward_model, model_problem
-from alignkit.parts.evaluation import evaluation_names
+from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.programs.arguments import (
     StrictParser,
     column_pair,
@@ -215,8 +215,8 @@ def _base_problems(arguments: argparse.Namespace, found: Found) -> list[str]:
 
 
 def _calibration_problems(arguments: argparse.Namespace, *, gives_rewards: bool) -> list[str]:
-    sure = {"calibration", "final_answer", "exact_match", "reward"}
+    sure = [name for name in evaluation_names() if load_evaluation(name).gives_confidence]
     by_itself = gives_rewards and arguments.metrics is None
-    if arguments.reliability is not None and not by_itself and not sure & set(arguments.metrics or ()):
-        return [f"--metrics: --reliability draws how sure a model is; add one of {', '.join(sorted(sure))}"]
+    if arguments.reliability is not None and not by_itself and not set(sure) & set(arguments.metrics or ()):
+        return [f"--metrics: --reliability draws how sure a model is; add one of {', '.join(sure)}"]
     return []

@@ -23,7 +23,7 @@ from alignkit.evals._results import MODEL, Results, Table, example_text, result_
 from alignkit.models.files import AdapterFiles
 from alignkit.models.loading import ModelSource, check_base
 from alignkit.models.reward_model import load_for_rewards
-from alignkit.parts.evaluation import Calibrated, Evaluation, evaluation_names, load_evaluation
+from alignkit.parts.evaluation import OPTIONAL, Calibrated, Evaluation, evaluation_names, load_evaluation
 from alignkit.plain_text import all_without_secrets
 from alignkit.programs.arguments import pick
 from alignkit.programs.models import load_for_scoring, tokenizer_for
@@ -165,7 +165,7 @@ def choose_evaluations(
     chosen = [load_evaluation(name) for name in arguments.metrics or DEFAULTS["rewards" if gives_rewards else kind]]
     fitting = [name for name in evaluation_names() if load_evaluation(name).applies(given)]
     problems = [
-        f"--metrics: {evaluation.name} needs {' and '.join(sorted(evaluation.reads - given))}, which "
+        f"--metrics: {evaluation.name} needs {' and '.join(sorted(evaluation.reads - given - OPTIONAL))}, which "
         f"{'a reward model gives' if gives_rewards else f'{kind} rows have'} "
         f"not{_way_to_answers(evaluation, kind)}; here there are {', '.join(fitting)}"
         for evaluation in chosen
@@ -173,12 +173,10 @@ def choose_evaluations(
     ]
     reads = {name for evaluation in chosen for name in evaluation.reads}
     told = {"completion_only_loss": "supervised", "assistant_only_loss": "supervised"}
-    for option, part in {"probe_data": "probe", "answer_column": "answers", **told}.items():
+    for option, part in {"probe_data": "probe", "answer_column": "answers", "beta": "reference", **told}.items():
         readers = [name for name in evaluation_names() if part in load_evaluation(name).reads]
-        if getattr(arguments, option) and part not in reads:
+        if getattr(arguments, option) is not None and part not in reads:
             problems.append(f"--{option}: read by none of --metrics; add {' or '.join(readers)}")
-    if arguments.beta is not None and "calibration" not in {evaluation.name for evaluation in chosen}:
-        problems.append("--beta: read by none of --metrics; add calibration")
     if problems:
         raise ConfigError(prog, problems)
     return kind, chosen

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alignkit
 from alignkit import evals
 from alignkit.models.files import sha256
-from alignkit.parts.evaluation import evaluation_names, load_evaluation
+from alignkit.parts.evaluation import OPTIONAL, evaluation_names, load_evaluation
 from alignkit.programs.evaluation_steps import DEFAULTS
 from tests.programs.launching import Ended
 from tests.scripts.conftest import Script
@@ -282,7 +282,8 @@ def test_an_evaluation_is_one_file(
 def test_an_evaluation_says_what_it_is(name: str) -> None:
     evaluation = load_evaluation(name)
     assert evaluation.name == name and evaluation.summary.endswith(".")
-    assert evaluation.reads and evaluation.reads <= {"held-out", "probe", "prompts", "supervised", "answers", "rewards"}
+    known = {"held-out", "probe", "reference", "prompts", "supervised", "answers", "rewards"}
+    assert evaluation.reads - OPTIONAL and evaluation.reads <= known
 
 
 def test_what_is_made_by_default_is_there() -> None:
