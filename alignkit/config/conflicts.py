@@ -36,6 +36,27 @@ CONFLICTS: tuple[Refusal, ...] = (
         "full fine-tuning has no adapter to continue",
         "Write parametrization: lora, or merge the adapter first (alignkit merge) and train the merged model",
     ),
+    Refusal(
+        "new tokens where embeddings do not train",
+        ("new_tokens", "parametrization"),
+        lambda c: bool(c.new_tokens) and c.parametrization not in ("full", "lora"),
+        "their embeddings would stay where they begin",
+        "Write parametrization: lora or full, or remove new_tokens",
+    ),
+    Refusal(
+        "new tokens with a continued adapter",
+        ("new_tokens", "adapter"),
+        lambda c: bool(c.new_tokens) and c.adapter is not None,
+        "an adapter goes on with the modules that it has",
+        "Merge it first (alignkit merge) and start a new adapter, or remove new_tokens",
+    ),
+    Refusal(
+        "new tokens with quantization",
+        ("new_tokens", "quantization"),
+        lambda c: bool(c.new_tokens) and c.quantization != "none",
+        "a quantised model is loaded with the embeddings that it was saved with",
+        "Write quantization: none, or resize the model's embeddings and save it first",
+    ),
     # --- precision and kernels -------------------------------------------------------------------------------------
     Refusal(
         "bf16 with fp16",

@@ -31,6 +31,13 @@ WRITE: Mapping[str, str] = {
     "attn_impl": "attn_implementation",
     "chat_template_path": "chat_template",
     "chat_template_jinja": "chat_template (the path of a file)",
+    "tokens": "new_tokens",
+    "add_tokens": "new_tokens",
+    "added_tokens": "new_tokens",
+
+    "new_special_tokens": "new_tokens",
+    "additional_special_tokens": "new_tokens",
+    "special_tokens": "new_tokens",
     "custom_template": "chat_template (the path of a file)",
     "tokenizer_config": "tokenizer",
     "tokenizer_name": "tokenizer",
@@ -253,8 +260,6 @@ ABSENT: Mapping[str, str] = {
     "mask_history": "a mask of all turns but the last; every turn of the assistant is trained",
     **dict.fromkeys(("rope_scaling", "rope_theta", "model_init_kwargs"),
                     "changes to a model's config; save the changed model and name it"),
-    "special_tokens": "added tokens; add them to the tokenizer and save it beside the model",
-    "tokens": "added tokens; add them to the tokenizer and save it beside the model",
     "resize_vocab": "a resized vocabulary; resize the model's embeddings and save it",
     # --- memory and speed ---
     **dict.fromkeys(("liger_kernel_config", "use_unsloth", "plugins", "cut_cross_entropy", "use_kernels"),

@@ -73,6 +73,12 @@ class ModelSection(Section):
         "continued.",
         is_path=True,
     )
+    new_tokens: list[str] = option(
+        default_factory=list,
+        help="Texts that become tokens of their own, such as [<think>, </think>]: each gets an embedding, which begins "
+        "as the mean of the others. Under lora the embeddings (and a head of their own) train in full and are saved "
+        "with the adapter.",
+    )
     chat_template: str | None = option(
         None, help="Path of a Jinja file to use in place of the tokenizer's chat template.", is_path=True
     )

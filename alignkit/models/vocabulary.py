@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 
@@ -59,6 +60,47 @@ def check_token_ids(
             token = f"{tokenizer.convert_ids_to_tokens(largest)!r} (id {largest})"
             place = "the tokenizer (tokenizer.pad_token = tokenizer.eos_token)" if user == "padding" else "the rows"
             raise ModelError(f"{beyond}, and {user} uses {token}. {advice} {place}")
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, name: str) -> None:
+    """Make tokens of texts.
+
+    Args:
+        tokenizer: Changed.
+        texts: Each becomes one token, wherever it stands.
+        name: What the tokenizer is called in the message.
+
+    Raises:
+        ModelError: One of them is a token already, or stands there twice.
+    """
+    known = tokenizer.get_vocab()
+    if there := [text for i, text in enumerate(texts) if text in known or text in texts[:i]]:
+        raise ModelError(f"`new_tokens`: {there[0]!r} is a token of {name} already, or stands there twice. Remove it")
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
+
+
+@torch.no_grad()
+def embed_tokens(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Give new tokens embeddings and, where it has its own, rows of the head: each the mean of those before them.
+
+    So a new token is about as likely as an average one at first (Hewitt 2021, Initializing New Word Embeddings for
+    Pretrained Language Models), and two models that are loaded alike begin alike.
+
+    Args:
+        model: Changed; its vocabulary grows where it has no rows to spare.
+        ids: Those of the new tokens, behind all others.
+    """
+    if max(ids) >= num_embeddings(model):
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for weight in {id(end.weight): end.weight for end in ends if end is not None}.values():
+        weight[list(ids)] = weight[: min(ids)].float().mean(0).to(weight.dtype)
+
+
+def embedding_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that hold a row for every token: the embeddings and the head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if module in ends]
 
 
 def num_embeddings(model: PreTrainedModel | PeftModel) -> int:

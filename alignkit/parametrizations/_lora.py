@@ -18,6 +18,7 @@ from alignkit.environment import launched_with_fsdp
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.attachment import Attachment, ParameterGroup
 from alignkit.models.loading import REWARD_HEAD
+from alignkit.models.vocabulary import embedding_modules
 from alignkit.parametrizations._lora_start import start, starting_config
 
 _SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")
@@ -67,13 +68,19 @@ def prepare(config: Any, model: PreTrainedModel) -> LoraConfig:
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        modules_to_save=config.lora_modules_to_save,
+        modules_to_save=[*config.lora_modules_to_save, *_of_new_tokens(config, model)],
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         exclude=list(left_out),
     )
     adapter = starting_config(config, adapter)
     return of_reward_model(adapter) if config.gives_rewards else adapter
+
+
+def _of_new_tokens(config: Any, model: PreTrainedModel) -> list[str]:
+    """Modules that train in full for the sake of new tokens."""
+    found = embedding_modules(model) if config.new_tokens else []
+    return [name for name in found if name not in config.lora_modules_to_save]
 
 
 def of_reward_model(adapter: LoraConfig) -> LoraConfig:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from alignkit.environment import launched_with_deepspeed
+from alignkit.environment import launched_with_deepspeed, launched_with_fsdp
+from alignkit.errors import ModelError
 from alignkit.models import loading
 from alignkit.models.files import read_adapter
 from alignkit.models.precision import HALF, mixed_bfloat16
+from alignkit.models.vocabulary import add_tokens, embed_tokens
 from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import load_half, load_parametrization
 
@@ -64,6 +68,8 @@ def _load(config: Any, source: loading.ModelSource) -> PreTrainedModel:
     weights itself and steps float32 copies of its own.
     """
     model = loading.load_model(source)
+    if config.new_tokens and source.model == config.model:
+        _embed_new_tokens(config, model)
     held = model.dtype
     if load_parametrization(config.parametrization).has_adapter or held not in HALF or launched_with_deepspeed():
         return model
@@ -74,6 +80,48 @@ def _load(config: Any, source: loading.ModelSource) -> PreTrainedModel:
             + ("" if mixed_bfloat16(config)[0] or config.fp16 else "; bf16: true would compute in bfloat16, faster")
         )
     return model.float()
+
+
+def _embed_new_tokens(config: Any, model: PreTrainedModel) -> None:
+    if is_deepspeed_zero3_enabled() or launched_with_fsdp():
+        raise ModelError(
+            "`new_tokens`: under ZeRO-3 and FSDP no process has whole embeddings when the model is loaded. Launch with "
+            "DDP or ZeRO-2, or resize the model's embeddings, save it and name that"
+        )
+    embed_tokens(model, load_tokenizer(config).convert_tokens_to_ids(config.new_tokens))
+
+
+def load_tokenizer(config: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, or that of the adapter that is continued, or the model's.
+
+    The adapter's knows the tokens and the template it was trained with. The config's chat template is put in its place,
+    and its new tokens are added.
+
+    Raises:
+        ModelError: There is none, it has no end-of-sequence token, or a new token is none.
+    """
+    adapter = None if config.adapter is None else read_adapter(config.adapter)
+    if config.tokenizer is not None:
+        source, revision = config.tokenizer, None
+    elif adapter is not None and adapter.has_tokenizer:
+        source, revision = config.adapter, None
+    else:
+        source, revision = config.model, config.model_revision
+    tokenizer = loading.load_tokenizer(
+        source,
+        revision=revision,
+        chat_template=None if config.chat_template is None else Path(config.chat_template),
+        trust_remote_code=config.trust_remote_code,
+    )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source!r} has no eos_token, so the model could never learn to stop. Give it one "
+            f"and save it: tokenizer.eos_token = '</s>'; tokenizer.save_pretrained({source!r})"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    add_tokens(tokenizer, config.new_tokens, name=repr(source))
+    return tokenizer
 
 
 def load_policy(config: Any) -> PreTrainedModel | PeftModel:

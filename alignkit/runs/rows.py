@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +17,8 @@ from alignkit.data.load import load_rows, split_held_out
 from alignkit.data.messages import as_messages
 from alignkit.data.report import data_report
 from alignkit.data.split_report import SplitReport
-from alignkit.errors import ModelError
 from alignkit.models import loading
-from alignkit.models.files import read_adapter
+from alignkit.parametrizations._policy import load_tokenizer as load_tokenizer
 from alignkit.parts.method import Preparation
 from alignkit.runs.directory import RunDirectory
 
@@ -78,37 +76,6 @@ def prepare_rows(
     held_out = converted["held-out"][0] if "held-out" in converted else None
     prompts = [] if held_out is None else bridge.prompts(config, tokenizer, splits["held-out"], held_out)
     return PreparedData(converted["train"][0], held_out, prompts, splits["train"])
-
-
-def load_tokenizer(config: ProgramConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that the config names, or that of the adapter that is continued, or the model's.
-
-    The adapter's knows the tokens and the template it was trained with. The config's chat template is put in its place.
-
-    Raises:
-        ModelError: There is none, or it has no end-of-sequence token.
-    """
-    adapter = None if config.adapter is None else read_adapter(config.adapter)
-    if config.tokenizer is not None:
-        source, revision = config.tokenizer, None
-    elif adapter is not None and adapter.has_tokenizer:
-        source, revision = config.adapter, None
-    else:
-        source, revision = config.model, config.model_revision
-    tokenizer = loading.load_tokenizer(
-        source,
-        revision=revision,
-        chat_template=None if config.chat_template is None else Path(config.chat_template),
-        trust_remote_code=config.trust_remote_code,
-    )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of {source!r} has no eos_token, so the model could never learn to stop. Give it one "
-            f"and save it: tokenizer.eos_token = '</s>'; tokenizer.save_pretrained({source!r})"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_splits(config: ProgramConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:

@@ -7,6 +7,7 @@ from typing import Any
 from tests.configs.cases import ONLINE
 
 EVALUATED = {"eval_fraction": 0.5, "eval_strategy": "steps"}
+NEW = {"new_tokens": ["<think>"]}
 PISSA = {"init_lora_weights": "pissa"}
 BEST = {"load_best_model_at_end": True}
 
@@ -30,6 +31,9 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"train_sampling_strategy": "group_by_length", "streaming": True, "max_steps": 5},
         {"streaming": False},
     ),
+    "new tokens where embeddings do not train": (NEW | {"parametrization": "pat"}, {"parametrization": "lora"}),
+    "new tokens with a continued adapter": (NEW | {"adapter": "lora"}, {"adapter": None}),
+    "new tokens with quantization": (NEW | {"quantization": "nf4"}, {"quantization": "none"}),
     "LoRA that starts nowhere known": ({"init_lora_weights": "pisa"}, {"init_lora_weights": "pissa_niter_16"}),
     "start of LoRA with learnt removal": (
         {"parametrization": "atp", "init_lora_weights": "gaussian"},

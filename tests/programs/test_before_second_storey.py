@@ -34,7 +34,7 @@ YOUNGER = {
     *("kernels", "tokens_per_batch", "lr_scheduler_kwargs", "run_name", "load_best_model_at_end"),
     *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"),
     *("neftune_noise_alpha", "optim_args", "train_sampling_strategy", "loraplus_lr_ratio"),
-    "init_lora_weights",
+    *("init_lora_weights", "new_tokens"),
 }
 """Keys that there are now, and were not then."""
 
