@@ -52,5 +52,6 @@ METHOD = Method(
         "secondary source: operation for operation as TRL 1.16 computes loss_type apo_down, after the paper's Eq. 8"
     ),
     needs=WeightedOptions.needs,
+    lowers_chosen=True,
     when="Pairs whose chosen is worse than what the model writes by itself: both fall, the rejected further.",
 )

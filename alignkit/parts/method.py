@@ -171,6 +171,7 @@ class Method:
         anchor: How the reference moves under these options, or None for one that is frozen.
         conflicts: Combinations of its options, with each other or with any key of the program, that cannot work.
         ignored: Keys without effect under this method and some values, which a user who sets them is told.
+        lowers_chosen: Whether its loss makes chosen responses less likely on purpose, so that their fall is no fault.
         when: When to take it, and when another one: a sentence or two.
         dimensions: Along what a reward model judges under these options, where its head gives several numbers.
         of_candidates: The objective over the best candidate of a row, of a supervised method that can be a term of a
@@ -196,6 +197,7 @@ class Method:
     anchor: Callable[[Any], AnchorSchedule | None] = no_schedule
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[Ignored, ...] = ()
+    lowers_chosen: bool = False
     when: str = ""
     dimensions: Callable[[Any], RewardDimensions | None] = one_reward
     of_candidates: Callable[[Any, Any], LossOutput] | None = None

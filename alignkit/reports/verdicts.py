@@ -64,6 +64,8 @@ def falls(series: LoggedSeries, role: str) -> bool:
 
 def degradation(series: LoggedSeries) -> Verdict | None:
     """The chosen responses lose likelihood while the margin grows: held-out ones by level, trained ones by trend."""
+    if series.settings.get("lowers_chosen"):
+        return None
     held_out, key = series.all("eval_logratio/chosen"), "eval_logratio/chosen"
     if held_out and held_out[-1] <= -FALL and series.all("eval_rewards/margins")[-1] > 0:
         times = math.exp(min(-held_out[-1], 700))

@@ -29,7 +29,8 @@ class HealthMonitor(TrainerCallback):
 
     Args:
         settings: Config values the advice starts from (``learning_rate``, ``beta``, ``beta_neg``, ``eta``), and
-            ``eval_rows``, the number of held-out rows; None leaves the advice general.
+            ``eval_rows``, the number of held-out rows, and ``lowers_chosen`` of the method; None leaves the advice
+            general.
 
     Attributes:
         verdicts: Verdicts so far, in order.

@@ -33,6 +33,7 @@ from alignkit.errors import CheckpointError, Stopped
 from alignkit.hub.upload import check_before_training
 from alignkit.models.choices import Choice, chosen_line, recorded, taken_before
 from alignkit.parametrizations._trainable import trainable_report
+from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import load_parametrization
 from alignkit.reports.metrics_log import MetricsLog
 from alignkit.runs.best import ChecksMetric, EarlyStopping, Ranking
@@ -133,6 +134,7 @@ def run_callbacks(config: ProgramConfig, directory: RunDirectory, data: Prepared
     values = in_force(config)
     advised = {key: values[key] for key in ("learning_rate", "router_layers") if key in values}
     settings = asdict(config.method_options) | advised
+    settings["lowers_chosen"] = load_method(config.method).lowers_chosen
     if isinstance(data.evaluation, Dataset):
         settings["eval_rows"] = len(data.evaluation)
     shown = [LivePlot(config, directory)] if is_notebook() else []

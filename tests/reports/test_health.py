@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainerControl, TrainerState
 
 from alignkit.errors import AlignkitError
+from alignkit.parts.method import load_method, method_names
 from alignkit.reports.series import trend
 from alignkit.runs.health import HealthMonitor
 from alignkit.storage.durability import mark_complete
@@ -65,6 +66,13 @@ def test_a_falling_chosen_likelihood_is_degradation(seed: int) -> None:
     assert verdict.name == "degradation"
     assert "logratio/chosen fell from" in verdict.evidence and "rewards/margins rose from" in verdict.evidence
     assert "margin" in verdict.meaning
+
+
+def test_a_loss_that_lowers_the_chosen_on_purpose_does_not_degrade() -> None:
+    lowering = {name for name in method_names() if load_method(name).lowers_chosen}
+    assert lowering == {"apo_down"}
+    assert judge(sliding(chosen=-8.0), FLEX | {"lowers_chosen": False}).verdicts
+    assert judge(sliding(chosen=-8.0), FLEX | {"lowers_chosen": True}).verdicts == []
 
 
 def test_degradation_is_seen_without_log_ratios_too() -> None:
