@@ -6,6 +6,7 @@ What was recognised travels with the rows, in the description of ``datasets``, t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,7 +148,10 @@ def _given(
     batch: Mapping[str, Sequence[Any]], indices: Sequence[int], given: Sequence[str], **how: Any
 ) -> dict[str, list[Any]]:
     """The given columns of rows that follow one another; null throughout in a row that is left out."""
-    made = rows_as_ours(list(rows_of(batch)), first=indices[0], **how)
+    # A value that is read of a batch of datasets is parsed in it, and would be stored so: a copy is read.
+    read = copy(batch)
+    needed = {column: read[column] for column in dict.fromkeys(how["plan"].values()) if column in read}
+    made = rows_as_ours(list(rows_of(needed)), first=indices[0], **how)
     return {column: [None if row is None else row.get(column) for row in made] for column in given}
 
 

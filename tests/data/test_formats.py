@@ -381,6 +381,8 @@ def test_labels_are_not_trained_as_if_all_were_good(write_jsonl: Write) -> None:
 def test_prompts_keep_the_columns_that_rewards_are_given(write_jsonl: Write) -> None:
     rows = [{"question": "2 + 2?", "answer": "4", "scores": [1]}]
     assert load_rows(write_jsonl("gsm.jsonl", rows), family=prompt_rows())[0] == {"prompt": "2 + 2?", **rows[0]}
+    numbers = [{"question": "2 + 2?", "answer": 4}]
+    assert load_rows(write_jsonl("ints.jsonl", numbers), family=prompt_rows())[0] == {"prompt": "2 + 2?", **numbers[0]}
     alpaca = [{"instruction": "Add", "input": "2 2", "output": "4"}]
     assert load_rows(write_jsonl("alpaca.jsonl", alpaca), family=prompt_rows())[0] == {
         "prompt": "Add\n2 2",
