@@ -29,6 +29,8 @@ from alignkit.data.tokenization import with_eos
 from alignkit.errors import DataError
 
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+SEPARATORS = {"newline": "\n", "blank_line": "\n\n", "none": ""}
+"""Names of separators that a config cannot write as they are; any other text stands for itself."""
 NO_STEP = "no labelled step ends before max_length"
 
 

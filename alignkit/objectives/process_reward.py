@@ -19,7 +19,9 @@ class ProcessRewardOptions:
     """Options of ``process_reward``."""
 
     step_separator: str = option(
-        "\n", help="What stands between the steps, and is read before a step is judged.", source="TRL's PRMTrainer"
+        "newline",
+        help="What stands behind a step, and is read before the step is judged: newline, blank_line, none, or a text.",
+        source="TRL's PRMTrainer",
     )
     train_on_last_step_only: bool = option(
         False, help="Judge whole solutions, by the label of their last step.", source="TRL's PRMTrainer"

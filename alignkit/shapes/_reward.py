@@ -31,7 +31,7 @@ from alignkit.data.columns import MARGIN_COLUMN
 from alignkit.data.filling import REPEATED
 from alignkit.data.lengths import RowLengths
 from alignkit.data.reward_batch import RewardCollator, StepCollator
-from alignkit.data.step_rows import Steps, to_step_rows
+from alignkit.data.step_rows import SEPARATORS, Steps, to_step_rows
 from alignkit.errors import ModelError
 from alignkit.gradients._hook import ChosenRule
 from alignkit.losses.types import REWARD_ITEM_KINDS, LossOutput, RewardBatch, count_reward_items
@@ -243,7 +243,9 @@ def converter(config: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., 
             to_step_rows,
             tokenizer=tokenizer,
             max_length=config.max_length,
-            steps=Steps(options.step_separator, options.train_on_last_step_only),
+            steps=Steps(
+                SEPARATORS.get(options.step_separator, options.step_separator), options.train_on_last_step_only
+            ),
         )
     judged = method.dimensions(config.method_options)
     return partial(

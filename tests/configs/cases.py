@@ -15,6 +15,9 @@ ROWS = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
     {"prompt": "3 + 3 =", "chosen": " 6", "rejected": " 7"},
 ]
+STEPS = [{"prompt": "2 + 2 + 1 =", "completions": ["2 + 2 = 4", "4 + 1 = 6"], "labels": [True, False]}]
+OF_STEPS = {"method": "process_reward", "data": "steps.jsonl"}
+"""Turns the good config into one of process rewards."""
 SUPERVISED = {"method": "sft", "column_map": {"completion": "chosen"}}
 """Turns the good config into one of a supervised run."""
 ONLINE = {"method": "grpo", "rewards": ["repetition"]}

@@ -7,6 +7,7 @@ from typing import Any
 
 from alignkit.config.keys import program_methods
 from alignkit.parts.parametrization import parametrizations
+from tests.configs.cases import OF_STEPS
 
 OF_PEFT = {"parametrization": "peft", "peft_type": "ia3"}
 LORA: dict[str, Any] = {
@@ -75,7 +76,7 @@ def of_reward_models() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """The same of methods that train reward models, which not every parametrisation can."""
     return {
         f"{method} under another parametrization than full or lora": (
-            {"method": method, **OF_PEFT},
+            {"method": method, **(OF_STEPS if method == OF_STEPS["method"] else {}), **OF_PEFT},
             {"parametrization": "full", "peft_type": None},
         )
         for method in program_methods("reward")

@@ -15,7 +15,7 @@ from alignkit.parts.options import Ignored
 from alignkit.parts.rule import rule_names
 from alignkit.parts.shape import shapes_by_program
 from tests.configs import dpo_family, loss_refusals, switches
-from tests.configs.cases import ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
+from tests.configs.cases import OF_STEPS, ONLINE, ROUTED, SUPERVISED, load, load_text, problems_of
 from tests.configs.other_parametrizations import LORA, of_reward_models, under_another
 
 FULL = {"parametrization": "full"}
@@ -424,7 +424,8 @@ def test_refusal_reads_only_keys_that_exist(refusal: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_never_refused(method: str) -> None:
     programs = {"sft": SUPERVISED, "online": ONLINE, "router": ROUTED}
-    changes = {**programs.get(load_method(method).program, {}), "method": method}
+    own = OF_STEPS if method == OF_STEPS["method"] else programs.get(load_method(method).program, {})
+    changes = {**own, "method": method}
     assert set(method_keys(method)) < set(load(changes).sources)
 
 
