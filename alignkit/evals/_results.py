@@ -35,12 +35,12 @@ class Results:
 
     @property
     def by_row(self) -> dict[str, RowSums]:
-        """Those of them that have one entry for each row that was evaluated."""
+        """Those of them that have one entry for each row that was evaluated, and say what no other one says."""
         return {
             key: sums
             for found in self.found.values()
             for key, sums in found.sums.items()
-            if isinstance(sums, RowSums) and key not in found.elsewhere
+            if isinstance(sums, RowSums) and key not in found.elsewhere | found.repeated
         }
 
     def estimates(self) -> dict[str, Estimate]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunDirectoryError
-from alignkit.runs.directory import RunDirectory
 
 OF_THE_RUN = "run"
 """Value of an option that is written without one."""
@@ -22,6 +21,8 @@ def take_from_run(arguments: argparse.Namespace) -> list[str]:
     wanted = [name for name in ("train_data", "beta") if getattr(arguments, name) in (OF_THE_RUN, [])]
     if not wanted:
         return []
+    from alignkit.runs.directory import RunDirectory  # It takes longer than all that --help needs.
+
     folder = Path(arguments.adapter or arguments.model or "")
     try:
         config = RunDirectory(folder, is_main=False).sections().get("config", {})
