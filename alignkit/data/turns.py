@@ -5,7 +5,7 @@ marks alone, in conversations that both write alike, token for token. Where neit
 turn by turn. A turn begins where the template opens it after the messages before it, and ends where the text of the
 messages up to it ends, so that its stop token is part of it. It is trained if the whole conversation shows it so:
 
-- the text of the messages up to it is the beginning of the text of all of them, and so are its tokens;
+- the tokens of the messages up to it are the beginning of the tokens of all of them;
 - so is the text of the messages before it, and it begins where the opened turn and the whole text part.
 
 The last turn of the assistant, behind which nothing is kept, ends with the text. An earlier one may be written
@@ -53,7 +53,8 @@ class Turns(NamedTuple):
 
     Attributes:
         whole: Its text.
-        bounds: The beginnings of that text at which each turn to be trained begins and ends.
+        bounds: Of each turn the beginning of that text behind which it stands, and the text of the messages up to it,
+            which may be another one than the beginning of the whole.
         num_turns: Turns of the assistant.
     """
 
@@ -150,7 +151,7 @@ def _turns(messages: Messages, tokenizer: PreTrainedTokenizerBase, arguments: Ma
         except RenderingError:
             # A template may refuse half a conversation; what it refuses, it does not show.
             continue
-        if opened is not None and whole.startswith(closed):
+        if opened is not None:
             bounds.append((opened, closed))
     return Turns(whole, bounds, len(places))
 
@@ -173,6 +174,7 @@ def _marked(ids: Sequence[list[int]], num_turns: int) -> Encoded:
     mask, num_trained = [0] * len(whole), 0
     for opened, closed in zip(bounds[::2], bounds[1::2], strict=True):
         if whole[: len(closed)] != closed:
+            # Written otherwise now that more follows.
             continue
         start = common_prefix_length(opened, closed)
         mask[start : len(closed)] = [1] * (len(closed) - start)

@@ -154,6 +154,13 @@ def test_an_opening_that_says_more_than_the_answer(tokenizer: Any) -> None:
     assert convert(TALKS["two"], thinking)[0] == expected
 
 
+def test_an_opening_that_rewrites_what_was_said_tells_nothing(tokenizer: Any) -> None:
+    bare = without_marks(tokenizer)
+    rewriting = with_template(tokenizer, "{% if add_generation_prompt %}again: {% endif %}" + bare.chat_template)
+    with pytest.raises(DataError, match="no token is trained"):
+        convert(TALKS["two"], rewriting)
+
+
 @pytest.mark.parametrize(
     ("talk", "num_left"), [([ANSWER2, ASK, ANSWER], 1), ([SYSTEM, ANSWER2, ASK, ANSWER], 0)], ids=["first", "second"]
 )
