@@ -58,11 +58,11 @@ def _mixture_text(program: str, value: Any) -> str:
 
 
 def _check_component(program: str, component: Component) -> None:
-    name, known = component.name, program_methods(program)
-    terms = [each for each in method_names() if load_method(each).of_candidates and program == "preference"]
-    if name not in (*known, *terms):
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        advice = METHODS.get(name.lower()) or (f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}")
+    name, known = component.name, list(program_methods(program))
+    if program == "preference":
+        known += [each for each in method_names() if load_method(each).of_candidates and each not in known]
+    if name not in known:
+        advice = METHODS.get(name.lower()) or _advice(name, known)
         raise ValueMismatch(f"names {name!r}, which is no method of this program", advice)
     for key, inside in component.options.items():
         if key in method_keys(name):  # one that is not is named by the mixture
@@ -70,3 +70,10 @@ def _check_component(program: str, component: Component) -> None:
                 check_value(method_keys(name)[key], inside)
             except ValueMismatch as mismatch:
                 raise ValueMismatch(f"gives {name} `{key}: {inside}`, which {mismatch.why}", mismatch.fix) from None
+
+
+def _advice(name: str, known: list[str]) -> str:
+    if name in method_names():
+        return f"It is one of `{load_method(name).program}` runs; here there are {', '.join(known)}"
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}"

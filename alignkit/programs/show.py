@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from alignkit.config.command_line import describe_key
+from alignkit.config.foreign_keys import METHODS
 from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.method_value import method_text
 from alignkit.config.names import explain_unknown
@@ -51,6 +52,8 @@ def show(kind: str, name: str | None) -> str:
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.5)
     advice = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}."
+    if kind == "methods" and name.lower() in METHODS:
+        advice = f"{METHODS[name.lower()]}."
     return f"there is no {name!r} among the {kind}. {advice}"
 
 

@@ -82,7 +82,8 @@ def test_supervised_methods_are_mixed_in_their_own_program() -> None:
     ("written", "said"),
     [
         ("{dop: 1}", "names 'dop', which is no method of this program. Did you mean dpo?"),
-        ("{dpo: 1, grpo: 1}", "names 'grpo', which is no method of this program"),
+        ("{dpo: 1, grpo: 1}", "names 'grpo', which is no method of this program. It is one of `online` runs; here"),
+        ("{dpo: 1, sfft: 1}", "names 'sfft', which is no method of this program. Did you mean sft?"),
         ("{dpo: -1}", "gives dpo the weight -1. Write a weight > 0."),
         ("{dpo: 0}", "gives dpo the weight 0"),
         ("{dpo: .inf}", "gives dpo the weight inf"),

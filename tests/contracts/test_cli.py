@@ -140,6 +140,8 @@ def test_what_there_is_not_is_answered_with_the_nearest(capsys: pytest.CaptureFi
     ):
         with pytest.raises(AlignkitError, match=f"Did you mean {near}"):
             cli.run(list(words))
+    with pytest.raises(AlignkitError, match="no 'sigmoid' among the methods. Write method: dpo"):
+        cli.run(["methods", "sigmoid"])
     with pytest.raises(AlignkitError, match="names 'foo', which is no method"):
         cli.run(["methods", "2*sft+foo"])
 
