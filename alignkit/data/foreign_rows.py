@@ -84,6 +84,8 @@ def recognise_rows(
         form, plan = found[0]
         rows = rows_as_ours(head, form.name, plan, name)
         given = dict.fromkeys(column for row in rows for column in row or () if column in family.columns)
+        if not given:
+            raise DataError(f"{name}: no rows", [f"none of the first {len(head)} rows holds anything to train on"])
         return Found(form.name, plan, list(given))
     if unclear and not family.keeps_others:
         raise DataError(f"{name}: columns that are not clear", unclear)

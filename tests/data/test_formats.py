@@ -6,9 +6,12 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.data.candidates import to_candidate_rows
@@ -307,6 +310,25 @@ def test_no_two_formats_claim_a_row(case: Case) -> None:
             claims.append(form.name)
     given = [name for name in claims if any(set(g) <= set(case.family.columns) for g in load_format(name).gives)]
     assert given == [case.format]
+
+
+def test_a_typed_table_is_read_like_its_rows(tmp_path: Path) -> None:
+    """Parquet fills the keys of a struct in every row, and their order is its own."""
+    seen = set()
+    for number, case in enumerate(case for case in CASES if case.format in ("prm800k", "nectar", "sharegpt", "kto")):
+        path = tmp_path / f"{number}.parquet"
+        parquet.write_table(pa.Table.from_pylist([case.row] * 2), path)
+        rows = load_rows(str(path), family=case.family)
+        assert [{name: row[name] for name in case.read} for row in rows] == [case.read] * 2
+        seen.add(case.format)
+    assert len(seen) == 4
+
+
+def test_rows_that_hold_nothing_at_all_are_no_rows(write_jsonl: Write) -> None:
+    full = {"instruction": "q", "completions": [{"response": "a", "score": 1}, {"response": "b", "score": 2}]}
+    text = refusal(write_jsonl("none.jsonl", [{"chosen": hh("q", "a"), "rejected": hh("r", "b")}] * 3), PAIRS)
+    assert "none of the first 3 rows holds anything to train on" in text
+    assert len(load_rows(write_jsonl("some.jsonl", [full] * 3), family=PAIRS)) == 3
 
 
 def test_every_format_has_a_case() -> None:

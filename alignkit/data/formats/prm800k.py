@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignkit.data.formats._reading import PROMPT_NAMES, Plan, Rows, all_are, is_list_of, most_are, named, values_of
+from alignkit.data.formats._reading import (
+    PROMPT_NAMES,
+    Plan,
+    Rows,
+    all_are,
+    is_list_of,
+    most_are,
+    named,
+    parsed,
+    values_of,
+)
 from alignkit.data.formats.kto import label_of
 from alignkit.parts.data_format import DataFormat, LeftOut
 
@@ -73,7 +83,9 @@ def _of_tree(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_tree(value: Any) -> bool:
-    return isinstance(value, Mapping) and is_list_of(value.get("steps"), "completions")
+    steps = value.get("steps") if isinstance(value, Mapping) else None
+    # A typed table leaves out what is null, as the completions of a step that a person wrote.
+    return is_list_of(steps) and any(step.get("completions") for step in parsed(steps))
 
 
 def _is_texts(value: Any) -> bool:
