@@ -17,7 +17,7 @@ def pro_loss(
 ) -> LossOutput:
     r"""PRO on groups of scored candidates, any number of them in a group.
 
-    Equation (Song et al. 2024, "Preference Ranking Optimization", arXiv 2306.17492), the candidates by falling score::
+    Equation (Song et al. 2024, arXiv 2306.17492; y_1 has the highest score, y_2 the next one ...)::
 
         m_i   = 1/|y_i| * log pi(y_i|x)
         L_PRO = - E sum_{k=1}^{K-1} log [ exp(m_k / T_k^k) / sum_{i>=k} exp(m_i / T_k^i) ]
