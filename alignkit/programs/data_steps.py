@@ -98,7 +98,6 @@ class Examination:
 
     Attributes:
         program, method: What they were read for.
-        kind: Their form.
         splits: By name, ``train`` first.
         report: The data report of a run; None where none of the rows can be trained on.
         problems: Why a run would not start, a line each.
@@ -106,10 +105,15 @@ class Examination:
 
     program: str
     method: str
-    kind: str
     splits: Mapping[str, Split]
     report: DataReport | None
     problems: Sequence[str]
+
+    @property
+    def kind(self) -> str:
+        """The form of the rows, as far as one of them can be trained on."""
+        report = self.splits["train"].report
+        return "rows none of which can be trained on" if report is None else report.kind
 
 
 def recognise(
@@ -197,8 +201,6 @@ def examine(
         tokenizer: Of the model, or :func:`stand_in`.
         stop_token_ids: Ids at which generation stops besides the tokenizer's EOS.
     """
-    head, columns = first_rows(splits["train"], "train")
-    kind = str(config.row_family(vars(config)).detect(columns, head, name="train"))
     convert = partial(
         load_bridge(shape).converter(config, tokenizer),
         num_proc=config.dataset_num_proc,
@@ -218,9 +220,7 @@ def examine(
             for check in checks
             if check.status == "fail"
         ]
-    return Examination(
-        program=shape.program, method=config.method, kind=kind, splits=found, report=report, problems=problems
-    )
+    return Examination(program=shape.program, method=config.method, splits=found, report=report, problems=problems)
 
 
 class _Conversion(NamedTuple):
