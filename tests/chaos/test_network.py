@@ -47,6 +47,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     router = {"model": "mixture", "method": "roma", "data": "routed.jsonl", "output_dir": "router", "max_steps": 2}
     router |= {"bank_success": "all", "bank_dir": "bank", "use_cpu": True, "num_samples": 0}
     (folder / "router.yaml").write_text(yaml.safe_dump(router))
+    reward = {"model": "model", "method": "bradley_terry", "data": "rows.parquet", "output_dir": "reward"}
+    (folder / "reward.yaml").write_text(yaml.safe_dump({**reward, "max_steps": 2, "use_cpu": True}))
     return folder
 
 
@@ -62,6 +64,7 @@ def programs(repository: Path) -> list[list[str]]:
         ["online", str(trainers / "online.py"), "--config", "online.yaml"],
         ["build_routing_bank", str(scripts / "build_routing_bank.py"), "router.yaml"],
         ["router", str(trainers / "router.py"), "--config", "router.yaml"],
+        ["reward", str(trainers / "reward.py"), "--config", "reward.yaml"],
         ["resume", str(trainers / "preference.py"), "--config", "run.yaml", "--resume", "--max_steps", "3"],
         script("evaluate", *adapter, "--compare_base", "--max_new_tokens", "4", "--output", "eval.json", *QUICK),
         script("token_rewards", "--model", "model", "--data", "rows.csv", "--output", "r.jsonl", *QUICK),
