@@ -318,7 +318,7 @@ SETTLED: Mapping[str, str] = {
     "max_prompt_length": "prompts are never cut; a row whose prompt fills max_length is dropped",
     "pad_token": "padding is masked, so the token plays no part",
     "eos_token": "the tokenizer's is used; set it there and save it",
-    "lora_task_type": "it is always CAUSAL_LM",
+    "lora_task_type": "it is CAUSAL_LM, and SEQ_CLS of reward models",
 }  # fmt: skip
 """Name elsewhere to what alignkit always does instead."""
 

@@ -115,7 +115,7 @@ class LongestRows:
             together = min(config.num_generations, size)
             prompt, answer = config.max_prompt_length, config.max_completion_length
             return cls(prompt + answer, 1, True, ((prompt - 1, (answer,) * together),) * -(-size // together))
-        if config.program != "preference":
+        if config.program not in ("preference", "reward"):
             return cls(config.max_length, 1, True, ((0, (config.max_length - 1,)),) * size)
         candidates = load_method(config.method).num_candidates or 2
         prompt = config.max_length // 2

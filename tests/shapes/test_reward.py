@@ -357,3 +357,23 @@ def test_steps_with_a_chat_template_and_what_is_wrong_with_rows(words: str, tmp_
         row = {"prompt": "w60", "completions": ["w2", "w4"], "labels": [1, 0], **broken}
         with pytest.raises(DataError, match=told):
             build(config, Dataset.from_list([row]))
+
+
+def test_a_saved_adapter_goes_on_with_its_head_and_one_of_a_language_model_is_refused(
+    words: str, tmp_path: Path
+) -> None:
+    keys = {"learning_rate": 1.0e-2, "max_steps": 2}
+    config = config_of("reward", words, tmp_path, **keys)
+    trainer = build(config, text_rows(config, 8))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    going_on = build(
+        config_of("reward", words, tmp_path, **keys, adapter=str(tmp_path / "saved")), text_rows(config, 8)
+    )
+    assert rewards_of(going_on) == rewards_of(trainer)
+    going_on.train()
+    assert rewards_of(going_on) != rewards_of(trainer)
+    preferred = config_of("preference", words, tmp_path, method="dpo", **keys)
+    build(preferred, text_rows(preferred, 8)).save_model(str(tmp_path / "of_language"))
+    with pytest.raises(ModelError, match="brings no head of rewards"):
+        load_policy(config_of("reward", words, tmp_path, **keys, adapter=str(tmp_path / "of_language")))
