@@ -44,6 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "mixture", num_experts=4)
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(8)]
     write_rows(folder / "routed.jsonl", rows)
+    reward = {"model": "model", "method": "bradley_terry", "data": "rows.csv", "output_dir": "judge", "max_steps": 2}
+    (folder / "reward.yaml").write_text(yaml.safe_dump({**reward, "use_cpu": True}))
     router = {"model": "mixture", "method": "roma", "data": "routed.jsonl", "output_dir": "router", "max_steps": 2}
     router |= {"bank_success": "all", "bank_dir": "bank", "use_cpu": True, "num_samples": 0}
     (folder / "router.yaml").write_text(yaml.safe_dump(router))
@@ -62,6 +64,7 @@ def programs(repository: Path) -> list[list[str]]:
         ["full", str(trainers / "preference.py"), "--config", "full.yaml"],
         ["sft", str(trainers / "sft.py"), "--config", "sft.yaml"],
         ["online", str(trainers / "online.py"), "--config", "online.yaml"],
+        ["reward", str(trainers / "reward.py"), "--config", "reward.yaml"],
         ["build_routing_bank", str(scripts / "build_routing_bank.py"), "router.yaml"],
         ["router", str(trainers / "router.py"), "--config", "router.yaml"],
         ["reward", str(trainers / "reward.py"), "--config", "reward.yaml"],
@@ -111,6 +114,7 @@ def test_no_program_opens_a_connection(names: tuple[str, ...], place: Path, repo
 def test_no_program_is_left_out(repository: Path) -> None:
     tried = {Path(program).stem for _, program, *_ in programs(repository)}
     without = {
+        "tutorials": "calls programs that are tried, with HF_HUB_OFFLINE",
         "docs": "writes tables into the pages of the checkout; imports no library of Hugging Face's network",
         "quickstart": "calls programs that are tried",
         "benchmark": "reads nothing; its processes run with HF_HUB_OFFLINE",

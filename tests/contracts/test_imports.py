@@ -96,8 +96,14 @@ def imported_from(block: str) -> dict[str, set[str]]:
     for node in nodes:
         for alias in node.names:
             module = (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
-            found.setdefault(module, set()).add(alias.name)
+            names = found.setdefault(module, set())
+            if isinstance(node, ast.ImportFrom):
+                names.add(alias.name)
     return {module: names for module, names in found.items() if module.partition(".")[0] == "alignkit"}
+
+
+STAND_IN = "alignkit.data.synthetic"
+"""Makes what a reader has already: a model, a tokenizer and rows."""
 
 
 def test_what_the_pages_import_is_promised() -> None:
@@ -105,7 +111,7 @@ def test_what_the_pages_import_is_promised() -> None:
     shown = {block.where: imported_from(block.text) for block in blocks("python")}
     assert sum(len(names) for modules in shown.values() for names in modules.values()) >= 6
     for where, modules in shown.items():
-        assert set(modules) <= {"alignkit"}, where
+        assert set(modules) - {STAND_IN} <= {"alignkit"}, where
         assert modules.get("alignkit", set()) <= set(alignkit.__all__), where
 
 
