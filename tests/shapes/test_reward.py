@@ -377,3 +377,46 @@ def test_a_saved_adapter_goes_on_with_its_head_and_one_of_a_language_model_is_re
     build(preferred, text_rows(preferred, 8)).save_model(str(tmp_path / "of_language"))
     with pytest.raises(ModelError, match="brings no head of rewards"):
         load_policy(config_of("reward", words, tmp_path, **keys, adapter=str(tmp_path / "of_language")))
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_the_tokens_are_those_of_trl(kind: str, words: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(words)
+    turns = "{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}{{ m.content }} <eos> {% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}w2 {% endif %}"
+    config = config_of("reward", words, tmp_path)
+    rows = text_rows(config, 6)
+    if kind == "messages":
+        said = lambda role, text: [{"role": role, "content": text.strip()}]  # noqa: E731
+        rows = Dataset.from_list(
+            [
+                {
+                    "prompt": said("user", row["prompt"]),
+                    "chosen": said("assistant", row["chosen"]),
+                    "rejected": said("assistant", row["rejected"]),
+                }
+                for row in rows
+            ]
+        )
+    theirs = RewardTrainer(
+        model_of(words),
+        args=RewardConfig(str(tmp_path / "theirs"), **SHORT_RUN),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    ).train_dataset
+    ours = build(config, rows, tokenizer=tokenizer).train_dataset
+    for one, other in zip(ours, theirs, strict=True):
+        sequences = [one["prompt_ids"] + completion for completion in one["completion_ids"]]
+        assert sequences == [other["chosen_ids"], other["rejected_ids"]]
+
+
+def test_methods_of_reward_models_add_up(words: str, tmp_path: Path) -> None:
+    method = {"bradley_terry": 1.0, "plackett_luce": 0.5}
+    trainer = build(config := config_of("reward", words, tmp_path, method=method, max_steps=1), text_rows(config, 4))
+    trainer.train()
+    (logs, *_) = trainer.state.log_history
+    terms = [value for key, value in logs.items() if key.startswith("loss/")]
+    assert len(terms) == 2 and terms[0] == pytest.approx(terms[1], rel=1e-5)  # of pairs the two are one
+    assert logs["loss"] == pytest.approx(1.5 * terms[0], rel=1e-4)
+    with pytest.raises(ConfigError, match="parametrization"):
+        config_of("reward", words, tmp_path, method=method, parametrization="peft", peft_type="ia3")
