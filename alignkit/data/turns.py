@@ -1,7 +1,7 @@
 """The tokens of a conversation that the assistant wrote, in any chat template.
 
 A template that marks them with ``{% generation %}`` says it itself. Another one that marks them may stand in for the
-marks alone, in conversations that both write alike, token for token. Where neither helps, the messages are rendered
+marks alone, in conversations that both write alike, letter for letter. Where neither helps, the messages are rendered
 turn by turn. A turn begins where the template opens it after the messages before it, and ends where the text of the
 messages up to it ends, so that its stop token is part of it. It is trained if the whole conversation shows it so:
 
@@ -125,13 +125,14 @@ def _encoded_or_turns(
     if chat_template is None and has_marks(tokenizer):
         return Encoded(*render_marked(messages, tokenizer, arguments, part=part), num_turns)
     if chat_template is not None and tokenizer.is_fast:
-        own = rendered_ids([render(messages, tokenizer, arguments, part=part)], tokenizer)[0]
+        own = render(messages, tokenizer, arguments, part=part)
         try:
-            ids, mask = render_marked(messages, tokenizer, arguments, part=part, chat_template=chat_template)
+            other = render(messages, tokenizer, arguments, part=part, chat_template=chat_template)
         except RenderingError:
-            ids, mask = [], []
-        if ids == own:
-            return Encoded(ids, mask, num_turns)
+            other = None
+        if other == own:
+            marked = render_marked(messages, tokenizer, arguments, part=part, chat_template=chat_template)
+            return Encoded(*marked, num_turns)
     return _turns(messages, tokenizer, arguments, part)
 
 
