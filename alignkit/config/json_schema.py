@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typedd
 
 from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.values import accepts, is_union
-from alignkit.parts.method import Method, load_method
+from alignkit.parts.method import MIXING, Method, load_method
 from alignkit.parts.rule import GradientRule, load_rule, rule_names
 
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null"}
@@ -26,15 +26,24 @@ def json_schema(program: str) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"alignkit {program} config",
         "type": "object",
-        "properties": {name: _property(key) for name, key in keys.items()},
+        "properties": {name: _property(key) for name, key in keys.items()} | _mixed_method(program),
         "required": [name for name, key in keys.items() if key.required],
         "allOf": [
-            _of_mixtures(program),
+            *([_of_mixtures(program)] if program in MIXING else []),
             *(_own(method, "method", load_method(method), method_keys(method)) for method in program_methods(program)),
             *(_own(rule, "gradient_rule", load_rule(rule), rule_keys(rule)) for rule in rule_names()),
         ],
         "unevaluatedProperties": False,
     }
+
+
+def _mixed_method(program: str) -> dict[str, Any]:
+    """The key ``method`` of a program whose methods can be added up."""
+    if program not in MIXING:
+        return {}
+    names = _property(base_keys(program)["method"])
+    sums = [{"type": "object"}, {"type": "string", "pattern": "[*+]"}]
+    return {"method": {"anyOf": [{"enum": names.pop("enum")}, *sums], **names}}
 
 
 def _of_mixtures(program: str) -> dict[str, Any]:
@@ -63,8 +72,6 @@ def _property(key: Key) -> dict[str, Any]:
         schema = {"enum": [*info.choices, *([None] if type(None) in get_args(key.type) else [])]}
         if accepts(key.type, list):
             schema = {"anyOf": [schema, {"type": "array", "items": {"enum": [*info.choices]}}]}
-    if key.name == "method":
-        schema = {"anyOf": [schema, {"type": "object"}, {"type": "string", "pattern": "[*+]"}]}
     default = {} if key.required else {"default": key.default}
     return {**schema, **default, "description": f"{info.help} (Default from {info.source}.)" if default else info.help}
 

@@ -168,7 +168,7 @@ def test_pages_are_written_of_a_method_and_of_a_rule(seen: dict[str, Any], house
     assert "spare_mean.md" in (house / "docs/concepts/gradient_rules.md").read_text()
     matrix = (house / "docs/concepts/compatibility.md").read_text()
     assert "`spare_nll`" in matrix and "`spare_mean`" in matrix
-    assert "A spare method" in seen["methods"]
+    assert "Raises the likelihood of lines." in seen["methods"]
 
 
 def test_the_keys_of_the_parts_are_in_schema_help_and_config(seen: dict[str, Any]) -> None:
