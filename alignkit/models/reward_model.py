@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -22,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from alignkit.data.lengths import RowLengths
 from alignkit.data.rendering import RenderingError
 from alignkit.data.reward_batch import padded, scored_position
+from alignkit.data.step_rows import SEPARATORS, Steps, to_step_rows
 from alignkit.data.tokenization import answered_ids
 from alignkit.errors import DataError, ModelError
 from alignkit.models._comparison import ScoringRun, agreed
@@ -171,6 +173,26 @@ class RewardModel:
                 raise DataError("the rows to be given rewards", [told]) from error
         rewards = iter(self.score_ids(sequences))
         return [[next(rewards) for _ in completions] for _, completions in rows]
+
+    def score_steps(
+        self, rows: Sequence[tuple[Any, Sequence[str]]], separator: str = SEPARATORS["newline"]
+    ) -> list[list[float]]:
+        """The rewards of the steps of every solution, of a model of method ``process_reward``.
+
+        Its sigmoid is the probability that the step is right. The end of a whole answer is no place it was trained at.
+
+        Args:
+            rows: Each a prompt, text or messages, and the steps of one solution.
+            separator: What stands behind each step, as in training.
+        """
+        given = [{"prompt": p, "completions": list(steps), "labels": [0] * len(steps)} for p, steps in rows]
+        tokens, _ = to_step_rows(
+            Dataset.from_list(given), self.tokenizer, max_length=None, steps=Steps(separator), num_proc=1
+        )
+        ends = [[t for t, label in enumerate(row["labels"]) if label >= 0] for row in tokens]
+        prefixes = [row["input_ids"][: t + 1] for row, own in zip(tokens, ends, strict=True) for t in own]
+        rewards = iter(self.score_ids(prefixes))
+        return [[next(rewards) for _ in own] for own in ends]
 
     @torch.no_grad()
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:

@@ -334,6 +334,9 @@ def test_every_step_of_a_solution_is_judged_at_its_end(words: str, tmp_path: Pat
     ]
     steps = [reward for row, given in zip(rows, trained, strict=True) for reward in given[: len(row["labels"])]]
     assert loaded.score_ids(prefixes) == pytest.approx(steps, abs=1e-5)
+    found = loaded.score_steps([(row["prompt"], row["completions"]) for row in rows])
+    assert [len(own) for own in found] == [len(row["labels"]) for row in rows]
+    assert sum(found, []) == pytest.approx(steps, abs=1e-5)
 
 
 def test_steps_with_a_chat_template_and_what_is_wrong_with_rows(words: str, tmp_path: Path) -> None:
