@@ -112,7 +112,7 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[Served, Engi
     except AlignkitError as error:
         problems.append(str(error))
     try:
-        engine = chosen_engine(arguments.engine)
+        engine = chosen_engine(arguments.engine, must_be_here=not arguments.dry_run)
     except AlignkitError as error:
         problems.append(str(error))
     if engine == "transformers" and served is not None and served.adapter is None and "@" in served.model:
@@ -124,11 +124,12 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[Served, Engi
     return served, engine
 
 
-def chosen_engine(wanted: str) -> Engine:
+def chosen_engine(wanted: str, *, must_be_here: bool = True) -> Engine:
     """The engine to start.
 
     Args:
         wanted: Its name, or ``auto`` for the first that is installed.
+        must_be_here: Whether it is started, and not only shown; else the first will do where none is installed.
 
     Raises:
         ModelError: None is, or not the one that was asked for.
@@ -138,6 +139,8 @@ def chosen_engine(wanted: str) -> Engine:
     for engine in asked:
         if not missing[engine]:
             return engine
+    if not must_be_here:
+        return asked[0]
     told = "; or ".join(f"{INSTALLS[engine]} (not installed: {', '.join(missing[engine])})" for engine in asked)
     raise ModelError(f"there is no server here. Install one: {told}")
 

@@ -35,6 +35,8 @@ STAGES = {
     **dict.fromkeys(("rm", "reward"), "bradley_terry"),
 }
 """What a stage, subcommand or loss trains, where it is no method of that name."""
+BETA_THERE = 0.1
+"""The default of all of TRL's DPO losses, where each has the value of its paper here."""
 SUBCOMMANDS = ("train", "fine-tune", "preprocess", "--")
 _NAME = re.compile(r"(?P<key>[a-z_]+)(?:: (?P<value>[\w.]+))?(?= \(|$)")
 """The beginning of advice that says all: a key, or a key with its value."""
@@ -127,6 +129,10 @@ def translate(entries: Mapping[str, Any]) -> Translation:
             found.values[name] = value
         else:
             _look_up(found, name, value, own)
+    beta = own.get("beta")
+    if {"loss_type", "pref_loss"} & set(given) and beta is not None and "beta" not in found.values:
+        if beta.default != BETA_THERE and found.values["method"] not in ("kto", "orpo", "simpo"):
+            found.values["beta"] = BETA_THERE
     if "disable_dropout" in own and found.values.pop("lora_dropout", 0):
         found.notes.append(
             "lora_dropout: a policy and its reference are compared without dropout; disable_dropout: false"

@@ -12,6 +12,7 @@ from alignkit import cli
 from alignkit.config import foreign_keys, load_config
 from alignkit.config.method_value import known_method
 from alignkit.errors import AlignkitError
+from alignkit.parts.method import load_method
 from alignkit.parts.shape import shapes_by_program
 from alignkit.programs.show import _all_keys
 from alignkit.programs.translate import _BY_VALUE, _NAME, translate, translated
@@ -123,6 +124,14 @@ def test_a_file_named_by_a_command_and_what_the_command_says_besides(
     written = capsys.readouterr().out
     assert parse_yaml(written)["learning_rate"] == 1e-4
     assert written.startswith("# left out: template: llama3 (the tokenizer's own chat template is used")
+
+
+def test_a_loss_keeps_the_beta_that_it_has_there() -> None:
+    theirs = {"stage": "dpo", "loss_type": "sigmoid_norm", "model_name_or_path": "m", "dataset_name": "d"}
+    assert load_method("sigmoid_norm").options().beta != 0.1
+    assert translate(theirs).values["beta"] == 0.1
+    assert translate({**theirs, "beta": 2.0}).values["beta"] == 2.0
+    assert "beta" not in translate({**theirs, "loss_type": "ipo"}).values
 
 
 def test_what_is_missing_or_cannot_be_used_is_said() -> None:
