@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from alignkit.config.best import check_best
 from alignkit.config.compatibility import REFUSALS
 from alignkit.config.data_files import check_data
+from alignkit.config.foreign_keys import WRITE
 from alignkit.config.kernels import check_attention
 from alignkit.config.keys import Key, base_keys, method_keys, methods_with, rule_keys, rules_with
 from alignkit.config.method_value import method_text
@@ -17,13 +18,16 @@ from alignkit.config.names import explain_method, explain_rule_option, explain_u
 from alignkit.config.optimizers import check_optimizer
 from alignkit.config.reward_names import check_rewards
 from alignkit.config.schedules import check_schedule
-from alignkit.config.settings import COMMAND_LINE, Entry, Origin, Settings
+from alignkit.config.settings import COMMAND_LINE, Entry, Origin, Problem, Settings
 from alignkit.config.values import ValueMismatch, check_value
 from alignkit.errors import ConfigError
 from alignkit.parts.method import load_method
 from alignkit.parts.parametrization import parametrizations
 from alignkit.parts.rule import load_rule
 from alignkit.parts.shape import shapes_by_program
+
+SURELY_THEIRS = 3
+"""Keys of another toolkit from which on a file is taken to be written for it."""
 
 
 class Configuration(Protocol):
@@ -72,7 +76,7 @@ def build_config(settings: Settings, headline: str, *, check_files: bool) -> Con
         check_packages(settings)
     if settings.problems:
         ordered = sorted(settings.problems, key=lambda problem: problem.origin.order)
-        raise ConfigError(headline, [str(problem) for problem in ordered])
+        raise ConfigError(headline, [str(problem) for problem in [*_another_toolkit(settings), *ordered]])
     base = {name: settings.values[name] for name in base_keys(settings.program)}
     config: Configuration = shapes_by_program()[settings.program].config(
         **base, method_options=options, gradient_options=gradient
@@ -136,6 +140,18 @@ def _check_class(settings: Settings, key: str, expected: type, argument: str, gi
     if not isinstance(given, expected):
         wanted = "None" if expected is type(None) else f"{expected.__name__}()"
         settings.report(key, f"takes {wanted.strip('()')}, not {type(given).__name__}", f"Write {argument}={wanted}")
+
+
+def _another_toolkit(settings: Settings) -> list[Problem]:
+    """The one thing to say first of a file that was written for another toolkit."""
+    file = settings.home.label
+    theirs = [name for name in settings.entries if name not in settings.keys and name in WRITE]
+    theirs = [name for name in theirs if settings.source(name).startswith(f"{file}:")]
+    if len(theirs) < SURELY_THEIRS:
+        return []
+    what = f"`{'`, `'.join(theirs[:SURELY_THEIRS])}`"
+    fix = f"Make a config of ours of it: alignkit translate {file} > run.yaml"
+    return [Problem(settings.home, what, "are keys of another toolkit", fix)]
 
 
 def _check_names(settings: Settings) -> None:

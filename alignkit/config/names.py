@@ -81,7 +81,7 @@ def explain_unknown(program: str, method: str | None, name: str, value: Any, rul
     near = _nearest(program, method, rule, plain)
     if near:
         return Explanation("is not a known key", f"Did you mean {near}?")
-    return Explanation("is not a known key", f"Remove it; `trainers/{program}.py --help` lists the keys")
+    return Explanation("is not a known key", "Remove it; `alignkit keys` lists those there are")
 
 
 def _foreign(name: str, value: Any) -> Explanation | None:

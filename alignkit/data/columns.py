@@ -115,6 +115,22 @@ def refused_columns(columns: Sequence[str]) -> list[str]:
     ]
 
 
+def _of_another_method(columns: Sequence[str], forms: Sequence[Form]) -> str | None:
+    """What to do with rows that are whole, but not what the method takes, or None for any other rows."""
+    wanted = {name for form in forms for name in form.columns}
+    if set(COMPLETION_COLUMNS) <= set(columns) and "rejected" in wanted and "completion" not in wanted:
+        return (
+            "rows of prompt and completion have one answer, and this method compares two or more: write method: sft, "
+            "which imitates them, or give every row a better and a worse answer, chosen and rejected"
+        )
+    if set(PAIR_COLUMNS) <= set(columns) and "completion" in wanted and "rejected" not in wanted:
+        return (
+            "rows of prompt, chosen and rejected are pairs: write method: dpo, which compares the two, or "
+            "column_map: {completion: chosen} to imitate the better answers alone"
+        )
+    return None
+
+
 def _foreign_form(columns: Sequence[str]) -> str | None:
     """What to do with rows of a form that alignkit has not, or None for any other rows."""
     if {*COMPLETION_COLUMNS, "label"} <= set(columns):
@@ -179,7 +195,7 @@ def missing_columns(
         columns: Names in the data, which complete no form.
         notes: What to say of a missing column that no other column looks like.
     """
-    if foreign := _foreign_form(columns):
+    if foreign := _foreign_form(columns) or _of_another_method(columns, forms):
         return [foreign]
     known = columns_of(forms)
     spare = [name for name in columns if name not in known]

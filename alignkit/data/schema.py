@@ -268,7 +268,7 @@ def _count_problems(count: int, num_candidates: int | None) -> list[Problem]:
         kind = "fewer than 2 completions: a preference needs at least two. Add one, or remove the row"
         return [Problem(kind, f"{count} completions")]
     if num_candidates is not None and count != num_candidates:
-        advice = f"keep {num_candidates} a row (say the best and the worst), or choose a method that takes lists"
+        advice = f"keep {num_candidates} a row (say the best and the worst), or take a method for lists, such as lipo"
         kind = f"the method takes exactly {num_candidates} completions a row: {advice}"
         return [Problem(kind, f"{count} completions")]
     return []

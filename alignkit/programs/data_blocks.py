@@ -171,7 +171,8 @@ def _labels(name: str, survey: Survey) -> Iterator[Block]:
 
 def _bias(bias: LengthBias) -> str:
     share = bias.num_longer / bias.num_compared
-    found = f"the best answer is longer than the worst in {bias.num_longer} of {bias.num_compared} rows ({share:.0%}, "
+    found = f"the best answer is longer than the worst in {bias.num_longer} of {bias.num_compared} rows "
+    found += f"where their lengths differ ({share:.0%}, "
     found += f"95 % interval {bias.low:.0%} to {bias.high:.0%})"
     if bias.low <= BIASED and bias.high >= 1 - BIASED:
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from trl import DPOConfig, ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
 from alignkit.config.foreign_keys import ABSENT, METHODS, SETTLED, WRITE
 from alignkit.config.keys import base_keys, method_keys, program_methods
+from alignkit.config.load import load_config
 from alignkit.config.names import is_launcher_key
+from alignkit.errors import ConfigError
 from alignkit.parts.shape import shapes_by_program
 from alignkit.yaml_text import parse_yaml
 from tests.configs.cases import problems_of
@@ -102,3 +105,14 @@ def test_every_key_of_trl_is_known(config: Any) -> None:
     names = {field.name for field in dataclasses.fields(config)}
     known = {*KEYS, *OPTIONS, *WRITE, *ABSENT, *SETTLED}
     assert {name for name in names if name not in known and not is_launcher_key(name)} == set()
+
+
+@pytest.mark.parametrize(("theirs", "said"), [(3, True), (2, False)])
+def test_a_file_of_another_toolkit_is_answered_with_translate_first(tmp_path: Path, theirs: int, said: bool) -> None:
+    file = tmp_path / "theirs.yaml"
+    lines = ["model_name_or_path: m", "finetuning_type: lora", "cutoff_len: 2048"][:theirs]
+    file.write_text("\n".join([*lines, "method: dpo", "output_dir: out"]), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config("preference", file, check_files=False)
+    first = caught.value.problems[0]
+    assert ("Make a config of ours of it: alignkit translate " in first and "theirs.yaml > run.yaml" in first) is said

@@ -102,7 +102,7 @@ def test_every_kind_of_bad_row_is_in_one_error(tokenizer: PreTrainedTokenizerFas
 def test_a_pair_method_refuses_longer_lists(tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 0, 2]}
     text = message_of([row], tokenizer)
-    assert "takes exactly 2 completions a row" in text and "a method that takes lists" in text
+    assert "takes exactly 2 completions a row" in text and "a method for lists, such as lipo" in text
     assert converted([row], tokenizer, num_candidates=None)[1].num_rows == 1
 
 

@@ -79,6 +79,7 @@ def test_a_list_without_scores_beside_pairs_is_a_pair() -> None:
         (["prompt", "responses", "ratings"], ["{completions: responses}", "{scores: ratings}"]),
         (["prompt", "completions"], ["'scores' is missing", "'prompt', 'completions'"]),
         (["completions", "scores"], ["'prompt' is missing"]),
+        (["prompt", "completion"], ["this method compares two or more: write method: sft"]),
         (["text"], ["'chosen' is missing", "'rejected' is missing", "Columns present: 'text'"]),
     ],
 )

@@ -101,6 +101,7 @@ def refusal(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> str:
     [
         ({"question": "a", "answer": "b"}, ("'prompt' is missing", "{prompt: question}", "{completion: answer}")),
         ({"prompt": "a", "respnse": "b"}, ("'completion' is missing", "Columns present: 'prompt', 'respnse'")),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("write method: dpo", "column_map: {completion: chosen}")),
         ({"conversations": [message("user", "a")]}, ("column_map: {messages: conversations}",)),
         ({"content": "a"}, ("column_map: {text: content}",)),
         ({"text": ""}, ("text is empty",)),
