@@ -45,7 +45,7 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 
 # What training, the tests and the checks need. lm-eval (extra eval) is large and no test imports it.
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	@$(call pip_install,[2/2] installing alignkit with test tools,-c constraints.txt -e '.[deepspeed$(comma)quantization$(comma)dev]')
+	@$(call pip_install,[2/2] installing alignkit with test tools,-c constraints.txt -e '.[data$(comma)deepspeed$(comma)quantization$(comma)dev]')
 	@touch $@ $(VENV)/.run
 
 comma := ,
