@@ -247,8 +247,9 @@ def try_one(number: int, one: Tutorial, folder: Path) -> bool:
 def prepare(one: Tutorial, folder: Path) -> list[str]:
     """Write the files that a command names, and return what to run here."""
     if one.row:
-        rows = [json.dumps(one.row | {"number": number}) for number in range(24)]
-        # The 'number' is one of the columns that nobody reads; what differs in the text keeps rows from being repeated.
+        marked = [{"label": number % 2 == 0} if "label" in one.row else {} for number in range(24)]
+        rows = [json.dumps(one.row | label) for label in marked]
+        # What differs in the text keeps rows from being repeated.
         texts = [row.replace("Name a colour", f"Name colour {n}") for n, row in enumerate(rows)]
         (folder / "rows.jsonl").write_text("\n".join(texts) + "\n")
     if one.ours:
