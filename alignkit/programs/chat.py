@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignkit.errors import AlignkitError, ConfigError, ModelError
+from alignkit.errors import AlignkitError, ConfigError, ModelError, RunDirectoryError
 from alignkit.models.files import AdapterFiles, find_model, is_reward_model, model_problem
 from alignkit.programs.arguments import (
     StrictParser,
@@ -51,6 +51,11 @@ SETTINGS: dict[str, Callable[[str], float]] = {
     "seed": non_negative_int,
 }
 
+AS_TEXT = (
+    "this run was trained on plain text, without the chat template that turns are written in here: it has not learnt "
+    "to answer under it; train with apply_chat_template: true"
+)
+
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     """One conversation, from the command line to its end."""
@@ -76,7 +81,26 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     base = None if arguments.compare is None else load_model(ModelSource(arguments.compare, **how), state.device)
     tell_unused_settings(model.generation_config, state)
     speakers = base_and_tuned(model, tokenizer, Sampling(**pick(arguments, *SETTINGS)), base)
+    if tokenizer.chat_template is not None and trained_as_text(Path(arguments.target)):
+        print(AS_TEXT)
     Talk(speakers, arguments.system, alone=arguments.alone).run(lines())
+
+
+def trained_as_text(folder: Path) -> bool:
+    """Whether the rows of a run were plain text while its tokenizer had a chat template, which they went without.
+
+    Args:
+        folder: What may be a run directory.
+    """
+    from alignkit.data.checks import TEMPLATE_CHECK
+    from alignkit.runs.directory import RunDirectory
+
+    try:
+        data = RunDirectory(folder, is_main=False).sections().get("data", {})
+    except RunDirectoryError:  # an adapter or model by itself, or a run of another version: talked to all the same
+        return False
+    checks = data.get("checks", {}).get("train", [])
+    return any((check["name"], check["status"]) == (TEMPLATE_CHECK, "warn") for check in checks)
 
 
 def command_line(prog: str | None = None) -> StrictParser:

@@ -171,10 +171,10 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[Found, list[
         found = find_model(arguments.model, arguments.adapter)
     except AlignkitError as error:
         problems.append(str(error))
-    others: list[Found] = []
+    others: dict[str, Found] = {}
     for path in arguments.compare:
         try:
-            others.append(find_model(path, None))
+            others[path] = find_model(path, None)
         except AlignkitError as error:
             problems.append(f"--compare: {error}")
     twice = {path for path in arguments.compare if arguments.compare.count(path) > 1}
@@ -182,8 +182,9 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[Found, list[
     problems += take_from_run(arguments) + _base_problems(arguments, found)
     gives_rewards = is_reward_model(found[0], found[2])
     problems += [
-        f"--compare: {name} is {'a' if given else 'no'} reward model, and the model is {'none' if given else 'one'}"
-        for name, _, adapter in others
+        f"--compare: {path} is {'a' if given else 'no'} reward model, and the model is {'none' if given else 'one'}: "
+        "compare models of one kind"
+        for path, (name, _, adapter) in others.items()
         if (given := is_reward_model(name, adapter)) != gives_rewards
     ]
     if found[0] and arguments.revision is not None and Path(found[0]).expanduser().is_dir():
@@ -191,10 +192,12 @@ def check_inputs(arguments: argparse.Namespace, prog: str) -> tuple[Found, list[
     if arguments.chat_template is not None and not arguments.chat_template.is_file():
         problems.append(f"--chat_template: there is no file {arguments.chat_template}")
     problems += _calibration_problems(arguments, gives_rewards=gives_rewards)
-    problems += output_problems(arguments, "output", "reliability", inputs=[found[0], *(other[0] for other in others)])
+    problems += output_problems(
+        arguments, "output", "reliability", inputs=[found[0], *(other[0] for other in others.values())]
+    )
     if problems:
         raise ConfigError(prog, problems)
-    return found, others
+    return found, list(others.values())
 
 
 def _base_problems(arguments: argparse.Namespace, found: Found) -> list[str]:

@@ -204,13 +204,14 @@ def _still_preferences(series: LoggedSeries) -> str | None:
 
 
 def _still_tokens(series: LoggedSeries) -> str | None:
-    """The evidence where held-out supervised rows are as likely as before training."""
+    """The evidence where the held-out loss, of tokens or of a reward model, is what it was before training."""
     losses = series.all("eval_loss")
     if series.all("rewards/margins") or is_online(series) or len(losses) < 2 or not series.is_evaluation:
         return None
     if abs(losses[-1] - losses[0]) >= MOVED_LOSS:
         return None
-    return f"eval_loss is {losses[-1]:.4f} nats a token, in the first evaluation it was {losses[0]:.4f}"
+    unit = "" if series.all("mean_reward") else " nats a token"
+    return f"eval_loss is {losses[-1]:.4f}{unit}, in the first evaluation it was {losses[0]:.4f}"
 
 
 def overfitting(series: LoggedSeries) -> Verdict | None:

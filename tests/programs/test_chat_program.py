@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignkit.data.checks import TEMPLATE_CHECK
 from alignkit.errors import ConfigError, ModelError
 from alignkit.programs import chat
 from alignkit.sampling.conversation import Conversation
@@ -72,6 +74,18 @@ def test_base_and_tuned_answer_side_by_side_and_remember(
         f"you> /save {file}",
     ]
     assert printed.index("base> ") < printed.index("tuned> ")
+
+
+@pytest.mark.parametrize("status", ["warn", "ok"])
+def test_a_run_on_plain_text_is_said_to_be_one(
+    status: str, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "run")
+    check = {"name": TEMPLATE_CHECK, "status": status, "message": ""}
+    record = {"alignkit_run": 1, "data": {"checks": {"train": [check]}}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    lines = told(monkeypatch, capsys, ["/quit"], tmp_path / "run", *GREEDY)
+    assert (chat.AS_TEXT in lines) is (status == "warn")
 
 
 def test_commands(

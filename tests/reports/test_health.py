@@ -194,17 +194,24 @@ def evaluation(step: int, **metrics: float) -> tuple[int, dict[str, float]]:
     return step, {f"eval_{key.replace('__', '/')}": value for key, value in metrics.items()}
 
 
-def run(
+def whole(
     logs: list[tuple[int, dict[str, float]]], settings: dict[str, object] = FLEX, max_steps: int = 100
-) -> list[str]:
-    """Verdicts of a whole run."""
+) -> HealthMonitor:
+    """The monitor behind a whole run."""
     monitor = HealthMonitor(settings)
     state = TrainerState(max_steps=max_steps, is_world_process_zero=False)
     monitor.on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
     for step, log in logs:
         monitor.observe(step, log)
     monitor.on_train_end(None, state, TrainerControl())  # type: ignore[arg-type]
-    return [f"{verdict.name} at {verdict.step}" for verdict in monitor.verdicts]
+    return monitor
+
+
+def run(
+    logs: list[tuple[int, dict[str, float]]], settings: dict[str, object] = FLEX, max_steps: int = 100
+) -> list[str]:
+    """Verdicts of a whole run."""
+    return [f"{verdict.name} at {verdict.step}" for verdict in whole(logs, settings, max_steps).verdicts]
 
 
 def supervised(losses: list[float], accuracy: float = 0.6) -> list[tuple[int, dict[str, float]]]:
@@ -294,6 +301,13 @@ def test_held_out_rows_that_are_predicted_as_before_have_barely_been_moved() -> 
     logs = supervised([1.27, 1.25, 1.28])
     assert run([evaluation(0, loss=1.27), *logs, evaluation(30, loss=1.265)], max_steps=30) == ["barely_moved at 30"]
     assert run([evaluation(0, loss=1.27), *logs, evaluation(30, loss=1.2)], max_steps=30) == []
+
+
+def test_the_loss_of_a_reward_model_is_not_of_tokens() -> None:
+    logs = [evaluation(0, loss=0.693), *supervised([0.693, 0.692, 0.694]), evaluation(30, loss=0.692)]
+    (tokens,) = whole(logs, max_steps=30).verdicts
+    (rewards,) = whole([(step, {**log, "mean_reward": 0.1}) for step, log in logs], max_steps=30).verdicts
+    assert "0.6920 nats a token, in" in tokens.evidence and "0.6920, in" in rewards.evidence
 
 
 def test_the_summary_says_what_was_seen() -> None:

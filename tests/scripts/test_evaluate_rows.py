@@ -348,7 +348,7 @@ def test_rows_of_no_kind(tmp_path: Path) -> None:
         ),
         (["--model", "{reward}"], ["a reward model is evaluated on preference rows, and these are supervised"]),
         (["--model", "{reward}", "--data", "{pairs}", "--metrics", "generation"], ["needs prompts, which a reward"]),
-        (["--compare", "{reward}"], ["is a reward model, and the model is none"]),
+        (["--compare", "{reward}"], ["/reward is a reward model, and the model is none: compare models of one kind"]),
         (["--model", "{reward}", "--compare_base", "{base}"], ["the base of a reward model gives no rewards"]),
         (["--metrics", "calibration", "--beta", "1", "--data", "{pairs}"], ["write --compare_base MODEL"]),
         (["--beta", "1", "--compare_base", "{base}"], ["--beta: read by none of --metrics; add calibration"]),
