@@ -245,4 +245,5 @@ class _Tally:
         n, share = self.num_compared, self.num_longer / self.num_compared
         centre, scale = share + _Z**2 / (2 * n), 1 + _Z**2 / n
         half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-        return LengthBias(n, self.num_longer, (centre - half) / scale, (centre + half) / scale)
+        low, high = max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)  # rounding may leave them
+        return LengthBias(n, self.num_longer, low, high)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError
-from alignkit.parts.method import method_names
+from alignkit.parts.method import load_method, method_names
 from alignkit.parts.shape import shapes_by_program
 from alignkit.programs.arguments import StrictParser, column_pair, non_negative_int, positive_int
 from alignkit.programs.outputs import add_overwrite, output_problems
@@ -125,6 +125,9 @@ def check_arguments(arguments: argparse.Namespace, prog: str) -> None:
         problems.append(f"--output: {arguments.output} must end in {' or '.join(PAGES)}")
     if arguments.write is not None and arguments.write.suffix != ROWS:
         problems.append(f"--write: {arguments.write} must end in {ROWS}")
+    of_method = load_method(arguments.method).program if arguments.method else arguments.program
+    if arguments.program not in (None, of_method):
+        problems.append(f"--method: {arguments.method} is one of {of_method} runs: leave --program out, or change it")
     if arguments.write is None and arguments.drop:
         problems.append(f"--drop says what a written file does without: add --write FILE{ROWS}")
     if "alike" in arguments.drop and not can_compare():

@@ -32,6 +32,7 @@ from alignkit.data.report import DataReport, data_report
 from alignkit.data.split_report import SplitReport
 from alignkit.data.survey import Survey, survey_rows
 from alignkit.errors import DataError
+from alignkit.parts.method import load_method
 from alignkit.parts.shape import Shape, load_bridge, shapes_by_program
 
 READERS = (("preference", "dpo"), ("preference", "kto"), ("sft", "sft"))
@@ -125,13 +126,15 @@ def recognise(
         data: Files, folders or Hub ids.
         split: Their split.
         column_map: Our column names to theirs.
-        program: Launch program, or None to find one whose rows they are.
+        program: Launch program, or None for that of the method; without one either, it is seen by the rows.
         method: Method, or None for one that takes such rows.
 
     Raises:
         DataError: They are the rows of no program, or not of that one.
     """
     shapes = shapes_by_program()
+    if program is None and method is not None:
+        program = load_method(method).program
     if program is not None:
         known = [name for where, name in READERS + LAST if where == program]
         chosen = method or (known or program_methods(program))[0]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from alignkit.config.command_line import describe_key
-from alignkit.config.foreign_keys import METHODS
+from alignkit.config.foreign_keys import METHODS, WRITE
 from alignkit.config.keys import Key, base_keys, method_keys, program_methods, rule_keys
 from alignkit.config.method_value import method_text
 from alignkit.config.names import explain_unknown
@@ -216,6 +216,8 @@ def _key(name: str) -> Iterator[str]:
         for key, owners in _distinct(found[plain]):
             yield f"Of {', '.join(owners)}:"
             yield from describe_key(key)
+        if plain in WRITE:
+            yield f"Other toolkits have a key of that name, for which write {WRITE[plain]}."
         return
     near = [key for key in found if plain in key]
     if near:

@@ -128,6 +128,7 @@ def test_a_key_is_told_wherever_it_is_and_one_of_another_toolkit_translated(caps
     assert "Of method dpo:" in told(capsys, "keys", "beta")
     printed = told(capsys, "keys", "learning-rate")
     assert printed.count("--learning_rate") >= 1 and "program preference" in printed
+    assert told(capsys, "keys", "loss_type").endswith("Other toolkits have a key of that name, for which write method.")
     assert "Write lora_r" in told(capsys, "keys", "lora_rank")
     assert "Did you mean learning_rate?" in told(capsys, "keys", "laerning_rate")
 

@@ -160,6 +160,17 @@ def test_the_program_is_seen_by_the_rows(form: str) -> None:
     assert content["refused"] == [] and content["splits"]["train"]["num_rows"] == len(rows)
 
 
+def test_a_method_says_which_program_the_rows_are_for() -> None:
+    written("rows.jsonl", [{"prompt": f"{name}?", "chosen": "a", "rejected": "b"} for name in "pq"])
+    for method, where in (("ipo", "preference"), ("bradley_terry", "reward")):
+        content = as_json("rows.jsonl", "--method", method)
+        assert (content["program"], content["method"]) == (where, method)
+    with pytest.raises(DataError, match="write method: dpo"):
+        program.main(["rows.jsonl", "--method", "sft"])
+    with pytest.raises(ConfigError, match="--method: kto is one of preference runs"):
+        program.main(["rows.jsonl", "--method", "kto", "--program", "sft"])
+
+
 def test_another_program_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     written("rows.jsonl", [{"question": "q", "chosen": "a", "rejected": "b"}])
     content = as_json("rows.jsonl", "--program", "online", "--column_map", "prompt=question")
