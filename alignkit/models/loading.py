@@ -140,6 +140,10 @@ def load_model(source: ModelSource, device: torch.device | str | None = None) ->
     return model.eval() if is_placed else model.to(device).eval()
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def _from_pretrained(source: ModelSource, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers has to say of its weights."""
     options |= {
@@ -152,18 +156,18 @@ def _from_pretrained(source: ModelSource, **options: Any) -> tuple[PreTrainedMod
         found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(source.model, **options)
         return found
     told = logging.getLogger("transformers.modeling_utils")
-    level = told.level
+    # That the head is new is meant, and said below in one line. A filter: once a level is set, transformers says more.
+    told.addFilter(_is_error)
     with torch.random.fork_rng([]):
         # A new head is drawn while the model is loaded, the same one in every process.
         torch.manual_seed(head.seed or 0)
         try:
-            told.setLevel(logging.ERROR)  # That it is new is meant, and said below in one line.
             revision = {"revision": source.revision} if source.revision else {}
             config = AutoConfig.from_pretrained(source.model, trust_remote_code=source.trust_remote_code, **revision)
             width = head_width(config, head, source.model)
             found = AutoModelForSequenceClassification.from_pretrained(source.model, num_labels=width, **options)
         finally:
-            told.setLevel(level)
+            told.removeFilter(_is_error)
     is_new = head.seed is not None and f"{REWARD_HEAD}.weight" in found[1]["missing_keys"]
     if is_new and PartialState().is_main_process:
         print(f"{source.model}: a new head of rewards, drawn from seed {head.seed}")

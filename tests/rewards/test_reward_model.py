@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def test_it_gives_every_completion_what_the_model_says(folders: tuple[Path, Path
     assert len(set(found)) == 2
     again = pickle.loads(pickle.dumps(chosen.function))
     assert again(prompts=prompts, completions=texts, completion_ids=[[1], [2]]) == found
+
+
+def test_nothing_of_the_insides_of_transformers_is_said(folders: tuple[Path, Path]) -> None:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    told = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    for logger in told:
+        logger.addHandler(handler)
+    try:
+        load_reward_model(str(folders[1]))
+    finally:
+        for logger in told:
+            logger.removeHandler(handler)
+    assert said == []
 
 
 def test_online_training_takes_it_as_any_other(folders: tuple[Path, Path], tmp_path: Path) -> None:
