@@ -33,10 +33,13 @@ STAGES = {
     **dict.fromkeys(("pt", "nll", "chunked_nll"), "sft"),
     **dict.fromkeys(("rlhf", "sigmoid"), "dpo"),
     **dict.fromkeys(("rm", "reward"), "bradley_terry"),
+    "aot_pair": "aot_unpaired",
 }
 """What a stage, subcommand or loss trains, where it is no method of that name."""
-BETA_THERE = 0.1
-"""The default of all of TRL's DPO losses, where each has the value of its paper here."""
+THERE = {"beta": 0.1, "gamma": 0.5, "alpha": 0.0, "label_smoothing": 0.0}
+"""Defaults of preference losses in all three toolkits, where each loss has the values of its paper here."""
+CPO_ALPHA_THERE = 1.0
+"""Weight of the likelihood of the chosen that the CPO trainer of TRL and axolotl adds to SimPO if nothing is said."""
 SUBCOMMANDS = ("train", "fine-tune", "preprocess", "--")
 _NAME = re.compile(r"(?P<key>[a-z_]+)(?:: (?P<value>[\w.]+))?(?= \(|$)")
 """The beginning of advice that says all: a key, or a key with its value."""
@@ -129,10 +132,11 @@ def translate(entries: Mapping[str, Any]) -> Translation:
             found.values[name] = value
         else:
             _look_up(found, name, value, own)
-    beta = own.get("beta")
-    if {"loss_type", "pref_loss"} & set(given) and beta is not None and "beta" not in found.values:
-        if beta.default != BETA_THERE and found.values["method"] not in ("kto", "orpo", "simpo"):
-            found.values["beta"] = BETA_THERE
+    if _program(found.values["method"]) == "preference":
+        for name, value in THERE.items():
+            allowed = name in own and (own[name].info.gt is None or value > own[name].info.gt)
+            if allowed and own[name].default != value:
+                found.values.setdefault(name, value)
     if "disable_dropout" in own and found.values.pop("lora_dropout", 0):
         found.notes.append(
             "lora_dropout: a policy and its reference are compared without dropout; disable_dropout: false"
@@ -140,7 +144,17 @@ def translate(entries: Mapping[str, Any]) -> Translation:
     return found
 
 
-_SAYS_METHOD = ("stage", "rl", "pref_loss", "loss_type", "loss_weights", "do_train", "pref_ftx", "rpo_alpha")
+_SAYS_METHOD = (
+    "stage",
+    "rl",
+    "pref_loss",
+    "loss_type",
+    "loss_weights",
+    "do_train",
+    "pref_ftx",
+    "rpo_alpha",
+    "cpo_alpha",
+)
 
 
 def _method(given: Mapping[str, Any]) -> str:
@@ -153,6 +167,9 @@ def _method(given: Mapping[str, Any]) -> str:
     mixed = dict(zip(methods, map(float, weights), strict=False))
     if (sft := given.get("pref_ftx", given.get("rpo_alpha"))) is not None and float(sft) > 0:
         mixed["sft"] = float(sft)
+    likelihood = float(given.get("cpo_alpha", CPO_ALPHA_THERE))
+    if names == ["simpo"] and "pref_loss" not in given and likelihood > 0:
+        mixed["sft"] = likelihood
     text = next((found for p in shapes_by_program() if (found := known_method(p, mixed))), None)
     if text is None:
         advice = foreign_keys.METHODS.get(names[0], "`alignkit methods` lists what there is")

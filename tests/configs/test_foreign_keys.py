@@ -59,6 +59,8 @@ def test_known_keys_are_looked_up(name: str) -> None:
     ("value", "expected"),
     [
         ("slic", "Write method: hinge"),
+        ("aot_pair", "Write method: aot_unpaired"),
+        ("chunked_nll", "Write method: sft"),
         ("RLOO", "method: grpo learns from completions it draws"),
         ("bco", "method: kto learns from labelled answers"),
         ("rm", "Write method: bradley_terry"),

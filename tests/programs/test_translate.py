@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from trl import DPOConfig
+from trl.experimental.cpo import CPOConfig
 
 from alignkit import cli
 from alignkit.config import foreign_keys, load_config
@@ -132,6 +135,38 @@ def test_a_loss_keeps_the_beta_that_it_has_there() -> None:
     assert translate(theirs).values["beta"] == 0.1
     assert translate({**theirs, "beta": 2.0}).values["beta"] == 2.0
     assert "beta" not in translate({**theirs, "loss_type": "ipo"}).values
+
+
+@pytest.mark.parametrize(
+    ("theirs", "method", "defaults"),
+    [
+        ({"loss_type": "simpo"}, f"1.0*simpo+{CPOConfig.cpo_alpha}*sft", CPOConfig),
+        ({"rl": "simpo"}, f"1.0*simpo+{CPOConfig.cpo_alpha}*sft", CPOConfig),
+        ({"loss_type": "simpo", "cpo_alpha": 0.5}, "1.0*simpo+0.5*sft", CPOConfig),
+        ({"loss_type": "simpo", "cpo_alpha": 0}, "simpo", CPOConfig),
+        ({"stage": "dpo", "pref_loss": "simpo"}, "simpo", CPOConfig),  # LLaMA-Factory has no such term
+        ({"loss_type": "alphapo"}, "alphapo", CPOConfig),
+        ({"loss_type": "robust"}, "robust", DPOConfig),
+        ({"loss_type": ["robust", "nca_pair"]}, "1.0*robust+1.0*nca_pair", DPOConfig),
+        ({"loss_type": "aot_pair"}, "aot_unpaired", DPOConfig),  # sorts log-ratios, chosen against rejected
+    ],
+)
+def test_a_loss_is_the_one_that_ran_there(theirs: dict[str, Any], method: str, defaults: Any) -> None:
+    """What nothing is written of has the value that it has in the class of TRL that reads it."""
+    values = translate({"base_model": "m", **theirs}).values
+    assert values["method"] == method
+    options = load_method(method).options
+    names = {each.name for each in dataclasses.fields(options)}
+    needed = {name: value for name, value in values.items() if name in names}
+    found = options(**needed)
+    for ours, name in {
+        "beta": "beta",
+        "gamma": "simpo_gamma",
+        "alpha": "alpha",
+        "label_smoothing": "label_smoothing",
+    }.items():
+        if ours in names:
+            assert getattr(found, ours) == getattr(defaults, name), ours
 
 
 def test_what_is_missing_or_cannot_be_used_is_said() -> None:
