@@ -98,7 +98,7 @@ def _counts(found: Examination) -> Block:
         ["read", *(f"{split.num_rows_in}" for split in splits)],
         ["malformed", *(f"{_num_malformed(split)}" for split in splits)],
         *([f"dropped: {cause}", *(f"{len(split.dropped.get(cause, ()))}" for split in splits)] for cause in causes),
-        ["kept", *(f"{len(split.rows)}" for split in splits)],
+        ["kept" + _answers(splits[0]), *(f"{len(split.rows)}" for split in splits)],
     ]
     rows += [
         [f"  of {source.name}", *(f"{source.num_rows}" if other is split else "" for other in splits)]
@@ -110,6 +110,11 @@ def _counts(found: Examination) -> Block:
     notes = [f"{report.name}: read as {said}" for report in reports for said in report.formats]
     notes += [f"{report.name}: {note}" for report in reports for note in report.notes()]
     return Block("rows", notes, ["rows", *found.splits], rows)
+
+
+def _answers(split: Split) -> str:
+    """What to add to a number of rows that are answers of pairs."""
+    return "" if split.num_answers_in is None else ", two answers a pair"
 
 
 def _of_split(split: Split, *, has_model: bool) -> Iterator[Block]:
@@ -262,8 +267,9 @@ def _verdict(found: Examination, cleaned: tuple[str, int] | None, *, has_model: 
             "a run starts with these rows" if has_model else "nothing stands against these rows; --model says more"
         ]
     if cleaned is not None:
-        path, count = cleaned
-        lines.append(f"written: {count} of {found.splits['train'].num_rows_in} rows to {path}")
-    elif found.problems:
+        (path, count), train = cleaned, found.splits["train"]
+        all_rows = f"{train.num_rows_in} rows" if train.num_answers_in is None else f"{train.num_answers_in} answers"
+        lines.append(f"written: {count} of {all_rows} to {path}")
+    elif found.problems and len(found.splits["train"].rows):
         lines.append("--write cleaned.jsonl writes the rows that can be trained on")
     return Block("what a run does", lines)

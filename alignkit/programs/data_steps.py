@@ -23,7 +23,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from alignkit.config.base import ProgramConfig
 from alignkit.config.keys import program_methods
 from alignkit.data.checks import Limits
+from alignkit.data.columns import PAIR_COLUMNS
 from alignkit.data.conversion import MalformedRows, kept_rows, watched_counts
+from alignkit.data.json_values import dataset_of
 from alignkit.data.load import load_rows
 from alignkit.data.problems import Problem
 from alignkit.data.readers import first_rows
@@ -31,6 +33,7 @@ from alignkit.data.repeats import fingerprints
 from alignkit.data.report import DataReport, data_report
 from alignkit.data.split_report import SplitReport
 from alignkit.data.survey import Survey, survey_rows
+from alignkit.data.unpaired import labelled_answers
 from alignkit.errors import DataError
 from alignkit.parts.method import load_method
 from alignkit.parts.shape import Shape, load_bridge, shapes_by_program
@@ -56,6 +59,8 @@ class Split:
     Attributes:
         name: The split.
         num_rows_in: Rows as loaded.
+        num_answers_in: Where they are pairs that the method reads as two labelled answers each, how many these are: then
+            ``rows`` and ``numbers`` are of answers. Otherwise None.
         malformed: Rows that cannot be trained on by their numbers, with what is wrong.
         counts: What the conversion counted of the others, a row each.
         dropped: The numbers of those that a run drops, by the cause.
@@ -70,6 +75,7 @@ class Split:
 
     name: str
     num_rows_in: int
+    num_answers_in: int | None
     malformed: Sequence[tuple[int, Problem]]
     counts: pd.DataFrame
     dropped: Mapping[str, Sequence[int]]
@@ -242,15 +248,18 @@ def _examine_split(rows: Dataset, config: ProgramConfig, convert: Callable[..., 
     found = _Conversion(None, None, pd.DataFrame({"cause": []}), "no row is left")
     while len(rows):
         try:
-            found = _converted(rows, config, convert, name)
+            found = _converted(rows, config, convert)
             break
         except MalformedRows as error:
-            wrong = [(index, problem) for index, problem in error.rows if problem.fatal]
+            # What a method drops of pairs it refuses where it splits them.
+            wrong = [(index, problem) for index, problem in error.rows if problem.fatal] or list(error.rows)
         malformed += [(int(numbers[index]), problem) for index, problem in wrong]
         is_left = np.ones(len(rows), dtype=bool)
         is_left[[index for index, _ in wrong]] = False
         rows, numbers = rows.select(np.flatnonzero(is_left)), numbers[is_left]
     said = [f"{len({row for row, _ in malformed})} of {num_rows_in} rows are malformed"] if malformed else []
+    if is_pairs := len(found.counts) > len(rows):
+        rows, numbers = _as_labelled(rows, name), np.repeat(numbers, 2)
     kept = kept_rows(found.counts)
     rows, repeats = rows.select(kept), np.zeros(len(kept), dtype=bool)
     survey, is_like = None, repeats
@@ -260,6 +269,7 @@ def _examine_split(rows: Dataset, config: ProgramConfig, convert: Callable[..., 
     return Split(
         name=name,
         num_rows_in=num_rows_in,
+        num_answers_in=2 * num_rows_in if is_pairs else None,
         malformed=malformed,
         counts=found.counts,
         dropped=_dropped(found.counts, numbers),
@@ -273,6 +283,12 @@ def _examine_split(rows: Dataset, config: ProgramConfig, convert: Callable[..., 
     )
 
 
+def _as_labelled(pairs: Dataset, name: str) -> Dataset:
+    """Pairs as the labelled answers that a method on single answers makes of them, in its order."""
+    answers, _ = labelled_answers(pairs, name)
+    return dataset_of([{key: value for key, value in row.items() if key not in PAIR_COLUMNS[1:]} for row in answers])
+
+
 def _held_out(train: Split, held_out: Split) -> NDArray[np.bool_]:
     """Whether each training row has an answer that a held-out row has to the same prompt."""
     is_shared = np.zeros(len(train.rows), dtype=bool)
@@ -282,7 +298,7 @@ def _held_out(train: Split, held_out: Split) -> NDArray[np.bool_]:
     return is_shared
 
 
-def _converted(rows: Dataset, config: ProgramConfig, convert: Callable[..., Any], name: str) -> _Conversion:
+def _converted(rows: Dataset, config: ProgramConfig, convert: Callable[..., Any]) -> _Conversion:
     """Convert rows as a run does; where it would refuse them for those it drops, go on without these.
 
     Raises:
@@ -301,9 +317,6 @@ def _converted(rows: Dataset, config: ProgramConfig, convert: Callable[..., Any]
                     raise
                 refusal = refusal or error.headline
                 continue
-        if len(counted[0]) != len(rows):
-            made = f"method {config.method} makes {len(counted[0])} rows of {len(rows)}"
-            raise DataError(f"{name}: rows are looked at one by one", [f"{made}: leave --method out"])
         return _Conversion(converted, report, counted[0], refusal)
     return _Conversion(None, None, counted[0], refusal)
 

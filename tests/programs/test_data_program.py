@@ -286,9 +286,37 @@ def test_labelled_answers(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert content["method"] == "kto" and content["splits"]["train"]["num_malformed"] == 1
     assert content["splits"]["train"]["survey"]["labels"] == {"label 0": 5, "label 1": 3}
     assert read("clean.jsonl") == [row for index, row in enumerate(rows) if index != 4]
-    written("pairs.jsonl", pairs(4))
-    with pytest.raises(DataError, match="kto makes 8 rows of 4: leave --method out"):
-        program.main(["pairs.jsonl", "--program", "preference", "--method", "kto"])
+
+
+@pytest.mark.parametrize("with_model", [False, True], ids=["no model", "model"])
+def test_pairs_are_looked_at_as_the_labelled_answers_that_they_are_read_as(
+    model: str, with_model: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written("pairs.jsonl", FLAWED)
+    words = ["--method", "kto", *(["--model", model] if with_model else [])]
+    content = as_json("pairs.jsonl", *words, "--write", "clean.jsonl", "--drop", "duplicates")
+    train = content["splits"]["train"]
+    assert (train["num_rows_in"], train["num_malformed"], train["num_rows"]) == (20, 3, 34)
+    assert train["survey"]["labels"] == {"label 0": 17, "label 1": 17}
+    assert content["refused"] == ["train: 3 of 20 rows are malformed"]
+    shown = capsys.readouterr().out
+    assert "17 pairs were read as two answers each" in shown and "32 of 40 answers to clean.jsonl" in shown
+    assert read("clean.jsonl") == [
+        {"prompt": row["prompt"], "completion": row[which], "label": which == "chosen"}
+        for index, row in enumerate(CLEAN)
+        for which in ("chosen", "rejected")
+        if row not in CLEAN[:index]
+    ]
+    # The same run takes the file as it is.
+    again = as_json("clean.jsonl", *words)
+    assert again["refused"] == [] and again["splits"]["train"]["num_rows"] == 32
+
+
+def test_nothing_is_promised_of_a_file_where_no_row_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    written("lists.jsonl", [{"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 2, 3]}] * 3)
+    program.main(["lists.jsonl", "--method", "dpo"])
+    shown = capsys.readouterr().out
+    assert "3 of 3 rows are malformed" in shown and "--write" not in shown
 
 
 def test_several_files_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
