@@ -44,7 +44,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, *, conversational: bool) 
         return Check(TEMPLATE_CHECK, "ok", "the rows are messages")
     if tokenizer.chat_template is None:
         return Check(TEMPLATE_CHECK, "ok", "there is none, and the rows are plain text")
-    found = "it is NOT: the rows are plain text, trained as they stand, and in a chat the model sees something else"
+    found = "not applied: the rows are plain text, trained as they stand, and in a chat the model sees something else"
     advice = "write apply_chat_template: true to make the prompt the user's message and the answer the assistant's"
     return Check(TEMPLATE_CHECK, "warn", f"{found}; {advice}, or give the rows as messages")
 
@@ -82,10 +82,11 @@ def check_duplicates(report: SplitReport, counts: RepeatCounts) -> Check:
     if not counts.num_duplicates:
         return Check(name, "ok", f"every row is different{searched}")
     share = counts.num_duplicates / report.num_rows
-    found = f"{counts.num_duplicates} rows ({share:.1%}) repeat an earlier one, token for token{searched}"
+    repeating = _rows_that(counts.num_duplicates, share, "repeats", "repeat")
+    found = f"{repeating} an earlier one, token for token{searched}"
     if share <= DUPLICATE_WARNING:
         return Check(name, "ok", found)
-    return Check(name, "warn", f"{found}, and weigh accordingly more; remove them, unless that is wanted")
+    return Check(name, "warn", f"{found}: what is repeated weighs more; remove it, unless that is wanted")
 
 
 def check_contradictions(report: SplitReport, counts: RepeatCounts) -> Check:
@@ -99,9 +100,8 @@ def check_contradictions(report: SplitReport, counts: RepeatCounts) -> Check:
     if not counts.num_contradictions:
         return Check(name, "ok", f"no preference is there the other way round as well{searched}")
     share = counts.num_contradictions / report.num_rows
-    found = (
-        f"{counts.num_contradictions} rows ({share:.1%}) prefer what another row rejects in the same place{searched}"
-    )
+    preferring = _rows_that(counts.num_contradictions, share, "prefers", "prefer")
+    found = f"{preferring} what another row rejects in the same place{searched}"
     if share <= CONTRADICTION_WARNING:
         return Check(name, "ok", found)
     return Check(name, "warn", f"{found}: they cancel each other; remove them, or see whether labels were swapped")
@@ -121,7 +121,8 @@ def check_overlap(
     """
     name, searched = "held-out rows are not trained on", _searched(training)
     what = "an answer that is trained on to the same prompt" if report.trains_tokens else "a prompt that is trained on"
-    prompts = f"{counts.num_prompts_trained_on} rows have a prompt that is trained on with other answers"
+    has = "row has" if counts.num_prompts_trained_on == 1 else "rows have"
+    prompts = f"{counts.num_prompts_trained_on} {has} a prompt that is trained on with other answers"
     prompts = f"; {prompts}" if counts.num_prompts_trained_on else ""
     if not counts.num_trained_on:
         many = counts.num_prompts_trained_on > DUPLICATE_WARNING * report.num_rows
@@ -135,6 +136,10 @@ def check_overlap(
         return Check(name, "warn", f"{found}: what is measured on them is memory")
     advice = "remove them from one of the two, or write allow_overlap: true to measure memory"
     return Check(name, "fail", f"{found}; {advice}")
+
+
+def _rows_that(count: int, share: float, one: str, many: str) -> str:
+    return f"{count} {'row' if count == 1 else 'rows'} ({share:.1%}) {one if count == 1 else many}"
 
 
 def _searched(report: SplitReport) -> str:

@@ -82,7 +82,12 @@ class DataReport:
         if any(split.sources for split in self.splits):
             blocks.append(_sources(self.splits))
         blocks += [_lengths(self.splits), _example(self.example, colour)]
-        return "\n\n".join(blocks + [_checks(split, checks, colour) for split, checks in self.checks.items()])
+        said: list[Check] = []
+        for split, checks in self.checks.items():
+            # It is the same for all rows of a form: said once.
+            blocks.append(_checks(split, [c for c in checks if c.name != TEMPLATE_CHECK or c not in said], colour))
+            said += checks
+        return "\n\n".join(blocks)
 
     def print_to(self, stream: TextIO) -> None:
         """Print to a stream, in colour when it is a terminal and ``NO_COLOR`` is not set.
@@ -235,6 +240,6 @@ def _checks(split: str, checks: Sequence[Check], colour: bool) -> str:
     for check in checks:
         status = f"{check.status:<4}"
         lines.append(
-            f"  {_COLOURS[check.status] + status + _PLAIN if colour else status}  {check.name}: {check.message}"
+            f"  {_COLOURS[check.status] + status + _PLAIN if colour else status}  {check.title}: {check.message}"
         )
     return "\n".join(lines)

@@ -24,12 +24,20 @@ class Example(Protocol):
         """Label and spans of each part."""
 
 
+_TITLES = {
+    "the chat template is applied": "chat template",
+    "no row is there twice": "repeated rows",
+    "no two rows contradict each other": "contradicting rows",
+}
+"""What checks are called where what was found may be the contrary of their name."""
+
+
 @dataclass(frozen=True)
 class Check:
     """The outcome of one check.
 
     Attributes:
-        name: What should hold.
+        name: What should hold; records of runs know the check by it.
         status: ``ok``, ``warn`` (training goes on) or ``fail`` (it would not do what was asked).
         message: What was found and, unless ok, what to do.
     """
@@ -37,6 +45,11 @@ class Check:
     name: str
     status: Literal["ok", "warn", "fail"]
     message: str
+
+    @property
+    def title(self) -> str:
+        """What a reader is shown in place of the name."""
+        return _TITLES.get(self.name, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

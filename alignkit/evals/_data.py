@@ -246,7 +246,7 @@ def prepare_data(
     if kind != "prompts":
         check = check_template(tokenizer, conversational=data.reports["held-out"].conversational)
         if state.is_main_process and check.status != "ok":
-            logger.warning("held-out: %s: %s", check.name, check.message)
+            logger.warning("held-out: %s: %s", check.title, check.message)
     return data
 
 

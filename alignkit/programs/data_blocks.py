@@ -195,7 +195,8 @@ def _alike(split: Split) -> Block:
         return Block(title, [similar.MISSING])
     share = survey.num_alike / max(survey.num_rows, 1)
     found = (
-        f"{survey.num_alike} rows ({share:.1%}) are like an earlier one without repeating it: {LIKENESS:.0%} or more "
+        f"{survey.num_alike} {'row is' if survey.num_alike == 1 else 'rows are'} like an earlier one ({share:.1%}) "
+        f"without repeating it: {LIKENESS:.0%} or more "
     )
     found += f"of their runs of {similar.RUN} words are the same"
     numbers = split.numbers
@@ -217,7 +218,7 @@ def _languages(name: str, survey: Survey) -> Block:
 def _checks(found: Examination) -> Block:
     checks = {} if found.report is None else found.report.checks
     lines = [
-        f"{check.status:<4}  {name}: {check.name}: {check.message}".replace(
+        f"{check.status:<4}  {name}: {check.title}: {check.message}".replace(
             "token for token", "character for character"
         )
         for name, of_split in checks.items()

@@ -59,8 +59,8 @@ class Split:
     Attributes:
         name: The split.
         num_rows_in: Rows as loaded.
-        num_answers_in: Where they are pairs that the method reads as two labelled answers each, how many these are: then
-            ``rows`` and ``numbers`` are of answers. Otherwise None.
+        num_answers_in: Where they are pairs that the method reads as two labelled answers each, how many
+            these are: then ``rows`` and ``numbers`` are of answers. Otherwise None.
         malformed: Rows that cannot be trained on by their numbers, with what is wrong.
         counts: What the conversion counted of the others, a row each.
         dropped: The numbers of those that a run drops, by the cause.

@@ -115,7 +115,7 @@ def read_prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         rows = rows_as_messages(rows, tokenizer, "data")
     check = check_template(tokenizer, conversational=isinstance(rows[0].get("prompt"), list))
     if state.is_main_process and check.status != "ok":
-        print(f"warning: {check.name}: {check.message}", file=sys.stderr)
+        print(f"warning: {check.title}: {check.message}", file=sys.stderr)
     return prepare_prompts(rows, tokenizer, instruction=arguments.instruction, negatives=not arguments.no_negative)
 
 

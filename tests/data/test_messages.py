@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ def test_plain_text_beside_a_chat_template_is_said_loudly(tokenizer: PreTrainedT
     check = found.checks["train"][0]
     assert (check.name, check.status) == (TEMPLATE_CHECK, "warn") and "apply_chat_template: true" in check.message
     assert found.render().splitlines()[0].endswith("NO CHAT TEMPLATE IS APPLIED, see the checks")
+    held_out = replace(found, checks={**found.checks, "held-out": found.checks["train"]})
+    shown = held_out.render()
+    assert "warn  chat template: not applied: the rows are plain text" in shown
+    assert shown.count("not applied") == 1, "what holds for all rows of a form is said once"
     bare = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>"
     )

@@ -115,7 +115,8 @@ def test_duplicates_warn_above_a_share(tokenizer: PreTrainedTokenizerFast) -> No
     rows = numbered(20)
     assert check_of(report(tokenizer, rows), TWICE).status == "ok"
     few = check_of(report(tokenizer, rows + rows[:1]), TWICE)
-    assert few.status == "ok" and few.message.startswith("1 rows (4.8%) repeat an earlier one")
+    assert few.status == "ok" and few.message.startswith("1 row (4.8%) repeats an earlier one")
+    assert few.title == "repeated rows", "which holds for what is found, whatever it is"
     many = check_of(report(tokenizer, rows + rows[:2]), TWICE)
     assert many.status == "warn" and "2 rows (9.1%)" in many.message
 

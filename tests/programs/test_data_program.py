@@ -215,7 +215,7 @@ def test_near_duplicates_are_said_shown_and_left_out(
     assert content["splits"]["train"]["survey"]["num_alike"] == 1, "row 3 repeats another to the letter"
     assert read("clean.jsonl") == [rows[0], rows[1], rows[3], rows[4]]
     shown = capsys.readouterr().out
-    assert "1 rows (20.0%) are like an earlier one" in shown and "row 2  a2" in shown
+    assert "1 row is like an earlier one (20.0%)" in shown and "row 2  a2" in shown
 
 
 class _Tags(HTMLParser):
