@@ -216,7 +216,6 @@ WRITE: Mapping[str, str] = {
     "metric_for_best": "metric_for_best_model",
     "early_stopping": "early_stopping_patience",
     "early_stopping_steps": "early_stopping_patience",
-    "do_eval": "eval_strategy",
     "logging_interval": "logging_steps",
     "save_interval": "save_steps",
     "eval_interval": "eval_steps",
@@ -299,8 +298,8 @@ ABSENT: Mapping[str, str] = {
 """Name elsewhere to what alignkit has not."""
 
 SETTLED: Mapping[str, str] = {
-    **dict.fromkeys(("do_train", "prediction_loss_only", "label_names"), "a program trains, and evaluates where rows "
-                    "are held out"),
+    **dict.fromkeys(("do_train", "do_eval", "prediction_loss_only", "label_names"), "a program trains, and evaluates "
+                    "where rows are held out"),
     **dict.fromkeys(("plot_loss", "disable_tqdm"), "the plot is always drawn, and progress bars are for terminals"),
     **dict.fromkeys(("eval_on_start",), "rows that are held out are evaluated before and after training"),
     **dict.fromkeys(("remove_unused_columns", "ignore_bias_buffers", "use_cache", "average_tokens_across_devices",

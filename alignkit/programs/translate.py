@@ -124,7 +124,7 @@ def translate(entries: Mapping[str, Any]) -> Translation:
         found.notes.append("what is trained, which nothing here says: sft is taken, write method: dpo for preferences")
     own = {**base_keys(_program(found.values["method"])), **method_keys(found.values["method"])}
     for name, value in given.items():
-        if name in _SAYS_METHOD and name not in own:
+        if name in (*_SAYS_METHOD, *(_GAMMA_BY_BETA if "gamma" in own else ())) and name not in own:
             continue
         if name in _BY_VALUE:
             _take(found, name, value, _BY_VALUE[name](value))
@@ -133,10 +133,10 @@ def translate(entries: Mapping[str, Any]) -> Translation:
         else:
             _look_up(found, name, value, own)
     if _program(found.values["method"]) == "preference":
-        for name, value in THERE.items():
-            allowed = name in own and (own[name].info.gt is None or value > own[name].info.gt)
-            if allowed and own[name].default != value:
-                found.values.setdefault(name, value)
+        _take_defaults_of_there(found, own)
+        ratio = next((given[name] for name in _GAMMA_BY_BETA if name in given), None)
+        if ratio is not None and "gamma" in own:
+            found.values["gamma"] = float(ratio) * float(found.values.get("beta", own["beta"].default))
     if "disable_dropout" in own and found.values.pop("lora_dropout", 0):
         found.notes.append(
             "lora_dropout: a policy and its reference are compared without dropout; disable_dropout: false"
@@ -144,6 +144,15 @@ def translate(entries: Mapping[str, Any]) -> Translation:
     return found
 
 
+def _take_defaults_of_there(found: Translation, own: Mapping[str, Any]) -> None:
+    """What was left to the defaults there has another one here: it is written, unless it is refused here."""
+    for name, value in THERE.items():
+        allowed = name in own and (own[name].info.gt is None or value > own[name].info.gt)
+        if allowed and own[name].default != value:
+            found.values.setdefault(name, value)
+
+
+_GAMMA_BY_BETA = ("gamma_beta_ratio", "simpo_gamma_beta_ratio")
 _SAYS_METHOD = (
     "stage",
     "rl",
@@ -188,7 +197,7 @@ def _look_up(found: Translation, name: str, value: Any, own: Mapping[str, Any]) 
         found.notes.append(f"{name}: {show(value)} belongs to the launcher: `accelerate launch --config_file ...`")
     elif advice := foreign_keys.WRITE.get(plain):
         match = _NAME.match(advice)
-        if match is None or (match["key"] not in own and value is not False):
+        if match is None or match["key"] == "method" or (match["key"] not in own and value is not False):
             found.notes.append(f"{name}: {show(value)}. Write {advice}")
         elif match["key"] not in own:
             return  # switched off, where it is not there at all

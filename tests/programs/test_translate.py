@@ -169,6 +169,18 @@ def test_a_loss_is_the_one_that_ran_there(theirs: dict[str, Any], method: str, d
             assert getattr(found, ours) == getattr(defaults, name), ours
 
 
+def test_a_margin_given_as_a_share_of_beta_is_multiplied_by_it() -> None:
+    theirs = {"base_model": "m", "rl": "simpo", "gamma_beta_ratio": 0.55}
+    assert translate({**theirs, "beta": 2.5}).values["gamma"] == pytest.approx(1.375)
+    assert translate(theirs).values["gamma"] == pytest.approx(0.055)
+
+
+def test_no_key_but_stage_and_loss_says_the_method() -> None:
+    found = translate({"base_model": "m", "rl": "ipo", "reference_free": True, "do_eval": True})
+    assert found.values == {"method": "ipo", "model": "m"}
+    assert [note.split(":")[0] for note in found.notes] == ["reference_free", "do_eval"]
+
+
 def test_what_is_missing_or_cannot_be_used_is_said() -> None:
     text = translated({"stage": "grpo", "model_name_or_path": "m", "dataset_name": "d", "deepspeed": "ds.json"})
     assert "# left out: deepspeed: ds.json belongs to the launcher" in text
