@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -250,10 +251,10 @@ def prepare(one: Tutorial, folder: Path) -> list[str]:
         marked = [{"label": number % 2 == 0} if "label" in one.row else {} for number in range(24)]
         rows = [json.dumps(one.row | label) for label in marked]
         # What differs in the text keeps rows from being repeated.
-        texts = [row.replace("Name a colour", f"Name colour {n}") for n, row in enumerate(rows)]
+        texts = [row.replace("a colour", f"colour {n}").replace("Blue is", f"Blue {n} is") for n, row in enumerate(rows)]
         (folder / "rows.jsonl").write_text("\n".join(texts) + "\n")
     if one.ours:
-        (folder / "merged").exists() and subprocess.run(["rm", "-r", str(folder / "merged")], check=True)
+        shutil.rmtree(folder / "merged", ignore_errors=True)
         return [one.ours]
     words = shlex.split(one.theirs)
     for place, word in enumerate(words):
