@@ -251,7 +251,9 @@ def prepare(one: Tutorial, folder: Path) -> list[str]:
         marked = [{"label": number % 2 == 0} if "label" in one.row else {} for number in range(24)]
         rows = [json.dumps(one.row | label) for label in marked]
         # What differs in the text keeps rows from being repeated.
-        texts = [row.replace("a colour", f"colour {n}").replace("Blue is", f"Blue {n} is") for n, row in enumerate(rows)]
+        texts = [
+            row.replace("a colour", f"colour {n}").replace("Blue is", f"Blue {n} is") for n, row in enumerate(rows)
+        ]
         (folder / "rows.jsonl").write_text("\n".join(texts) + "\n")
     if one.ours:
         shutil.rmtree(folder / "merged", ignore_errors=True)
