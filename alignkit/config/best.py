@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
 from alignkit.config.settings import Settings
+from alignkit.parts.method import load_method
 
 _LESS = re.compile(r"(.*_)?loss(/.*)?|.*perplexity")
 _MORE = re.compile(
@@ -40,4 +42,13 @@ def check_best(settings: Settings) -> None:
     is_used = values.get("load_best_model_at_end") or values.get("early_stopping_patience") is not None
     if is_used and metric is not None and more_is_better(metric, values.get("greater_is_better")) is None:
         why = "names a metric of which its name does not say whether more of it is better"
-        settings.report("metric_for_best_model", why, "Write greater_is_better: true or false as well")
+        settings.report(
+            "metric_for_best_model", why, f"{_nearest(settings, metric)}rite greater_is_better: true or false as well"
+        )
+
+
+def _nearest(settings: Settings, metric: str) -> str:
+    """The metric that may be meant, as the beginning of advice."""
+    known = ["loss", *(load_method(settings.method).metrics if settings.method else ())]
+    near = difflib.get_close_matches(metric.removeprefix("eval_"), known, n=1, cutoff=0.8)
+    return f"Did you mean {near[0]}? If not, w" if near else "W"

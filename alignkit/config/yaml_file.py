@@ -29,6 +29,9 @@ def read_entries(path: Path, label: str) -> tuple[dict[str, Entry], list[Problem
     with _reading(label):
         with path.open("rb") as stream:
             content = stream.read(MOST_BYTES + 1)
+        if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
+            why = "rows, by its name, and no configuration"
+            raise _unreadable(label, why, f"Write --data {label}, with --method, --model and --output_dir")
         if len(content) > MOST_BYTES:
             why = f"more than {MOST_BYTES:,} bytes, which is no configuration"
             raise _unreadable(label, why, "Give the path of a YAML file")

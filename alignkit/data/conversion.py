@@ -19,6 +19,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.json_files import HEAD_ROWS
+from alignkit.data.mapped import mapped
 from alignkit.data.problems import Problem
 from alignkit.data.processes import NumProc, process_count, workers_ending
 from alignkit.data.report import QUANTILES, length_line
@@ -103,7 +104,8 @@ def convert_table(
         "remove_columns": dataset.column_names,
     }
     with workers_ending(name):
-        problems = dataset.map(
+        problems = mapped(
+            dataset,
             _find_problems,
             with_indices=True,
             features=_PROBLEM_FEATURES,
@@ -113,7 +115,8 @@ def convert_table(
         )
     _refuse_problems(problems[:], name)
     with workers_ending(name):
-        converted = dataset.map(
+        converted = mapped(
+            dataset,
             conversion.convert,
             features=Features({**conversion.features, **conversion.counts}),
             fn_kwargs={"tokenizer": tokenizer, "settings": conversion.settings},

@@ -17,6 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 from datasets.features.features import register_feature
 
+from alignkit.data.mapped import mapped
 from alignkit.errors import DataError
 
 _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
@@ -125,7 +126,7 @@ def map_values(
     if isinstance(dataset, IterableDataset):
         return dataset.map(_changed, **options)
     features = Features({**dataset.features, **{name: JsonValue() for name in columns}})
-    return dataset.map(_changed_and_stored, features=features, **options)
+    return mapped(dataset, _changed_and_stored, features=features, **options)
 
 
 def with_json_columns(dataset: Dataset, columns: Collection[str]) -> Dataset:

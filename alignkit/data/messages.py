@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.columns import plain_prompt_problem
 from alignkit.data.formats.hh_rlhf import transcript_messages
 from alignkit.data.json_values import JsonValue, encode
+from alignkit.data.mapped import mapped
 from alignkit.data.problems import value_problems
 from alignkit.data.schema import describe_problems
 from alignkit.errors import DataError
@@ -51,13 +52,11 @@ def as_messages(
     if dataset.features is not None:
         features = Features({**dataset.features, **dict.fromkeys(columns, MESSAGES)})
     stored = [side for side in ANSWERS if isinstance((dataset.features or {}).get(side), JsonValue)]
-    return dataset.map(
-        _messages_of_batch,
-        batched=True,
-        with_indices=True,
-        features=features,
-        fn_kwargs={"columns": columns, "name": name, "stored": stored},
-    )
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "features": features}
+    options["fn_kwargs"] = {"columns": columns, "name": name, "stored": stored}
+    if isinstance(dataset, Dataset):
+        return mapped(dataset, _messages_of_batch, **options)
+    return dataset.map(_messages_of_batch, **options)
 
 
 def rows_as_messages(

@@ -16,6 +16,7 @@ from alignkit.data.columns import RowFamily
 from alignkit.data.conversion import rows_of
 from alignkit.data.foreign_rows import Found, recognise_rows, row_as_ours, rows_as_ours
 from alignkit.data.json_values import JsonValue, encode
+from alignkit.data.mapped import mapped
 from alignkit.data.readers import first_rows
 from alignkit.data.schema import EXAMPLES_SHOWN
 from alignkit.errors import DataError
@@ -73,7 +74,7 @@ def as_our_rows(
         say_format(rows, found.form, used, name)
         return Read(rows, after, used)
     features = {column: feature for column, feature in dataset.features.items() if column in kept}
-    rows = dataset.map(_stored, features=Features(features | dict.fromkeys(found.given, JsonValue())), **options)
+    rows = mapped(dataset, _stored, features=Features(features | dict.fromkeys(found.given, JsonValue())), **options)
     empty = [column.is_null().to_numpy() for column in (rows.data.column(name) for name in found.given)]
     left_out = np.flatnonzero(np.logical_and.reduce(empty))
     if len(left_out):

@@ -27,6 +27,7 @@ from alignkit.data.candidates import SOURCE_COLUMNS, to_candidate_rows
 from alignkit.data.checks import check_template
 from alignkit.data.columns import RowFamily, nearest_name
 from alignkit.data.load import load_rows
+from alignkit.data.mapped import mapped
 from alignkit.data.messages import as_messages
 from alignkit.data.novelty import prompt_text
 from alignkit.data.prefix import IGNORE_INDEX
@@ -304,7 +305,7 @@ def _read_supervised(
         stop_token_ids=(),
     )
     assert isinstance(tokens, Dataset)
-    rows = tokens.map(_scored_batch, batched=True, remove_columns=tokens.column_names, features=_SCORED)
+    rows = mapped(tokens, _scored_batch, batched=True, remove_columns=tokens.column_names, features=_SCORED)
     numbers = kept.tolist()
     prompt_of = supervised_rows().prompt_of
     texts = [prompt_text(prompt_of(loaded[i])) for i in numbers] if wanted.texts else []

@@ -25,6 +25,7 @@ from alignkit.config.overrides import UNSET, read_text, split_overrides
 from alignkit.config.values import show
 from alignkit.config.yaml_file import read_entries
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.parts.mixture import components_of
 from alignkit.parts.shape import shapes_by_program
 from alignkit.yaml_text import dump_yaml
 
@@ -72,7 +73,9 @@ def translated(entries: Mapping[str, Any]) -> str:
     found = translate(entries)
     problems = _problems(found.values)
     comments = [f"# left out: {note}" for note in found.notes] + [f"# to do: {problem}" for problem in problems]
-    return "\n".join([*comments, dump_yaml(found.values)])
+    method = components_of(str(found.values["method"]))
+    shown = {"method": {each.name: each.weight for each in method}} if len(method) > 1 else {}
+    return "\n".join([*comments, dump_yaml(found.values | shown)])
 
 
 def _entries(words: Sequence[str]) -> dict[str, Any]:
@@ -175,6 +178,10 @@ def _method(given: Mapping[str, Any]) -> str:
     weights = given.get("loss_weights") or [1.0] * len(methods)
     mixed = dict(zip(methods, map(float, weights), strict=False))
     if (sft := given.get("pref_ftx", given.get("rpo_alpha"))) is not None and float(sft) > 0:
+        if "sft" in mixed:
+            raise AlignkitError(
+                f"the weight of the SFT term is given twice, {mixed['sft']:g} and {sft}. Keep one of them."
+            )
         mixed["sft"] = float(sft)
     likelihood = float(given.get("cpo_alpha", CPO_ALPHA_THERE))
     if names == ["simpo"] and "pref_loss" not in given and likelihood > 0:

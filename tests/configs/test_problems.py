@@ -165,3 +165,16 @@ def test_a_key_of_a_kind_it_cannot_be_is_one_problem_whatever_is_checked_afterwa
         with pytest.raises(ConfigError) as caught:
             load_config(load_method(method).program, "c.yaml", [])
         assert any(f"`{key}:" in problem for problem in caught.value.problems), key
+
+
+def test_rows_in_the_place_of_a_config_are_named(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(ConfigError, match=r"rows, by its name, and no configuration\. Write --data .*pairs\.jsonl"):
+        load_config("preference", tmp_path / "pairs.jsonl", check_files=False)
+
+
+def test_a_metric_with_a_slip_of_the_pen_is_answered_with_the_nearest() -> None:
+    words = ["--model", "m", "--data", "d", "--output_dir", "o", "--method", "dpo", "--load_best_model_at_end"]
+    words += ["--eval_strategy", "steps", "--eval_fraction", "0.1"]
+    with pytest.raises(ConfigError, match=r"Did you mean loss\?"):
+        load_config("preference", None, [*words, "--metric_for_best_model", "eval_los"], check_files=False)

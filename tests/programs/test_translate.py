@@ -111,7 +111,7 @@ def test_a_command_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--model_name_or_path m --dataset_name d --loss_type sigmoid sft --loss_weights 1 0.2 --output_dir o"
     cli.run(["translate", "trl", "dpo", *words.split(), "--use_peft"])
     assert parse_yaml(capsys.readouterr().out) == {
-        "method": "1.0*dpo+0.2*sft",
+        "method": {"dpo": 1.0, "sft": 0.2},
         "model": "m",
         "data": "d",
         "output_dir": "o",
@@ -127,6 +127,12 @@ def test_a_file_named_by_a_command_and_what_the_command_says_besides(
     written = capsys.readouterr().out
     assert parse_yaml(written)["learning_rate"] == 1e-4
     assert written.startswith("# left out: template: llama3 (the tokenizer's own chat template is used")
+
+
+def test_an_sft_term_that_is_given_twice_is_named() -> None:
+    theirs = {"stage": "dpo", "loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0], "rpo_alpha": 0.5}
+    with pytest.raises(AlignkitError, match="given twice, 1 and 0.5"):
+        translate(theirs)
 
 
 def test_a_loss_keeps_the_beta_that_it_has_there() -> None:
