@@ -48,8 +48,9 @@ def mr_rml_loss(
     these up to a rotation, which changes no term. So there is no term that holds them apart, no gain a dimension, and
     no offset, which would cancel. Axes through a reference answer are left out.
 
-    Fidelity: reconstruction, GPRC-inspired. From the abstract alone: axis-based ranking from a prompt-anchored
-    decomposition, axis similarity, perpendicular deviation. All equations and coefficients are ours.
+    Fidelity: reconstruction, GPRC-inspired. From the abstract, and a summary by others that names axis-based ranking
+    from a prompt-anchored decomposition, axis similarity and perpendicular deviation. All equations and coefficients
+    are ours.
 
     Args:
         batch: Pairs [B, 2] with ``displacements`` [B, 2, E] and ``labels`` [B, D].

@@ -86,8 +86,8 @@ METHOD = Method(
   url     = {https://arxiv.org/abs/2511.16139}
 }""",
     ),
-    fidelity="reconstruction, GPRC-inspired: from the paper's abstract alone; every equation, every coefficient and "
-    "the choice of axes are ours",
+    fidelity="reconstruction, GPRC-inspired: from the paper's abstract and a summary by others, without its text; "
+    "every equation, every coefficient and the choice of axes are ours",
     program="reward",
     needs=always(),
     dimensions=lambda options: RewardDimensions(tuple(options.dimensions), options.projection_dim),

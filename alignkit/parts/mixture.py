@@ -150,6 +150,7 @@ def mixture(components: Sequence[Component], methods: Sequence[Method]) -> Metho
         num_candidates=exact[0] if exact else None,
         conflicts=(),
         ignored=(),
+        lowers_chosen=any(method.lowers_chosen for method in methods),
         mixed=tuple(methods),
     )
 

@@ -71,6 +71,9 @@ def test_a_falling_chosen_likelihood_is_degradation(seed: int) -> None:
 def test_a_loss_that_lowers_the_chosen_on_purpose_does_not_degrade() -> None:
     lowering = {name for name in method_names() if load_method(name).lowers_chosen}
     assert lowering == {"apo_down"}
+    for mixture in ("1.0*apo_down+0.5*dpo", "0.5*dpo+1.0*apo_down"):
+        assert load_method(mixture).lowers_chosen, "whichever is named first"
+    assert not load_method("0.5*dpo+1.0*apo_zero").lowers_chosen
     assert judge(sliding(chosen=-8.0), FLEX | {"lowers_chosen": False}).verdicts
     assert judge(sliding(chosen=-8.0), FLEX | {"lowers_chosen": True}).verdicts == []
 
