@@ -61,6 +61,10 @@ class UnpairedReport(ConversionReport):
         good, bad = self.weights
         return good * self.num_desirable / max(bad * (self.num_rows - self.num_desirable), 1e-9)
 
+    def sizes(self) -> dict[int, int]:
+        """Nothing: the second completion of a row is no answer of its prompt."""
+        return {}
+
     def details(self) -> dict[str, str]:
         """How many answers are called good and bad, and what they weigh."""
         bad = self.num_rows - self.num_desirable

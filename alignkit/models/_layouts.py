@@ -25,7 +25,8 @@ from alignkit.models.choices import Choice, pinned
 
 Requested = Literal["auto", "padded", "packed"]
 ASKED_FOR = "asked for"
-CHEAPER = "no padding, and every prompt computed once for all of its completions"
+NO_PADDING = "no padding"
+CHEAPER = f"{NO_PADDING}, and every prompt computed once for all of its completions"
 VIRTUAL_TOKENS = "prompt-learning adapters prepend virtual tokens to every row"
 WINDOWS = re.compile(r"(.*_)?window_size|local_attention|attention_chunk_size|index_topk")
 """Keys of a config that say how far a token sees, or how many of the tokens before it it looks at, in ways that packed
@@ -77,7 +78,9 @@ def choose_layout(
         raise ModelError(refusal(obstacle))
     if obstacle:
         return LayoutChoice("padded", obstacle)
-    return LayoutChoice("packed", ASKED_FOR if requested == "packed" else CHEAPER)
+    # Nothing is shared where every row is one sequence.
+    cheaper = CHEAPER if (lengths.each_packed >= lengths.longest).any() else NO_PADDING
+    return LayoutChoice("packed", ASKED_FOR if requested == "packed" else cheaper)
 
 
 def confirmed(choice: LayoutChoice, runs: Iterable[ScoringRun], lengths: RowLengths) -> LayoutChoice:

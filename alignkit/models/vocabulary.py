@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
@@ -110,15 +111,38 @@ def num_embeddings(model: PreTrainedModel | PeftModel) -> int:
     return next(part.num_embeddings for part in parts if isinstance(part, nn.Embedding))
 
 
+def unused_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rows: Dataset) -> list[str]:
+    """Those of some tokens that occur in no row, or none where the rows hold no token ids.
+
+    Args:
+        tokenizer: It knows them.
+        texts: The tokens.
+        rows: Converted rows.
+    """
+    if not texts or not set(TOKEN_COLUMNS) & set(rows.column_names):
+        return []
+    ids = np.asarray(tokenizer.convert_tokens_to_ids(list(texts)))
+    is_used = np.zeros(len(ids), dtype=bool)
+    for values in _token_ids(rows):
+        is_used |= np.isin(ids, values)
+    return [text for text, used in zip(texts, is_used, strict=True) if not used]
+
+
 def _largest_ids(rows: Dataset | Sequence[Sequence[int]] | None) -> Iterable[int]:
     """The largest token id of every batch of rows."""
     if not isinstance(rows, Dataset):
         yield max(chain.from_iterable(rows or []), default=0)
         return
+    for values in _token_ids(rows):
+        yield int(np.max(values, initial=0))
+
+
+def _token_ids(rows: Dataset) -> Iterator[NDArray[np.int64]]:
+    """All token ids of converted rows, a column of a batch at a time."""
     columns = [column for column in TOKEN_COLUMNS if column in rows.column_names]
     for table in rows.select_columns(columns).with_format("arrow").iter(BATCH_ROWS):
         for column in columns:
             values = table[column].combine_chunks()
             while values.type.num_fields:  # lists, and lists of lists
                 values = values.flatten()
-            yield int(np.max(values.to_numpy(), initial=0))
+            yield values.to_numpy()

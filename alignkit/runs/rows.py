@@ -18,6 +18,7 @@ from alignkit.data.messages import as_messages
 from alignkit.data.report import data_report
 from alignkit.data.split_report import SplitReport
 from alignkit.models import loading
+from alignkit.models.vocabulary import unused_tokens
 from alignkit.parametrizations._policy import load_tokenizer as load_tokenizer
 from alignkit.parts.method import Preparation
 from alignkit.runs.directory import RunDirectory
@@ -153,5 +154,13 @@ def report_data(
     report = data_report(converted, tokenizer, limits=limits)
     if args.process_index == 0:
         report.print_to(sys.stdout)
+        _warn_of_unused(config, converted["train"][0], tokenizer)
     directory.record(data=report.to_dict())
     report.raise_for_failures()
+
+
+def _warn_of_unused(config: Any, train: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say which new tokens the training rows do not hold; of streamed rows that is not known."""
+    if isinstance(train, Dataset) and (unused := unused_tokens(tokenizer, config.new_tokens, train)):
+        found = f"no training row holds {', '.join(map(repr, unused))}: nothing is learnt of what is not there"
+        print(f"warning: `new_tokens`: {found}. See how it is spelt, or remove it", file=sys.stderr)

@@ -99,6 +99,7 @@ def test_one_label_alone_is_refused_in_training_rows(label: bool, advice: str) -
 def test_the_report_says_what_was_made_of_the_rows() -> None:
     rows, report = converted([{"prompt": f"q{i}", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(4)])
     assert report.details()["good and bad answers"] == "4 and 4"
+    assert report.sizes() == {}, "no row has two candidates"
     assert any("4 pairs were read as two answers each" in note for note in report.notes())
     assert any("drawn by the seed" in note for note in report.notes())
     labels = [label for label, _ in report.example(rows[1], tokenizer()).labelled()]

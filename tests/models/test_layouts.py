@@ -131,6 +131,22 @@ def test_architectures_that_cannot_are_refused(family: str) -> None:
     assert choice.reason
 
 
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [
+        (ROWS, True),
+        (random_rows([(5, (1, 1))]), True),
+        (random_rows([(5, (4,)), (2, (9,))]), False),
+        ([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}], False),
+    ],
+    ids=["candidates", "one token each", "one completion", "supervised"],
+)
+def test_what_packing_saves_is_what_it_saves_of_these_rows(rows: Any, shared: bool) -> None:
+    choice = choose_layout("auto", build("llama", SMALL), RowLengths.of(rows))
+    assert choice.layout == "packed" and choice.reason.startswith("no padding")
+    assert ("all of its completions" in choice.reason) == shared
+
+
 def test_the_numerical_check_sees_what_the_config_hides() -> None:
     """The static rules can be wrong about an unknown architecture; running both layouts cannot."""
     model = build("mistral", SMALL | {"sliding_window": None})

@@ -58,9 +58,12 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("parametrization", "tied", "spare"), [("full", True, 0), ("lora", True, 0), ("lora", False, 0), ("lora", False, 5)]
 )
-def test_they_are_learnt_saved_and_merged(parametrization: str, tied: bool, spare: int, place: Path) -> None:
+def test_they_are_learnt_saved_and_merged(
+    parametrization: str, tied: bool, spare: int, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_model(place / "model", tie_word_embeddings=tied, vocab_size=FIRST + spare)
     trainer = train_sft(SupervisedConfig(**keys(parametrization=parametrization)))
+    assert "no training row holds" not in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(place / "run")
     assert [tokenizer(text, add_special_tokens=False)["input_ids"] for text in NEW] == [[FIRST], [FIRST + 1]]
     assert tokenizer("w5<think>w6")["input_ids"] == [8, FIRST, 9]
@@ -90,10 +93,14 @@ def test_they_are_learnt_saved_and_merged(parametrization: str, tied: bool, spar
 
 
 @pytest.mark.parametrize("reference", ["copy", "precomputed"])
-def test_every_kind_of_reference_begins_where_the_policy_does(reference: str, place: Path) -> None:
+def test_every_kind_of_reference_begins_where_the_policy_does(
+    reference: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_model(place / "model")
     how = {"method": "dpo", "data": "pairs.jsonl", "logging_steps": 1, "max_steps": 1, "parametrization": "full"}
+    how["new_tokens"] = [*NEW, "<thnik>"]
     train_preference(PreferenceConfig(**keys(**how, reference=reference)))
+    assert "`new_tokens`: no training row holds '<thnik>': nothing" in capsys.readouterr().err
     first = json.loads((place / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["logratio/chosen"] == pytest.approx(0, abs=1e-5)
 
