@@ -88,6 +88,7 @@ def _entries(words: Sequence[str]) -> dict[str, Any]:
             stage = rest.pop(0)
             entries |= {} if stage in SUBCOMMANDS else {"stage": stage}
         entries |= {"rl": "sft"} if tool == "axolotl" and "stage" not in entries else {}
+        entries |= {"finetuning_type": "lora"} if tool == "llamafactory-cli" else {}
     last = None
     for name, text, _ in split_overrides(rest):
         value = True if text is None else read_text(text, None)
@@ -140,11 +141,22 @@ def translate(entries: Mapping[str, Any]) -> Translation:
         ratio = next((given[name] for name in _GAMMA_BY_BETA if name in given), None)
         if ratio is not None and "gamma" in own:
             found.values["gamma"] = float(ratio) * float(found.values.get("beta", own["beta"].default))
+    _take_what_trains_there(found, given)
     if "disable_dropout" in own and found.values.pop("lora_dropout", 0):
         found.notes.append(
             "lora_dropout: a policy and its reference are compared without dropout; disable_dropout: false"
         )
     return found
+
+
+def _take_what_trains_there(found: Translation, given: Mapping[str, Any]) -> None:
+    """All weights, where no adapter is said: adapters are the default here, and in LLaMA-Factory, of its own size."""
+    if given.get("finetuning_type") == "lora":
+        found.values.setdefault("lora_r", 8)
+        found.values.setdefault("lora_alpha", 2 * int(found.values["lora_r"]))
+    has_adapter = any(key in ("adapter", "quantization") or "lora" in key for key in found.values)
+    if not has_adapter:
+        found.values.setdefault("parametrization", "full")
 
 
 def _take_defaults_of_there(found: Translation, own: Mapping[str, Any]) -> None:

@@ -72,6 +72,7 @@ def test_a_file_of_llama_factory() -> None:
         "model": "m",
         "parametrization": "lora",
         "lora_r": 8,
+        "lora_alpha": 16,
         "lora_target_modules": "all-linear",
         "beta": 0.2,
         "data": ["a.jsonl", "b.jsonl"],
@@ -175,6 +176,28 @@ def test_a_loss_is_the_one_that_ran_there(theirs: dict[str, Any], method: str, d
             assert getattr(found, ours) == getattr(defaults, name), ours
 
 
+@pytest.mark.parametrize(
+    ("command", "trains"),
+    [
+        ("trl sft", {"parametrization": "full"}),
+        ("trl sft --use_peft", {"parametrization": "lora"}),
+        ("axolotl train", {"parametrization": "full"}),
+        ("axolotl train --adapter lora --lora_r 4", {"parametrization": "lora", "lora_r": 4}),
+        ("llamafactory-cli train", {"parametrization": "lora", "lora_r": 8, "lora_alpha": 16}),
+        ("llamafactory-cli train --lora_rank 4", {"parametrization": "lora", "lora_r": 4, "lora_alpha": 8}),
+        ("llamafactory-cli train --lora_alpha 5", {"parametrization": "lora", "lora_r": 8, "lora_alpha": 5}),
+        ("llamafactory-cli train --finetuning_type full", {"parametrization": "full"}),
+    ],
+)
+def test_what_trains_there_trains_here(
+    command: str, trains: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All weights in TRL and axolotl unless an adapter is named; in LLaMA-Factory LoRA of rank 8 and twice that."""
+    cli.run(["translate", *command.split(), "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"])
+    found = parse_yaml(capsys.readouterr().out)
+    assert {key: value for key, value in found.items() if key.startswith(("param", "lora"))} == trains
+
+
 def test_a_margin_given_as_a_share_of_beta_is_multiplied_by_it() -> None:
     theirs = {"base_model": "m", "rl": "simpo", "gamma_beta_ratio": 0.55}
     assert translate({**theirs, "beta": 2.5}).values["gamma"] == pytest.approx(1.375)
@@ -183,7 +206,7 @@ def test_a_margin_given_as_a_share_of_beta_is_multiplied_by_it() -> None:
 
 def test_no_key_but_stage_and_loss_says_the_method() -> None:
     found = translate({"base_model": "m", "rl": "ipo", "reference_free": True, "do_eval": True})
-    assert found.values == {"method": "ipo", "model": "m"}
+    assert found.values == {"method": "ipo", "model": "m", "parametrization": "full"}
     assert [note.split(":")[0] for note in found.notes] == ["reference_free", "do_eval"]
 
 
