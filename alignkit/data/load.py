@@ -168,29 +168,29 @@ def _load_source(
     wanted = wanted_columns(column_map, family.columns) | (format_columns(family) - column_map.keys())
     known = None if family.keeps_others else family.columns
     dataset, columns = open_source(source, streaming=streaming, keep=None if family.keeps_others else wanted)
-    dataset, columns = rename_columns(dataset, columns, column_map, source.path, known)
+    dataset, columns = rename_columns(dataset, columns, column_map, source.name, known)
     present = [name for name in columns if family.keeps_others or name in wanted or name in family.columns]
     used = [name for name in present if name in family.columns]
     others = [] if family.keeps_others else [name for name in present if name not in used]
     if present:
         dataset = without_filled_nulls(dataset, used if family.keeps_others else present)
-        read = as_our_rows(dataset, present, family, source.path)
+        read = as_our_rows(dataset, present, family, source.name)
     if present and read is not None:
         ignored = [name for name in columns if name not in {*used, *read.used}]
         dataset, columns = read.rows, [*read.columns, *(name for name in columns if name not in present)]
     else:
         ignored = [name for name in columns if name not in used]
         if not used:
-            family.detect(columns, [], name=source.path)
+            family.detect(columns, [], name=source.name)
         dataset = dataset.remove_columns(others)
         if is_csv(source.path):
-            dataset = _parse_csv_lists(dataset, used, source.path)
+            dataset = _parse_csv_lists(dataset, used, source.name)
     if ignored and not family.keeps_others:
-        logger.warning("%s: columns not used and dropped: %s", source.path, listed_columns(ignored))
+        logger.warning("%s: columns not used and dropped: %s", source.name, listed_columns(ignored))
     # Columns that are not ours stay as they are, whatever they hold.
     ours = [name for name in MESSAGE_COLUMNS if name in family.columns]
-    dataset = parse_messages(dataset, source.path, ours)
-    return dataset, family.detect(columns, first_rows(dataset, source.path)[0], name=source.path)
+    dataset = parse_messages(dataset, source.name, ours)
+    return dataset, family.detect(columns, first_rows(dataset, source.name)[0], name=source.name)
 
 
 def _columns_of_all(
@@ -199,7 +199,7 @@ def _columns_of_all(
     """Every column that rows of any of the sources may have."""
     if not family.keeps_others:
         return family.columns
-    found = [first_rows(rows, source.path)[1] for source, (rows, _) in zip(sources, loaded, strict=True)]
+    found = [first_rows(rows, source.name)[1] for source, (rows, _) in zip(sources, loaded, strict=True)]
     return list(dict.fromkeys(name for columns in found for name in columns))
 
 

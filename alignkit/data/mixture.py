@@ -61,14 +61,14 @@ def mix(
         # The small addition keeps a whole count from losing a row in floating point.
         counts = [int(total * share + 1e-9) for share in shares]
         if 0 in counts:
-            empty = [source.path for source, count in zip(sources, counts, strict=True) if count == 0]
+            empty = [source.name for source, count in zip(sources, counts, strict=True) if count == 0]
             raise DataError("the mixture is lopsided", [f"{path}: its weight leaves it no row" for path in empty])
         datasets = [
             dataset.select(np.sort(np.random.default_rng([seed, i]).permutation(len(dataset))[:count]))
             for i, (dataset, count) in enumerate(zip(datasets, counts, strict=True))
         ]
     for source, dataset in zip(sources, datasets, strict=True):
-        logger.info("mixture: %d rows of %s", len(dataset), source.path)
+        logger.info("mixture: %d rows of %s", len(dataset), source.name)
     return concatenate_datasets(datasets).shuffle(seed=seed)
 
 
@@ -87,7 +87,7 @@ def _aligned(
     """The datasets with columns of the same types; an error when their rows are of different forms."""
     datasets = [dataset for dataset, _ in loaded]
     if len({kind for _, kind in loaded}) > 1:
-        forms = [f"{source.path}: {kind}" for source, (_, kind) in zip(sources, loaded, strict=True)]
+        forms = [f"{source.name}: {kind}" for source, (_, kind) in zip(sources, loaded, strict=True)]
         advice = "bring them into one form; messages with an explicit prompt are the most general"
         raise DataError(f"the sources hold rows of different forms ({advice})", forms)
     if isinstance(datasets[0], IterableDataset):

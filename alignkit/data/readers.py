@@ -8,6 +8,7 @@ so are packed tables and files of several kinds. Parquet and arrow have types of
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -38,6 +39,10 @@ from alignkit.places import is_hub_id, similar_entry
 
 logger = logging.getLogger(__name__)
 
+KEPT_FOLDER = "inputs"
+KEPT_ROWS = re.compile(r"rows-[0-9a-f]{24}\.(jsonl|parquet)")
+"""Where rows that a Python program hands over in memory are kept; see :mod:`alignkit.runs.in_memory`."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -55,6 +60,13 @@ class Source:
     split: str = "train"
     weight: float | None = None
     config: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages: rows that were handed over in memory have no name that a user knows."""
+        path = Path(self.path)
+        is_kept = path.parent.name == KEPT_FOLDER and KEPT_ROWS.fullmatch(path.name)
+        return "rows in memory" if is_kept else self.path
 
 
 class Opened(NamedTuple):

@@ -308,10 +308,19 @@ class Report:
         print(NOTE)
         if self.also_possible:
             print(f"--metrics can also name {', '.join(self.also_possible)}")
-        print()
         for title, table in others:
-            print(f"{title}:\n{table}", end="\n\n")
-        print(example_text(self.evaluations, self.prompts, self.results, self.before))
+            print(f"\n{title}:\n{table}")
+        before = {name: self._shown(results) for name, results in self.before.items()}
+        if text := example_text(self.evaluations, self.prompts, self._shown(self.results), before):
+            print(f"\n{text}")
+
+    def _shown(self, results: Results) -> Results:
+        """With as many examples as are asked for; of questions all are answered."""
+        number = self.arguments.num_samples
+        if number is None:
+            return results
+        found = {name: replace(each, examples=each.examples[:number]) for name, each in results.found.items()}
+        return Results(found)
 
     def diagram(self) -> bytes | None:
         """The reliability diagram of the first evaluation that says how sure a model is; None without one."""

@@ -25,6 +25,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.data.readers import KEPT_FOLDER
 from alignkit.errors import AlignkitError, ConfigError, ModelError
 from alignkit.models.files import MODEL_CONFIG, TOKENIZER_CONFIG
 from alignkit.models.fingerprints import computing_config
@@ -259,7 +260,7 @@ def _kept_reward(entry: Any) -> Any:
 
 
 def _folder() -> Path:
-    return default_cache_dir().with_name("inputs")
+    return default_cache_dir().with_name(KEPT_FOLDER)
 
 
 def _hash(parts: Iterable[bytes]) -> str:

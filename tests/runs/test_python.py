@@ -286,8 +286,10 @@ def test_other_rows_are_evaluated_as_those_held_out(reference: str, saved: Path,
     with prepared(saved, tmp_path, data=PAIRS[4:], eval_data=PAIRS[:4], reference=reference) as run:
         run.train()
         assert run.evaluate(PAIRS[:4]) == run.evaluate() != run.evaluate(Dataset.from_list(PAIRS[4:]))
-        with pytest.raises(DataError, match="column 'prompt' is missing"):
-            run.evaluate([{"question": "a", "answer": "b"}])
+        for rows in ([{"question": "a", "answer": "b"}], Dataset.from_list([{"question": "a", "answer": "b"}])):
+            with pytest.raises(DataError, match="column 'prompt' is missing") as raised:
+                run.evaluate(rows)
+            assert str(raised.value).startswith("rows in memory: ") and "inputs" not in str(raised.value)
 
 
 def test_rows_without_a_reference_are_not_evaluated(saved: Path, tmp_path: Path) -> None:

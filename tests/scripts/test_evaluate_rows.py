@@ -170,7 +170,11 @@ def test_answers_are_judged(assets: Path, model: Any, tokenizer: Any, tmp_path: 
 
 
 def test_final_numbers_of_an_answer_column(
-    assets: Path, tmp_path: Path, run_script: Script, monkeypatch: pytest.MonkeyPatch
+    assets: Path,
+    tmp_path: Path,
+    run_script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from alignkit.evals import _trial
     from alignkit.sampling.generation import Answer
@@ -181,6 +185,10 @@ def test_final_numbers_of_an_answer_column(
     monkeypatch.setattr(_trial, "generate_answers", lambda *_, **__: [Answer([*each, 1], True) for each in ids])
     words = ("--model", assets / "base", "--data", write_rows(tmp_path / "rows.jsonl", rows), *QUICK)
     words = (*words, "--rows", "prompts", "--answer_column", "gold", "--metrics", "final_answer")
+    for number in range(3):
+        assert run_script("evaluate", *words, "--num_samples", number) == 0
+        out = capsys.readouterr().out
+        assert out.count("question ") == number and not out.endswith("\n\n") and "\n\n\n" not in out
     assert run_script("evaluate", *words, "--output", tmp_path / "e.json") == 0
     found = read(tmp_path / "e.json")
     assert [answer["right"] for answer in found["final_answers"]] == [True, True, False, True]
