@@ -6,8 +6,9 @@ W' where the reference of a method is W. So W stays, and the adapter gets twice 
 
     s [B, -B0] [A; A0],
 
-of which the second half is frozen. The model is the same function of A and B, so that training makes the same steps;
-what is saved is a plain LoRA adapter on the original base, and without it the model is the one the run started from.
+of which the second half is frozen. The model is the same function of A and B, so that training makes the same steps
+(but for Adafactor, which looks at the size of whole factors); what is saved is a plain LoRA adapter on the original
+base, and without it the model is the one the run started from.
 """
 
 from __future__ import annotations
