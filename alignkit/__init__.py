@@ -185,7 +185,10 @@ def __getattr__(name: str) -> Any:
         return __getattr__(_FORMER[name])
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'alignkit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    from alignkit.environment import notices_unlogged  # which imports this module
+
+    with notices_unlogged():
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

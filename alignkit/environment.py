@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,19 @@ def ignore_notices() -> None:
         warnings.filterwarnings("ignore", message=message)
     # What a user can do about an adapter is said by our own checks, with the config's words.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
+
+
+@contextmanager
+def notices_unlogged() -> Iterator[None]:
+    """Log no notice of bitsandbytes about its insides meanwhile, unless the level of its logger is set already."""
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    if before == logging.NOTSET:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def environment() -> dict[str, Any]:

@@ -8,6 +8,7 @@ Used from Python, as the scorer of samples and as a reward of online training::
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from alignkit.data.rendering import RenderingError
 from alignkit.data.reward_batch import padded, scored_position
 from alignkit.data.step_rows import SEPARATORS, Steps, to_step_rows
 from alignkit.data.tokenization import answered_ids
+from alignkit.environment import ignore_notices
 from alignkit.errors import DataError, ModelError
 from alignkit.models._comparison import ScoringRun, agreed
 from alignkit.models._forward import LOGP_TOLERANCE
@@ -251,7 +253,9 @@ def load_reward_model(
     else:
         tokenizer = load_tokenizer(name, revision=revision)
     where = PartialState().device if device is None else device
-    loaded = load_for_rewards(source, adapter, tokenizer, where)
+    with warnings.catch_warnings():
+        ignore_notices()
+        loaded = load_for_rewards(source, adapter, tokenizer, where)
     return RewardModel(loaded, tokenizer, batch_size, max_length, tuple(dimensions_of(loaded, adapter)))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,3 +145,29 @@ def test_the_options_of_a_shipped_rule_are_public(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'grpo_los'"):
         _ = alignkit.grpo_los
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.INFO])
+def test_notices_of_bitsandbytes_are_not_logged_by_a_first_use(
+    level: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A level that a user has set stays in force, and afterwards all is as it was."""
+    notices, told = logging.getLogger("bitsandbytes"), logging.getLogger("bitsandbytes.backends")
+    before = notices.level
+    notices.setLevel(level)
+
+    def imported(module: str) -> object:
+        told.warning("meanwhile")
+        return SimpleNamespace(load_method="what it holds")
+
+    monkeypatch.delitem(vars(alignkit), "load_method", raising=False)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(alignkit.importlib, "import_module", imported)
+            assert alignkit.load_method == "what it holds"
+        told.warning("afterwards")
+        assert notices.level == level
+    finally:
+        notices.setLevel(before)
+        del alignkit.load_method
+    assert caplog.messages == (["afterwards"] if level == logging.NOTSET else ["meanwhile", "afterwards"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignkit import load_reward_model, load_rewards
@@ -52,6 +54,16 @@ def test_nothing_of_the_insides_of_transformers_is_said(folders: tuple[Path, Pat
         for logger in told:
             logger.removeHandler(handler)
     assert said == []
+
+
+def test_no_warning_of_the_insides_of_peft_is_shown(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(folders[1])
+    get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        load_reward_model(str(tmp_path), base=str(folders[1]))
+        warnings.warn("gradient_checkpointing is deprecated", FutureWarning, stacklevel=1)
+    assert [str(each.message) for each in shown] == ["gradient_checkpointing is deprecated"], "a caller's own are shown"
 
 
 def test_online_training_takes_it_as_any_other(folders: tuple[Path, Path], tmp_path: Path) -> None:
