@@ -7,7 +7,7 @@ last token of a step is the one that holds the last character of its separator.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -151,15 +151,21 @@ def _labelled(
     begins = len(prompt) if is_text else whole.rindex(kept)
     place, limit = begins - content.index(kept), begins + len(kept)
     labels, written = [IGNORE_INDEX] * len(ids), given["completions"]
+    last_token_before = _places(encoded["offset_mapping"])
     for number, (step, label) in enumerate(zip(written, given["labels"], strict=True)):
         place += len(step + steps.separator)
-        token = _token_at(encoded["offset_mapping"], min(place, limit))
+        token = last_token_before(min(place, limit))
         if token < len(ids) and (number == len(written) - 1 or not steps.last_only):
             labels[token] = int(label)
     return {"input_ids": ids, "labels": labels}
 
 
-def _token_at(offsets: Sequence[tuple[int, int]], place: int) -> int:
-    """The token that holds the character before a place; the last one before it where no token does."""
-    token = bisect_left([end for _, end in offsets], place)
-    return token if token < len(offsets) and offsets[token][0] < place else token - 1
+def _places(offsets: Sequence[tuple[int, int]]) -> Callable[[int], int]:
+    """What says which token holds the character before a place; the last one before it where no token does.
+
+    A character of several tokens, of a byte or more each, is there with its last one. Tokens that a tokenizer adds hold
+    no character.
+    """
+    tokens = [token for token, (begin, end) in enumerate(offsets) if end > begin]
+    begins = [offsets[token][0] for token in tokens]
+    return lambda place: tokens[bisect_left(begins, place) - 1]
