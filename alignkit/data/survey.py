@@ -7,6 +7,7 @@ where near-duplicates are looked for, and keeps numbers of them: 600 bytes a row
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -34,6 +35,8 @@ BIASED = 0.65
 FOR_LENGTH = ("", NO_ROOM, EQUAL_AFTER_CUT, CUT_AWAY, TOO_LONG)
 """Why rows are kept or dropped at one max_length and not at another."""
 _Z = 1.96
+_WHO = re.compile(r"^(system|developer|user|assistant|tool): ", re.MULTILINE)
+"""How a message begins as text."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Survey:
         labels: Rows by what they say of their answers: how many there are, or their label.
         scores: Quantiles of all scores, where they are more than an order of two.
         bias: None where rows do not compare answers.
-        scripts, languages: Rows of a sample by script, and by language; None where no package tells it.
+        scripts, languages: Rows of a sample by script, and by language, of the prompt and the best answer together;
+            None where no package tells it.
         num_alike: Rows that are like an earlier one (``LIKENESS``) but not equal to one; None where not looked for.
         alike: Some of them.
     """
@@ -181,8 +185,9 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def _told(row: PlainRow) -> str:
-    """What the language of a row is told by: the best answer, or what is asked where there is none."""
-    return row.answers[0].removeprefix("assistant: ") if row.answers else row.prompt
+    """What the language of a row is told by: the beginnings of what is asked and of the best answer."""
+    parts = [part for part in (row.prompt, *row.answers[:1]) if part]
+    return "\n".join(_WHO.sub("", part)[: languages.MAX_CHARACTERS // len(parts)] for part in parts)
 
 
 def _shown_pairs(rows: Dataset, earlier: NDArray[np.int64], is_like: NDArray[np.bool_]) -> tuple[Alike, ...]:

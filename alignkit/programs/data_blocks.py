@@ -209,10 +209,10 @@ def _alike(split: Split) -> Block:
 
 
 def _languages(name: str, survey: Survey) -> Block:
-    sampled = "" if survey.num_rows <= SAMPLED else f" (of {SAMPLED} rows, spread over all)"
+    looked_at = "prompt and answer" + ("" if survey.num_rows <= SAMPLED else f", {SAMPLED} rows spread over all")
     if survey.languages is not None:
-        return Block(f"languages of {name}{sampled}", bars=list(survey.languages.items()))
-    return Block(f"scripts of {name}{sampled}", [languages.MISSING], bars=list(survey.scripts.items()))
+        return Block(f"languages of {name} ({looked_at})", bars=list(survey.languages.items()))
+    return Block(f"scripts of {name} ({looked_at})", [languages.MISSING], bars=list(survey.scripts.items()))
 
 
 def _checks(found: Examination) -> Block:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from alignkit.data import languages
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.conversion import MalformedRows, watched_counts
 from alignkit.data.plain_rows import PlainRow, plain_row
@@ -40,6 +41,23 @@ ROWS = [
 @pytest.mark.parametrize(("row", "plain"), ROWS, ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_every_form_as_text(row: dict[str, Any], plain: PlainRow) -> None:
     assert plain_row(row) == plain
+
+
+@pytest.mark.parametrize(
+    ("row", "script"),
+    [
+        ({"prompt": "How many apples are left?", "chosen": "7", "rejected": "8"}, "latin"),
+        ({"prompt": "2+2=", "completion": "четыре"}, "cyrillic"),
+        ({"prompt": "2+2=", "completion": "4"}, languages.NONE),
+        ({"messages": [message("user", "да"), message("assistant", "нет")]}, "cyrillic"),
+        ({"prompt": "w " * 2000, "completion": "да" * 600}, "cyrillic"),
+        ({"text": "да"}, "cyrillic"),
+    ],
+    ids=["prompt", "answer", "none", "without who says it", "beginnings of both", "text"],
+)
+def test_the_script_is_that_of_prompt_and_answer(row: dict[str, Any], script: str) -> None:
+    survey, _ = survey_rows(Dataset.from_list([row]), repeats_earlier=np.zeros(1, dtype=bool))
+    assert survey.scripts == {script: 1}
 
 
 CONVERTERS = {
