@@ -256,7 +256,7 @@ def test_repeats_and_prompts_on_both_sides_are_found(tokenizer: Any) -> None:
     splits = {"train": train, "held-out": held_out}
     report = data_report(splits, tokenizer)
     assert report.repeats["train"].num_duplicates == 1 and report.repeats["held-out"].num_trained_on == 1
-    assert report.checks["train"][-1].status == "warn" and "1 rows (16.7%)" in report.checks["train"][-1].message
+    assert report.checks["train"][-1].status == "warn" and "1 row (16.7%) repeats" in report.checks["train"][-1].message
     with pytest.raises(DataError, match=r"1 of 2 \(50.0%\) have a prompt that is trained on.*ose it"):
         report.raise_for_failures()
     data_report(splits, tokenizer, limits=Limits(allow_overlap=True)).raise_for_failures()
