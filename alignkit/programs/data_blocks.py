@@ -247,6 +247,8 @@ def _examples(split: Split, tokenizer: PreTrainedTokenizerBase, count: int, *, h
 def _named_answers(answers: Sequence[str], scores: Sequence[float] | None) -> Mapping[str, str]:
     if scores is None:
         return {"answer": answers[0]} if answers else {}
+    if len(answers) == 1:
+        return {"good answer" if scores[0] > 0 else "bad answer": answers[0]}
     if tuple(scores) == (1.0, 0.0):
         return dict(zip(("chosen", "rejected"), answers, strict=True))
     return {

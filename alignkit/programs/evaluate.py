@@ -131,7 +131,9 @@ def _add_rows(parser: StrictParser) -> None:
 def _add_running(parser: StrictParser) -> None:
     """How models are loaded, prompts answered and rows run."""
     parser.add_argument(
-        "--num_samples", type=non_negative_int, help="prompts to answer, or questions to show; 4, or all"
+        "--num_samples",
+        type=non_negative_int,
+        help="prompts to answer; 4, or all of prompts alone. Of answers that are judged, which all are, those to show",
     )
     parser.add_argument("--max_new_tokens", type=positive_int, default=64, help="longest answer, tokens")
     parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="0 takes the likeliest token")

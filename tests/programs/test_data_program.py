@@ -300,6 +300,7 @@ def test_pairs_are_looked_at_as_the_labelled_answers_that_they_are_read_as(
     assert train["survey"]["labels"] == {"label 0": 17, "label 1": 17}
     assert content["refused"] == ["train: 3 of 20 rows are malformed"]
     shown = capsys.readouterr().out
+    assert "good answer  " in shown and "bad answer  " in shown
     assert "17 pairs were read as two answers each" in shown and "32 of 40 answers to clean.jsonl" in shown
     assert read("clean.jsonl") == [
         {"prompt": row["prompt"], "completion": row[which], "label": which == "chosen"}
