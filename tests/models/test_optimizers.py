@@ -164,7 +164,9 @@ RATE, RATIO, DECAY = 1e-3, 16.0, 0.1
 
 
 def plus(trainer: Any) -> Any:
-    trainer.attach(_lora.attach(SimpleNamespace(loraplus_lr_ratio=RATIO), trainer))
+    trainer.attach(
+        _lora.attach(SimpleNamespace(loraplus_lr_ratio=RATIO, adapter=None, init_lora_weights=True), trainer)
+    )
     return trainer
 
 

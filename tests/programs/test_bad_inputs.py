@@ -77,7 +77,7 @@ BFLOAT16 = Bad(
 BAD_CONFIGS = (
     Bad("a typo in a key", {"learnin_rate": 1e-3}, ("c.yaml:11", "learnin_rate", "Did you mean learning_rate")),
     Bad("a wrong type", {"max_steps": "many"}, ("max_steps: many", "Write a whole number")),
-    Bad("a bad choice", {"method": "dpoo"}, ("method: dpoo", "dpo, flex_dpo", "Did you mean dpo")),
+    Bad("a bad choice", {"method": "dpoo"}, ("method: dpoo", "dpo, exo_pair", "Did you mean dpo")),
     Bad("a typo in dtype", {"dtype": "bf16"}, ("dtype: bf16", "Did you mean bfloat16")),
     Bad("out of range", {"beta_neg": -1.0}, ("beta_neg: -1", "Write a value >= 0")),
     Bad("batch size 0", {"per_device_train_batch_size": 0}, ("batch_size: 0", "Write a value >= 1")),

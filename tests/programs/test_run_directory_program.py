@@ -175,7 +175,7 @@ def test_a_failed_run_says_why(launcher: Launcher, workplace: Path) -> None:
     write_config(workplace / "failed.yaml", {**CONFIG, "data": "single.jsonl", "output_dir": "failed"})
     assert launcher.run("--config", "failed.yaml", directory=workplace).exit_code == 2
     record = run_json(workplace / "failed")
-    assert record["status"].startswith("failed: DataError: train: rows that cannot be trained on")
+    assert record["status"].startswith("failed: MalformedRows: train: rows that cannot be trained on")
     assert record["config"]["data"]["value"] == "single.jsonl"
 
 

@@ -45,7 +45,7 @@ BAD_CONFIGS = (
     Bad("a strategy without packing", {"packing_strategy": "bfd_split"}, ("would be ignored", "write packing: true")),
     Bad("max_length null", {"max_length": 1}, ("max_length: 1", "Write a value >= 2")),
     Bad("samples of nothing", {"num_samples": 0, "sample_max_new_tokens": 9}, ("would be ignored", "num_samples")),
-    Bad("preference rows", {"data": "rows.jsonl"}, ("'completion' is missing", "Columns present: 'prompt', 'chosen'")),
+    Bad("preference rows", {"data": "rows.jsonl"}, ("chosen and rejected are pairs", "write method: dpo")),
     Bad(
         "misnamed columns",
         {"data": "named.jsonl"},

@@ -47,8 +47,14 @@ ROW_KEYS: Mapping[str, Any] = {"max_length": 64}
 """Keys of the other programs."""
 
 
+PLAINEST: Mapping[str, str] = {"preference": "dpo", "sft": "sft"}
+"""The method that stands for a program with many: others with fewer options have no reference, or no falling loss."""
+
+
 def plainest_method(program: str) -> str:
     """The method of a program with the fewest options, of those that train on the rows as they are."""
+    if program in PLAINEST:
+        return PLAINEST[program]
     plain = [name for name in program_methods(program) if load_method(name).preparation is Preparation]
     return min(plain, key=lambda name: len(fields(load_method(name).options)))
 

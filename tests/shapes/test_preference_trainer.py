@@ -54,11 +54,19 @@ LISTWISE = Method("listwise", "", NoOptions, listwise, {"list/best": ""}, Paper(
 def rows_for(name: str, rows: Dataset) -> Dataset:
     """``rows`` with everything the method called ``name`` needs of them."""
     method = load_method(name)
+    if method.is_unpaired:
+        return rows.map(_labelled, with_indices=True, fn_kwargs={"all_ids": rows["completion_ids"]})
     if "token_rewards" not in method.needs(method.options()):
         return rows
     draw = random.Random(4)
     rewards = [[[draw.uniform(-0.5, 0.5) for _ in ids] for ids in row] for row in rows["completion_ids"]]
     return rows.add_column("token_rewards", rewards)
+
+
+def _labelled(row: dict[str, Any], index: int, all_ids: list[list[list[int]]]) -> dict[str, Any]:
+    """One labelled answer, good in every other row, and behind it an answer to another prompt."""
+    other = all_ids[(index + 1) % len(all_ids)][0]
+    return {"completion_ids": [row["completion_ids"][0], other], "scores": [float(index % 2 == 0), -1.0]}
 
 
 def sft_options() -> Any:
@@ -141,10 +149,12 @@ LOWEST = {"nca_pair": 1.5 * math.log(3) - math.log(2)}
 
 
 KINDS = ("full", "lora")
+IN_FULL = ("cpo",)
+"""Where the chosen response must become the likelier one, most of all by likelihood: too much for small adapters."""
 MEMORISED = [
     (name, kind)
     for index, name in enumerate(PREFERENCE_METHODS)
-    for kind in (KINDS if stands_for_others(name) else KINDS[index % 2 :][:1])
+    for kind in (KINDS if stands_for_others(name) else KINDS[0 if name in IN_FULL else index % 2 :][:1])
 ]
 """Of methods that differ in their loss alone, one is trained in both ways and each other one in one."""
 
@@ -167,7 +177,10 @@ def test_conformance_memorises_eight_rows(make_trainer: Any, rows: Dataset, name
     trainer.train()
     lowest = LOWEST.get(name, 0.0)
     assert logged(trainer, "loss")[-1] - lowest < 0.6 * (logged(trainer, "loss")[0] - lowest)
-    assert logged(trainer, "rewards/accuracies")[-1] == 1.0
+    if load_method(name).is_unpaired:
+        assert logged(trainer, "rewards/chosen")[-1] > 0 > logged(trainer, "rewards/rejected")[-1]
+    else:
+        assert logged(trainer, "rewards/accuracies")[-1] == 1.0
     moved = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     if parametrization == "lora":
         assert moved

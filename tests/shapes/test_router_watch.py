@@ -27,7 +27,10 @@ def trainer_of(shape: str, model: str, folder: Path, **keys: Any) -> Any:
     return build(config, text_rows(config, 16))
 
 
-@pytest.mark.parametrize(("shape", "layout"), [(name, layout) for name in shape_names() for layout in layouts(name)])
+WITH_ROUTERS = [name for name in shape_names() if name != "reward"]  # which is refused: its head trains in full
+
+
+@pytest.mark.parametrize(("shape", "layout"), [(name, layout) for name in WITH_ROUTERS for layout in layouts(name)])
 def test_every_program_logs_what_its_routers_do(shape: str, layout: str | None, mixture: str, tmp_path: Path) -> None:
     keys = {} if layout is None else {"layout": layout, "router_aux_loss_coef": 0.0}
     trainer = trainer_of(shape, mixture, tmp_path, max_steps=3, learning_rate=0.3, **keys)
