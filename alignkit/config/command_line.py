@@ -22,7 +22,8 @@ usage: accelerate launch [--config_file ACCELERATE.yaml] trainers/{program}.py -
 RECIPE is a YAML file or the name of a shipped recipe:
 {recipes}
 Every key below can stand in that file (key: value) or on the command line (--key value, --key=value, --switch), where
-values are written as in YAML, lists also as a,b, and null takes a key back to its default.
+values are written as in YAML, lists also as a,b, and null takes a key back to its default. --set key=value is the same,
+and of a key given twice the last counts.
 
   --config RECIPE   the configuration
   --print_config    print every value and where it comes from, then exit

@@ -30,7 +30,10 @@ class Override(NamedTuple):
 
 
 def split_overrides(arguments: Sequence[str]) -> Iterator[Override]:
-    """Pair names with values; a value is what follows ``=``, or the next argument unless that begins with ``--``."""
+    """Pair names with values; a value is what follows ``=``, or the next argument unless that begins with ``--``.
+
+    ``--set name=value`` is another way to write ``--name value``.
+    """
     position = 0
     while position < len(arguments):
         name, equals, text = arguments[position].partition("=")
@@ -43,6 +46,10 @@ def split_overrides(arguments: Sequence[str]) -> Iterator[Override]:
         if not equals and position < len(arguments) and not arguments[position].startswith("--"):
             value = arguments[position]
             position += 1
+        if name == "--set" and value is not None and "=" in value:
+            name, _, value = value.partition("=")
+            yield Override(name.strip().removeprefix("--"), value, start)
+            continue
         yield Override(name[2:], value, start)
 
 

@@ -16,9 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig
 
 from alignkit.data.candidates import to_candidate_rows
 from alignkit.data.columns import Form, RowFamily
@@ -33,12 +31,11 @@ from alignkit.data.unpaired_schema import unpaired_rows
 from alignkit.errors import DataError
 from alignkit.parts.data_format import format_names
 from alignkit.parts.method import load_method
-from alignkit.shapes._candidates import BridgeSettings, PreferenceTrainer
 from tests.configs.cases import problems_of
 from tests.data.wild.files import FILES, Wild, lines, write
-from tests.supervised import lora, make, model
+from tests.shapes.building import build, config_of
+from tests.supervised import model
 from tests.supervised import tokenizer as tokenizer_of_the_model
-from tests.trainers import SHORT_RUN
 
 STEPS = RowFamily(
     (Form(("prompt", "completions", "labels")),), "", lambda columns, head, name: None, lambda row: row["prompt"]
@@ -166,39 +163,32 @@ def test_there_are_twenty_files_in_twelve_formats() -> None:
     assert Counter(wild.edit for wild in FILES)[None] > len(FILES) / 2, "most need no edit"
 
 
-TRAINED = ["alpaca_history.jsonl.gz", "functions.jsonl", "dpo_zh.json", "train_prefs.parquet", "hh-harmless.jsonl.gz"]
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny model for the tokens of ``talker``."""
+    folder = tmp_path_factory.mktemp("model")
+    model().save_pretrained(folder)
+    return str(folder)
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_two_steps_train(name: str, tmp_path: Path, talker: PreTrainedTokenizerFast) -> None:
-    wild = next(wild for wild in FILES if wild.name == name)
+@pytest.mark.parametrize("wild", FILES, ids=lambda wild: wild.name)
+def test_two_steps_train(wild: Wild, tmp_path: Path, talker: PreTrainedTokenizerFast, saved_model: str) -> None:
+    """With the method that such rows are for, through the bridge of its program."""
+    method = {**METHODS, "steps": "process_reward"}[wild.rows]
+    keys = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 4096}
+    run = config_of(load_method(method).program, saved_model, tmp_path, method=method, **keys)
     path, config = write(wild, tmp_path), {}
+
+    def built() -> Any:
+        return build(run, load_rows(str(path), family=run.row_family(vars(run)), **config), tokenizer=talker)
+
     try:
-        _, tokens = converted(wild, path, config, talker)
+        trainer = built()
     except DataError as error:
         _, path = told_edit(str(error), path, config)
-        _, tokens = converted(wild, path, config, talker)
-    changes = {"max_steps": 2, "per_device_train_batch_size": 2}
-    if wild.rows == "supervised":
-        trainer: Any = make(tmp_path, tokens, **changes)
-    else:
-        trainer = preference_trainer(tmp_path, tokens, changes)
+        trainer = built()
     before = [weights.clone() for weights in trainer.model.parameters()]
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(map(torch.isfinite, map(torch.tensor, losses)))
     assert any(not torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
-
-
-def preference_trainer(folder: Path, tokens: Dataset, changes: dict[str, Any]) -> PreferenceTrainer:
-    method = load_method("dpo")
-    return PreferenceTrainer(
-        model(),
-        DPOConfig(output_dir=str(folder), **(SHORT_RUN | changes)),
-        method=method,
-        options=method.options(),
-        settings=BridgeSettings(),
-        processing_class=tokenizer_of_the_model(),
-        train_dataset=tokens,
-        peft_config=lora(),
-    )
