@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:
@@ -204,20 +204,29 @@ def _options_class(name: str, components: Sequence[Component], methods: Sequence
         if unknown := [key for key in component.options if key not in own]:
             has = f"Its options are {', '.join(own)}" if own else "It has none"
             raise MixtureError(f"gives {method.name} an option {unknown[0]!r} that it does not have", has)
+        _refuse_without_effect(component, own)
         for key in own.keys() - component.options.keys():
             owners.setdefault(key, []).append((method, hints[key], own[key]))
     declared = [(key, owners[key][0][1], _shared(key, owners[key])) for key in sorted(owners)]
 
     def each(self: Any) -> list[Any]:
+        chosen = vars(self)
         return [
-            method.options(
-                **{f.name: component.options.get(f.name, getattr(self, f.name, None)) for f in fields(method.options)}
-            )
+            method.options(**{f.name: (chosen | component.options)[f.name] for f in fields(method.options)})
             for component, method in zip(components, methods, strict=True)
         ]
 
     namespace = {"each": each, "__post_init__": lambda self: self.each() and None, "__doc__": f"Options of {name}."}
     return make_dataclass("MixtureOptions", declared, namespace=namespace, frozen=True, kw_only=True)
+
+
+def _refuse_without_effect(component: Component, own: Mapping[str, Field[Any]]) -> None:
+    """An option that is fixed has an effect, by what it depends on: another one that is fixed, or its default."""
+    for key in component.options:
+        needed = own[key].metadata["option"].only_with
+        if needed is not None and not needed.holds(component.options.get(needed.key, own[needed.key].default)):
+            fix = f"Write {needed.key}: {json.dumps(needed.example)} beside it, or leave it out"
+            raise MixtureError(f"gives {component.name} {key}, which has no effect without {needed.key}", fix)
 
 
 def _shared(key: str, owners: Sequence[tuple[Method, Any, Field[Any]]]) -> Any:
@@ -247,4 +256,4 @@ def _shared(key: str, owners: Sequence[tuple[Method, Any, Field[Any]]]) -> Any:
         )
         return field(metadata={**own.metadata, "option": replace(info, help=text)})
     info = replace(info, help=f"{info.help} (Of {names}.)")
-    return field(default=own.default if own.default is not MISSING else MISSING, metadata={"option": info})
+    return field(default=own.default, default_factory=own.default_factory, metadata={"option": info})

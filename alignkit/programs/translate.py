@@ -140,7 +140,8 @@ def translate(entries: Mapping[str, Any]) -> Translation:
         _take_defaults_of_there(found, own)
         ratio = next((given[name] for name in _GAMMA_BY_BETA if name in given), None)
         if ratio is not None and "gamma" in own:
-            found.values["gamma"] = float(ratio) * float(found.values.get("beta", own["beta"].default))
+            beta = _number("beta", found.values.get("beta", own["beta"].default))
+            found.values["gamma"] = _number("gamma_beta_ratio", ratio) * beta
     _take_what_trains_there(found, given)
     if "disable_dropout" in own and found.values.pop("lora_dropout", 0):
         found.notes.append(
@@ -153,7 +154,7 @@ def _take_what_trains_there(found: Translation, given: Mapping[str, Any]) -> Non
     """All weights, where no adapter is said: adapters are the default here, and in LLaMA-Factory, of its own size."""
     if given.get("finetuning_type") == "lora":
         found.values.setdefault("lora_r", 8)
-        found.values.setdefault("lora_alpha", 2 * int(found.values["lora_r"]))
+        found.values.setdefault("lora_alpha", int(2 * _number("lora_rank", found.values["lora_r"])))
     has_adapter = any(key in ("adapter", "quantization") or "lora" in key for key in found.values)
     if not has_adapter:
         found.values.setdefault("parametrization", "full")
@@ -185,17 +186,19 @@ def _method(given: Mapping[str, Any]) -> str:
     """The method, or the mixture of methods, that stage and loss say."""
     stage = str(given.get("stage", given.get("rl", "sft")))
     losses = None if stage == "grpo" else given.get("loss_type", given.get("pref_loss"))
-    names = [losses] if isinstance(losses, str) else list(losses or [stage])
+    names = [str(name) for name in _as_list(losses or stage)]
     methods = [STAGES.get(name, name) for name in names]
-    weights = given.get("loss_weights") or [1.0] * len(methods)
-    mixed = dict(zip(methods, map(float, weights), strict=False))
-    if (sft := given.get("pref_ftx", given.get("rpo_alpha"))) is not None and float(sft) > 0:
+    weights = _as_list(given.get("loss_weights", [1.0] * len(methods)))
+    if len(weights) != len(methods):
+        raise AlignkitError(f"loss_weights has {len(weights)} weights for {len(methods)} losses. Give each loss one.")
+    mixed = {name: _number("loss_weights", weight) for name, weight in zip(methods, weights, strict=True)}
+    if (sft := _number("rpo_alpha", given.get("pref_ftx", given.get("rpo_alpha", 0)))) > 0:
         if "sft" in mixed:
             raise AlignkitError(
-                f"the weight of the SFT term is given twice, {mixed['sft']:g} and {sft}. Keep one of them."
+                f"the weight of the SFT term is given twice, {mixed['sft']:g} and {sft:g}. Keep one of them."
             )
-        mixed["sft"] = float(sft)
-    likelihood = float(given.get("cpo_alpha", CPO_ALPHA_THERE))
+        mixed["sft"] = sft
+    likelihood = _number("cpo_alpha", given.get("cpo_alpha", CPO_ALPHA_THERE))
     if names == ["simpo"] and "pref_loss" not in given and likelihood > 0:
         mixed["sft"] = likelihood
     text = next((found for p in shapes_by_program() if (found := known_method(p, mixed))), None)
@@ -236,6 +239,19 @@ def _take(found: Translation, name: str, value: Any, taken: Mapping[str, Any] | 
         found.notes.append(f"{name}: {show(value)} ({taken})")
     else:
         found.values.update(taken)
+
+
+def _number(name: str, value: Any) -> float:
+    """A value that must be one; raises AlignkitError with the key that has it."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise AlignkitError(f"{name}: {show(value)} is no number. Write one, or remove the key.") from None
+
+
+def _named(names: Mapping[Any, Any], value: Any) -> Any:
+    """Our name of a value, or the value itself."""
+    return names.get(value, value) if isinstance(value, (str, int)) else value
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -280,7 +296,7 @@ def _switch(key: str, value: Any) -> Callable[[Any], Mapping[str, Any] | str]:
 
 
 _BY_VALUE: Mapping[str, Callable[[Any], Mapping[str, Any] | str]] = {
-    "reward_funcs": lambda value: {"rewards": [_REWARDS.get(name, name) for name in _as_list(value)]},
+    "reward_funcs": lambda value: {"rewards": [_named(_REWARDS, name) for name in _as_list(value)]},
     "lora_target_linear": _switch("lora_target_modules", "all-linear"),
     "template": lambda value: "the tokenizer's own chat template is used; chat_template: FILE names another",
     "dataset_dir": lambda value: "data sets are named by their paths: data",
@@ -294,9 +310,9 @@ _BY_VALUE: Mapping[str, Callable[[Any], Mapping[str, Any] | str]] = {
     "load_in_4bit": _switch("quantization", "nf4"),
     "load_in_8bit": _switch("quantization", "int8"),
     "quantization_method": lambda value: {} if value == "bnb" else "bitsandbytes alone is taken",
-    "quantization_bit": lambda value: {"quantization": {4: "nf4", 8: "int8"}.get(value, "none")},
+    "quantization_bit": lambda value: {"quantization": _named({4: "nf4", 8: "int8"}, value)},
     "flash_attention": _switch("attn_implementation", "flash_attention_2"),
-    "flash_attn": lambda value: {} if value == "auto" else {"attn_implementation": _ATTENTION.get(value, value)},
+    "flash_attn": lambda value: {} if value == "auto" else {"attn_implementation": _named(_ATTENTION, value)},
     "val_size": _held_out,
     "val_set_size": _held_out,
     "evals_per_epoch": lambda value: _each_epoch("eval", value),
@@ -304,7 +320,7 @@ _BY_VALUE: Mapping[str, Callable[[Any], Mapping[str, Any] | str]] = {
     "overwrite_output_dir": _switch("overwrite", True),
     "resume_from_checkpoint": _switch("resume", "auto"),
     "train_on_inputs": lambda value: {"completion_only_loss": False} if value else {},
-    "optimizer": lambda value: {"optim": {"adamw_8bit": "adamw_bnb_8bit"}.get(value, value)},
+    "optimizer": lambda value: {"optim": _named({"adamw_8bit": "adamw_bnb_8bit"}, value)},
 }
 """Keys whose value says what they are here."""
 _REWARDS = {"accuracy_reward": "gsm8k_answer", "get_soft_overlong_punishment": "soft_overlong"}

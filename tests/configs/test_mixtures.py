@@ -98,6 +98,7 @@ def test_supervised_methods_are_mixed_in_their_own_program() -> None:
         ("{dpo: {beta: -1}}", "which is out of range. Write a value > 0."),
         ("{sft: {eta: 1}, dpo: 1}", "gives sft an option 'eta' that it does not have. It has none."),
         ("{treg: 1, adpo: 1}", "treg and adpo each have rows or references of their own"),
+        ("{flex_dpo: {sft_normalization: token}, dpo: 1}", "sft_normalization, which has no effect without eta"),
         ("{treg: 1, d2o: 1}", "d2o has rows of its own, which treg does not train on"),
         ("{kto: 1, sft: 0.1}", "kto has rows of its own, which sft does not train on"),
         ("{kto: 1, dpo: 1, ipo: 1}", "kto has rows of its own, which ipo does not train on"),

@@ -130,6 +130,25 @@ def test_a_file_named_by_a_command_and_what_the_command_says_besides(
     assert written.startswith("# left out: template: llama3 (the tokenizer's own chat template is used")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "has 1 weights for 2 losses"),
+        ({"loss_type": ["sigmoid", "ipo"], "loss_weights": ["a", "b"]}, "loss_weights: a is no number"),
+        ({"rpo_alpha": [1, 2]}, r"rpo_alpha: \[1, 2\] is no number"),
+        ({"finetuning_type": "lora", "lora_rank": "many"}, "lora_rank: many is no number"),
+    ],
+)
+def test_values_that_nothing_can_be_made_of_are_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(AlignkitError, match=said):
+        translate({"stage": "dpo", "model_name_or_path": "m", **changes})
+
+
+def test_a_value_of_another_kind_is_left_to_the_check_of_the_config() -> None:
+    theirs = {"stage": "grpo", "reward_funcs": [{"name": "x"}], "quantization_bit": [4], "optimizer": ["adamw"]}
+    assert "# to do: `quantization:" in translated(theirs)
+
+
 def test_an_sft_term_that_is_given_twice_is_named() -> None:
     theirs = {"stage": "dpo", "loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0], "rpo_alpha": 0.5}
     with pytest.raises(AlignkitError, match="given twice, 1 and 0.5"):
