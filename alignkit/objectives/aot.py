@@ -30,16 +30,10 @@ def objective(batch: CandidateBatch, options: AOTOptions) -> LossOutput:
     return aot_loss(batch, **asdict(options))
 
 
-METHOD = Method(
-    name="aot",
-    summary="Raises the distribution of the policy's margins over a micro-batch above that of the reference.",
-    options=AOTOptions,
-    objective=objective,
-    metrics=LOGISTIC_METRICS,
-    paper=Paper(
-        title="Distributional Preference Alignment of LLMs via Optimal Transport",
-        arxiv_id="2406.05882",
-        citation="""\
+PAPER = Paper(
+    title="Distributional Preference Alignment of LLMs via Optimal Transport",
+    arxiv_id="2406.05882",
+    citation="""\
 @misc{melnyk2024distributional,
   title         = {Distributional Preference Alignment of {LLMs} via Optimal Transport},
   author        = {Igor Melnyk and Youssef Mroueh and Brian Belgodere and Mattia Rigotti and Apoorva Nitsure and
@@ -49,7 +43,15 @@ METHOD = Method(
   archiveprefix = {arXiv},
   url           = {https://arxiv.org/abs/2406.05882}
 }""",
-    ),
+)
+
+METHOD = Method(
+    name="aot",
+    summary="Raises the distribution of the policy's margins over a micro-batch above that of the reference.",
+    options=AOTOptions,
+    objective=objective,
+    metrics=LOGISTIC_METRICS,
+    paper=PAPER,
     fidelity=(
         "secondary source: operation for operation as TRL 1.16 computes loss_type aot, after the paper's Section 3"
     ),

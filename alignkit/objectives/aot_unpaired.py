@@ -12,7 +12,8 @@ from alignkit.objectives._dpo_family import (
     across_pairs,
     label_smoothing,
 )
-from alignkit.parts.method import Method, Paper, always
+from alignkit.objectives.aot import PAPER
+from alignkit.parts.method import Method, always
 
 if TYPE_CHECKING:
     from alignkit.losses.types import CandidateBatch, LossOutput
@@ -42,20 +43,7 @@ METHOD = Method(
     options=AOTUnpairedOptions,
     objective=objective,
     metrics={**SEPARATE_METRICS, "effective_weight": LOGISTIC_METRICS["effective_weight"]},
-    paper=Paper(
-        title="Distributional Preference Alignment of LLMs via Optimal Transport",
-        arxiv_id="2406.05882",
-        citation="""\
-@misc{melnyk2024distributional,
-  title         = {Distributional Preference Alignment of {LLMs} via Optimal Transport},
-  author        = {Igor Melnyk and Youssef Mroueh and Brian Belgodere and Mattia Rigotti and Apoorva Nitsure and
-                   Mikhail Yurochkin and Kristjan Greenewald and Jiri Navratil and Jerret Ross},
-  year          = {2024},
-  eprint        = {2406.05882},
-  archiveprefix = {arXiv},
-  url           = {https://arxiv.org/abs/2406.05882}
-}""",
-    ),
+    paper=PAPER,
     fidelity=(
         "secondary source: operation for operation as TRL 1.16 computes loss_type aot_unpaired, after the paper's "
         "Section 3"

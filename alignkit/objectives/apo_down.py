@@ -27,16 +27,10 @@ def objective(batch: CandidateBatch, options: APODownOptions) -> LossOutput:
     return apo_down_loss(batch, **asdict(options))
 
 
-METHOD = Method(
-    name="apo_down",
-    summary="Lowers both responses, the rejected one further, for pairs whose chosen one is worse than the model.",
-    options=APODownOptions,
-    objective=objective,
-    metrics=SEPARATE_METRICS,
-    paper=Paper(
-        title="Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
-        arxiv_id="2408.06266",
-        citation="""\
+PAPER = Paper(
+    title="Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
+    arxiv_id="2408.06266",
+    citation="""\
 @misc{doosterlinck2024anchored,
   title         = {Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in
                    Alignment},
@@ -47,7 +41,15 @@ METHOD = Method(
   archiveprefix = {arXiv},
   url           = {https://arxiv.org/abs/2408.06266}
 }""",
-    ),
+)
+
+METHOD = Method(
+    name="apo_down",
+    summary="Lowers both responses, the rejected one further, for pairs whose chosen one is worse than the model.",
+    options=APODownOptions,
+    objective=objective,
+    metrics=SEPARATE_METRICS,
+    paper=PAPER,
     fidelity=(
         "secondary source: operation for operation as TRL 1.16 computes loss_type apo_down, after the paper's Eq. 8"
     ),

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from alignkit.objectives._dpo_family import BETA, SEPARATE_METRICS, WeightedOptions
-from alignkit.parts.method import Method, Paper
+from alignkit.objectives.apo_down import PAPER
+from alignkit.parts.method import Method
 from alignkit.parts.options import option
 
 if TYPE_CHECKING:
@@ -33,21 +34,7 @@ METHOD = Method(
     options=APOZeroOptions,
     objective=objective,
     metrics=SEPARATE_METRICS,
-    paper=Paper(
-        title="Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
-        arxiv_id="2408.06266",
-        citation="""\
-@misc{doosterlinck2024anchored,
-  title         = {Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in
-                   Alignment},
-  author        = {Karel D'Oosterlinck and Winnie Xu and Chris Develder and Thomas Demeester and Amanpreet Singh and
-                   Christopher Potts and Douwe Kiela and Shikib Mehri},
-  year          = {2024},
-  eprint        = {2408.06266},
-  archiveprefix = {arXiv},
-  url           = {https://arxiv.org/abs/2408.06266}
-}""",
-    ),
+    paper=PAPER,
     fidelity=(
         "secondary source: operation for operation as TRL 1.16 computes loss_type apo_zero, after the paper's Eq. 7"
     ),
