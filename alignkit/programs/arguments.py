@@ -6,6 +6,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from alignkit.errors import ConfigError
@@ -112,6 +113,14 @@ def column_pair(text: str) -> tuple[str, str]:
     if not equals:
         raise argparse.ArgumentTypeError(f"expected OURS=THEIRS such as prompt=question, got {text!r}")
     return ours, theirs
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how a model and its tokenizer are loaded, of all programs that run one."""
+    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base weights")
+    parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
+    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
 
 
 def pick(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:

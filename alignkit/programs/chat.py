@@ -24,6 +24,7 @@ from alignkit.errors import AlignkitError, ConfigError, ModelError, RunDirectory
 from alignkit.models.files import AdapterFiles, find_model, is_reward_model, model_problem
 from alignkit.programs.arguments import (
     StrictParser,
+    add_loading,
     non_negative_float,
     non_negative_int,
     pick,
@@ -121,10 +122,7 @@ def command_line(prog: str | None = None) -> StrictParser:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights; left out, bfloat16 where an accelerator has it, else float32",
     )
-    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base weights")
-    parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
-    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add_loading(parser)
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
     return parser
 

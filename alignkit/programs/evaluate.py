@@ -22,6 +22,7 @@ from alignkit.models.files import AdapterFiles, find_model, is_reward_model, mod
 from alignkit.parts.evaluation import evaluation_names, load_evaluation
 from alignkit.programs.arguments import (
     StrictParser,
+    add_loading,
     column_pair,
     non_negative_float,
     non_negative_int,
@@ -142,10 +143,7 @@ def _add_running(parser: StrictParser) -> None:
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a forward pass")
     parser.add_argument("--layout", choices=("auto", "padded", "packed"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=DTYPE_HELP)
-    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base weights")
-    parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
-    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add_loading(parser)
 
 
 def beta_value(text: str) -> str | float:

@@ -27,6 +27,7 @@ from alignkit.errors import AlignkitError, ConfigError, ModelError
 from alignkit.models.files import AdapterFiles, find_model, is_reward_model, sha256
 from alignkit.programs.arguments import (
     StrictParser,
+    add_loading,
     column_pair,
     non_negative_float,
     non_negative_int,
@@ -218,10 +219,7 @@ def command_line(prog: str | None = None) -> StrictParser:
     parser.add_argument("--batch_size", type=positive_int, default=8, help="prompts at once, each with its samples")
     parser.add_argument("--chunk_size", type=positive_int, default=256, help="prompts between two writes to disk")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base weights")
-    parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
-    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add_loading(parser)
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU")
     return parser
 

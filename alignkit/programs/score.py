@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.data.contrast import load_contrast_prompts
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.models.files import AdapterFiles, find_model
-from alignkit.programs.arguments import StrictParser, column_pair, positive_int
+from alignkit.programs.arguments import StrictParser, add_loading, column_pair, positive_int
 from alignkit.programs.outputs import add_overwrite, output_problems
 
 if TYPE_CHECKING:
@@ -182,10 +182,7 @@ def command_line(prog: str | None = None) -> StrictParser:
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a forward pass")
     parser.add_argument("--layout", choices=("auto", "padded", "packed"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base weights")
-    parser.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2", "flex_attention"))
-    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja file in place of the tokenizer's")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add_loading(parser)
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where log-probs are kept between passes")
     parser.add_argument("--heatmap", type=Path, metavar="FILE", help="write a few responses, tokens coloured, as HTML")
     add_overwrite(parser)
